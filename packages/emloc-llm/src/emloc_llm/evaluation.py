@@ -1,0 +1,177 @@
+"""Loss on completions, and exact match of greedy answers."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emloc.adapter import Adapter, weight_names
+from emloc.checkpoint import Checkpoint, locate
+from emloc.config import EvaluateConfig
+from emloc.errors import DataError, DependencyError
+from emloc.progress import progress_bar
+from emloc_llm.data import Sample, encode_all, in_batches, load_rows, pad
+from emloc_llm.family import LLMFamily, load_tokenizer
+from emloc_llm.training import load_model
+
+FINAL_NUMBER = re.compile(r"####\s*([-+]?[\d,]*\.?\d+)")
+ANY_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
+
+
+def evaluate_model(config: EvaluateConfig) -> dict[str, Any]:
+    """Scores of a model with or without an adapter.
+
+    Returns:
+        `loss` (per completion token), `exact_match` (share, or None without references), `samples`,
+        and `answers` with prompt, reference and prediction of each.
+    """
+    path = locate(config.model_name_or_path)
+    if config.tasks:
+        return _lm_eval(config)
+    tokenizer = load_tokenizer(path)
+    rows = load_rows(config)
+    if config.num_samples:
+        rows = rows.select(range(min(config.num_samples, len(rows))))
+    samples = encode_all(rows, tokenizer, config, str(config.dataset))
+    model = load_model(path, config.dtype, config.device).eval()
+    if config.adapter:
+        model = _with_adapter(model, path, config.adapter)
+    with torch.inference_mode():
+        loss = _loss(model, samples, tokenizer, config)
+        answers = _answers(model, samples, tokenizer, config)
+    matches = [entry["match"] for entry in answers]
+    return {
+        "loss": loss,
+        "exact_match": sum(matches) / len(matches) if matches else None,
+        "samples": len(samples),
+        "answers": answers,
+    }
+
+
+def _with_adapter(model: Any, path: Path, adapter: str) -> Any:
+    """PEFT only warns when keys do not match, so they are checked first."""
+    from peft import PeftModel
+
+    checkpoint = Checkpoint.open(str(path))
+    if "quantization_config" not in checkpoint.config:
+        family = LLMFamily()
+        skeleton = family.skeleton(checkpoint, torch.float32)
+        weight_names(
+            Adapter.open(adapter),
+            lambda name: family.tensor_name(skeleton, name, checkpoint),
+            checkpoint,
+        )
+    return PeftModel.from_pretrained(model, adapter).eval()
+
+
+def _loss(model: Any, samples: list[Sample], tokenizer: Any, config: EvaluateConfig) -> float:
+    family = LLMFamily()
+    total, count = 0.0, 0
+    with progress_bar("loss", len(samples)) as advance:
+        for part in in_batches(samples, config.per_device_eval_batch_size):
+            batch = {k: v.to(config.device) for k, v in pad(part, tokenizer.pad_token_id).items()}
+            result = family.forward_loss(model, batch)
+            total, count = total + result.total, count + result.count
+            advance(len(part))
+    return total / max(1, count)
+
+
+def _answers(
+    model: Any, samples: list[Sample], tokenizer: Any, config: EvaluateConfig
+) -> list[dict[str, Any]]:
+    asked = [sample for sample in samples if sample.reference is not None]
+    answers: list[dict[str, Any]] = []
+    if config.max_new_tokens == 0:
+        return answers
+    with progress_bar("answers", len(asked)) as advance:
+        for part in in_batches(asked, config.per_device_eval_batch_size):
+            prompts = [
+                Sample(s.input_ids[: s.prompt_length], [], s.prompt_length, None, False)
+                for s in part
+            ]
+            if any(not prompt.input_ids for prompt in prompts):
+                raise DataError("A sample has an empty prompt, so there is nothing to answer.")
+            batch = pad(prompts, tokenizer.pad_token_id, left=True)
+            generated = model.generate(
+                input_ids=batch["input_ids"].to(config.device),
+                attention_mask=batch["attention_mask"].to(config.device),
+                max_new_tokens=config.max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            texts = tokenizer.batch_decode(
+                generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+            )
+            for sample, prediction in zip(part, texts):
+                answers.append(_scored(sample, prediction.strip(), tokenizer, config.answer))
+            advance(len(part))
+    return answers
+
+
+def _scored(sample: Sample, prediction: str, tokenizer: Any, answer: str) -> dict[str, Any]:
+    reference = str(sample.reference).strip()
+    return {
+        "prompt": tokenizer.decode(
+            sample.input_ids[: sample.prompt_length], skip_special_tokens=True
+        ),
+        "reference": reference,
+        "prediction": prediction,
+        "match": matches(reference, prediction, answer),
+    }
+
+
+def matches(reference: str, prediction: str, answer: str = "auto") -> bool:
+    """Whether a prediction is the reference: as text, as JSON, or by its final number.
+
+    `auto` compares numbers where the reference ends in GSM8K's `#### number`, JSON where it parses
+    as an object or list, and text otherwise. The final number of a prediction without `####` is its
+    last number.
+    """
+    kind = _kind(reference) if answer == "auto" else answer
+    if kind == "number":
+        wanted, found = _final_number(reference), _final_number(prediction)
+        return wanted is not None and wanted == found
+    if kind == "json":
+        try:
+            return bool(json.loads(reference) == json.loads(prediction))
+        except ValueError:
+            return False
+    return reference.strip() == prediction.strip()
+
+
+def _kind(reference: str) -> str:
+    if FINAL_NUMBER.search(reference):
+        return "number"
+    if reference.strip().startswith(("{", "[")):
+        return "json"
+    return "text"
+
+
+def _final_number(text: str) -> float | None:
+    marked = FINAL_NUMBER.findall(text)
+    found = marked or ANY_NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def _lm_eval(config: EvaluateConfig) -> dict[str, Any]:
+    try:
+        from lm_eval import simple_evaluate
+    except ImportError as problem:
+        raise DependencyError("tasks need lm-eval; pip install 'emloc-llm[lm-eval]'.") from problem
+    arguments = f"pretrained={config.model_name_or_path},dtype={config.dtype}"
+    if config.adapter:
+        arguments += f",peft={config.adapter}"
+    found = simple_evaluate(
+        model="hf",
+        model_args=arguments,
+        tasks=config.tasks,
+        limit=config.num_samples,
+        batch_size=config.per_device_eval_batch_size,
+        device=config.device,
+    )
+    return {"tasks": found["results"]}

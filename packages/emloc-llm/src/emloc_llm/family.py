@@ -1,0 +1,134 @@
+"""Causal language models: any `AutoModelForCausalLM` whose blocks hold `nn.Linear`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from emloc.checkpoint import Checkpoint
+from emloc.config import CalibrationOptions, DemoConfig, EvaluateConfig, TrainConfig
+from emloc.errors import CheckpointError
+from emloc.family import Batch, EmulatorLayers, LossSum
+from emloc.integrations.transformers.skeleton import (
+    empty_model,
+    linears_within,
+    repeated_blocks,
+    shared_input_groups,
+    stored_name,
+)
+from emloc_llm.data import IGNORED, encode_all, in_batches, load_rows, pad
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a model's folder, with a padding token.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as problem:
+        raise CheckpointError(
+            f"{path} has no tokenizer that transformers can read; copy tokenizer.json and "
+            f"tokenizer_config.json of the model there."
+        ) from problem
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+class LLMFamily:
+    """`ModelFamily` for causal language models."""
+
+    name = "llm"
+    adapter_formats = ("peft",)
+
+    def skeleton(self, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+        """See `ModelFamily`."""
+        return empty_model(checkpoint, AutoModelForCausalLM, dtype)
+
+    def tensor_name(self, model: nn.Module, parameter: str, checkpoint: Checkpoint) -> str | None:
+        """See `ModelFamily`."""
+        return stored_name(model, parameter, checkpoint)
+
+    def blocks(self, model: nn.Module) -> Sequence[str]:
+        """See `ModelFamily`."""
+        return repeated_blocks(model)
+
+    def layer_groups(self, model: nn.Module) -> Sequence[Sequence[str]]:
+        """See `ModelFamily`."""
+
+        def forward(fake: Any) -> None:
+            ids = torch.zeros(1, 4, dtype=torch.int64)
+            fake(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+
+        layers = linears_within(model, self.blocks(model))
+        return shared_input_groups(model, layers, forward)
+
+    def calibration_batches(
+        self, checkpoint: Checkpoint, options: CalibrationOptions
+    ) -> Sequence[Batch]:
+        """Samples drawn by seed, longest first, so that a micro-batch pads little."""
+        tokenizer = load_tokenizer(checkpoint.path)
+        rows = load_rows(options)
+        rows = rows.shuffle(seed=options.seed).select(
+            range(min(options.num_calibration_samples, len(rows)))
+        )
+        samples = encode_all(rows, tokenizer, options, str(options.dataset))
+        samples = [sample for sample in samples if sample.input_ids]
+        samples.sort(key=lambda sample: -len(sample.input_ids))
+        return [
+            pad(part, tokenizer.pad_token_id)
+            for part in in_batches(samples, options.calibration_batch_size)
+        ]
+
+    def token_mask(self, batch: Batch) -> Tensor:
+        """See `ModelFamily`."""
+        return batch["attention_mask"].bool()
+
+    def forward_loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        """Next-token cross-entropy, summed over labelled tokens."""
+        logits = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits
+        labels = batch["labels"][:, 1:]
+        kept = labels != IGNORED
+        loss = nn.functional.cross_entropy(
+            logits[:, :-1][kept].float(), labels[kept], reduction="sum"
+        )
+        return LossSum(float(loss), int(kept.sum()))
+
+    def emulator_config(self, checkpoint: Checkpoint, layers: EmulatorLayers) -> dict[str, Any]:
+        """See `ModelFamily`."""
+        groups = [{"layers": list(names), "rank": rank} for names, rank in layers.groups]
+        return {
+            **checkpoint.config,
+            "quantization_config": {"quant_method": "emloc", "groups": groups},
+        }
+
+    def train(self, config: TrainConfig, work: Path) -> dict[str, Any]:
+        """See `ModelFamily`; `emloc_llm.training`."""
+        from emloc_llm.training import train_lora
+
+        return train_lora(config, work)
+
+    def evaluate(self, config: EvaluateConfig) -> dict[str, Any]:
+        """See `ModelFamily`; `emloc_llm.evaluation`."""
+        from emloc_llm.evaluation import evaluate_model
+
+        return evaluate_model(config)
+
+    def demo(self, config: DemoConfig) -> Path:
+        """See `ModelFamily`; `emloc_llm.demo`."""
+        from emloc_llm.demo.demo import run_demo
+
+        return run_demo(config)
+
+    def write_example(self, folder: Path, seed: int) -> Mapping[str, Any]:
+        """See `ModelFamily`; `emloc_llm.example`."""
+        from emloc_llm.example import write_example
+
+        return write_example(folder, seed)

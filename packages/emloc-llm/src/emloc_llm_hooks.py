@@ -1,0 +1,32 @@
+"""The plugin's entry point: says what it offers and imports nothing heavy.
+
+It is a module beside `emloc_llm` and not inside, because importing `emloc_llm` registers the emulator
+format with transformers, which takes seconds, and `emloc --help` must not.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import emloc
+from emloc.family import FamilyEntry
+
+
+def is_causal_lm(config: Mapping[str, Any]) -> bool:
+    """Whether a parsed `config.json` names a causal language model."""
+    return any(
+        str(name).endswith(("ForCausalLM", "LMHeadModel"))
+        for name in config.get("architectures") or []
+    )
+
+
+@emloc.hookimpl
+def emloc_register_families() -> Sequence[FamilyEntry]:
+    """Causal language models."""
+    return [
+        FamilyEntry(
+            name="llm",
+            summary="causal language models of transformers (AutoModelForCausalLM)",
+            target="emloc_llm.family:LLMFamily",
+            recognises=is_causal_lm,
+        )
+    ]

@@ -1,0 +1,42 @@
+"""EMLoC: fine-tune a model within the memory of running it.
+
+The stages are functions with keyword options: `compress`, `train`, `correct`, `merge`, `evaluate`,
+`verify`, `run` and `demo`. They are imported on first use, so that `import emloc` is cheap.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from emloc.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from emloc.stages.compress import compress
+    from emloc.stages.correct import correct
+    from emloc.stages.demo import demo
+    from emloc.stages.evaluate import evaluate
+    from emloc.stages.merge import merge
+    from emloc.stages.run import run
+    from emloc.stages.train import train
+    from emloc.stages.verify import verify
+
+__version__ = "0.1.0"
+
+STAGES = ("compress", "train", "correct", "merge", "evaluate", "verify", "run", "demo")
+
+__all__ = [
+    "compress",
+    "correct",
+    "demo",
+    "evaluate",
+    "hookimpl",
+    "merge",
+    "run",
+    "train",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in STAGES:
+        return getattr(importlib.import_module(f"emloc.stages.{name}"), name)
+    raise AttributeError(f"module 'emloc' has no attribute {name!r}")

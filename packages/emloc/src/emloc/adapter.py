@@ -1,0 +1,185 @@
+"""Read a LoRA as PEFT saves it: `adapter_config.json` and `adapter_model.safetensors`.
+
+Only what changes a linear layer by `scaling · B · A` (and DoRA's magnitude) can be corrected and
+merged; everything else that PEFT offers is refused with its reason.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from emloc.checkpoint import Checkpoint, read_json
+from emloc.errors import CheckpointError, MismatchError
+from emloc.rank import match_pattern
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+PREFIX = "base_model.model."
+
+_CHANGES_BASE = {"pissa", "olora", "corda", "loftq", "lora_ga"}
+_UNSUPPORTED = {
+    "modules_to_save": "it trains whole modules beside the LoRA",
+    "layer_replication": "it repeats layers",
+    "target_parameters": "it adapts parameters instead of linear layers",
+    "trainable_token_indices": "it trains token embeddings",
+    "lora_bias": "it trains biases inside the LoRA",
+    "use_qalora": "it pools the inputs",
+    "alora_invocation_tokens": "it acts on some tokens only",
+    "arrow_config": "it mixes several LoRAs",
+    "megatron_config": "it is split over processes",
+}
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """One adapted layer; the keys are tensor names in the adapter's file.
+
+    Attributes:
+        name: module name in the base model.
+        rank: rows of A.
+        scaling: `alpha / rank`, or `alpha / √rank` for rsLoRA.
+        magnitude_key: DoRA's magnitude, or None.
+    """
+
+    name: str
+    rank: int
+    scaling: float
+    down_key: str
+    up_key: str
+    magnitude_key: str | None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter on disk."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: Checkpoint
+    layers: tuple[LoraLayer, ...]
+
+    @classmethod
+    def open(cls, folder: str) -> "Adapter":
+        """Open a local folder or hub id.
+
+        Raises:
+            CheckpointError: it is not a complete PEFT adapter.
+            MismatchError: it is of a kind that does more than `scaling · B · A`.
+        """
+        path = Path(folder)
+        if not path.is_dir():
+            raise CheckpointError(f"No folder {folder}; pass the folder of a PEFT adapter.")
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not (path / name).is_file():
+                raise CheckpointError(f"{path} is not a PEFT adapter: it has no {name}.")
+        config = read_json(path / CONFIG_NAME)
+        _refuse_unsupported(path, config)
+        tensors = Checkpoint.from_files(folder, path, config, {WEIGHTS_NAME: None})
+        return cls(path, config, tensors, tuple(_layers(path, config, tensors)))
+
+    def read(self, key: str) -> Tensor:
+        """A tensor of the adapter."""
+        return self.tensors.read(key)
+
+    def require_finite(self, fail: Callable[[str], Exception]) -> None:
+        """Raise `fail(key)` for the first tensor with NaN or infinity."""
+        for key in self.tensors.tensors:
+            if not bool(self.read(key).isfinite().all()):
+                raise fail(key)
+
+
+def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise MismatchError(f"{path} is a {kind} adapter; only LoRA can be corrected and merged.")
+    for option, reason in _UNSUPPORTED.items():
+        if config.get(option):
+            raise MismatchError(f"{path} uses {option}, which is not supported: {reason}.")
+    if config.get("bias", "none") != "none":
+        raise MismatchError(
+            f"{path} trains biases (bias={config['bias']!r}), which is not supported: they would be "
+            f"left out; train with bias='none'."
+        )
+    start = str(config.get("init_lora_weights")).lower()
+    if any(start.startswith(name) for name in _CHANGES_BASE):
+        raise MismatchError(
+            f"{path} was initialised with {start}, which changes the emulator's weights; convert it "
+            f"to a plain LoRA with PEFT's path_initial_model_for_weight_conversion first."
+        )
+
+
+def _layers(path: Path, config: dict[str, Any], tensors: Checkpoint) -> list[LoraLayer]:
+    rank_pattern = cast("dict[str, int]", config.get("rank_pattern") or {})
+    alpha_pattern = cast("dict[str, float]", config.get("alpha_pattern") or {})
+    found: list[LoraLayer] = []
+    used: set[str] = set()
+    for key, info in tensors.tensors.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        name = key.removesuffix(".lora_A.weight").removeprefix(PREFIX)
+        up_key = key.replace(".lora_A.weight", ".lora_B.weight")
+        if up_key not in tensors.tensors:
+            raise CheckpointError(f"{path / WEIGHTS_NAME} holds {key} and no {up_key}; it is incomplete.")
+        rank = info.shape[0]
+        expected = match_pattern(rank_pattern, name) or config.get("r")
+        if rank != expected:
+            raise CheckpointError(
+                f"{path}: {key} has rank {rank}, its {CONFIG_NAME} says {expected}; the two files do "
+                f"not belong together."
+            )
+        alpha = match_pattern(alpha_pattern, name)
+        alpha = float(config.get("lora_alpha", 8) if alpha is None else alpha)
+        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        magnitude = key.replace(".lora_A.weight", ".lora_magnitude_vector")
+        magnitude_key = magnitude if magnitude in tensors.tensors else None
+        used |= {key, up_key} | ({magnitude_key} if magnitude_key else set())
+        found.append(LoraLayer(name, rank, scaling, key, up_key, magnitude_key))
+    unknown = sorted(tensors.tensors.keys() - used)
+    if unknown:
+        raise MismatchError(f"{path / WEIGHTS_NAME} holds tensors that are not LoRA: {_some(unknown)}.")
+    if not found:
+        raise CheckpointError(f"{path / WEIGHTS_NAME} holds no LoRA tensors.")
+    return found
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def weight_names(
+    adapter: Adapter, find: Callable[[str], str | None], base: Checkpoint
+) -> dict[str, str]:
+    """Layer name to the base's tensor name, for every adapted layer.
+
+    Args:
+        find: the base's tensor name of a parameter, or None (`ModelFamily.tensor_name`).
+
+    Raises:
+        MismatchError: some layers have no weight in the base, or one of another shape; lists them.
+    """
+    names: dict[str, str] = {}
+    missing: list[str] = []
+    for layer in adapter.layers:
+        weight = find(f"{layer.name}.weight")
+        if weight is None:
+            missing.append(layer.name)
+            continue
+        names[layer.name] = weight
+        down, up = (adapter.tensors.tensors[key].shape for key in (layer.down_key, layer.up_key))
+        shape = base.tensors[weight].shape
+        if shape != (up[0], down[1]):
+            raise MismatchError(
+                f"Adapter {adapter.path}: {layer.name} is {up[0]}x{down[1]}, but in {base.name} it is "
+                f"{'x'.join(map(str, shape))}; the adapter was trained for another base model."
+            )
+    if missing:
+        raise MismatchError(
+            f"Adapter {adapter.path}: {len(missing)} of {len(adapter.layers)} layers have no weight in "
+            f"{base.name}: {_some(missing)}; the adapter was trained for another base model."
+        )
+    return names

@@ -1,0 +1,243 @@
+"""Read a checkpoint's tensors by name, straight from its safetensors shards.
+
+`Checkpoint.open` parses headers only. `read` returns a view into the memory-mapped file, so a tensor
+costs file-backed pages and no anonymous memory until it is copied or converted.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from emloc.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The safetensors format's names of dtypes."""
+
+SAMPLE_BYTES = 4096
+"""How much of each end of a tensor goes into a checkpoint's digest."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass
+class Checkpoint:
+    """A local folder with `config.json` and safetensors shards.
+
+    Attributes:
+        name: what the user called it, a path or a hub id.
+        path: the local folder.
+        config: the parsed `config.json`.
+        tensors: every tensor by name, in name order.
+    """
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    _files: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)
+
+    @classmethod
+    def open(cls, model_name_or_path: str | os.PathLike[str]) -> "Checkpoint":
+        """Open a local folder or a hub id (downloaded or found in the hub's cache).
+
+        Raises:
+            CheckpointError: nothing is there, or a shard is missing or corrupt.
+        """
+        name = os.fspath(model_name_or_path)
+        path = locate(name)
+        return cls.from_files(name, path, read_json(path / "config.json"), _shards(path))
+
+    @classmethod
+    def from_files(
+        cls, name: str, path: Path, config: dict[str, Any], files: Mapping[str, set[str] | None]
+    ) -> "Checkpoint":
+        """Open given safetensors files, each with the tensors it must hold (None: not known)."""
+        tensors: dict[str, TensorInfo] = {}
+        checkpoint = cls(name, path, config, tensors)
+        for file, promised in files.items():
+            held = dict(checkpoint.headers(file))
+            for missing in sorted(promised - held.keys()) if promised is not None else ():
+                raise CheckpointError(
+                    f"Shard {path / file}: it does not hold the tensor {missing} that the index "
+                    f"promises; download the checkpoint again."
+                )
+            tensors.update(held)
+        checkpoint.tensors = dict(sorted(tensors.items()))
+        return checkpoint
+
+    def reference_name(self) -> str:
+        """How another artefact should name this model: an absolute path, or the hub id."""
+        return str(self.path.absolute()) if Path(self.name).is_dir() else self.name
+
+    def headers(self, file: str) -> Iterator[tuple[str, TensorInfo]]:
+        """Names, dtypes and shapes of one shard."""
+        handle = self._open(file)
+        for name in handle.keys():  # noqa: SIM118 (not a mapping)
+            view = handle.get_slice(name)
+            kind = str(view.get_dtype())
+            if kind not in DTYPES:
+                raise CheckpointError(
+                    f"Tensor {name} in {self.path / file} has dtype {kind}, which is not supported; "
+                    f"use a float32, bfloat16 or float16 checkpoint."
+                )
+            yield name, TensorInfo(file, DTYPES[kind], tuple(view.get_shape()))
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as it is stored, a view into the file.
+
+        Raises:
+            CheckpointError: no such tensor.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"Checkpoint {self.name} holds no tensor {name}.")
+        return cast(Tensor, self._open(self.tensors[name].file).get_tensor(name))
+
+    def digest(self) -> str:
+        """Identity of the weights: names, dtypes, shapes, and both ends of every tensor.
+
+        Sampling makes it cheap for hundreds of gigabytes; two trainings of one architecture differ
+        everywhere, so their ends differ.
+        """
+        sha = hashlib.sha256()
+        for name, info in self.tensors.items():
+            sha.update(f"{name}|{info.dtype}|{info.shape}|".encode())
+            flat = self.read(name).reshape(-1).view(torch.uint8)
+            for part in (flat[:SAMPLE_BYTES], flat[-SAMPLE_BYTES:]):
+                sha.update(part.numpy().tobytes())
+        return sha.hexdigest()
+
+    def companions(self) -> list[str]:
+        """Files that belong to the model beside weights and config: tokenizer, generation config, …"""
+        suffixes = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
+        skipped = {"config.json", "emloc.json"}
+        return sorted(
+            entry.name
+            for entry in self.path.iterdir()
+            if entry.is_file()
+            and entry.suffix in suffixes
+            and entry.name not in skipped
+            and not entry.name.endswith(".index.json")
+        )
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            try:
+                self._files[file] = safe_open(str(self.path / file), framework="pt")
+            except (SafetensorError, OSError) as problem:
+                raise CheckpointError(
+                    f"Shard {self.path / file} cannot be read ({problem}); "
+                    f"it is incomplete or corrupt, download it again."
+                ) from problem
+        return self._files[file]
+
+
+def locate(name: str) -> Path:
+    """The local folder of a path or hub id.
+
+    Raises:
+        CheckpointError: neither a folder nor a repository that can be had.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists():
+        raise CheckpointError(f"{name} is a file; pass the model's folder.")
+    looks_like_hub_id = name.count("/") <= 1 and not name.startswith((".", "/", "~"))
+    if not looks_like_hub_id:
+        raise CheckpointError(f"No folder {name}; pass a local folder or a hub id.")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as problem:  # the hub's many errors all mean: not to be had
+        raise CheckpointError(
+            f"No folder {name}, and the hub did not give it ({type(problem).__name__}: "
+            f"{str(problem).splitlines()[0] if str(problem) else ''}); check the name, the network "
+            f"and HF_TOKEN, or download it first."
+        ) from problem
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from disk.
+
+    Raises:
+        CheckpointError: the file is missing or is not a JSON object.
+    """
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as problem:
+        raise CheckpointError(f"{path} does not exist; is {path.parent} a complete model?") from problem
+    except (ValueError, OSError) as problem:
+        raise CheckpointError(f"{path} cannot be read as JSON: {problem}.") from problem
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} should hold a JSON object.")
+    return cast("dict[str, Any]", content)
+
+
+def _shards(path: Path) -> dict[str, set[str] | None]:
+    """Shard files of a folder, each with the tensor names that the index promises (None: no index)."""
+    index_path = path / INDEX_NAME
+    if index_path.exists():
+        weight_map = read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index_path} has no weight_map; download the checkpoint again.")
+        promised: dict[str, set[str] | None] = {}
+        for tensor, file in cast("dict[str, str]", weight_map).items():
+            # A shard named ../../x would make us read, and copy, files outside of the checkpoint.
+            if Path(file).name != file:
+                raise CheckpointError(f"{index_path} names a shard outside of its folder: {file}.")
+            names = promised.setdefault(file, set())
+            if names is not None:
+                names.add(tensor)
+        for file in promised:
+            if not (path / file).is_file():
+                raise CheckpointError(
+                    f"Shard {path / file} is missing though {INDEX_NAME} lists it; "
+                    f"download the checkpoint again."
+                )
+        return promised
+    if (path / SINGLE_NAME).is_file():
+        return {SINGLE_NAME: None}
+    pickled = sorted(entry.name for entry in path.glob("*.bin"))
+    hint = (
+        f"only {pickled[0]} (pickle, which can run code); save it with safe_serialization first"
+        if pickled
+        else f"expected {SINGLE_NAME} or {INDEX_NAME}"
+    )
+    raise CheckpointError(f"{path} holds no safetensors weights: {hint}.")

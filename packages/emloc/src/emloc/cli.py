@@ -1,0 +1,142 @@
+"""The command line: one command per stage, its long options the stage's keywords."""
+
+import inspect
+import json
+import logging
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+from rich.table import Table
+
+import emloc
+from emloc.errors import INTERRUPTED_EXIT_CODE, EmlocError
+from emloc.plugins import Plugins, load_plugins
+from emloc.progress import console
+
+app = typer.Typer(
+    name="emloc",
+    help="Fine-tune a model within the memory of running it: compress, train, correct.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point: every refusal is one sentence on standard error and an exit code of its kind."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    found = load_plugins()
+    build_app(found)
+    try:
+        app()
+    except EmlocError as problem:
+        _fail(str(problem), problem.exit_code)
+    except KeyboardInterrupt:
+        _fail(
+            "Interrupted; nothing is half written, and the same command continues where it can.",
+            INTERRUPTED_EXIT_CODE,
+        )
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def build_app(found: Plugins) -> None:
+    """Add the stages, `run`, `families` and the plugins' own commands."""
+    for name in emloc.STAGES:
+        if name != "run":
+            app.command(name)(_command(name))
+    app.command("run")(_run)
+
+    @app.command("families")
+    def families() -> None:  # pyright: ignore[reportUnusedFunction]
+        """List the installed model families."""
+        table = Table("family", "plugin", "what it handles")
+        for entry in found.families.values():
+            table.add_row(entry.name, entry.plugin, entry.summary)
+        console.print(table)
+        for name, why in found.broken.items():
+            print(f"plugin {name} is broken and was left out: {why}", file=sys.stderr)
+
+    found.manager.hook.emloc_register_commands(app=app)
+
+
+def _command(name: str) -> Any:
+    """A function whose parameters are the stage's options, for typer to read."""
+    from emloc import config as configs
+
+    model = getattr(configs, f"{name.capitalize()}Config")
+
+    def call(**given: Any) -> None:
+        stage = getattr(emloc, name)
+        outcome = stage(**{key: value for key, value in given.items() if value is not None})
+        if isinstance(outcome, Path):
+            print(outcome)
+        else:
+            print(json.dumps(outcome, indent=2, ensure_ascii=False))
+
+    parameters: list[inspect.Parameter] = []
+    for field_name, field in model.model_fields.items():
+        annotation = Annotated[_option_type(field), _option(field_name, field)]
+        parameters.append(
+            inspect.Parameter(
+                field_name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.is_required() else None,
+                annotation=annotation,
+            )
+        )
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    call.__doc__ = inspect.cleandoc(model.__doc__ or "")
+    return call
+
+
+def _option_type(field: FieldInfo) -> Any:
+    """Typer reads booleans as flags; all else stays text for pydantic to parse."""
+    kind: Any = bool if field.annotation is bool else str
+    return kind if field.is_required() else (kind | None)
+
+
+def _option(name: str, field: FieldInfo) -> Any:
+    names = [f"--{name}/--no_{name}"] if field.annotation is bool else [f"--{name}"]
+    default = None if field.is_required() else field.get_default()
+    shown = "" if field.is_required() or default in (None, [], {}) else f" [default: {default}]"
+    help_text = (field.description or "") + shown
+    metavar = None if field.annotation is bool else _metavar(field.annotation)
+    return typer.Option(*names, help=help_text, metavar=metavar, show_default=False)
+
+
+def _metavar(annotation: Any) -> str:
+    """`INTEGER`, `a|b`, …: what an option takes, as its help shows it."""
+    if get_origin(annotation) is Annotated:
+        return _metavar(get_args(annotation)[0])
+    if get_origin(annotation) in (typing.Union, types.UnionType):
+        parts = [_metavar(part) for part in get_args(annotation) if part is not type(None)]
+        return "|".join(parts)
+    if get_origin(annotation) is typing.Literal:
+        return "|".join(map(str, get_args(annotation)))
+    if get_origin(annotation) is list:
+        return "A,B,…"
+    if get_origin(annotation) is dict:
+        return "NAME=VALUE,…"
+    return {int: "INTEGER", float: "FLOAT", Path: "PATH"}.get(annotation, "TEXT")
+
+
+def _run(
+    config: Annotated[Path, typer.Argument(help="YAML file with a section per stage")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value or stage.key=value, …")
+    ] = None,
+) -> None:
+    """Run all stages that a YAML file asks for, skipping those already complete."""
+    outcome = emloc.run(config, *(overrides or []))
+    shown = {k: str(v) if isinstance(v, Path) else v for k, v in outcome.items()}
+    print(json.dumps(shown, indent=2, ensure_ascii=False))

@@ -1,0 +1,230 @@
+"""The options of each stage: Python keywords, YAML keys and `--long_options` are these fields.
+
+One model per stage, unknown keys refused with the nearest known name.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from emloc.errors import ConfigError
+
+
+def _split(value: Any) -> Any:
+    """`a,b` from a command line as a list."""
+    return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+
+def _pairs(value: Any) -> Any:
+    """`a=b,c=d` or JSON from a command line as a mapping."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("{"):
+        return json.loads(value)
+    if any("=" not in part for part in value.split(",")):
+        raise ValueError("expected name=value,name=value or a JSON object")
+    return dict(part.rsplit("=", 1) for part in value.split(","))
+
+
+def _limit(value: Any) -> Any:
+    return "none" if value is None else value
+
+
+Names = Annotated[list[str], BeforeValidator(_split)]
+TextMap = Annotated[dict[str, str], BeforeValidator(_pairs)]
+RatioMap = Annotated[
+    dict[str, Annotated[float, Field(gt=0, le=1)]], BeforeValidator(_pairs)
+]
+CountMap = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(_pairs)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+Limit = Annotated[Annotated[float, Field(ge=0)] | Literal["auto", "none"], BeforeValidator(_limit)]
+
+
+class StageConfig(BaseModel):
+    """Base of all stage options: immutable, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataOptions(StageConfig):
+    """Which data, and how its columns are read."""
+
+    dataset: str | None = Field(None, description="JSONL, CSV or parquet file, a folder, or a hub id")
+    dataset_split: str = Field("train", description="split of a hub data set")
+    column_map: TextMap = Field(
+        {}, description="your column=ours; ours are messages, prompt, completion, text"
+    )
+    max_length: int = Field(1024, ge=2, description="tokens per sample; longer ones are truncated")
+    completion_only_loss: bool = Field(True, description="no loss on prompts")
+
+
+class CalibrationOptions(DataOptions):
+    """Which samples stand for the data when compressing and when choosing a limit."""
+
+    num_calibration_samples: int = Field(64, ge=1, description="samples drawn by seed")
+    calibration_batch_size: int = Field(8, ge=1, description="samples per micro-batch")
+    seed: int = Field(0, ge=0, description="draws calibration samples; seeds training")
+
+
+class CompressConfig(CalibrationOptions):
+    """Stage 1: write a low-rank emulator of a model."""
+
+    model_name_or_path: str = Field(description="local folder or hub id of the base model")
+    output_dir: Path = Field(description="where the emulator goes; must not exist")
+    keep_ratio: float = Field(0.4, gt=0, le=1, description="share of each layer's parameters kept")
+    keep_ratio_pattern: RatioMap = Field({}, description="regular expression=ratio, per layer")
+    rank_pattern: CountMap = Field({}, description="regular expression=rank, per layer")
+    share_factors: bool = Field(True, description="one right factor for layers of one input")
+    exclude: Names = Field([], description="regular expressions of layers to keep dense")
+    dtype: Dtype = Field("auto", description="of the emulator's weights; auto: the base's")
+    device: str = Field("cpu", description="cpu, cuda, cuda:1, …")
+
+
+class LoraOptions(StageConfig):
+    """PEFT's LoRA options under the names that people know."""
+
+    lora_r: int = Field(16, ge=1, description="rank")
+    lora_alpha: float = Field(32, gt=0, description="alpha; scaling is alpha / r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    lora_target_modules: Names = Field(
+        ["all-linear"], description="module names, or all-linear (the head excluded)"
+    )
+    lora_rank_pattern: CountMap = Field({}, description="regular expression=rank")
+    lora_alpha_pattern: CountMap = Field({}, description="regular expression=alpha")
+    use_rslora: bool = Field(False, description="scaling is alpha / sqrt(r)")
+    use_dora: bool = Field(False, description="weight-decomposed LoRA")
+
+
+class TrainConfig(DataOptions, LoraOptions):
+    """Stage 2: train a LoRA on an emulator (or, as a reference, on the model itself)."""
+
+    emulator: str | None = Field(None, description="folder that compress wrote")
+    model_name_or_path: str | None = Field(
+        None, description="train on this model instead of an emulator"
+    )
+    output_dir: Path = Field(description="where the adapter goes; must not exist")
+    eval_dataset: str | None = Field(None, description="evaluated every eval_steps")
+    dtype: Dtype = Field("auto", description="of the frozen weights; auto: as stored")
+    device: str = Field("cpu", description="cpu, cuda, …")
+    seed: int = Field(0, ge=0, description="initialisation, data order and dropout")
+    per_device_train_batch_size: int = Field(8, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    learning_rate: float = Field(2e-4, gt=0)
+    lr_scheduler_type: str = Field("cosine", description="any of transformers'")
+    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    max_steps: int = Field(-1, description="overrides num_train_epochs where positive")
+    num_train_epochs: float = Field(3.0, gt=0)
+    gradient_checkpointing: bool = Field(False, description="less memory, slower steps")
+    logging_steps: int = Field(10, ge=1)
+    save_steps: int = Field(100, ge=1, description="steps between resumable checkpoints")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
+    eval_steps: int | None = Field(None, ge=1)
+    resume_from_checkpoint: str = Field(
+        "auto", description="auto: go on with an interrupted run; never; or a checkpoint's folder"
+    )
+    report_to: Names = Field([], description="tensorboard, wandb, …; none by default")
+
+
+class CorrectConfig(CalibrationOptions):
+    """Stage 3: fit the LoRA to the original model."""
+
+    adapter: str = Field(description="PEFT adapter trained on the emulator")
+    emulator: str = Field(description="the emulator it was trained on")
+    output_dir: Path = Field(description="where the corrected adapter goes; must not exist")
+    model_name_or_path: str | None = Field(
+        None, description="the base model; by default the one that the emulator names"
+    )
+    num_calibration_samples: int = Field(32, ge=1, description="samples drawn by seed")
+    limit: Limit = Field(
+        "auto", description="largest correction per direction, relative to the LoRA; none; auto"
+    )
+    limit_candidates: Annotated[list[Limit], BeforeValidator(_split)] = Field(
+        [0.0, 0.3, 1.0, 3.0, "none"], description="what auto tries; 0 is no correction"
+    )
+    device: str = Field("cpu", description="cpu, cuda, …")
+
+
+class MergeConfig(StageConfig):
+    """Write base + adapter as a full checkpoint."""
+
+    adapter: str = Field(description="PEFT adapter of the base model")
+    output_dir: Path = Field(description="where the merged model goes; must not exist")
+    model_name_or_path: str | None = Field(
+        None, description="the base model; by default the one that the adapter names"
+    )
+
+
+class EvaluateConfig(DataOptions):
+    """Loss and exact match of a model, with or without an adapter."""
+
+    model_name_or_path: str = Field(description="model or emulator")
+    adapter: str | None = Field(None, description="PEFT adapter to put on it")
+    output_dir: Path | None = Field(None, description="where evaluation.json goes; must not exist")
+    num_samples: int | None = Field(None, ge=1, description="the first so many; by default all")
+    per_device_eval_batch_size: int = Field(16, ge=1)
+    max_new_tokens: int = Field(256, ge=0, description="0: loss only")
+    answer: Literal["auto", "text", "number", "json"] = Field(
+        "auto", description="how answers are compared; auto: by what the references are"
+    )
+    tasks: Names = Field([], description="lm-eval tasks instead of a data set")
+    dtype: Dtype = Field("auto", description="auto: as stored")
+    device: str = Field("cpu", description="cpu, cuda, …")
+
+
+class VerifyConfig(StageConfig):
+    """Check an emulator, adapter or merged model."""
+
+    path: Path = Field(description="folder to check")
+    model_name_or_path: str | None = Field(
+        None, description="the base model; by default the one that the folder names"
+    )
+
+
+class DemoConfig(StageConfig):
+    """The whole method on a small real model."""
+
+    family: str = Field("llm", description="which plugin's demo")
+    output_dir: Path = Field(Path("demo-output"), description="where everything goes")
+    model_name_or_path: str | None = Field(None, description="another model than the demo's own")
+    keep_ratio: float | None = Field(None, gt=0, le=1, description="by default the demo's own")
+    max_steps: int | None = Field(None, ge=1, description="by default the demo's own")
+    num_samples: int | None = Field(None, ge=1, description="unseen examples to evaluate on")
+    seed: int = Field(0, ge=0)
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:
+    """` Did you mean X?` for an unknown name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def build(model: type[ConfigT], options: Mapping[str, Any], where: str) -> ConfigT:
+    """Validate options; `where` names their origin in messages.
+
+    Raises:
+        ConfigError: one sentence on the first thing wrong.
+    """
+    try:
+        return model(**options)
+    except ValidationError as problem:
+        raise ConfigError(f"{where}: {_sentence(model, problem.errors()[0])}") from problem
+
+
+def _sentence(model: type[BaseModel], first: ErrorDetails) -> str:
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        return f"unknown option {name}.{nearest(name, cast('dict[str, Any]', model.model_fields))}"
+    if first["type"] == "missing":
+        return f"{name} is required ({model.model_fields[name].description})."
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{name} = {first['input']!r}: {message}."

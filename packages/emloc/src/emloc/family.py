@@ -1,0 +1,123 @@
+"""What a modality plugin must offer: one object that knows its models, its data and its training.
+
+Core streams, compresses, corrects and merges by tensor name; everything that depends on what a model
+reads (text, images, latents) is behind `ModelFamily`.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from emloc.checkpoint import Checkpoint
+from emloc.config import CalibrationOptions, DemoConfig, EvaluateConfig, TrainConfig
+
+Batch = Mapping[str, Tensor]
+"""One micro-batch, as the family's forward takes it."""
+
+
+class LossSum(NamedTuple):
+    """A loss summed over what it averages (tokens, pixels), so that batches can be added up."""
+
+    total: float
+    count: int
+
+
+class EmulatorLayers(NamedTuple):
+    """What the emulator's config must say for its layers to be rebuilt.
+
+    Attributes:
+        groups: layers that share a right factor, with their rank; a group may hold one layer.
+    """
+
+    groups: Sequence[tuple[Sequence[str], int]]
+
+
+class ModelFamily(Protocol):
+    """One modality. Layer, block and unit names are module names of the skeleton."""
+
+    name: str
+    adapter_formats: tuple[str, ...]
+
+    def skeleton(self, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+        """The model with every parameter on the meta device and real buffers, in eval mode."""
+        ...
+
+    def tensor_name(self, model: nn.Module, parameter: str, checkpoint: Checkpoint) -> str | None:
+        """The checkpoint's name of a parameter; None if the checkpoint does not hold it."""
+        ...
+
+    def blocks(self, model: nn.Module) -> Sequence[str]:
+        """The repeated units, in the order of the forward."""
+        ...
+
+    def layer_groups(self, model: nn.Module) -> Sequence[Sequence[str]]:
+        """Compressible layers; those that always read the same input form a group."""
+        ...
+
+    def calibration_batches(
+        self, checkpoint: Checkpoint, options: CalibrationOptions
+    ) -> Sequence[Batch]:
+        """Micro-batches drawn from the data by seed, with labels."""
+        ...
+
+    def token_mask(self, batch: Batch) -> Tensor:
+        """Which tokens are real (True) and which are padding; flattened, it matches layers' inputs."""
+        ...
+
+    def forward_loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        """The library's own forward on one micro-batch, and its training loss."""
+        ...
+
+    def emulator_config(self, checkpoint: Checkpoint, layers: EmulatorLayers) -> dict[str, Any]:
+        """The emulator's `config.json`: the base's, with what its loader needs."""
+        ...
+
+    def train(self, config: TrainConfig, work: Path) -> dict[str, Any]:
+        """Train a LoRA into `work` as a PEFT adapter; returns what was measured."""
+        ...
+
+    def evaluate(self, config: EvaluateConfig) -> dict[str, Any]:
+        """Scores of a model, with or without an adapter; keys at least `loss`."""
+        ...
+
+    def demo(self, config: DemoConfig) -> Path:
+        """The whole method on a small real model; returns the folder of its output."""
+        ...
+
+    def write_example(self, folder: Path, seed: int) -> Mapping[str, Any]:
+        """Save a tiny random model and data set; returns options that every stage accepts."""
+        ...
+
+
+@dataclass(frozen=True)
+class FamilyEntry:
+    """A family as a plugin registers it, without importing it.
+
+    Attributes:
+        name: for example `llm`; a `--family` of the command line.
+        summary: one line for `emloc families`.
+        target: `module:attribute` of the `ModelFamily` object or class.
+        recognises: decides from a parsed `config.json` alone.
+        plugin: filled in by core.
+    """
+
+    name: str
+    summary: str
+    target: str
+    recognises: Callable[[Mapping[str, Any]], bool]
+    plugin: str = ""
+
+    def load(self) -> ModelFamily:
+        """Import the family."""
+        module, _, attribute = self.target.partition(":")
+        found = getattr(importlib.import_module(module), attribute)
+        return cast(ModelFamily, found() if isinstance(found, type) else found)
+
+    def owned_by(self, plugin: str) -> "FamilyEntry":
+        """The same entry with its plugin's name."""
+        return replace(self, plugin=plugin)

@@ -1,0 +1,28 @@
+"""The hooks by which plugins are discovered; behaviour is in typed protocols (`emloc.family`).
+
+A plugin is a module named by an entry point of the group `emloc`. It implements any of these with
+`@emloc.hookimpl` and imports nothing heavy at its top, so that `emloc --help` stays fast.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    import typer
+
+    from emloc.family import FamilyEntry
+
+hookspec = pluggy.HookspecMarker("emloc")
+hookimpl = pluggy.HookimplMarker("emloc")
+
+
+@hookspec
+def emloc_register_families() -> "Sequence[FamilyEntry]":  # type: ignore[empty-body]
+    """The model families that the plugin adds."""
+
+
+@hookspec
+def emloc_register_commands(app: "typer.Typer") -> None:
+    """Add commands of the plugin's own to the command line."""

@@ -1,0 +1,1 @@
+"""Bridges to libraries that core itself does not import; plugins do."""

@@ -1,0 +1,114 @@
+"""A linear layer whose weight is `left @ right`, as an `nn.Linear` that PEFT and transformers know.
+
+Layers of one input share `right`; the projection `x @ rightᵀ` is computed once and handed to the
+others while they are called with the same tensor.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ReadOnlyWeight(torch.Tensor):
+    """A computed weight. Writing to it would be lost without a word, so it is refused."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        """A plain copy, for reading."""
+        return self.as_subclass(torch.Tensor).detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise RuntimeError(
+            "This layer belongs to an emulator: its weight is computed from two factors and cannot "
+            "be written. Correct the adapter (emloc correct) and merge it into the original model."
+        )
+
+
+class SharedProjection:
+    """The right factor of a group, held by its first layer, and its product with the last input.
+
+    Not a module: every layer of the group refers to it, and only the owner holds the parameter.
+    The product is kept until all layers of the group have taken it, so it does not outlive the
+    group's forward; a different input tensor replaces it.
+    """
+
+    def __init__(self, owner: "LowRankLinear", size: int) -> None:
+        self.owner = owner
+        self.size = size
+        self._input: Tensor | None = None
+        self._version = 0
+        self._product: Tensor | None = None
+        self._taken = 0
+
+    def project(self, x: Tensor) -> Tensor:
+        """`x @ rightᵀ`, (..., d_in) to (..., rank)."""
+        if self.size == 1:
+            return nn.functional.linear(x, self.owner.right)
+        fresh = (
+            self._input is not x
+            or self._version != x._version
+            or self._product is None
+            # A product made without a graph must not serve a forward that needs one.
+            or (torch.is_grad_enabled() and x.requires_grad and not self._product.requires_grad)
+        )
+        if fresh:
+            self._input, self._version, self._taken = x, x._version, 0
+            self._product = nn.functional.linear(x, self.owner.right)
+        product = self._product
+        assert product is not None
+        self._taken += 1
+        if self._taken >= self.size:
+            self._input = self._product = None
+        return product
+
+
+class LowRankLinear(nn.Linear):
+    """`y = (x @ rightᵀ) @ leftᵀ + bias`.
+
+    Args:
+        d_in, d_out, rank: sizes; `left` is d_out × rank, `right` rank × d_in.
+        shared: the group's projection; None makes this layer the first of its group.
+        group_size: layers in the group, where this is the first.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        rank: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: Any = None,
+        shared: SharedProjection | None = None,
+        group_size: int = 1,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
+        self.in_features, self.out_features, self.rank = d_in, d_out, rank
+        kind = {"dtype": dtype, "device": device}
+        self.left = nn.Parameter(torch.empty(d_out, rank, **kind), requires_grad=False)
+        if shared is None:
+            self.right = nn.Parameter(torch.empty(rank, d_in, **kind), requires_grad=False)
+            shared = SharedProjection(self, group_size)
+        self.bias = nn.Parameter(torch.empty(d_out, **kind), requires_grad=False) if bias else None
+        self.shared = shared
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The product of the factors, d_out × d_in, computed anew each time; read-only."""
+        with torch.no_grad():
+            return (self.left @ self.shared.owner.right).as_subclass(ReadOnlyWeight)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.Linear's name)
+        """(..., d_in) to (..., d_out)."""
+        return nn.functional.linear(self.shared.project(input), self.left, self.bias)
+
+    def reset_parameters(self) -> None:
+        """Nothing to draw: the factors always come from a checkpoint."""
+
+    def extra_repr(self) -> str:
+        """Sizes, as nn.Linear prints them, and the rank."""
+        return f"{super().extra_repr()}, rank={self.rank}"

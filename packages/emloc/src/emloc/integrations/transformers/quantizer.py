@@ -1,0 +1,89 @@
+"""Teach transformers to load an emulator: `quant_method: emloc` in `config.json`.
+
+Importing this module registers the quantizer; `AutoModel….from_pretrained(emulator)` then builds the
+skeleton with `LowRankLinear` where the config says so, and loads the factors like any weight. The
+model is trainable by adapters, so Trainer, TRL and `peft.get_peft_model` take it as it is.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from emloc.integrations.transformers.low_rank_linear import LowRankLinear
+
+METHOD = "emloc"
+
+
+@register_quantization_config(METHOD)
+class EmlocConfig(QuantizationConfigMixin):
+    """Which layers are low-rank.
+
+    Args:
+        groups: `{"layers": [module names], "rank": k}`; layers of a group share the right factor,
+            stored with the first.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]] | None = None, **kwargs: Any) -> None:
+        self.quant_method = METHOD
+        self.groups = groups or []
+        self.modules_to_not_convert = kwargs.pop("modules_to_not_convert", None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `config.json` holds it."""
+        return {"quant_method": METHOD, "groups": self.groups}
+
+
+@register_quantizer(METHOD)
+class EmlocQuantizer(HfQuantizer):
+    """Puts `LowRankLinear` into the skeleton before the weights are loaded."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        replace_layers(model, self.quantization_config.groups)
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """`save_pretrained` writes the factors back as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on it."""
+        return True
+
+
+def replace_layers(model: nn.Module, groups: list[dict[str, Any]]) -> None:
+    """Replace the named linear layers by empty `LowRankLinear`s of the same dtype and device.
+
+    Raises:
+        ValueError: a name is not a linear layer of the model.
+    """
+    for group in groups:
+        shared = None
+        for name in group["layers"]:
+            try:
+                dense = model.get_submodule(name)
+            except AttributeError:
+                dense = None
+            if not isinstance(dense, nn.Linear):
+                raise ValueError(
+                    f"The emulator's config names {name}, which is no linear layer of "
+                    f"{type(model).__name__}; load it with the class that its config.json names."
+                )
+            layer = LowRankLinear(
+                dense.in_features,
+                dense.out_features,
+                group["rank"],
+                bias=dense.bias is not None,
+                dtype=dense.weight.dtype if dense.weight.dtype.is_floating_point else torch.float32,
+                device=dense.weight.device,
+                shared=shared,
+                group_size=len(group["layers"]),
+            )
+            shared = layer.shared
+            model.set_submodule(name, layer)

@@ -1,0 +1,125 @@
+"""A transformers model without its weights, and what can be learnt from it.
+
+Parameters are on the meta device; buffers (rotary frequencies and the like) are real, since no
+checkpoint stores them.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig
+from transformers.initialization import no_init_weights
+
+from emloc.checkpoint import Checkpoint
+from emloc.errors import CheckpointError
+
+
+def empty_model(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype) -> nn.Module:
+    """The model class of a checkpoint's config on meta, in eval mode.
+
+    Raises:
+        CheckpointError: transformers does not know the architecture.
+    """
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        # An emulator is described by its dense layers here; its factors are core's business.
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, ImportError) as problem:
+        raise CheckpointError(
+            f"transformers cannot build {checkpoint.name} from its config.json: "
+            f"{str(problem).strip().splitlines()[0]}"
+        ) from problem
+    return model.eval()
+
+
+def stored_name(model: Any, parameter: str, checkpoint: Checkpoint) -> str | None:
+    """The checkpoint's name of a parameter: its own, without or with the base prefix, or the tied one's."""
+    prefix = model.base_model_prefix
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for name in (parameter, tied.get(parameter)):
+        if name is None:
+            continue
+        for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+            if candidate in checkpoint.tensors:
+                return candidate
+    return None
+
+
+def repeated_blocks(model: nn.Module) -> list[str]:
+    """Names of the modules in the model's largest top-level `ModuleList`s of one repeated class.
+
+    These are the units that stream. A list inside a block (experts) is part of the block.
+    """
+    blocks: list[str] = []
+    for name, module in model.named_modules():
+        nested = any(name.startswith(f"{block}.") for block in blocks)
+        if isinstance(module, nn.ModuleList) and len(module) > 0 and not nested:
+            children = [(child, sub) for child, sub in module.named_children() if _has_linear(sub)]
+            blocks += [f"{name}.{child}" for child, _ in children]
+    return blocks
+
+
+def _has_linear(module: nn.Module) -> bool:
+    return any(isinstance(sub, nn.Linear) for sub in module.modules())
+
+
+def linears_within(model: nn.Module, blocks: Sequence[str]) -> list[str]:
+    """Names of the linear layers inside `blocks`, in module order."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and any(name.startswith(f"{block}.") for block in blocks)
+    ]
+
+
+def shared_input_groups(
+    model: Any, layers: Sequence[str], forward: Callable[[Any], Any]
+) -> list[list[str]]:
+    """Group layers of one parent that `forward(model)` calls with the very same tensor.
+
+    The forward runs on a copy of fake tensors: nothing is computed, and transformers treats it as
+    tracing, so no branch asks for values. Layers that it does not reach (experts that no token
+    chose), or all of them if it cannot be traced, form groups of one.
+    """
+    seen: dict[int, list[str]] = {}
+    kept: list[Any] = []  # keeps inputs alive, so that no id is used twice
+    calls: dict[str, int] = {}
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            calls[name] = calls.get(name, 0) + 1
+            kept.append(inputs[0])
+            seen.setdefault(id(inputs[0]), []).append(name)
+
+        return hook
+
+    untraceable = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError)
+    with torch.no_grad(), FakeTensorMode(), contextlib.suppress(*untraceable):
+        with no_init_weights():
+            fake = type(model)(model.config).eval()
+        for name in layers:
+            fake.get_submodule(name).register_forward_pre_hook(record(name))
+        forward(fake)
+    groups: list[list[str]] = []
+    grouped: set[str] = set()
+    for names in seen.values():
+        shared = [name for name in dict.fromkeys(names) if calls[name] == 1]
+        parent = _parents(shared)
+        if len(shared) > 1 and len(parent) == 1:
+            groups.append(shared)
+            grouped.update(shared)
+    order = {name: index for index, name in enumerate(layers)}
+    groups += [[name] for name in layers if name not in grouped]
+    return sorted(groups, key=lambda group: order[group[0]])
+
+
+def _parents(names: Sequence[str]) -> set[str]:
+    return {name.rpartition(".")[0] for name in names}

@@ -1,0 +1,130 @@
+"""What our plugins hang on transformers' Trainer: progress, a log, a plot, and safe resuming."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from emloc.errors import NumericalError
+from emloc.progress import console
+
+LOG_NAME = "trainer_log.jsonl"
+PLOT_NAME = "training_loss.png"
+
+_CHECKPOINT_FILES = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+)
+
+
+def last_complete_checkpoint(folder: Path) -> str | None:
+    """The newest `checkpoint-N` that holds everything an exact resume needs.
+
+    The Trainer writes `trainer_state.json` last, so a folder without it (or with half of it) was
+    being written when the run was killed.
+    """
+    found: list[tuple[int, Path]] = []
+    for entry in folder.glob("checkpoint-*"):
+        step = entry.name.removeprefix("checkpoint-")
+        if step.isdigit() and all((entry / name).is_file() for name in _CHECKPOINT_FILES):
+            try:
+                json.loads((entry / "trainer_state.json").read_text("utf-8"))
+            except (OSError, ValueError):
+                continue
+            found.append((int(step), entry))
+    return str(max(found)[1]) if found else None
+
+
+class Progression(TrainerCallback):
+    """A rich progress bar, `trainer_log.jsonl`, and seconds per step (the first, a warm-up, left out).
+
+    The log is rewritten from the Trainer's own history, so a resumed run's log is the same as an
+    uninterrupted one's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.progress: Progress | None = None
+        self.task: Any = None
+        self.step_seconds: list[float] = []
+        self._started = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar."""
+        self.progress = Progress(
+            TextColumn("[bold]{task.description:<12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self.progress.start()
+        self.task = self.progress.add_task(
+            "train", total=state.max_steps, completed=state.global_step, note=""
+        )
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the clock, move the bar."""
+        self.step_seconds.append(time.perf_counter() - self._started)
+        if self.progress:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Write the log; stop at a loss that is not a number."""
+        lines = [json.dumps(entry) for entry in state.log_history]
+        (self.folder / LOG_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        loss = (logs or {}).get("loss")
+        if loss is not None and loss != loss:
+            raise NumericalError(
+                f"The training loss is NaN at step {state.global_step}; use a lower learning_rate "
+                f"or max_grad_norm."
+            )
+        if self.progress and loss is not None:
+            self.progress.update(self.task, note=f"loss {loss:.4f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back, also after an error."""
+        if self.progress:
+            self.progress.stop()
+            self.progress = None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean over this process's steps without the first."""
+        steps = self.step_seconds[1:] or self.step_seconds
+        return round(sum(steps) / len(steps), 4) if steps else None
+
+
+def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
+    """Training and evaluation loss over steps, as a PNG."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points), marker="o", markersize=3, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    if axes.lines:
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,114 @@
+"""Choose how far a correction may go by the loss on data, in one streamed pass over the base.
+
+How much correction helps depends on the LoRA and on the data: a fixed limit can be worse than none.
+So every candidate is one more set of lockstep calls: each unit's weights are read once, and hooks on
+the adapted layers add the candidate's own LoRA to their outputs.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emloc.errors import NumericalError
+from emloc.family import Batch, LossSum
+from emloc.lockstep import Call, current_call, lockstep
+from emloc.progress import progress_bar
+from emloc.stream import UnitStream
+
+
+@dataclass(frozen=True)
+class CandidateLora:
+    """One layer's LoRA under every candidate.
+
+    Attributes:
+        down: A, shared.
+        ups: B per candidate.
+        scaling: of B·A.
+        gains: DoRA's `m / ‖W + s·B·A‖` per candidate, or None.
+    """
+
+    down: Tensor
+    ups: Sequence[Tensor]
+    scaling: float
+    gains: Sequence[Tensor] | None
+
+    def to(self, stream: UnitStream) -> "CandidateLora":
+        """The same on the stream's device, in its dtype."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(stream.device, stream.dtype)
+
+        gains = None if self.gains is None else [move(gain) for gain in self.gains]
+        return CandidateLora(move(self.down), [move(up) for up in self.ups], self.scaling, gains)
+
+
+def losses(
+    stream: UnitStream,
+    batches: Sequence[Batch],
+    loras: Mapping[str, CandidateLora],
+    candidates: int,
+) -> list[float]:
+    """Mean calibration loss of each candidate.
+
+    Raises:
+        NumericalError: a loss is NaN.
+    """
+    device = stream.device
+    handles = [
+        stream.model.get_submodule(name).register_forward_hook(_adding(lora.to(stream)))
+        for name, lora in loras.items()
+    ]
+
+    def run(batch: Batch) -> LossSum:
+        return stream.family.forward_loss(
+            stream.model, {name: tensor.to(device) for name, tensor in batch.items()}
+        )
+
+    calls = [
+        Call(partial(run, batch), context=candidate)
+        for candidate in range(candidates)
+        for batch in batches
+    ]
+    try:
+        with progress_bar("choose limit", len(stream.units)) as advance:
+
+            def visit(unit: str) -> AbstractContextManager[None]:
+                advance(note=unit)
+                return stream.filled(unit)
+
+            results: list[LossSum] = lockstep(stream.model, stream.units, calls, visit)
+    finally:
+        for handle in handles:
+            handle.remove()
+    means: list[float] = []
+    for candidate in range(candidates):
+        part = results[candidate * len(batches) : (candidate + 1) * len(batches)]
+        mean = sum(r.total for r in part) / max(1, sum(r.count for r in part))
+        if mean != mean:
+            raise NumericalError(
+                "The loss on the calibration samples is NaN; check the adapter (emloc verify) and "
+                "the base model."
+            )
+        means.append(mean)
+    return means
+
+
+def _adding(lora: CandidateLora) -> Any:
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        call = current_call()
+        if call is None:
+            return output
+        candidate: int = call.context
+        x = inputs[0].to(lora.down.dtype)
+        delta = torch.nn.functional.linear(x @ lora.down.T, lora.ups[candidate]) * lora.scaling
+        if lora.gains is None:
+            return output + delta
+        bias = 0 if module.bias is None else module.bias
+        return lora.gains[candidate] * (output - bias + delta) + bias
+
+    return add

@@ -1,0 +1,115 @@
+"""Run many forward calls of one model in lockstep, holding one unit's weights at a time.
+
+A model that does not fit in memory can still run if all calls advance together: each call runs the
+library's own forward in a greenlet, which is suspended whenever it is about to enter a *unit* (a
+block, or any other module with weights). When all calls stand before the same unit, its weights are
+loaded, each call runs through it and on to the next unit, and the weights are dropped. No model's
+forward is copied or patched, so skips and several towers need no code of their own.
+
+Memory: the resident tensors, one unit, and what each suspended call keeps alive (its hidden state).
+A call runs on to the next unit before the next call is resumed, so after the last unit (the head)
+only one call's logits exist at a time.
+
+`torch.no_grad` and autocast belong to the thread, not to a greenlet: enter them once, outside.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import nn
+
+from emloc.errors import EmlocError
+
+
+class LockstepError(EmlocError, RuntimeError):
+    """The calls do not pass the model's units in the same order."""
+
+
+class Call(greenlet):
+    """One forward call: `run()` returns its result; `context` is free for the hooks that it meets."""
+
+    def __init__(self, run: Callable[[], Any], context: Any = None) -> None:
+        super().__init__(run)
+        self.context = context
+        self.waiting_for: str | None = None
+        self.result: Any = None
+
+    def advance(self) -> None:
+        """Run until the call stands before its next unit or has returned."""
+        outcome = self.switch()
+        if self.dead:
+            self.waiting_for, self.result = None, outcome
+        else:
+            self.waiting_for = outcome
+
+
+def current_call() -> Call | None:
+    """The call that is running, or None outside of lockstep."""
+    running = getcurrent()
+    return running if isinstance(running, Call) else None
+
+
+@contextmanager
+def _rendezvous(model: nn.Module, units: Sequence[str]) -> Iterator[None]:
+    def pause_before(name: str) -> Callable[..., None]:
+        def pause(_module: nn.Module, _inputs: object) -> None:
+            call = current_call()
+            if call is not None and call.parent is not None:
+                call.parent.switch(name)
+
+        return pause
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(pause_before(name), prepend=True)
+        for name in units
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def lockstep(
+    model: nn.Module,
+    units: Sequence[str],
+    calls: Sequence[Call],
+    visit: Callable[[str], AbstractContextManager[None]],
+    stop_after: str | None = None,
+) -> list[Any]:
+    """Advance `calls` together through `units`; returns their results in order.
+
+    Args:
+        units: module names; must not contain one another.
+        visit: entered when all calls stand before the named unit, left when all are through it.
+        stop_after: abandon the calls once they are through this unit; their results are None.
+
+    Raises:
+        LockstepError: the calls stand before different units.
+    """
+    with _rendezvous(model, units), torch.no_grad():
+        try:
+            for call in calls:
+                call.advance()
+            while True:
+                waiting = {call.waiting_for for call in calls}
+                if waiting == {None}:
+                    return [call.result for call in calls]
+                if len(waiting) != 1:
+                    raise LockstepError(
+                        f"The calibration samples take different paths through the model: they wait "
+                        f"for {sorted(map(str, waiting))} at once; give them the same structure."
+                    )
+                name = str(waiting.pop())
+                with visit(name):
+                    for call in calls:
+                        call.advance()
+                if name == stop_after:
+                    return [None for _ in calls]
+        finally:
+            for call in calls:
+                if not call.dead:
+                    call.throw(GreenletExit)

@@ -1,0 +1,104 @@
+"""`emloc.json`: what an artefact is, what it was made from, and what making it cost.
+
+Everything but `measured` follows from the inputs and is the same in every run.
+"""
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from emloc.checkpoint import read_json
+from emloc.errors import CheckpointError
+from emloc.output import write_json
+
+MANIFEST_NAME = "emloc.json"
+FORMAT = 1
+
+Kind = Literal["emulator", "adapter", "corrected_adapter", "merged_model", "evaluation"]
+
+
+class ModelReference(BaseModel):
+    """Which weights an artefact was made from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name_or_path: str
+    digest: str
+
+
+class Manifest(BaseModel):
+    """The content of `emloc.json`.
+
+    Attributes:
+        base_model: the original model.
+        emulator: the emulator that a LoRA was trained on; None for a LoRA trained on the base.
+        settings: the options that shaped the result.
+        layers: per layer or group what the stage did to it.
+        kept_dense: layers left as they are, with the reason.
+        summary: figures of the whole that follow from the inputs.
+        files: SHA-256 of the files written.
+        measured: `seconds`, `peak_bytes` (anonymous memory over the stage's start) and the like.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int = FORMAT
+    kind: Kind
+    family: str
+    base_model: ModelReference
+    emulator: ModelReference | None = None
+    settings: dict[str, Any] = {}
+    layers: dict[str, dict[str, Any]] = {}
+    kept_dense: dict[str, str] = {}
+    summary: dict[str, Any] = {}
+    files: dict[str, str] = {}
+    versions: dict[str, str] = {}
+    measured: dict[str, Any] = {}
+
+    def write(self, folder: Path) -> None:
+        """Write it into `folder`."""
+        write_json(folder / MANIFEST_NAME, self.model_dump(mode="json", exclude_none=True))
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """The manifest of a folder that a stage wrote.
+
+        Raises:
+            CheckpointError: there is none, or it is not one of ours.
+        """
+        path = folder / MANIFEST_NAME
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder} has no {MANIFEST_NAME}: it was not written by emloc, or it is incomplete."
+            )
+        try:
+            return cls.model_validate(read_json(path))
+        except ValidationError as problem:
+            first = problem.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise CheckpointError(f"{path}: {place}: {first['msg']}.") from problem
+
+    @classmethod
+    def find(cls, folder: Path) -> "Manifest | None":
+        """The manifest of `folder`, or None where there is none."""
+        return cls.read(folder) if (folder / MANIFEST_NAME).is_file() else None
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions of Python and of `packages`."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def same_settings(manifest: Manifest | None, settings: Mapping[str, Any]) -> bool:
+    """Whether an existing artefact was made with exactly these settings."""
+    return manifest is not None and manifest.settings == dict(settings)

@@ -1,0 +1,81 @@
+"""Measure what a stage holds: peak anonymous memory of this process, sampled, over its start.
+
+Anonymous memory (`RssAnon` of /proc) leaves out memory-mapped checkpoint files, whose pages the
+system takes back when it needs them. Where /proc is missing, psutil's unique set size stands in.
+On CUDA the allocator's own peak is exact.
+"""
+
+import re
+import threading
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+import torch
+
+_STATUS = Path("/proc/self/status")
+INTERVAL_SECONDS = 0.01
+
+
+def anonymous_bytes() -> int:
+    """Anonymous resident memory of this process now."""
+    if _STATUS.exists():
+        found = re.search(r"RssAnon:\s+(\d+) kB", _STATUS.read_text())
+        if found:
+            return int(found[1]) * 1024
+    return int(psutil.Process().memory_full_info().uss)
+
+
+class PeakMemory:
+    """Context manager; `peak_bytes` is the highest anonymous memory seen, less that at its start.
+
+    On a CUDA `device`, `peak_bytes` is the allocator's peak and `host_bytes` the anonymous memory.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._cuda = device if device.startswith("cuda") else None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self.start_bytes = 0
+        self.host_bytes = 0
+        self.peak_bytes = 0
+
+    def __enter__(self) -> "PeakMemory":
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats(self._cuda)
+        self.start_bytes = anonymous_bytes()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        problem: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._look()
+        self.peak_bytes = (
+            int(torch.cuda.max_memory_allocated(self._cuda)) if self._cuda else self.host_bytes
+        )
+
+    def figures(self) -> dict[str, int]:
+        """`peak_bytes` and `host_peak_bytes`, for a manifest."""
+        return {"peak_bytes": self.peak_bytes, "host_peak_bytes": self.host_bytes}
+
+    def _sample(self) -> None:
+        while not self._stop.wait(INTERVAL_SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        self.host_bytes = max(self.host_bytes, anonymous_bytes() - self.start_bytes)
+
+
+def format_bytes(count: float) -> str:
+    """`1536` as `1.5 KiB`; binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

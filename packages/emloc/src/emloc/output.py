@@ -1,0 +1,210 @@
+"""Everything a stage writes appears complete or not at all.
+
+A stage works in `<output_dir>.partial` and renames it when done. A killed stage leaves the partial
+folder, and the same stage with the same settings continues in it; other settings start afresh.
+Files inside are written under a temporary name, synced and renamed, so whatever is there is whole.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from emloc.checkpoint import DTYPES
+from emloc.errors import OutputError
+
+SETTINGS_NAME = "stage_settings.json"
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write into an `OutputError`."""
+    try:
+        yield
+    except OSError as problem:
+        if isinstance(problem, OutputError):
+            raise
+        if problem.errno in _FULL:
+            free = shutil.disk_usage(existing_parent(path)).free
+            raise OutputError(
+                f"The disk is full while writing {path} ({free / 2**20:.0f} MiB free); free some "
+                f"space and run the same command again, it continues where it stopped."
+            ) from problem
+        raise OutputError(f"Cannot write {path}: {problem.strerror or problem}.") from problem
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above `path` that exists."""
+    for folder in path.absolute().parents:
+        if folder.is_dir():
+            return folder
+    return Path("/")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically, readable and with a final newline."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file atomically."""
+    temporary = target.with_name(target.name + ".tmp")
+    with writing(target):
+        shutil.copyfile(source, temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.rename(target)
+
+
+class ShardWriter:
+    """Writes one safetensors file tensor by tensor, so a shard never has to be in memory.
+
+    The format is an 8-byte little-endian length, a JSON header and the tensors' bytes in order
+    (https://huggingface.co/docs/safetensors). Used as a context manager; the file appears under its
+    name only if all declared tensors were written.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        self.path = path
+        self._temporary = path.with_name(path.name + ".tmp")
+        self._pending = list(tensors.items())[::-1]
+        self._header = _header(tensors)
+        self._sha = hashlib.sha256()
+
+    def __enter__(self) -> "ShardWriter":
+        with writing(self.path):
+            self._file = self._temporary.open("wb")
+        self._put(self._header)
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append a tensor; tensors come in the declared order, with declared dtype and shape."""
+        expected, (dtype, shape) = self._pending.pop()
+        if (name, tensor.dtype, tuple(tensor.shape)) != (expected, dtype, shape):
+            raise ValueError(f"{self.path}: expected {expected} {dtype} {shape}, got {name} "
+                             f"{tensor.dtype} {tuple(tensor.shape)}")
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            self._put(memoryview(flat.view(torch.uint8).numpy()))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        problem: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        complete = kind is None and not self._pending
+        with writing(self.path):
+            try:
+                if complete:
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+            finally:
+                self._file.close()
+                if not complete:
+                    self._temporary.unlink(missing_ok=True)
+            if complete:
+                self._temporary.rename(self.path)
+        if kind is None and not complete:
+            raise ValueError(f"{self.path}: not written: {[name for name, _ in self._pending]}")
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the bytes written so far."""
+        return self._sha.hexdigest()
+
+    def _put(self, data: bytes | memoryview) -> None:
+        try:
+            with writing(self.path):
+                self._file.write(data)
+        except OutputError:
+            self._temporary.unlink(missing_ok=True)
+            raise
+        self._sha.update(data)
+
+
+def _header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + torch.Size(shape).numel() * dtype.itemsize
+        entries[name] = {
+            "dtype": _DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+@contextmanager
+def stage_folder(output_dir: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
+    """The folder to work in; becomes `output_dir` when the block ends without an error.
+
+    Raises:
+        OutputError: `output_dir` exists, another process is writing it, or it cannot be written.
+    """
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise OutputError(
+            f"{output_dir} exists and is not empty; nothing is ever overwritten, so choose another "
+            f"output_dir or remove it."
+        )
+    work = output_dir.with_name(output_dir.name + ".partial")
+    lock = FileLock(str(output_dir.with_name(f".{output_dir.name}.lock")))
+    with writing(work):
+        work.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as problem:
+        raise OutputError(f"Another process is writing {output_dir}; wait for it to end.") from problem
+    try:
+        with writing(work):
+            text = json.dumps(settings, sort_keys=True)
+            recorded = work / SETTINGS_NAME
+            if work.exists() and not (recorded.is_file() and recorded.read_text("utf-8") == text):
+                shutil.rmtree(work)
+            work.mkdir(exist_ok=True)
+        write_text(recorded, text)
+        yield work
+        with writing(output_dir):
+            recorded.unlink()
+            if output_dir.exists():
+                output_dir.rmdir()
+            work.rename(output_dir)
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)

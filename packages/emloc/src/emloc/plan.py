@@ -1,0 +1,80 @@
+"""Which layers become which factors: groups, ranks, and the layers that stay dense with the reason."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from emloc.config import CompressConfig
+from emloc.rank import decide, match_pattern
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers whose weights are stacked and share one right factor.
+
+    Attributes:
+        layers: names, in the order of the stack.
+        rank: of the stack.
+        d_out: outputs of each layer.
+        d_in: inputs of all.
+    """
+
+    layers: tuple[str, ...]
+    rank: int
+    d_out: tuple[int, ...]
+    d_in: int
+
+    @property
+    def owner(self) -> str:
+        """The layer under whose name the shared right factor is stored."""
+        return self.layers[0]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The groups to compress and what stays dense."""
+
+    groups: tuple[Group, ...]
+    kept_dense: dict[str, str]
+
+    def within(self, block: str) -> list[Group]:
+        """The groups of one block."""
+        return [group for group in self.groups if group.owner.startswith(f"{block}.")]
+
+
+def make_plan(
+    model: nn.Module, layer_groups: Sequence[Sequence[str]], config: CompressConfig
+) -> Plan:
+    """Apply ratios, patterns and exclusions to a family's layer groups."""
+    excluded = dict.fromkeys(config.exclude, True)
+    groups: list[Group] = []
+    dense: dict[str, str] = {}
+    for candidates in layer_groups:
+        # Layers that patterns treat differently cannot share a rank, so they do not share factors.
+        by_pattern: dict[object, list[str]] = {}
+        for name in candidates:
+            if match_pattern(excluded, name):
+                dense[name] = "excluded"
+                continue
+            key: object = (
+                match_pattern(config.rank_pattern, name),
+                match_pattern(config.keep_ratio_pattern, name),
+            )
+            by_pattern.setdefault(key if config.share_factors else name, []).append(name)
+        for layers in by_pattern.values():
+            shapes = [tuple(model.get_parameter(f"{name}.weight").shape) for name in layers]
+            d_out, d_in = tuple(shape[0] for shape in shapes), shapes[0][1]
+            decision = decide(
+                layers[0],
+                sum(d_out),
+                d_in,
+                config.keep_ratio,
+                config.keep_ratio_pattern,
+                config.rank_pattern,
+            )
+            if decision.rank is None:
+                dense |= dict.fromkeys(layers, decision.reason)
+            else:
+                groups.append(Group(tuple(layers), decision.rank, d_out, d_in))
+    return Plan(tuple(groups), dense)

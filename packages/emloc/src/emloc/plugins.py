@@ -1,0 +1,110 @@
+"""Find the installed plugins and the families that they offer.
+
+A plugin that cannot be imported, or that claims a family name that is taken, is reported by name and
+left out; the others go on working.
+"""
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pluggy
+
+from emloc import hookspecs
+from emloc.checkpoint import Checkpoint
+from emloc.errors import PluginError
+from emloc.family import FamilyEntry, ModelFamily
+
+GROUP = "emloc"
+
+
+@dataclass
+class Plugins:
+    """What was found.
+
+    Attributes:
+        manager: pluggy's manager, for hooks other than the families.
+        families: by name.
+        broken: plugin name to one sentence on why it was left out.
+    """
+
+    manager: pluggy.PluginManager
+    families: dict[str, FamilyEntry] = field(default_factory=dict[str, FamilyEntry])
+    broken: dict[str, str] = field(default_factory=dict[str, str])
+
+
+def load_plugins() -> Plugins:
+    """Import every plugin module of the entry-point group and collect its families."""
+    found = Plugins(pluggy.PluginManager(GROUP))
+    found.manager.add_hookspecs(hookspecs)
+    entries = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: entry.name)
+    for entry in entries:
+        try:
+            add_plugin(found, entry.name, entry.load())
+        except Exception as problem:  # a third party's import may raise anything
+            found.broken[entry.name] = f"{type(problem).__name__}: {problem}"
+    return found
+
+
+def add_plugin(found: Plugins, name: str, module: Any) -> None:
+    """Register one plugin module.
+
+    Raises:
+        PluginError: a hook that does not exist, a family name that is taken, or a name registered
+            twice.
+    """
+    manager = found.manager
+    try:
+        manager.register(module, name=name)
+        manager.check_pending()
+        [families] = manager.subset_hook_caller(
+            "emloc_register_families",
+            [other for other in manager.get_plugins() if other is not module],
+        )() or [[]]
+        for family in families:
+            if family.name in found.families:
+                owner = found.families[family.name].plugin
+                raise PluginError(f"family {family.name!r} is already registered by {owner}")
+        for family in families:
+            found.families[family.name] = family.owned_by(name)
+    except Exception:
+        if manager.get_plugin(name) is module:
+            manager.unregister(module)
+        raise
+
+
+def family_named(name: str, families: Mapping[str, FamilyEntry] | None = None) -> ModelFamily:
+    """The family of that name, imported.
+
+    Raises:
+        PluginError: no installed plugin offers it.
+    """
+    known = load_plugins().families if families is None else families
+    if name not in known:
+        raise PluginError(
+            f"No installed plugin offers the family {name!r} (installed: "
+            f"{', '.join(known) or 'none'}); install its plugin, for example pip install emloc-{name}."
+        )
+    return known[name].load()
+
+
+def family_of(checkpoint: Checkpoint) -> ModelFamily:
+    """The family that recognises a checkpoint from its config.
+
+    Raises:
+        PluginError: none does, or several do.
+    """
+    found = load_plugins()
+    matches = [entry for entry in found.families.values() if entry.recognises(checkpoint.config)]
+    if len(matches) == 1:
+        return matches[0].load()
+    what = checkpoint.config.get("architectures") or checkpoint.config.get("model_type")
+    if not matches:
+        broken = "".join(f" Plugin {name} is broken ({why})." for name, why in found.broken.items())
+        raise PluginError(
+            f"No installed family recognises {checkpoint.name} ({what}); installed: "
+            f"{', '.join(found.families) or 'none'}. Install the plugin of its modality.{broken}"
+        )
+    names = ", ".join(entry.name for entry in matches)
+    raise PluginError(f"Several families recognise {checkpoint.name} ({what}): {names}.")

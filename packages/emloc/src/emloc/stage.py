@@ -1,0 +1,61 @@
+"""A stage is one function of one options model: call it with keywords, or from the command line.
+
+`@stage(Config)` turns `def compress(config: CompressConfig)` into a function whose keywords are the
+config's fields, so Python, YAML and the command line can never disagree on names.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from emloc.config import build
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+ResultT = TypeVar("ResultT")
+
+
+class Stage(Generic[ConfigT, ResultT]):
+    """A callable with keyword options; `config` is its options model."""
+
+    def __init__(self, config: type[ConfigT], function: Callable[[ConfigT], ResultT]) -> None:
+        self.config = config
+        self.function = function
+        self.name = function.__name__
+        self.__name__ = function.__name__
+        self.__doc__ = f"{function.__doc__}\n\n    Options:\n" + "\n".join(
+            f"        {name}: {field.description or 'as its name says'}{_default(field)}"
+            for name, field in config.model_fields.items()
+        )
+        self.__signature__ = inspect.Signature(
+            [
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=inspect.Parameter.empty if field.is_required() else field.get_default(),
+                    annotation=field.annotation,
+                )
+                for name, field in config.model_fields.items()
+            ]
+        )
+
+    def __call__(self, **options: Any) -> ResultT:
+        """Validate the options and run the stage."""
+        return self.function(build(self.config, options, self.name))
+
+
+def _default(field: FieldInfo) -> str:
+    return "" if field.is_required() else f" (default: {field.get_default()!r})"
+
+
+def stage(
+    config: type[ConfigT],
+) -> Callable[[Callable[[ConfigT], ResultT]], Stage[ConfigT, ResultT]]:
+    """Decorate a function of `config` to become a `Stage`."""
+
+    def wrap(function: Callable[[ConfigT], ResultT]) -> Stage[ConfigT, ResultT]:
+        return Stage(config, function)
+
+    return wrap

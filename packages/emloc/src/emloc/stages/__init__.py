@@ -1,0 +1,1 @@
+"""The stages: one module, one options model and one function each."""

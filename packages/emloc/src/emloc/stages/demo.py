@@ -1,0 +1,13 @@
+"""The whole method on a small real model, by the family's own demo."""
+
+from pathlib import Path
+
+from emloc.config import DemoConfig
+from emloc.plugins import family_named
+from emloc.stage import stage
+
+
+@stage(DemoConfig)
+def demo(config: DemoConfig) -> Path:
+    """Compress, train, correct and evaluate; prints a table and returns the output folder."""
+    return family_named(config.family).demo(config)

@@ -1,0 +1,128 @@
+"""Write base + adapter as a full checkpoint, tensor by tensor, in the base's own shards and dtypes."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emloc.adapter import WEIGHTS_NAME, Adapter, LoraLayer, weight_names
+from emloc.checkpoint import INDEX_NAME, Checkpoint
+from emloc.config import MergeConfig
+from emloc.errors import ConfigError, MismatchError, NumericalError
+from emloc.manifest import Manifest, ModelReference, same_settings, versions
+from emloc.memory import PeakMemory
+from emloc.merging import merged_weight
+from emloc.output import ShardWriter, copy_file, file_sha256, stage_folder
+from emloc.plugins import family_of
+from emloc.progress import console, progress_bar
+from emloc.stage import stage
+
+
+@stage(MergeConfig)
+def merge(config: MergeConfig) -> Path:
+    """Merge an adapter into its base model; returns the merged model's folder."""
+    adapter = Adapter.open(config.adapter)
+    origin = Manifest.find(adapter.path)
+    base = Checkpoint.open(_base_name(config, adapter, origin))
+    digest = base.digest()
+    if origin is not None and origin.base_model.digest != digest:
+        raise MismatchError(
+            f"Adapter {adapter.path} belongs to {origin.base_model.name_or_path}, and the weights of "
+            f"{base.name} are others; pass that model."
+        )
+    if "quantization_config" in base.config:
+        raise MismatchError(f"{base.name} is quantised or an emulator; merge into the original model.")
+    family = family_of(base)
+    model = family.skeleton(base, torch.float32)
+    names = weight_names(adapter, lambda name: family.tensor_name(model, name, base), base)
+    by_tensor: dict[str, LoraLayer] = {}
+    for layer in adapter.layers:
+        _refuse_tied(model, layer.name, names[layer.name])
+        by_tensor[names[layer.name]] = layer
+    settings = {
+        "base_digest": digest,
+        "adapter_sha256": file_sha256(adapter.path / WEIGHTS_NAME),
+    }
+    if same_settings(Manifest.find(config.output_dir), settings):
+        console.print(f"merge: {config.output_dir} is complete already")
+        return config.output_dir
+    started = time.monotonic()
+    with stage_folder(config.output_dir, settings) as work:
+        with PeakMemory() as peak:
+            files = _write_shards(base, adapter, by_tensor, work)
+        for name in [*base.companions(), "config.json", INDEX_NAME]:
+            if (base.path / name).is_file():
+                copy_file(base.path / name, work / name)
+        Manifest(
+            kind="merged_model",
+            family=family.name,
+            base_model=ModelReference(name_or_path=base.reference_name(), digest=digest),
+            settings=settings,
+            summary={"merged_layers": len(by_tensor)},
+            files=files,
+            versions=versions("emloc", "torch", "safetensors"),
+            measured={"seconds": round(time.monotonic() - started, 3), **peak.figures()},
+        ).write(work)
+    return config.output_dir
+
+
+def _base_name(config: MergeConfig, adapter: Adapter, origin: Manifest | None) -> str:
+    if origin is not None and origin.kind == "adapter" and origin.emulator is not None:
+        raise MismatchError(
+            f"Adapter {adapter.path} was trained on an emulator and is not corrected; run emloc "
+            f"correct on it first."
+        )
+    name = config.model_name_or_path or adapter.config.get("base_model_name_or_path")
+    if not name:
+        raise ConfigError("merge: the adapter names no base model; pass model_name_or_path.")
+    return str(name)
+
+
+def _refuse_tied(model: Any, layer: str, tensor: str) -> None:
+    """A weight stored under another module's name is tied to it: merging would change both."""
+    owner = tensor.removesuffix(".weight")
+    modules = dict(model.named_modules())
+    if owner in modules and owner != layer:
+        raise MismatchError(
+            f"The adapter changes {layer}, whose weight is tied to {owner}: merging would change "
+            f"both; train without {layer}."
+        )
+
+
+def _write_shards(
+    base: Checkpoint, adapter: Adapter, by_tensor: dict[str, LoraLayer], work: Path
+) -> dict[str, str]:
+    by_file: dict[str, list[str]] = {}
+    for name, info in base.tensors.items():
+        by_file.setdefault(info.file, []).append(name)
+    digests: dict[str, str] = {}
+    with progress_bar("merge", len(base.tensors)) as advance:
+        for file, names in by_file.items():
+            # A shard that an interrupted run finished is whole: it was renamed when complete.
+            if (work / file).is_file():
+                digests[file] = file_sha256(work / file)
+                advance(len(names))
+                continue
+            declared = {name: (base.tensors[name].dtype, base.tensors[name].shape) for name in names}
+            with ShardWriter(work / file, declared) as shard:
+                for name in names:
+                    shard.write(name, _merged(base, adapter, name, by_tensor.get(name)))
+                    advance(note=name)
+            digests[file] = shard.sha256
+    return digests
+
+
+def _merged(base: Checkpoint, adapter: Adapter, name: str, layer: LoraLayer | None) -> Any:
+    weight = base.read(name)
+    if layer is None:
+        return weight
+    magnitude = adapter.read(layer.magnitude_key) if layer.magnitude_key else None
+    down, up = adapter.read(layer.down_key), adapter.read(layer.up_key)
+    merged = merged_weight(weight, down, up, layer.scaling, magnitude)
+    if not bool(merged.abs().amax().isfinite()):
+        raise NumericalError(
+            f"Merging {name} gives NaN or infinity; check {base.name} and {adapter.path} with emloc "
+            f"verify."
+        )
+    return merged

@@ -1,0 +1,142 @@
+"""Check what a stage wrote: digests, shapes, finiteness, and keys against the base's configuration."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, weight_names
+from emloc.checkpoint import Checkpoint
+from emloc.config import VerifyConfig
+from emloc.errors import CheckpointError, EmlocError, MismatchError, NumericalError
+from emloc.family import ModelFamily
+from emloc.manifest import Manifest
+from emloc.output import file_sha256
+from emloc.plugins import family_named, family_of
+from emloc.progress import progress_bar
+from emloc.stage import stage
+
+
+@stage(VerifyConfig)
+def verify(config: VerifyConfig) -> dict[str, Any]:
+    """Check a folder; returns what was checked.
+
+    Raises:
+        EmlocError: the first thing found wrong.
+    """
+    if not config.path.is_dir():
+        raise CheckpointError(f"No folder {config.path}; pass an emulator, adapter or merged model.")
+    manifest = Manifest.find(config.path)
+    if (config.path / CONFIG_NAME).is_file():
+        return _verify_adapter(config, manifest)
+    checkpoint = Checkpoint.open(str(config.path))
+    checked = _verify_files(config.path, manifest)
+    family = family_named(manifest.family) if manifest else family_of(checkpoint)
+    if manifest is not None and manifest.kind == "emulator":
+        _verify_emulator(checkpoint, manifest, family)
+        _verify_base(config, manifest)
+    else:
+        _verify_parameters(checkpoint, family)
+    finite = _verify_finite(checkpoint)
+    kind = manifest.kind if manifest else "model"
+    return {"path": str(config.path), "kind": kind, "files": checked, "tensors": finite}
+
+
+def _verify_files(folder: Path, manifest: Manifest | None) -> int:
+    for name, digest in (manifest.files if manifest else {}).items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing though the manifest lists it.")
+        if file_sha256(folder / name) != digest:
+            raise CheckpointError(
+                f"{folder / name} is not what was written (SHA-256 differs); make it again."
+            )
+    return len(manifest.files) if manifest else 0
+
+
+def _verify_finite(checkpoint: Checkpoint) -> int:
+    with progress_bar("verify", len(checkpoint.tensors)) as advance:
+        for name, info in checkpoint.tensors.items():
+            tensor = checkpoint.read(name)
+            if info.dtype.is_floating_point and not bool(tensor.isfinite().all()):
+                raise NumericalError(f"Tensor {name} of {checkpoint.path} holds NaN or infinity.")
+            advance(note=name)
+    return len(checkpoint.tensors)
+
+
+def _verify_parameters(checkpoint: Checkpoint, family: ModelFamily) -> None:
+    model = family.skeleton(checkpoint, torch.float32)
+    for name, parameter in model.named_parameters():
+        stored = family.tensor_name(model, name, checkpoint)
+        if stored is None:
+            raise CheckpointError(f"{checkpoint.path} holds no tensor for {name}.")
+        if checkpoint.tensors[stored].shape != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{stored} of {checkpoint.path} is {checkpoint.tensors[stored].shape}; its config "
+                f"implies {tuple(parameter.shape)}."
+            )
+
+
+def _verify_emulator(checkpoint: Checkpoint, manifest: Manifest, family: ModelFamily) -> None:
+    expected: dict[str, tuple[int, ...]] = {}
+    for owner, entry in manifest.layers.items():
+        expected[f"{owner}.right"] = (entry["rank"], entry["d_in"])
+        for name, d_out in zip(entry["layers"], entry["d_out"]):
+            expected[f"{name}.left"] = (d_out, entry["rank"])
+    model = family.skeleton(checkpoint, torch.float32)
+    factored = {name.rsplit(".", 1)[0] for name in expected}
+    stored = {name.removeprefix(_prefix(checkpoint, expected)): i for name, i in checkpoint.tensors.items()}
+    for name, shape in expected.items():
+        if name not in stored or stored[name].shape != shape:
+            found = stored[name].shape if name in stored else "missing"
+            raise CheckpointError(f"{name} of {checkpoint.path} should be {shape}, is {found}.")
+    for name, _ in model.named_parameters():
+        layer = name.rpartition(".")[0]
+        dense = layer not in factored or not name.endswith(".weight")
+        if dense and family.tensor_name(model, name, checkpoint) is None:
+            raise CheckpointError(f"{checkpoint.path} holds no tensor for {name}.")
+
+
+def _prefix(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> str:
+    """What the checkpoint puts before module names, if anything."""
+    first = next(iter(expected))
+    for name in checkpoint.tensors:
+        if name.endswith(first):
+            return name.removesuffix(first)
+    return ""
+
+
+def _verify_base(config: VerifyConfig, manifest: Manifest) -> None:
+    name = config.model_name_or_path or manifest.base_model.name_or_path
+    if config.model_name_or_path is None and not Path(name).is_dir():
+        return  # the base is elsewhere, and nobody asked for it
+    if Checkpoint.open(name).digest() != manifest.base_model.digest:
+        raise MismatchError(f"{config.path} was made from other weights than those of {name}.")
+
+
+def _verify_adapter(config: VerifyConfig, manifest: Manifest | None) -> dict[str, Any]:
+    adapter = Adapter.open(str(config.path))
+    checked = _verify_files(config.path, manifest)
+
+    def fail(key: str) -> EmlocError:
+        return NumericalError(f"{key} of {config.path / WEIGHTS_NAME} holds NaN or infinity.")
+
+    adapter.require_finite(fail)
+    if manifest is not None and manifest.kind == "corrected_adapter":
+        _verify_base(config, manifest)
+    name = config.model_name_or_path or adapter.config.get("base_model_name_or_path")
+    against = None
+    if name and (config.model_name_or_path or Path(str(name)).is_dir()):
+        base = Checkpoint.open(str(name))
+        if "quantization_config" not in base.config:
+            family = family_of(base)
+            model = family.skeleton(base, torch.float32)
+            weight_names(adapter, lambda key: family.tensor_name(model, key, base), base)
+            against = str(name)
+    return {
+        "path": str(config.path),
+        "kind": manifest.kind if manifest else "adapter",
+        "files": checked,
+        "tensors": len(adapter.tensors.tensors),
+        "layers": len(adapter.layers),
+        "base_model": against,
+    }
