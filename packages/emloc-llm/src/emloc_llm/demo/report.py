@@ -1,0 +1,90 @@
+"""The demo's table, `summary.json` and picture."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib
+from rich.console import Console
+from rich.table import Table
+
+from emloc.memory import format_bytes
+from emloc.output import write_json
+
+TITLES = {
+    "base": "base model",
+    "lora": "LoRA trained on the base",
+    "uncorrected": "EMLoC without correction",
+    "emloc": "EMLoC",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        exact_match: share of unseen messages whose JSON is right.
+        loss: per completion token on unseen messages.
+        train_weight_bytes: parameters held while training, LoRA included; 0: not trained.
+        peak_bytes: peak anonymous memory over the process's start; for `base` of running it, for
+            `lora` of training, for EMLoC the highest of its stages.
+        seconds_per_step: of training; None: not trained.
+    """
+
+    name: str
+    exact_match: float
+    loss: float
+    train_weight_bytes: int
+    peak_bytes: int
+    seconds_per_step: float | None
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """The rows on standard output."""
+    table = Table(title="Customer messages to JSON, on unseen messages, run on the original model")
+    table.add_column("")
+    for column in ("exact match", "loss", "weights in training", "peak memory", "s / step"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        trained = row.seconds_per_step is not None
+        table.add_row(
+            TITLES[row.name],
+            f"{row.exact_match:.0%}",
+            f"{row.loss:.4f}",
+            format_bytes(row.train_weight_bytes) if trained else "–",
+            format_bytes(row.peak_bytes) + ("" if trained else " (running)"),
+            f"{row.seconds_per_step:.2f}" if trained else "–",
+        )
+    Console().print(table)
+
+
+def write_summary(rows: Sequence[Row], path: Path, **more: object) -> None:
+    """`rows` and what else belongs to the run, as JSON."""
+    write_json(path, {"rows": [asdict(row) for row in rows], **more})
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Score, loss, memory and time side by side."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = (
+        ("exact match (%)", [100 * row.exact_match for row in rows]),
+        ("loss on unseen messages", [row.loss for row in rows]),
+        ("weights held in training (MiB)", [row.train_weight_bytes / 2**20 for row in rows]),
+        ("peak memory (MiB)", [row.peak_bytes / 2**20 for row in rows]),
+        ("seconds per step", [row.seconds_per_step or 0 for row in rows]),
+    )
+    colors = ["#9aa0a6", "#4285f4", "#fbbc04", "#34a853"]
+    figure, axes = plt.subplots(1, len(panels), figsize=(16, 4))
+    labels = ["base", "LoRA\non base", "EMLoC\nuncorrected", "EMLoC"]
+    for axis, (title, values) in zip(axes, panels):
+        bars = axis.bar(labels, values, color=colors)
+        axis.bar_label(bars, fmt="%.3g", fontsize=8)
+        axis.set_title(title, fontsize=10)
+        axis.tick_params(axis="x", labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,79 @@
+"""Scores against direct computation, and how answers are compared."""
+
+import json
+
+import pytest
+import torch
+
+import emloc
+from emloc.errors import CheckpointError, ConfigError, MismatchError
+from emloc_llm.evaluation import matches
+from emloc_llm.example import byte_tokenizer, write_model
+
+from .reference import load
+
+
+@pytest.mark.parametrize(
+    ("reference", "prediction", "answer", "same"),
+    [
+        ("so 3+4=7\n#### 7", "The answer is 7", "auto", True),
+        ("#### 1,200", "#### 1200.0", "auto", True),
+        ("#### 72", "first 72, then\n#### 71", "auto", False),
+        ("#### 72", "no idea", "auto", False),
+        ('{"a": 1, "b": "x"}', '{"b": "x", "a": 1}', "auto", True),
+        ('{"a": 1}', '{"a": 2}', "auto", False),
+        ('{"a": 1}', "a is 1", "auto", False),
+        ("yes", " yes\n", "auto", True),
+        ("yes", "Yes", "text", False),
+        ("12", "it is 12", "number", True),
+    ],
+)
+def test_matches(reference, prediction, answer, same):
+    assert matches(reference, prediction, answer) is same
+
+
+def test_loss_and_answers_are_those_of_a_plain_loop(tiny):
+    result = emloc.evaluate(
+        model_name_or_path=str(tiny.base), dataset=str(tiny.test), max_new_tokens=6,
+        per_device_eval_batch_size=5,
+    )  # fmt: skip
+    model, tokenizer = load(tiny.base), byte_tokenizer()
+    total, count = 0.0, 0
+    rows = [json.loads(line)["messages"] for line in tiny.test.read_text().splitlines()]
+    for row, answer in zip(rows, result["answers"]):
+        head = tokenizer.apply_chat_template(row[:-1], add_generation_prompt=True, tokenize=False)
+        prompt = tokenizer(head, return_tensors="pt")["input_ids"]
+        rest = tokenizer(row[-1]["content"] + "<|im_end|>\n", return_tensors="pt")["input_ids"]
+        ids = torch.cat([prompt, rest], 1)
+        loss = model(input_ids=ids, labels=torch.cat([torch.full_like(prompt, -100), rest], 1)).loss
+        total, count = total + float(loss) * rest.shape[1], count + rest.shape[1]
+        out = model.generate(prompt, max_new_tokens=6, do_sample=False)
+        said = tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True).strip()
+        assert answer["prediction"] == said
+        assert answer["match"] == (said == row[-1]["content"])
+    assert result["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert result["samples"] == len(rows) == 8
+
+
+def test_written_once_and_refused(tiny, tmp_path):
+    options = {"model_name_or_path": str(tiny.base), "dataset": str(tiny.test),
+               "max_new_tokens": 0, "output_dir": tmp_path}  # fmt: skip
+    first = emloc.evaluate(adapter=str(tiny.corrected), **options)
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == first
+    assert emloc.evaluate(adapter=str(tiny.corrected), **options) == first
+    with pytest.raises(OSError, match="exists"):
+        emloc.evaluate(**options)
+    with pytest.raises(ConfigError, match="dataset is required"):
+        emloc.evaluate(model_name_or_path=str(tiny.base))
+    with pytest.raises(ConfigError, match="corrected for the original"):
+        emloc.evaluate(
+            model_name_or_path=str(tiny.emulator), adapter=str(tiny.corrected),
+            dataset=str(tiny.test),
+        )  # fmt: skip
+    deep = write_model(tmp_path / "deep", num_hidden_layers=2)
+    with pytest.raises(MismatchError, match="7 of 21 layers have no weight"):
+        emloc.evaluate(
+            model_name_or_path=str(deep), adapter=str(tiny.corrected), dataset=str(tiny.test)
+        )
+    with pytest.raises(CheckpointError):
+        emloc.evaluate(model_name_or_path=str(tmp_path / "none" / "x"), dataset=str(tiny.test))

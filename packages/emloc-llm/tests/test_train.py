@@ -1,0 +1,181 @@
+"""Training with TRL on the emulator: it learns, resumes exactly, and refuses what cannot work."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+
+import emloc
+from emloc.errors import CheckpointError, ConfigError, DataError, MismatchError
+from emloc.integrations.transformers.training import last_complete_checkpoint
+from emloc.manifest import Manifest
+
+from .reference import load
+
+
+def test_what_training_leaves(tiny):
+    names = {path.name for path in tiny.adapter.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "emloc.json", "trainer_log.jsonl",
+            "training_loss.png", "checkpoint-6", "tokenizer.json"} <= names  # fmt: skip
+    log = [json.loads(line) for line in (tiny.adapter / "trainer_log.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    manifest = Manifest.read(tiny.adapter)
+    assert manifest.base_model == Manifest.read(tiny.emulator).base_model
+    held = sum(p.numel() * p.element_size() for p in load(tiny.emulator).parameters())
+    lora = sum(t.nbytes for t in load_file(tiny.adapter / "adapter_model.safetensors").values())
+    assert manifest.summary["train_weight_bytes"] == held + lora
+    assert manifest.measured["seconds_per_step"] > 0
+
+
+def test_an_interrupted_run_resumes_exactly(tiny, tmp_path, monkeypatch):
+    """Stop after step 3, when checkpoint-2 is there: weights, optimiser, order and dropout go on."""
+    from transformers import TrainerCallback
+
+    from emloc.integrations.transformers.training import Progression
+
+    options = {**tiny.train_options, "lora_dropout": 0.2}
+    whole = emloc.train(output_dir=tmp_path / "whole", **options)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    original = Progression.on_step_end
+    monkeypatch.setattr(Progression, "on_step_end", Stop.on_step_end)
+    with pytest.raises(KeyboardInterrupt):
+        emloc.train(output_dir=tmp_path / "cut", **options)
+    assert not (tmp_path / "cut").exists()
+    monkeypatch.setattr(Progression, "on_step_end", original)
+    # A checkpoint that was being written when the process died must not be taken.
+    shutil.copytree(tmp_path / "cut.partial/checkpoint-2", tmp_path / "cut.partial/checkpoint-4")
+    (tmp_path / "cut.partial/checkpoint-4/trainer_state.json").write_text('{"global_st')
+    resumed = emloc.train(output_dir=tmp_path / "cut", **options)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+
+    def losses(folder):
+        lines = (folder / "trainer_log.jsonl").read_text().splitlines()
+        return [json.loads(line).get("loss") for line in lines]
+
+    assert losses(resumed) == losses(whole)
+
+
+def test_checkpoints_that_miss_something_are_not_resumed(tiny, tmp_path):
+    assert last_complete_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoint-9").mkdir()
+    assert last_complete_checkpoint(tmp_path) is None
+    shutil.copytree(tiny.adapter / "checkpoint-6", tmp_path / "checkpoint-6")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-6" / "rng_state.pth").unlink()
+    assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_two_runs_are_byte_identical(tiny, tmp_path):
+    again = emloc.train(output_dir=tmp_path / "again", **tiny.train_options)
+    name = "adapter_model.safetensors"
+    assert (again / name).read_bytes() == (tiny.adapter / name).read_bytes()
+
+
+def test_lora_options_reach_peft(tiny, tmp_path):
+    options = {
+        **tiny.train_options, "max_steps": 1, "lora_target_modules": "q_proj,down_proj",
+        "lora_rank_pattern": {"down_proj": 2}, "lora_alpha_pattern": {"q_proj": 7},
+        "use_rslora": True, "use_dora": True, "lora_dropout": 0.1, "gradient_checkpointing": True,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3,
+        "eval_dataset": str(tiny.test), "eval_steps": 1, "report_to": "tensorboard",
+        "lr_scheduler_type": "linear", "warmup_ratio": 0.5,
+    }  # fmt: skip
+    folder = emloc.train(output_dir=tmp_path / "a", **options)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["use_rslora"] is config["use_dora"] is True
+    assert config["alpha_pattern"] == {"q_proj": 7}
+    tensors = load_file(folder / "adapter_model.safetensors")
+    ranks = {key.split(".")[-3]: t.shape[0] for key, t in tensors.items() if "lora_A" in key}
+    assert ranks == {"q_proj": 4, "down_proj": 2}
+    assert any("lora_magnitude_vector" in key for key in tensors)
+    log = (folder / "trainer_log.jsonl").read_text()
+    assert "eval_loss" in log
+    assert list(folder.rglob("events.out.tfevents.*"))
+
+
+def test_data_formats_give_the_same_samples(tiny, tmp_path):
+    from emloc.config import TrainConfig
+    from emloc_llm.data import IGNORED, encode_all, load_rows
+    from emloc_llm.example import byte_tokenizer
+
+    rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(3)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "d.csv").write_text("question,answer\n" + "".join(f"q{i},a{i}\n" for i in range(3)))
+    load_rows(TrainConfig(output_dir="o", dataset=str(tmp_path / "d.csv"),
+                          column_map={"question": "prompt", "answer": "completion"})
+              ).to_parquet(tmp_path / "d.parquet")  # fmt: skip
+    tokenizer = byte_tokenizer()
+    found = []
+    for name, mapping in (("d.jsonl", True), ("d.csv", True), ("d.parquet", False)):
+        config = TrainConfig(
+            output_dir="o", dataset=str(tmp_path / name),
+            column_map={"question": "prompt", "answer": "completion"} if mapping else {},
+        )  # fmt: skip
+        found.append(encode_all(load_rows(config), tokenizer, config, name))
+    assert found[0] == found[1] == found[2]
+    sample = found[0][1]
+    end = tokenizer.eos_token_id
+    answer = tokenizer("a1")["input_ids"]
+    assert sample.labels == [IGNORED, IGNORED, *answer, end]
+    assert sample.input_ids == [*tokenizer("q1")["input_ids"], *answer, end]
+    whole = TrainConfig(output_dir="o", completion_only_loss=False)
+    assert encode_all([{"prompt": "q", "completion": "a"}], tokenizer, whole, "x")[0].labels[0] >= 0
+    text = encode_all([{"text": "hello"}], tokenizer, whole, "x")[0]
+    assert text.labels == text.input_ids
+
+
+def test_chat_loss_is_on_the_last_answer_only(tiny):
+    from emloc.config import TrainConfig
+    from emloc_llm.data import IGNORED, encode
+    from emloc_llm.example import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    turns = [("user", "hi"), ("assistant", "yes"), ("user", "and?"), ("assistant", "no")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    sample = encode(row, tokenizer, TrainConfig(output_dir="o"))
+    learnt = [label for label in sample.labels if label != IGNORED]
+    assert tokenizer.decode(learnt) == "no<|im_end|>\n"
+    assert sample.reference == "no"
+
+
+def test_refusals(tiny, tmp_path):
+    def train(**options):
+        emloc.train(output_dir=tmp_path / "x", **{**tiny.train_options, **options})
+
+    with pytest.raises(DataError, match="every label is masked"):
+        train(max_length=10)
+    with pytest.raises(ConfigError, match=r"no module q_prj\. Did you mean q_proj\?"):
+        train(lora_target_modules="q_prj")
+    with pytest.raises(ConfigError, match="either emulator, or model_name_or_path"):
+        train(model_name_or_path=str(tiny.base))
+    with pytest.raises(ConfigError, match="dataset is required"):
+        train(dataset=None)
+    with pytest.raises(ConfigError, match="lr_scheduler_type|SchedulerType|scheduler"):
+        train(lr_scheduler_type="cosinus")
+    with pytest.raises(CheckpointError, match="not a complete training checkpoint"):
+        train(resume_from_checkpoint=str(tmp_path))
+    with pytest.raises(CheckpointError, match="not written by emloc"):
+        train(emulator=str(tiny.base))
+    with pytest.raises((ConfigError, MismatchError)):
+        train(emulator=str(tiny.adapter))
+    assert not (tmp_path / "x").exists()
+
+
+def test_truncated_samples_are_counted_and_said(tiny, tmp_path, capfd):
+    folder = emloc.train(
+        output_dir=tmp_path / "a", **{**tiny.train_options, "max_steps": 1, "max_length": 62}
+    )
+    said = " ".join(capfd.readouterr().err.split())
+    count = Manifest.read(folder).summary["truncated_samples"]
+    assert count > 0
+    assert f"{count} of 24 samples" in said
+    assert "longer than max_length=62" in said

@@ -1,0 +1,5 @@
+"""`python -m emloc`."""
+
+from emloc.cli import main
+
+main()

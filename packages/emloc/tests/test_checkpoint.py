@@ -1,0 +1,101 @@
+"""Reading shards: what is there comes back, what is broken is named."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from emloc.checkpoint import Checkpoint, locate
+from emloc.errors import CheckpointError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    first = {"a.weight": torch.randn(5, 3), "b.weight": torch.randn(7).bfloat16()}
+    second = {"c.weight": torch.randn(2, 2).half()}
+    save_file(first, tmp_path / "model-00001-of-00002.safetensors")
+    save_file(second, tmp_path / "model-00002-of-00002.safetensors")
+    weight_map = {"a.weight": "model-00001-of-00002.safetensors",
+                  "b.weight": "model-00001-of-00002.safetensors",
+                  "c.weight": "model-00002-of-00002.safetensors"}  # fmt: skip
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
+def test_reads_shards_by_name(folder):
+    checkpoint = Checkpoint.open(folder)
+    assert list(checkpoint.tensors) == ["a.weight", "b.weight", "c.weight"]
+    assert checkpoint.read("b.weight").dtype == torch.bfloat16
+    assert checkpoint.tensors["a.weight"].shape == (5, 3)
+    assert checkpoint.tensors["c.weight"].nbytes == 8
+    with pytest.raises(CheckpointError, match="no tensor d"):
+        checkpoint.read("d")
+
+
+def test_digest_sees_names_shapes_and_values(folder):
+    before = Checkpoint.open(folder).digest()
+    assert Checkpoint.open(folder).digest() == before
+    save_file({"c.weight": torch.ones(2, 2).half()}, folder / "model-00002-of-00002.safetensors")
+    assert Checkpoint.open(folder).digest() != before
+
+
+def test_reading_costs_no_anonymous_memory(tmp_path):
+    from emloc.memory import anonymous_bytes
+
+    save_file({"w": torch.randn(4096, 4096)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = Checkpoint.open(tmp_path)
+    before = anonymous_bytes()
+    tensor = checkpoint.read("w")
+    assert float(tensor.sum()) != 0
+    assert anonymous_bytes() - before < 16 * 2**20 < tensor.nbytes
+
+
+def test_missing_shard(folder):
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="00002-of-00002.safetensors is missing"):
+        Checkpoint.open(folder)
+
+
+def test_truncated_shard(folder):
+    shard = folder / "model-00001-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match="incomplete or corrupt"):
+        Checkpoint.open(folder)
+
+
+def test_promised_tensor_that_is_not_there(folder):
+    save_file({"other": torch.ones(1)}, folder / "model-00002-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match=r"does not hold the tensor c\.weight"):
+        Checkpoint.open(folder)
+
+
+def test_index_may_not_leave_the_folder(folder):
+    index = {"weight_map": {"a.weight": "../model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="outside of its folder"):
+        Checkpoint.open(folder)
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="pickle"):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]"])
+def test_broken_config(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        Checkpoint.open(folder)
+
+
+def test_unknown_folder_and_hub_id(monkeypatch):
+    with pytest.raises(CheckpointError, match="No folder /nowhere/at/all"):
+        locate("/nowhere/at/all")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="hub did not give it"):
+        locate("nobody/nothing-here")

@@ -1,0 +1,92 @@
+import inspect
+
+import pytest
+
+import emloc
+from emloc.config import CompressConfig, CorrectConfig, TrainConfig, build
+from emloc.errors import ConfigError
+from emloc.stages.run import plan_stages
+
+
+def test_unknown_option_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"unknown option keep_ration\. Did you mean keep_ratio\?"):
+        emloc.compress(model_name_or_path="m", output_dir="o", keep_ration=0.4)
+
+
+@pytest.mark.parametrize("ratio", [0, -1, 1.01, float("nan"), "half"])
+def test_keep_ratio_out_of_range(ratio):
+    with pytest.raises(ConfigError, match="keep_ratio = "):
+        build(CompressConfig, {"model_name_or_path": "m", "output_dir": "o", "keep_ratio": ratio}, "x")
+
+
+def test_missing_option_says_what_it_is():
+    with pytest.raises(ConfigError, match="model_name_or_path is required"):
+        build(CompressConfig, {"output_dir": "o"}, "x")
+
+
+def test_text_from_a_command_line_is_parsed():
+    config = build(
+        TrainConfig,
+        {"output_dir": "o", "lora_target_modules": "q_proj,v_proj", "lora_r": "8",
+         "lora_rank_pattern": "q_proj=4,v_proj=2", "column_map": '{"q": "prompt"}'},
+        "x",
+    )  # fmt: skip
+    assert config.lora_target_modules == ["q_proj", "v_proj"]
+    assert (config.lora_r, config.lora_rank_pattern) == (8, {"q_proj": 4, "v_proj": 2})
+    assert config.column_map == {"q": "prompt"}
+
+
+@pytest.mark.parametrize(
+    ("given", "parsed"), [("auto", "auto"), ("none", "none"), (None, "none"), ("3", 3.0), (0, 0.0)]
+)
+def test_limit(given, parsed):
+    options = {"adapter": "a", "emulator": "e", "output_dir": "o", "limit": given}
+    assert build(CorrectConfig, options, "x").limit == parsed
+
+
+def test_stage_functions_show_their_keywords():
+    parameters = inspect.signature(emloc.compress).parameters
+    assert parameters["keep_ratio"].default == 0.4
+    assert "share of each layer" in emloc.compress.__doc__
+
+
+PLAN = {
+    "model_name_or_path": "m",
+    "dataset": "train.jsonl",
+    "output_dir": "root",
+    "compress": {"keep_ratio": 0.5},
+    "train": {"max_steps": 3},
+    "correct": None,
+    "merge": {},
+    "evaluate": {"dataset": "test.jsonl"},
+}
+
+
+def test_stages_feed_each_other():
+    plans = plan_stages(PLAN, "c.yaml")
+    assert list(plans) == ["compress", "train", "correct", "merge", "evaluate"]
+    assert plans["train"]["emulator"] == "root/emulator"
+    assert "model_name_or_path" not in plans["train"]
+    assert plans["correct"]["adapter"] == "root/adapter"
+    assert plans["merge"]["adapter"] == plans["evaluate"]["adapter"] == "root/corrected"
+    assert plans["evaluate"]["dataset"] == "test.jsonl"
+
+
+def test_an_override_never_reaches_a_stage_that_does_not_know_it():
+    plans = plan_stages({**PLAN, "lora_r": 4}, "c.yaml")
+    assert plans["train"]["lora_r"] == 4
+    assert "lora_r" not in plans["compress"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keep_ration": 1}, r"unknown key keep_ration\. Did you mean keep_ratio\?"),
+        ({"trian": {}}, r"unknown key trian\. Did you mean train\?"),
+        ({"train": {"lora_rr": 1}}, r"c.yaml: train: unknown option lora_rr\. Did you mean lora_r\?"),
+        ({"train": [1]}, "train should hold keys and values"),
+    ],
+)
+def test_unknown_yaml_keys(change, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_stages({**PLAN, **change}, "c.yaml")

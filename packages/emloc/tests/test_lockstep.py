@@ -1,0 +1,95 @@
+"""Lockstep gives what plain forwards give, bit for bit, and holds one unit at a time."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from emloc.lockstep import Call, LockstepError, current_call, lockstep
+
+
+class Skipping(nn.Module):
+    """Blocks with long skips, as in a UNet: the first block's output is used by the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.ModuleList([nn.Linear(6, 9), nn.Linear(9, 5)])
+        self.up = nn.ModuleList([nn.Linear(5, 9), nn.Linear(18, 6)])
+
+    def forward(self, x):
+        first = self.down[0](x).relu()
+        second = self.up[0](self.down[1](first).relu())
+        return self.up[1](torch.cat([first, second], -1))
+
+
+UNITS = ["down.0", "down.1", "up.0", "up.1"]
+
+
+def test_bit_exact_and_in_order():
+    torch.manual_seed(0)
+    model = Skipping()
+    inputs = [torch.randn(3, 6) for _ in range(4)]
+    visited, inside = [], []
+
+    @contextmanager
+    def visit(name):
+        visited.append(name)
+        inside.append(name)
+        yield
+        inside.remove(name)
+        assert not inside
+
+    calls = [Call(lambda x=x: model(x), context=i) for i, x in enumerate(inputs)]
+    seen = []
+    hook = model.up[0].register_forward_hook(lambda *_: seen.append(current_call().context))
+    results = lockstep(model, UNITS, calls, visit)
+    hook.remove()
+    assert current_call() is None
+    assert visited == UNITS
+    assert seen == [0, 1, 2, 3]
+    for result, x in zip(results, inputs):
+        assert torch.equal(result, model(x))
+        assert not result.requires_grad
+
+
+def test_stop_after_abandons_the_rest():
+    model = Skipping()
+    reached = []
+    model.up[0].register_forward_hook(lambda *_: reached.append(1))
+
+    @contextmanager
+    def visit(name):
+        yield
+
+    calls = [Call(lambda: model(torch.randn(2, 6))) for _ in range(3)]
+    assert lockstep(model, UNITS, calls, visit, stop_after="down.1") == [None] * 3
+    assert reached == []
+    assert all(call.dead for call in calls)
+    assert not model.up[0]._forward_pre_hooks
+
+
+def test_an_error_in_one_call_ends_all_and_cleans_up():
+    model = Skipping()
+    calls = [Call(lambda: model(torch.randn(2, 6))), Call(lambda: model(torch.randn(2, 7)))]
+
+    @contextmanager
+    def visit(name):
+        yield
+
+    with pytest.raises(RuntimeError, match="shape"):
+        lockstep(model, UNITS, calls, visit)
+    assert all(call.dead for call in calls)
+    assert not model.down[0]._forward_pre_hooks
+
+
+def test_different_paths_are_refused():
+    model = Skipping()
+
+    @contextmanager
+    def visit(name):
+        yield
+
+    calls = [Call(lambda: model(torch.randn(2, 6))), Call(lambda: model.up[0](torch.randn(2, 5)))]
+    with pytest.raises(LockstepError, match="different paths"):
+        lockstep(model, UNITS, calls, visit)

@@ -1,0 +1,113 @@
+"""Writers: stock safetensors reads what we write; nothing half written appears."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from emloc.errors import OutputError
+from emloc.output import SETTINGS_NAME, ShardWriter, file_sha256, stage_folder
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=3)),
+                max_size=6))  # fmt: skip
+def test_stock_safetensors_reads_it(tmp_path_factory, specs):
+    path = tmp_path_factory.mktemp("shard") / "x.safetensors"
+    tensors = {
+        f"t{i}": torch.randint(0, 2, tuple(shape)).to(dtype) for i, (dtype, shape) in enumerate(specs)
+    }
+    declared = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    with ShardWriter(path, declared) as shard:
+        for name, tensor in tensors.items():
+            shard.write(name, tensor)
+    read = load_file(path)
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    assert shard.sha256 == file_sha256(path)
+
+
+def test_a_shard_that_is_not_finished_does_not_appear(tmp_path):
+    path = tmp_path / "x.safetensors"
+    declared = {"a": (torch.float32, (2,)), "b": (torch.float32, (2,))}
+    with pytest.raises(RuntimeError, match="boom"), ShardWriter(path, declared) as shard:
+        shard.write("a", torch.ones(2))
+        raise RuntimeError("boom")
+    with pytest.raises(ValueError, match="not written"), ShardWriter(path, declared) as shard:
+        shard.write("a", torch.ones(2))
+    with pytest.raises(ValueError, match="expected a"), ShardWriter(path, declared) as shard:
+        shard.write("b", torch.ones(2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stage_folder_appears_only_when_complete(tmp_path):
+    target = tmp_path / "deep" / "out"
+    with pytest.raises(RuntimeError), stage_folder(target, {"a": 1}) as work:
+        (work / "done").write_text("x")
+        raise RuntimeError
+    assert not target.exists()
+    with stage_folder(target, {"a": 1}) as work:
+        assert (work / "done").exists()  # the same settings continue
+    assert sorted(p.name for p in target.iterdir()) == ["done"]
+    assert [p.name for p in target.parent.iterdir()] == ["out"]
+
+
+def test_other_settings_start_afresh_and_results_are_never_overwritten(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(RuntimeError), stage_folder(target, {"a": 1}) as work:
+        (work / "done").write_text("x")
+        raise RuntimeError
+    with stage_folder(target, {"a": 2}) as work:
+        assert [p.name for p in work.iterdir()] == [SETTINGS_NAME]
+        (work / "new").write_text("y")
+    with pytest.raises(OutputError, match="nothing is ever overwritten"), stage_folder(target, {}):
+        pass
+    assert (target / "new").read_text() == "y"
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path):
+    target = tmp_path / "out"
+    with (
+        stage_folder(target, {}),
+        pytest.raises(OutputError, match="Another process"),
+        stage_folder(target, {}),
+    ):
+        pass
+
+
+FULL_DISK = """
+import resource, signal, sys, torch
+from pathlib import Path
+from emloc.errors import OutputError
+from emloc.output import ShardWriter
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    with ShardWriter(Path(sys.argv[1]), {"a": (torch.float32, (100_000,))}) as shard:
+        shard.write("a", torch.ones(100_000))
+except OutputError as problem:
+    print(problem)
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
+    """A file-size limit makes the system refuse the write as a full disk does."""
+    path = tmp_path / "x.safetensors"
+    run = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.startswith("The disk is full while writing")
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError), stage_folder(tmp_path / "file" / "out", {}):
+        pass

@@ -1,0 +1,72 @@
+"""Discovery: names are unique, misspelt hooks and broken plugins are reported, not fatal."""
+
+import importlib.metadata
+import types
+
+import pluggy
+import pytest
+
+import emloc
+from emloc import hookspecs
+from emloc.errors import PluginError
+from emloc.family import FamilyEntry
+from emloc.plugins import Plugins, add_plugin, family_named, load_plugins
+
+
+def plugin(family="toy", hook="emloc_register_families"):
+    module = types.ModuleType(f"plugin_{family}")
+
+    def implementation():
+        return [FamilyEntry(family, "a toy", "builtins:object", lambda config: "toy" in config)]
+
+    implementation.__name__ = hook
+    setattr(module, hook, emloc.hookimpl(implementation))
+    return module
+
+
+@pytest.fixture
+def found():
+    plugins = Plugins(pluggy.PluginManager("emloc"))
+    plugins.manager.add_hookspecs(hookspecs)
+    return plugins
+
+
+def test_families_are_collected_with_their_plugin(found):
+    add_plugin(found, "one", plugin("toy"))
+    add_plugin(found, "two", plugin("other"))
+    assert {name: entry.plugin for name, entry in found.families.items()} == {
+        "toy": "one",
+        "other": "two",
+    }
+
+
+def test_a_family_name_is_taken_once(found):
+    add_plugin(found, "one", plugin("toy"))
+    with pytest.raises(PluginError, match="'toy' is already registered by one"):
+        add_plugin(found, "two", plugin("toy"))
+    assert found.families["toy"].plugin == "one"
+    assert not found.manager.has_plugin("two")
+
+
+def test_a_misspelt_hook_is_refused(found):
+    with pytest.raises(pluggy.PluginValidationError, match="emloc_register_familys"):
+        add_plugin(found, "one", plugin(hook="emloc_register_familys"))
+
+
+def test_a_broken_plugin_is_reported_by_name(monkeypatch):
+    class Broken:
+        name = "broken"
+
+        def load(self):
+            raise ImportError("no module named nothing")
+
+    real = list(importlib.metadata.entry_points(group="emloc"))
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [*real, Broken()])
+    found = load_plugins()
+    assert found.broken == {"broken": "ImportError: no module named nothing"}
+    assert set(found.families) == {entry.name for entry in real}
+
+
+def test_an_unknown_family_says_what_to_install():
+    with pytest.raises(PluginError, match="pip install emloc-audio"):
+        family_named("audio")
