@@ -17,7 +17,7 @@ from emloc.manifest import Manifest
 from emloc_llm.example import write_model, write_rows
 from emloc_llm.family import LLMFamily
 
-from .reference import best_error, layer_inputs, load, logits
+from llm_reference import best_error, layer_inputs, load, logits
 
 VARIANTS = {
     "llama": {},

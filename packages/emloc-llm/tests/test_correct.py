@@ -13,7 +13,7 @@ from emloc.errors import CheckpointError, ConfigError, MismatchError, NumericalE
 from emloc.manifest import Manifest
 from emloc_llm.example import write_model
 
-from .reference import load, logits
+from llm_reference import load, logits
 
 KINDS = {
     "lora": {},

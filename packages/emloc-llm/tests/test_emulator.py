@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from emloc.integrations.transformers.low_rank_linear import LowRankLinear
 
-from .reference import load, logits
+from llm_reference import load, logits
 
 
 def group(sizes=(7, 5), d_in=6, rank=3):

@@ -10,7 +10,7 @@ from emloc.errors import CheckpointError, ConfigError, MismatchError
 from emloc_llm.evaluation import matches
 from emloc_llm.example import byte_tokenizer, write_model
 
-from .reference import load
+from llm_reference import load
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from emloc.checkpoint import Checkpoint
 from emloc.errors import MismatchError
 from emloc_llm.example import write_model
 
-from .reference import load, logits
+from llm_reference import load, logits
 
 ADAPTERS = {
     "lora": {},
@@ -104,7 +104,7 @@ def test_refusals(tiny, tmp_path):
         )
     wide = write_model(tmp_path / "wide", intermediate_size=72)
     foreign = random_adapter(tiny.base, tmp_path / "a")
-    with pytest.raises(MismatchError, match="80x48, but in .* it is 72x48"):
+    with pytest.raises(MismatchError, match="48x80, but in .* it is 48x72"):
         emloc.merge(adapter=foreign, model_name_or_path=str(wide), output_dir=tmp_path / "m")
     tied = write_model(tmp_path / "tied", tie_word_embeddings=True)
     model = get_peft_model(load(tied), LoraConfig(r=2, target_modules=["lm_head"]))

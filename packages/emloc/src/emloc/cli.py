@@ -6,6 +6,8 @@ import logging
 import sys
 import types
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -14,7 +16,7 @@ from pydantic.fields import FieldInfo
 from rich.table import Table
 
 import emloc
-from emloc.errors import INTERRUPTED_EXIT_CODE, EmlocError
+from emloc.errors import EmlocError, Interrupted
 from emloc.plugins import Plugins, load_plugins
 from emloc.progress import console
 
@@ -36,17 +38,19 @@ def main() -> None:
     try:
         app()
     except EmlocError as problem:
-        _fail(str(problem), problem.exit_code)
-    except KeyboardInterrupt:
-        _fail(
-            "Interrupted; nothing is half written, and the same command continues where it can.",
-            INTERRUPTED_EXIT_CODE,
-        )
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(problem.exit_code)
 
 
-def _fail(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Typer would turn Ctrl-C into `Aborted!`, which says nothing about what is left."""
+    try:
+        yield
+    except KeyboardInterrupt as problem:
+        raise Interrupted(
+            "Interrupted; nothing is half written, and the same command continues where it can."
+        ) from problem
 
 
 def build_app(found: Plugins) -> None:
@@ -77,7 +81,8 @@ def _command(name: str) -> Any:
 
     def call(**given: Any) -> None:
         stage = getattr(emloc, name)
-        outcome = stage(**{key: value for key, value in given.items() if value is not None})
+        with _interruptible():
+            outcome = stage(**{key: value for key, value in given.items() if value is not None})
         if isinstance(outcome, Path):
             print(outcome)
         else:
@@ -138,6 +143,7 @@ def _run(
     ] = None,
 ) -> None:
     """Run all stages that a YAML file asks for, skipping those already complete."""
-    outcome = emloc.run(config, *(overrides or []))
+    with _interruptible():
+        outcome = emloc.run(config, *(overrides or []))
     shown = {k: str(v) if isinstance(v, Path) else v for k, v in outcome.items()}
     print(json.dumps(shown, indent=2, ensure_ascii=False))

@@ -59,5 +59,7 @@ class DependencyError(EmlocError, ImportError):
     exit_code = 9
 
 
-INTERRUPTED_EXIT_CODE = 130
-"""What a process stopped by Ctrl-C returns (128 + SIGINT), as shells expect."""
+class Interrupted(EmlocError):
+    """Ctrl-C; the exit code is 128 + SIGINT, as shells expect."""
+
+    exit_code = 130

@@ -1,6 +1,6 @@
 """Run the stages that one YAML file asks for, each fed with what the stage before it wrote.
 
-    model_name_or_path: Qwen/Qwen2.5-7B
+    model_name_or_path: someone/some-model-7B
     dataset: train.jsonl
     output_dir: outputs/run
     compress: {keep_ratio: 0.4}

@@ -1,0 +1,94 @@
+"""kill -9 at random writes of every stage, then the same command again: the result is the same bytes."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+
+KILLER = """
+import os, random, signal, sys
+import emloc, emloc.output
+
+kill_at, count = int(sys.argv[1]), 0
+real = os.fsync
+
+def fsync(handle):
+    # Every file that a stage writes is synced before it gets its name.
+    global count
+    count += 1
+    if count == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(handle)
+
+emloc.output.os.fsync = fsync
+stage, *pairs = sys.argv[2:]
+getattr(emloc, stage)(**dict(pair.split("=", 1) for pair in pairs))
+print(count)
+"""
+
+
+def run(kill_at, stage, options):
+    pairs = [f"{key}={value}" for key, value in options.items()]
+    return subprocess.run(
+        [sys.executable, "-c", KILLER, str(kill_at), stage, *pairs],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", ["compress", "train", "correct", "merge"])
+def test_killed_and_run_again(stage, tiny, tmp_path):
+    common = {"dataset": tiny.data, "max_length": 96}
+    options, expected = {
+        "compress": ({"model_name_or_path": tiny.base, "keep_ratio": 0.5, **common}, tiny.emulator),
+        "train": (tiny.train_options, tiny.adapter),
+        "correct": ({**tiny.correct_options, "limit": "none"}, tiny.corrected),
+        "merge": ({"adapter": tiny.corrected}, None),
+    }[stage]
+    output = tmp_path / "out"
+    draw = random.Random(f"{stage} 0")
+    # compress writes the settings, then a shard and a report per block, and the rest.
+    writes = {"compress": 12, "train": 2, "correct": 4, "merge": 5}[stage]
+    killed = run(draw.randint(2, writes), stage, {**options, "output_dir": output})
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not output.exists()
+    left = list((tmp_path / "out.partial").iterdir())
+    assert left
+    again = run(0, stage, {**options, "output_dir": output})
+    assert again.returncode == 0, again.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    if expected is None:
+        expected = tmp_path / "whole"
+        assert run(0, stage, {**options, "output_dir": expected}).returncode == 0
+    names = sorted(path.name for path in expected.glob("*.safetensors"))
+    assert names == sorted(path.name for path in output.glob("*.safetensors"))
+    for name in names:
+        assert (output / name).read_bytes() == (expected / name).read_bytes()
+    assert not list(output.rglob("*.tmp"))
+
+
+def test_finished_blocks_are_not_factorised_again(tiny, tmp_path, monkeypatch):
+    """What a killed run finished is kept: its shard is not written a second time."""
+    import emloc
+    from emloc.stages import compress as module
+
+    options = {"model_name_or_path": str(tiny.base), "dataset": str(tiny.data), "max_length": 96,
+               "keep_ratio": 0.5, "output_dir": tmp_path / "e"}  # fmt: skip
+    real, done = module.factorise, []
+
+    def stop_in_the_second_block(weight, moments, rank):
+        if moments.name.startswith("model.layers.1"):
+            raise KeyboardInterrupt
+        return real(weight, moments, rank)
+
+    monkeypatch.setattr(module, "factorise", stop_in_the_second_block)
+    with pytest.raises(KeyboardInterrupt):
+        emloc.compress(**options)
+    monkeypatch.setattr(module, "factorise", lambda w, m, r: done.append(m.name) or real(w, m, r))
+    folder = emloc.compress(**options)
+    assert {name.split(".")[2] for name in done} == {"1", "2"}
+    for shard in tiny.emulator.glob("*.safetensors"):
+        assert (folder / shard.name).read_bytes() == shard.read_bytes()

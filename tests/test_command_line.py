@@ -1,0 +1,123 @@
+"""The commands as a user types them: results, refusals, exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+def emloc_command(*arguments, **more):
+    return subprocess.run(
+        [sys.executable, "-m", "emloc", *map(str, arguments)],
+        capture_output=True, text=True, check=False, **more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    from emloc_llm.example import write_example
+
+    return write_example(tmp_path_factory.mktemp("llm"), seed=0)
+
+
+def test_help_lists_every_stage():
+    shown = emloc_command("--help").stdout
+    for name in ("compress", "train", "correct", "merge", "evaluate", "verify", "run", "families",
+                 "demo"):  # fmt: skip
+        assert f"  {name} " in shown
+    options = emloc_command("train", "--help").stdout
+    for name in ("emulator", "lora_target_modules", "use_rslora", "resume_from_checkpoint",
+                 "gradient_accumulation_steps", "report_to", "warmup_ratio"):  # fmt: skip
+        assert f"--{name}" in options
+
+
+def test_families():
+    assert "llm" in emloc_command("families").stderr
+
+
+REFUSALS = [
+    (("compress", "--output_dir", "x", "--model_name_or_path", "m", "--keep_ration", "1"), 2,
+     "keep_ratio"),
+    (("compress", "--output_dir", "x", "--model_name_or_path", "m", "--keep_ratio", "2"), 2,
+     "less than or equal to 1"),
+    (("compress", "--output_dir", "x"), 2, "model_name_or_path"),
+    (("compress", "--output_dir", "x", "--model_name_or_path", "/no/where"), 4, "No folder"),
+    (("verify", "--path", "/no/where"), 4, "No folder"),
+    (("demo", "--family", "audio"), 8, "pip install emloc-audio"),
+    (("run", "/no/where.yaml"), 2, "No file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), REFUSALS)
+def test_refusals_are_one_sentence_and_a_code_of_their_kind(arguments, code, message, tmp_path):
+    run = emloc_command(*arguments, cwd=tmp_path)
+    assert run.returncode == code
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_a_yaml_file_twice_with_overrides(llm, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"model_name_or_path: {llm['model_name_or_path']}\n"
+        f"dataset: {llm['dataset']}\n"
+        f"output_dir: {tmp_path / 'out'}\nmax_length: 96\n"
+        "compress: {keep_ratio: 0.5}\n"
+        "train: {max_steps: 50, lora_r: 2}\n"
+        "correct: {limit: 1}\nmerge:\nevaluate: {num_samples: 2, max_new_tokens: 2}\n"
+    )
+    first = emloc_command("run", config, "train.max_steps=2", "seed=3")
+    assert first.returncode == 0, first.stderr
+    results = json.loads(first.stdout)
+    assert results["evaluate"]["samples"] == 2
+    assert results["merge"] == str(tmp_path / "out" / "merged")
+    manifest = json.loads((tmp_path / "out/adapter/emloc.json").read_text())
+    assert (manifest["settings"]["max_steps"], manifest["settings"]["seed"]) == (2, 3)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    again = emloc_command("run", config, "train.max_steps=2", "seed=3")
+    assert json.loads(again.stdout) == results
+    assert again.stderr.count("complete already") == 4
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    other = emloc_command("run", config, "train.max_steps=3", "seed=3")
+    assert other.returncode == 7
+    assert "nothing is ever overwritten" in other.stderr
+
+
+def test_ctrl_c_is_one_sentence(llm, tmp_path):
+    arguments = ["train", "--model_name_or_path", llm["model_name_or_path"], "--dataset",
+                 llm["dataset"], "--output_dir", tmp_path / "a", "--max_steps", "100000"]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "emloc", *map(str, arguments)],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "a.partial/trainer_log.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip().endswith("the same command continues where it can.")
+    assert "Traceback" not in errors
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_broken_plugin_is_named_and_help_still_works(tmp_path):
+    """A real distribution on the path whose plugin module cannot be imported."""
+    info = tmp_path / "emloc_broken-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: emloc-broken\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[emloc]\nbroken = emloc_broken_hooks\n")
+    (tmp_path / "emloc_broken_hooks.py").write_text("import a_module_that_is_not_there\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    shown = emloc_command("families", env=environment)
+    assert shown.returncode == 0
+    assert "llm" in shown.stderr
+    assert "plugin broken is broken" in shown.stderr
+    assert "a_module_that_is_not_there" in shown.stderr
+    assert emloc_command("--help", env=environment).returncode == 0

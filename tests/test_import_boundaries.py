@@ -1,0 +1,66 @@
+"""People install one modality: core imports none, and a plugin imports none but its own."""
+
+import ast
+import re
+import subprocess
+import sys
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+
+PACKAGES = Path(__file__).parent.parent / "packages"
+MODALITIES = {"transformers", "peft", "trl", "diffusers", "timm", "datasets", "accelerate",
+              "torchvision", "gguf", "bitsandbytes", "PIL"}  # fmt: skip
+ALLOWED = {"emloc-llm": {"transformers", "peft", "trl", "datasets", "accelerate", "gguf"}}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module or ""
+
+
+def test_core_names_no_modality():
+    root = PACKAGES / "emloc/src/emloc"
+    for path in root.rglob("*.py"):
+        if "integrations" in path.relative_to(root).parts:
+            continue
+        for name in imports(path):
+            assert name.split(".")[0] not in MODALITIES, f"{path} imports {name}"
+            assert not name.startswith("emloc.integrations"), f"{path} imports {name}"
+            assert not name.startswith("emloc_"), f"{path} imports {name}"
+        assert not re.search(r"\b(llama|qwen|internvl|unet|flux)\b", path.read_text(), re.I), path
+
+
+@pytest.mark.parametrize("package", sorted(ALLOWED))
+def test_a_plugin_names_its_own_modality_only(package):
+    for path in (PACKAGES / package / "src").rglob("*.py"):
+        for name in imports(path):
+            top = name.split(".")[0]
+            assert top not in MODALITIES - ALLOWED[package], f"{path} imports {name}"
+            assert top != "torchvision"
+            own = package.replace("-", "_")
+            assert not top.startswith("emloc_") or top.startswith(own), f"{path} imports {name}"
+
+
+def test_the_command_line_starts_without_a_modality():
+    """`emloc --help` lists what plugins offer without importing what they need."""
+    code = "import sys, emloc.cli; from emloc.plugins import load_plugins; load_plugins();"
+    code += f"print(sorted({MODALITIES!r} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_requirements_pull_no_other_modality():
+    def names(package):
+        return {
+            re.split(r"[^\w-]", line)[0].lower()
+            for line in requires(package) or []
+            if "extra ==" not in line
+        }
+
+    assert not names("emloc") & MODALITIES
+    assert not names("emloc-llm") & {"diffusers", "timm", "torchvision", "bitsandbytes"}
