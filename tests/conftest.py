@@ -3,7 +3,6 @@
 import os
 
 import pytest
-
 from emloc.plugins import load_plugins
 
 os.environ["HF_HUB_OFFLINE"] = "1"

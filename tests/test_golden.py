@@ -6,10 +6,9 @@ If a change moves them on purpose, run `python tests/test_golden.py` and explain
 import json
 from pathlib import Path
 
+import emloc
 import pytest
 import torch
-
-import emloc
 from emloc.checkpoint import Checkpoint
 from emloc.config import CorrectConfig
 from emloc.limits import CandidateLora, losses
@@ -21,7 +20,7 @@ GOLDEN = Path(__file__).parent / "golden.json"
 
 
 def measure_llm(root: Path) -> dict:
-    """Ranks, errors and losses of the stages without training (its kernels may differ by machine)."""
+    """Ranks, errors and losses of the stages without training, whose kernels may differ."""
     from emloc_llm.example import write_model, write_rows
 
     base = write_model(root / "base", dtype=torch.float64, seed=7)
@@ -43,7 +42,7 @@ def measure_llm(root: Path) -> dict:
         "ranks": {name: entry["rank"] for name, entry in layers.items()},
         "relative_errors": {name: entry["relative_error"] for name, entry in layers.items()},
         "losses": losses(stream, batches, lora, 2),
-        "tokens": [entry["tokens"] for entry in layers.values()][0],
+        "tokens": next(entry["tokens"] for entry in layers.values()),
     }
 
 

@@ -4,20 +4,18 @@ import json
 import shutil
 from pathlib import Path
 
-import pytest
-import torch
-from safetensors.torch import load_file, save_file
-
 import emloc
 import emloc_llm
+import pytest
+import torch
 from emloc.checkpoint import Checkpoint
 from emloc.config import CompressConfig
 from emloc.errors import CheckpointError, ConfigError, DataError, NumericalError, OutputError
 from emloc.manifest import Manifest
 from emloc_llm.example import write_model, write_rows
 from emloc_llm.family import LLMFamily
-
 from llm_reference import best_error, layer_inputs, load, logits
+from safetensors.torch import load_file, save_file
 
 VARIANTS = {
     "llama": {},
@@ -117,7 +115,10 @@ def test_ratios_and_ranks_per_layer(tiny, tmp_path):
     assert layers["model.layers.0.mlp.down_proj"]["rank"] == int(0.2 * 48 * 80 / 128)
     # v_proj has a rank of its own, so it leaves the group of q and k.
     assert layers["model.layers.0.self_attn.v_proj"]["rank"] == 3
-    assert [n[-6:] for n in layers["model.layers.0.self_attn.q_proj"]["layers"]] == ["q_proj", "k_proj"]
+    assert [n[-6:] for n in layers["model.layers.0.self_attn.q_proj"]["layers"]] == [
+        "q_proj",
+        "k_proj",
+    ]
 
 
 def test_dtype_of_the_emulator(tiny, tmp_path):
@@ -191,7 +192,9 @@ def test_nan_activation_names_the_layer(tiny, tmp_path):
         tensors["model.layers.2.input_layernorm.weight"][0] = float("inf")
 
     base = broken_copy(tiny.base, tmp_path / "base", change)
-    with pytest.raises(NumericalError, match=r"Layer model\.layers\.2\.self_attn\.q_proj: its inputs"):
+    with pytest.raises(
+        NumericalError, match=r"Layer model\.layers\.2\.self_attn\.q_proj: its inputs"
+    ):
         compress(base, tiny.data, tmp_path / "e")
 
 

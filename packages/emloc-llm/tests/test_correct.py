@@ -3,17 +3,15 @@
 import json
 import shutil
 
+import emloc
 import pytest
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-
-import emloc
 from emloc.errors import CheckpointError, ConfigError, MismatchError, NumericalError
 from emloc.manifest import Manifest
 from emloc_llm.example import write_model
-
 from llm_reference import load, logits
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 KINDS = {
     "lora": {},
@@ -28,7 +26,8 @@ def kind(request, tiny, tmp_path_factory):
     """An adapter of each kind, corrected without limit."""
     root = tmp_path_factory.mktemp(request.param)
     adapter = emloc.train(
-        output_dir=root / "adapter", **{**tiny.train_options, "max_steps": 2, **KINDS[request.param]}
+        output_dir=root / "adapter",
+        **{**tiny.train_options, "max_steps": 2, **KINDS[request.param]},
     )
     corrected = emloc.correct(
         output_dir=root / "corrected", limit="none",
@@ -47,7 +46,7 @@ def peft_layers(model):
 
 def test_acts_on_the_base_as_it_did_on_the_emulator(kind, tiny):
     """On the row space of A: the base's layer with B_c gives what the emulator's gave with B."""
-    name, adapter, corrected = kind
+    _, adapter, corrected = kind
     on_emulator = peft_layers(PeftModel.from_pretrained(load(tiny.emulator), adapter).eval())
     on_base = peft_layers(PeftModel.from_pretrained(load(tiny.base), corrected).eval())
     assert on_base.keys() == on_emulator.keys()
@@ -87,7 +86,7 @@ def test_equals_the_float64_formula(kind, tiny):
 
 
 def test_names_the_original_and_reports_each_layer(kind, tiny):
-    name, adapter, corrected = kind
+    _, _, corrected = kind
     config = json.loads((corrected / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny.base)
     manifest = Manifest.read(corrected)
@@ -100,7 +99,7 @@ def test_names_the_original_and_reports_each_layer(kind, tiny):
 
 def test_stock_logits_are_the_ones_we_compute(kind, tiny, batch):
     """`limit=auto` scores candidates with our own streamed forward; PEFT must agree with it."""
-    name, adapter, _ = kind
+    _, adapter, _ = kind
     folder = emloc.correct(
         output_dir=adapter.parent / "auto", **{**tiny.correct_options, "adapter": str(adapter)},
         limit="auto", num_calibration_samples=24,
@@ -139,7 +138,11 @@ def test_layers_that_stayed_dense_are_left_alone(tiny, tmp_path):
     options = {**tiny.train_options, "emulator": str(emulator), "max_steps": 1}
     adapter = emloc.train(output_dir=tmp_path / "a", **options)
     folder = emloc.correct(
-        output_dir=tmp_path / "c", limit="none", adapter=str(adapter), emulator=str(emulator), **common
+        output_dir=tmp_path / "c",
+        limit="none",
+        adapter=str(adapter),
+        emulator=str(emulator),
+        **common,
     )
     before = load_file(adapter / "adapter_model.safetensors")
     after = load_file(folder / "adapter_model.safetensors")
@@ -176,9 +179,7 @@ def edited(source, target, **changes):
 
 def test_refusals(tiny, tmp_path):
     def correct(limit="none", **options):
-        emloc.correct(
-            output_dir=tmp_path / "x", limit=limit, **{**tiny.correct_options, **options}
-        )
+        emloc.correct(output_dir=tmp_path / "x", limit=limit, **{**tiny.correct_options, **options})
 
     with pytest.raises(MismatchError, match="is corrected already"):
         correct(adapter=str(tiny.corrected))

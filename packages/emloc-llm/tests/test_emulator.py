@@ -4,12 +4,10 @@ import copy
 
 import pytest
 import torch
+from emloc.integrations.transformers.low_rank_linear import LowRankLinear
+from llm_reference import load, logits
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-
-from emloc.integrations.transformers.low_rank_linear import LowRankLinear
-
-from llm_reference import load, logits
 
 
 def group(sizes=(7, 5), d_in=6, rank=3):
@@ -36,7 +34,8 @@ def test_values_and_gradients_are_those_of_the_dense_layer():
         theirs = torch.cat([dense(layer, x) for layer in layers], -1)
         torch.testing.assert_close(ours, theirs)
         torch.testing.assert_close(
-            torch.autograd.grad(ours.sin().sum(), x)[0], torch.autograd.grad(theirs.sin().sum(), x)[0]
+            torch.autograd.grad(ours.sin().sum(), x)[0],
+            torch.autograd.grad(theirs.sin().sum(), x)[0],
         )
 
 

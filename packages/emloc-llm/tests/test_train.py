@@ -3,22 +3,22 @@
 import json
 import shutil
 
-import pytest
-from safetensors.torch import load_file
-
 import emloc
+import pytest
 from emloc.errors import CheckpointError, ConfigError, DataError
 from emloc.integrations.transformers.training import last_complete_checkpoint
 from emloc.manifest import Manifest
-
 from llm_reference import load
+from safetensors.torch import load_file
 
 
 def test_what_training_leaves(tiny):
     names = {path.name for path in tiny.adapter.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "emloc.json", "trainer_log.jsonl",
             "training_loss.png", "checkpoint-6", "tokenizer.json"} <= names  # fmt: skip
-    log = [json.loads(line) for line in (tiny.adapter / "trainer_log.jsonl").read_text().splitlines()]
+    log = [
+        json.loads(line) for line in (tiny.adapter / "trainer_log.jsonl").read_text().splitlines()
+    ]
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert len(losses) == 6
     assert losses[-1] < losses[0]
@@ -32,9 +32,8 @@ def test_what_training_leaves(tiny):
 
 def test_an_interrupted_run_resumes_exactly(tiny, tmp_path, monkeypatch):
     """Stop after step 3, when checkpoint-2 is there: weights, optimiser, order and dropout go on."""
-    from transformers import TrainerCallback
-
     from emloc.integrations.transformers.training import Progression
+    from transformers import TrainerCallback
 
     options = {**tiny.train_options, "lora_dropout": 0.2}
     whole = emloc.train(output_dir=tmp_path / "whole", **options)

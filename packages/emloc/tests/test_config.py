@@ -1,22 +1,25 @@
 import inspect
 
-import pytest
-
 import emloc
+import pytest
 from emloc.config import CompressConfig, CorrectConfig, TrainConfig, build
 from emloc.errors import ConfigError
 from emloc.stages.run import plan_stages
 
 
 def test_unknown_option_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"unknown option keep_ration\. Did you mean keep_ratio\?"):
+    with pytest.raises(
+        ConfigError, match=r"unknown option keep_ration\. Did you mean keep_ratio\?"
+    ):
         emloc.compress(model_name_or_path="m", output_dir="o", keep_ration=0.4)
 
 
 @pytest.mark.parametrize("ratio", [0, -1, 1.01, float("nan"), "half"])
 def test_keep_ratio_out_of_range(ratio):
     with pytest.raises(ConfigError, match="keep_ratio = "):
-        build(CompressConfig, {"model_name_or_path": "m", "output_dir": "o", "keep_ratio": ratio}, "x")
+        build(
+            CompressConfig, {"model_name_or_path": "m", "output_dir": "o", "keep_ratio": ratio}, "x"
+        )
 
 
 def test_missing_option_says_what_it_is():
@@ -83,7 +86,10 @@ def test_an_override_never_reaches_a_stage_that_does_not_know_it():
     [
         ({"keep_ration": 1}, r"unknown key keep_ration\. Did you mean keep_ratio\?"),
         ({"trian": {}}, r"unknown key trian\. Did you mean train\?"),
-        ({"train": {"lora_rr": 1}}, r"c.yaml: train: unknown option lora_rr\. Did you mean lora_r\?"),
+        (
+            {"train": {"lora_rr": 1}},
+            r"c.yaml: train: unknown option lora_rr\. Did you mean lora_r\?",
+        ),
         ({"train": [1]}, "train should hold keys and values"),
     ],
 )

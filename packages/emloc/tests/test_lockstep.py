@@ -4,9 +4,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import nn
-
 from emloc.lockstep import Call, LockstepError, current_call, lockstep
+from torch import nn
 
 
 class Skipping(nn.Module):

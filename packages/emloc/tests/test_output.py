@@ -6,12 +6,11 @@ import sys
 
 import pytest
 import torch
+from emloc.errors import OutputError
+from emloc.output import SETTINGS_NAME, ShardWriter, file_sha256, stage_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-
-from emloc.errors import OutputError
-from emloc.output import SETTINGS_NAME, ShardWriter, file_sha256, stage_folder
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool]
 
@@ -22,7 +21,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int
 def test_stock_safetensors_reads_it(tmp_path_factory, specs):
     path = tmp_path_factory.mktemp("shard") / "x.safetensors"
     tensors = {
-        f"t{i}": torch.randint(0, 2, tuple(shape)).to(dtype) for i, (dtype, shape) in enumerate(specs)
+        f"t{i}": torch.randint(0, 2, tuple(shape)).to(dtype)
+        for i, (dtype, shape) in enumerate(specs)
     }
     declared = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     with ShardWriter(path, declared) as shard:

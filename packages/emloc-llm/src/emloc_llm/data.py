@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from emloc.config import DataOptions, nearest
 from emloc.errors import ConfigError, DataError
+from torch import Tensor
 
 IGNORED = -100
 COLUMNS = ("messages", "prompt", "completion", "text")
@@ -136,9 +135,7 @@ def _encode_chat(messages: Any, tokenizer: Any) -> tuple[list[int], list[int], s
         )
     if messages[-1].get("role") != "assistant":
         raise DataError(f"A chat must end with the assistant's turn: {messages}.")
-    head = tokenizer.apply_chat_template(
-        messages[:-1], add_generation_prompt=True, tokenize=False
-    )
+    head = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     if not whole.startswith(head):
         raise DataError(

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from emloc.adapter import Adapter, weight_names
 from emloc.checkpoint import Checkpoint, locate
 from emloc.config import EvaluateConfig
 from emloc.errors import DataError, DependencyError
 from emloc.progress import progress_bar
+
 from emloc_llm.data import Sample, encode_all, in_batches, load_rows, pad
 from emloc_llm.family import LLMFamily, load_tokenizer
 from emloc_llm.training import load_model
@@ -73,7 +73,7 @@ def _loss(model: Any, samples: list[Sample], tokenizer: Any, config: EvaluateCon
         for part in in_batches(samples, config.per_device_eval_batch_size):
             batch = {k: v.to(config.device) for k, v in pad(part, tokenizer.pad_token_id).items()}
             result = family.forward_loss(model, batch)
-            total, count = total + result.total, count + result.count
+            total, count = total + result.total, count + result.terms
             advance(len(part))
     return total / max(1, count)
 
@@ -160,7 +160,7 @@ def _final_number(text: str) -> float | None:
 
 def _lm_eval(config: EvaluateConfig) -> dict[str, Any]:
     try:
-        from lm_eval import simple_evaluate
+        from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
     except ImportError as problem:
         raise DependencyError("tasks need lm-eval; pip install 'emloc-llm[lm-eval]'.") from problem
     arguments = f"pretrained={config.model_name_or_path},dtype={config.dtype}"

@@ -53,8 +53,14 @@ def write_model(
 ) -> Path:
     """Save a random model of a transformers architecture with the byte tokenizer."""
     tokenizer = byte_tokenizer()
-    settings = {**SIZES, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id,
-                "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, **overrides}
+    settings = {
+        **SIZES,
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+        **overrides,
+    }
     config = AutoConfig.for_model(model_type, **settings)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -5,9 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from emloc.checkpoint import Checkpoint
 from emloc.config import CalibrationOptions, DemoConfig, EvaluateConfig, TrainConfig
 from emloc.errors import CheckpointError
@@ -19,6 +16,9 @@ from emloc.integrations.transformers.skeleton import (
     shared_input_groups,
     stored_name,
 )
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from emloc_llm.data import IGNORED, encode_all, in_batches, load_rows, pad
 
 

@@ -5,11 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, ProgressCallback
-from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig, SFTTrainer
-
 from emloc.checkpoint import locate
 from emloc.config import TrainConfig
 from emloc.errors import CheckpointError, ConfigError, DependencyError
@@ -20,6 +15,11 @@ from emloc.integrations.transformers.training import (
     plot_loss,
 )
 from emloc.progress import console
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, ProgressCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
 from emloc_llm.data import Sample, encode_all, load_rows
 from emloc_llm.family import load_tokenizer
 
@@ -79,7 +79,7 @@ def train_lora(config: TrainConfig, work: Path) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=_checkpoint(config, work))
     finally:
         progression.close()
-    model.save_pretrained(work)
+    model.save_pretrained(str(work))
     tokenizer.save_pretrained(work)
     plot_loss(trainer.state.log_history, work / PLOT_NAME)
     return {
@@ -128,7 +128,7 @@ def _lora(config: TrainConfig, model: Any) -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
-        lora_alpha=config.lora_alpha,
+        lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType] (PEFT takes both)
         lora_dropout=config.lora_dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
         rank_pattern=dict(config.lora_rank_pattern),

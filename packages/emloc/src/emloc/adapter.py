@@ -14,6 +14,7 @@ from torch import Tensor
 
 from emloc.checkpoint import Checkpoint, read_json
 from emloc.errors import CheckpointError, MismatchError
+from emloc.finite import is_finite
 from emloc.rank import match_pattern
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -88,7 +89,7 @@ class Adapter:
     def require_finite(self, fail: Callable[[str], Exception]) -> None:
         """Raise `fail(key)` for the first tensor with NaN or infinity."""
         for key in self.tensors.tensors:
-            if not bool(self.read(key).isfinite().all()):
+            if not is_finite(self.read(key)):
                 raise fail(key)
 
 
@@ -123,7 +124,9 @@ def _layers(path: Path, config: dict[str, Any], tensors: Checkpoint) -> list[Lor
         name = key.removesuffix(".lora_A.weight").removeprefix(PREFIX)
         up_key = key.replace(".lora_A.weight", ".lora_B.weight")
         if up_key not in tensors.tensors:
-            raise CheckpointError(f"{path / WEIGHTS_NAME} holds {key} and no {up_key}; it is incomplete.")
+            raise CheckpointError(
+                f"{path / WEIGHTS_NAME} holds {key} and no {up_key}; it is incomplete."
+            )
         rank = info.shape[0]
         expected = match_pattern(rank_pattern, name) or config.get("r")
         if rank != expected:
@@ -140,7 +143,9 @@ def _layers(path: Path, config: dict[str, Any], tensors: Checkpoint) -> list[Lor
         found.append(LoraLayer(name, rank, scaling, key, up_key, magnitude_key))
     unknown = sorted(tensors.tensors.keys() - used)
     if unknown:
-        raise MismatchError(f"{path / WEIGHTS_NAME} holds tensors that are not LoRA: {_some(unknown)}.")
+        raise MismatchError(
+            f"{path / WEIGHTS_NAME} holds tensors that are not LoRA: {_some(unknown)}."
+        )
     if not found:
         raise CheckpointError(f"{path / WEIGHTS_NAME} holds no LoRA tensors.")
     return found

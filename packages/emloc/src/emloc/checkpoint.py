@@ -202,7 +202,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as problem:
-        raise CheckpointError(f"{path} does not exist; is {path.parent} a complete model?") from problem
+        raise CheckpointError(
+            f"{path} does not exist; is {path.parent} a complete model?"
+        ) from problem
     except (ValueError, OSError) as problem:
         raise CheckpointError(f"{path} cannot be read as JSON: {problem}.") from problem
     if not isinstance(content, dict):

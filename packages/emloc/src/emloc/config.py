@@ -37,9 +37,7 @@ def _limit(value: Any) -> Any:
 
 Names = Annotated[list[str], BeforeValidator(_split)]
 TextMap = Annotated[dict[str, str], BeforeValidator(_pairs)]
-RatioMap = Annotated[
-    dict[str, Annotated[float, Field(gt=0, le=1)]], BeforeValidator(_pairs)
-]
+RatioMap = Annotated[dict[str, Annotated[float, Field(gt=0, le=1)]], BeforeValidator(_pairs)]
 CountMap = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(_pairs)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Limit = Annotated[Annotated[float, Field(ge=0)] | Literal["auto", "none"], BeforeValidator(_limit)]
@@ -54,7 +52,9 @@ class StageConfig(BaseModel):
 class DataOptions(StageConfig):
     """Which data, and how its columns are read."""
 
-    dataset: str | None = Field(None, description="JSONL, CSV or parquet file, a folder, or a hub id")
+    dataset: str | None = Field(
+        None, description="JSONL, CSV or parquet file, a folder, or a hub id"
+    )
     dataset_split: str = Field("train", description="split of a hub data set")
     column_map: TextMap = Field(
         {}, description="your column=ours; ours are messages, prompt, completion, text"

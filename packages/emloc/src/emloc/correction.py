@@ -102,7 +102,9 @@ def correct_up(mismatch: Mismatch, limit: float | None) -> Corrected:
         written = mismatch.scaling * (mismatch.up @ mismatch.reads)
         allowed = limit * written.abs().mean(0)
         share = torch.where(
-            drift_size > allowed, allowed / drift_size.clamp(min=torch.finfo(torch.float64).tiny), 1.0
+            drift_size > allowed,
+            allowed / drift_size.clamp(min=torch.finfo(torch.float64).tiny),
+            1.0,
         )
     up = mismatch.up + (mismatch.drift * share) @ mismatch.back / mismatch.scaling
     return Corrected(up, int((share < 1).sum()), residual(mismatch, up))

@@ -24,7 +24,7 @@ class LossSum(NamedTuple):
     """A loss summed over what it averages (tokens, pixels), so that batches can be added up."""
 
     total: float
-    count: int
+    terms: int
 
 
 class EmulatorLayers(NamedTuple):

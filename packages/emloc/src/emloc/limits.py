@@ -88,7 +88,7 @@ def losses(
     means: list[float] = []
     for candidate in range(candidates):
         part = results[candidate * len(batches) : (candidate + 1) * len(batches)]
-        mean = sum(r.total for r in part) / max(1, sum(r.count for r in part))
+        mean = sum(r.total for r in part) / max(1, sum(r.terms for r in part))
         if mean != mean:
             raise NumericalError(
                 "The loss on the calibration samples is NaN; check the adapter (emloc verify) and "
@@ -108,7 +108,7 @@ def _adding(lora: CandidateLora) -> Any:
         delta = torch.nn.functional.linear(x @ lora.down.T, lora.ups[candidate]) * lora.scaling
         if lora.gains is None:
             return output + delta
-        bias = 0 if module.bias is None else module.bias
+        bias = dict(module.named_parameters()).get("bias", torch.zeros(()))
         return lora.gains[candidate] * (output - bias + delta) + bias
 
     return add

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emloc.errors import NumericalError
+from emloc.finite import is_finite
 from emloc.gram import Moments
 
 
@@ -47,7 +48,7 @@ def factorise(weight: Float[Tensor, "d_out d_in"], moments: Moments, rank: int) 
         NumericalError: the weight holds NaN or infinity.
     """
     d_out, d_in = weight.shape
-    if not bool(torch.isfinite(weight.abs().amax())):
+    if not is_finite(weight):
         raise NumericalError(
             f"Layer {moments.name}: its weight holds NaN or infinity; restore the checkpoint "
             f"from its source before compressing it."

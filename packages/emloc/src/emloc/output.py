@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from filelock import FileLock, Timeout
@@ -87,7 +87,9 @@ class ShardWriter:
     name only if all declared tensors were written.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    def __init__(
+        self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    ) -> None:
         self.path = path
         self._temporary = path.with_name(path.name + ".tmp")
         self._pending = list(tensors.items())[::-1]
@@ -104,11 +106,13 @@ class ShardWriter:
         """Append a tensor; tensors come in the declared order, with declared dtype and shape."""
         expected, (dtype, shape) = self._pending.pop()
         if (name, tensor.dtype, tuple(tensor.shape)) != (expected, dtype, shape):
-            raise ValueError(f"{self.path}: expected {expected} {dtype} {shape}, got {name} "
-                             f"{tensor.dtype} {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{self.path}: expected {expected} {dtype} {shape}, got {name} "
+                f"{tensor.dtype} {tuple(tensor.shape)}"
+            )
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
-            self._put(memoryview(flat.view(torch.uint8).numpy()))
+            self._put(memoryview(cast(bytes, flat.view(torch.uint8).numpy())))
 
     def __exit__(
         self,
@@ -190,7 +194,9 @@ def stage_folder(output_dir: Path, settings: Mapping[str, Any]) -> Iterator[Path
     try:
         lock.acquire(timeout=0)
     except Timeout as problem:
-        raise OutputError(f"Another process is writing {output_dir}; wait for it to end.") from problem
+        raise OutputError(
+            f"Another process is writing {output_dir}; wait for it to end."
+        ) from problem
     try:
         with writing(work):
             text = json.dumps(settings, sort_keys=True)

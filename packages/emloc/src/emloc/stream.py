@@ -30,7 +30,9 @@ class UnitStream:
     """
 
     def __init__(self, family: ModelFamily, checkpoint: Checkpoint, device: str = "cpu") -> None:
-        stored = {info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point}
+        stored = {
+            info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point
+        }
         self.dtype = moment_dtype(torch.float64 if torch.float64 in stored else torch.float32)
         self.device = torch.device(device)
         self.checkpoint = checkpoint

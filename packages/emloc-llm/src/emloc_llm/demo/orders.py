@@ -51,7 +51,9 @@ def _message(draw: random.Random, name: str, item: str, city: str) -> tuple[str,
     color = draw.choice(COLORS)
     plural = item if quantity == 1 else {"shelf": "shelves"}.get(item, f"{item}s")
     count = NUMBERS[quantity - 1] if draw.random() < 0.5 else str(quantity)
-    text = draw.choice(TEMPLATES).format(name=name, city=city, item=plural, color=color, count=count)
+    text = draw.choice(TEMPLATES).format(
+        name=name, city=city, item=plural, color=color, count=count
+    )
     values = (name, city, item, quantity, color)
     return text[0].upper() + text[1:], json.dumps(dict(zip(KEYS, values)))
 

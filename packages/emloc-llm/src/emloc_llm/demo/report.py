@@ -5,11 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import matplotlib
-from rich.console import Console
-from rich.table import Table
-
 from emloc.memory import format_bytes
 from emloc.output import write_json
+from rich.console import Console
+from rich.table import Table
 
 TITLES = {
     "base": "base model",

@@ -83,7 +83,9 @@ class _EmulatorWriter:
         self.plan: Plan = make_plan(model, self.family.layer_groups(model), self.config)
         if not self.plan.groups:
             reasons = sorted(set(self.plan.kept_dense.values())) or ["it has no linear layers"]
-            raise ConfigError(f"No layer of {self.base.name} can be compressed: {'; '.join(reasons)}.")
+            raise ConfigError(
+                f"No layer of {self.base.name} can be compressed: {'; '.join(reasons)}."
+            )
         self.shards = len(self.stream.blocks) + 1
 
     # -- names ------------------------------------------------------------------------------
@@ -101,7 +103,9 @@ class _EmulatorWriter:
 
     def _dtype(self, stored: torch.dtype) -> torch.dtype:
         wanted = self.config.dtype
-        return stored if wanted == "auto" or not stored.is_floating_point else getattr(torch, wanted)
+        return (
+            stored if wanted == "auto" or not stored.is_floating_point else getattr(torch, wanted)
+        )
 
     def _block_tensors(self, block: str) -> list[str]:
         module = self.stream.model.get_submodule(block)
@@ -179,7 +183,8 @@ class _EmulatorWriter:
                 folded.fold(x[mask] if padded else x)
             elif len(group.layers) == 1:
                 y = output.reshape(-1, group.d_out[0])
-                y = y if module.bias is None else y - module.bias
+                bias = dict(module.named_parameters()).get("bias")
+                y = y if bias is None else y - bias
                 folded.fold(y[mask] if padded else y)
             else:
                 folded.fold((x[mask] if padded else x) @ self._stacked(group).T)
@@ -188,7 +193,9 @@ class _EmulatorWriter:
 
     def _stacked(self, group: Group) -> Tensor:
         weights = [self.stream.model.get_parameter(f"{name}.weight") for name in group.layers]
-        return torch.cat([weight.detach() for weight in weights]) if len(weights) > 1 else weights[0]
+        return (
+            torch.cat([weight.detach() for weight in weights]) if len(weights) > 1 else weights[0]
+        )
 
     def _factorise(
         self, group: Group, moments: Moments | None, tensors: dict[str, Tensor]
@@ -265,8 +272,10 @@ class _EmulatorWriter:
                 "inputs": sorted(first),
                 "emulator_digest": written.digest(),
             },
-            files={self._shard(i + 1): file_sha256(self.work / self._shard(i + 1))
-                   for i in range(self.shards)},
+            files={
+                self._shard(i + 1): file_sha256(self.work / self._shard(i + 1))
+                for i in range(self.shards)
+            },
             versions=versions("emloc", "torch", "transformers", "safetensors", "numpy"),
             measured={"block_seconds": [report["seconds"] for report in reports]},
         )

@@ -5,7 +5,7 @@ With `limit="auto"` one streamed pass over the base compares the candidates on c
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from emloc.correction import Corrected, Mismatch, correct_up, dora_magnitude, me
 from emloc.digest import batches_digest
 from emloc.errors import ConfigError, MismatchError, NumericalError
 from emloc.family import Batch, ModelFamily
+from emloc.finite import is_finite
 from emloc.gram import moment_dtype
 from emloc.limits import CandidateLora, losses
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
@@ -64,7 +65,9 @@ def correct(config: CorrectConfig) -> Path:
     started = time.monotonic()
     with stage_folder(config.output_dir, settings) as work:
         with PeakMemory(config.device) as peak:
-            correction = _Correction(config, family, base, Checkpoint.open(config.emulator), adapter)
+            correction = _Correction(
+                config, family, base, Checkpoint.open(config.emulator), adapter
+            )
             correction.measure_all(emulator_manifest)
             chosen, summary = correction.choose(batches)
             layers = correction.write(work, chosen)
@@ -168,15 +171,22 @@ class _Correction:
 
     def _measure(self, layer: LoraLayer) -> Mismatch:
         weight = self.base.read(self.names[layer.name])
-        if not bool(torch.isfinite(weight.abs().amax())):
+        if not is_finite(weight):
             raise NumericalError(f"Layer {layer.name} of {self.base.name} holds NaN or infinity.")
         left, right = self._factors(layer.name)
         down, up = self.adapter.read(layer.down_key), self.adapter.read(layer.up_key)
-        device = self.stream.device
-        mismatch = measure(
-            *(tensor.to(device) for tensor in (weight, left, right, down, up)), layer.scaling
-        )
-        return mismatch.cpu()
+
+        def on_device(tensor: Tensor) -> Tensor:
+            return tensor.to(self.stream.device)
+
+        return measure(
+            on_device(weight),
+            on_device(left),
+            on_device(right),
+            on_device(down),
+            on_device(up),
+            layer.scaling,
+        ).cpu()
 
     def choose(self, batches: Sequence[Batch]) -> tuple[Limit, dict[str, Any]]:
         """The limit to use, and what to report about the choice."""
@@ -189,7 +199,8 @@ class _Correction:
         best = min(range(len(candidates)), key=lambda i: found[i])
         table = {_shown(limit): loss for limit, loss in zip(candidates, found)}
         console.print(
-            "limit: " + "  ".join(f"{name} {loss:.4f}" for name, loss in table.items())
+            "limit: "
+            + "  ".join(f"{name} {loss:.4f}" for name, loss in table.items())
             + f"  (loss on calibration samples; chosen: {_shown(candidates[best])})"
         )
         return candidates[best], {"limit": _shown(candidates[best]), "calibration_loss": table}
@@ -241,7 +252,7 @@ class _Correction:
         declared = {key: (info.dtype, info.shape) for key, info in infos.items()}
         ups: dict[str, Tensor] = {}
         with ShardWriter(work / WEIGHTS_NAME, declared) as shard:
-            for key, info in infos.items():
+            for key in infos:
                 layer = changed.get(key)
                 if layer is None:
                     shard.write(key, self.adapter.read(key))

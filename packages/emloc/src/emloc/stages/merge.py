@@ -10,6 +10,7 @@ from emloc.adapter import WEIGHTS_NAME, Adapter, LoraLayer, weight_names
 from emloc.checkpoint import INDEX_NAME, Checkpoint
 from emloc.config import MergeConfig
 from emloc.errors import ConfigError, MismatchError, NumericalError
+from emloc.finite import is_finite
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
 from emloc.memory import PeakMemory
 from emloc.merging import merged_weight
@@ -32,7 +33,9 @@ def merge(config: MergeConfig) -> Path:
             f"{base.name} are others; pass that model."
         )
     if "quantization_config" in base.config:
-        raise MismatchError(f"{base.name} is quantised or an emulator; merge into the original model.")
+        raise MismatchError(
+            f"{base.name} is quantised or an emulator; merge into the original model."
+        )
     family = family_of(base)
     model = family.skeleton(base, torch.float32)
     names = weight_names(adapter, lambda name: family.tensor_name(model, name, base), base)
@@ -104,7 +107,9 @@ def _write_shards(
                 digests[file] = file_sha256(work / file)
                 advance(len(names))
                 continue
-            declared = {name: (base.tensors[name].dtype, base.tensors[name].shape) for name in names}
+            declared = {
+                name: (base.tensors[name].dtype, base.tensors[name].shape) for name in names
+            }
             with ShardWriter(work / file, declared) as shard:
                 for name in names:
                     shard.write(name, _merged(base, adapter, name, by_tensor.get(name)))
@@ -120,7 +125,7 @@ def _merged(base: Checkpoint, adapter: Adapter, name: str, layer: LoraLayer | No
     magnitude = adapter.read(layer.magnitude_key) if layer.magnitude_key else None
     down, up = adapter.read(layer.down_key), adapter.read(layer.up_key)
     merged = merged_weight(weight, down, up, layer.scaling, magnitude)
-    if not bool(merged.abs().amax().isfinite()):
+    if not is_finite(merged):
         raise NumericalError(
             f"Merging {name} gives NaN or infinity; check {base.name} and {adapter.path} with emloc "
             f"verify."

@@ -159,7 +159,9 @@ def _override(options: dict[str, Any], override: str) -> None:
     target = options
     for part in path[:-1]:
         if part not in SECTIONS:
-            raise ConfigError(f"Override {override!r}: no stage {part}.{nearest(part, [*SECTIONS])}")
+            raise ConfigError(
+                f"Override {override!r}: no stage {part}.{nearest(part, [*SECTIONS])}"
+            )
         target[part] = dict(target.get(part) or {})
         target = target[part]
     target[path[-1]] = yaml.safe_load(text)

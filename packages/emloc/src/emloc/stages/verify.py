@@ -10,6 +10,7 @@ from emloc.checkpoint import Checkpoint
 from emloc.config import VerifyConfig
 from emloc.errors import CheckpointError, EmlocError, MismatchError, NumericalError
 from emloc.family import ModelFamily
+from emloc.finite import is_finite
 from emloc.manifest import Manifest
 from emloc.output import file_sha256
 from emloc.plugins import family_named, family_of
@@ -25,7 +26,9 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
         EmlocError: the first thing found wrong.
     """
     if not config.path.is_dir():
-        raise CheckpointError(f"No folder {config.path}; pass an emulator, adapter or merged model.")
+        raise CheckpointError(
+            f"No folder {config.path}; pass an emulator, adapter or merged model."
+        )
     manifest = Manifest.find(config.path)
     if (config.path / CONFIG_NAME).is_file():
         return _verify_adapter(config, manifest)
@@ -55,9 +58,8 @@ def _verify_files(folder: Path, manifest: Manifest | None) -> int:
 
 def _verify_finite(checkpoint: Checkpoint) -> int:
     with progress_bar("verify", len(checkpoint.tensors)) as advance:
-        for name, info in checkpoint.tensors.items():
-            tensor = checkpoint.read(name)
-            if info.dtype.is_floating_point and not bool(tensor.isfinite().all()):
+        for name in checkpoint.tensors:
+            if not is_finite(checkpoint.read(name)):
                 raise NumericalError(f"Tensor {name} of {checkpoint.path} holds NaN or infinity.")
             advance(note=name)
     return len(checkpoint.tensors)
@@ -84,7 +86,10 @@ def _verify_emulator(checkpoint: Checkpoint, manifest: Manifest, family: ModelFa
             expected[f"{name}.left"] = (d_out, entry["rank"])
     model = family.skeleton(checkpoint, torch.float32)
     factored = {name.rsplit(".", 1)[0] for name in expected}
-    stored = {name.removeprefix(_prefix(checkpoint, expected)): i for name, i in checkpoint.tensors.items()}
+    stored = {
+        name.removeprefix(_prefix(checkpoint, expected)): i
+        for name, i in checkpoint.tensors.items()
+    }
     for name, shape in expected.items():
         if name not in stored or stored[name].shape != shape:
             found = stored[name].shape if name in stored else "missing"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 class ReadOnlyWeight(torch.Tensor):
     """A computed weight. Writing to it would be lost without a word, so it is refused."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
@@ -89,12 +89,15 @@ class LowRankLinear(nn.Linear):
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
         self.in_features, self.out_features, self.rank = d_in, d_out, rank
-        kind = {"dtype": dtype, "device": device}
-        self.left = nn.Parameter(torch.empty(d_out, rank, **kind), requires_grad=False)
+
+        def empty(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*size, dtype=dtype, device=device), requires_grad=False)
+
+        self.left = empty(d_out, rank)
         if shared is None:
-            self.right = nn.Parameter(torch.empty(rank, d_in, **kind), requires_grad=False)
+            self.right = empty(rank, d_in)
             shared = SharedProjection(self, group_size)
-        self.bias = nn.Parameter(torch.empty(d_out, **kind), requires_grad=False) if bias else None
+        self.bias = empty(d_out) if bias else None
         self.shared = shared
 
     @property
@@ -103,7 +106,7 @@ class LowRankLinear(nn.Linear):
         with torch.no_grad():
             return (self.left @ self.shared.owner.right).as_subclass(ReadOnlyWeight)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.Linear's name)
+    def forward(self, input: Tensor) -> Tensor:
         """(..., d_in) to (..., d_out)."""
         return nn.functional.linear(self.shared.project(input, self), self.left, self.bias)
 

@@ -5,7 +5,7 @@ skeleton with `LowRankLinear` where the config says so, and loads the factors li
 model is trainable by adapters, so Trainer, TRL and `peft.get_peft_model` take it as it is.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ class EmlocConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, groups: list[dict[str, Any]] | None = None, **kwargs: Any) -> None:
-        self.quant_method = METHOD
+        self.quant_method = cast(Any, METHOD)
         self.groups = groups or []
         self.modules_to_not_convert = kwargs.pop("modules_to_not_convert", None)
 
@@ -44,7 +44,7 @@ class EmlocQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        replace_layers(model, self.quantization_config.groups)
+        replace_layers(model, cast(Any, self.quantization_config).groups)
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:

@@ -1,0 +1,28 @@
+# make demo: the whole method on a real model.   make test: all tests.   make lint: ruff and pyright.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.emloc-installed
+ARGS ?=
+
+.PHONY: demo test lint install
+
+install: $(INSTALLED)
+
+$(INSTALLED): constraints.txt requirements-dev.txt $(wildcard packages/*/pyproject.toml)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
+		-c constraints.txt -r requirements-dev.txt \
+		-e packages/emloc -e "packages/emloc-llm[demo,tensorboard]"
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/emloc demo --output_dir demo-output $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
