@@ -10,6 +10,7 @@ from emloc.adapter import Adapter, weight_names
 from emloc.checkpoint import Checkpoint, locate
 from emloc.config import EvaluateConfig
 from emloc.errors import DataError, DependencyError
+from emloc.memory import PeakMemory
 from emloc.progress import progress_bar
 
 from emloc_llm.data import Sample, encode_all, in_batches, load_rows, pad
@@ -25,11 +26,17 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, Any]:
 
     Returns:
         `loss` (per completion token), `exact_match` (share, or None without references), `samples`,
-        and `answers` with prompt, reference and prediction of each.
+        `answers` with prompt, reference and prediction of each, and `peak_bytes`.
     """
-    path = locate(config.model_name_or_path)
     if config.tasks:
         return _lm_eval(config)
+    with PeakMemory(config.device, mapped=True) as peak:
+        scores = _evaluate(config)
+    return {**scores, **peak.figures()}
+
+
+def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    path = locate(config.model_name_or_path)
     tokenizer = load_tokenizer(path)
     rows = load_rows(config)
     if config.num_samples:

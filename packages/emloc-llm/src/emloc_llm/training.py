@@ -14,6 +14,7 @@ from emloc.integrations.transformers.training import (
     last_complete_checkpoint,
     plot_loss,
 )
+from emloc.memory import PeakMemory
 from emloc.progress import console
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, ProgressCallback
@@ -52,6 +53,12 @@ def train_lora(config: TrainConfig, work: Path) -> dict[str, Any]:
     Raises:
         DataError, ConfigError, NumericalError: see their messages.
     """
+    with PeakMemory(config.device, mapped=True) as peak:
+        figures = _train(config, work)
+    return {**figures, **peak.figures()}
+
+
+def _train(config: TrainConfig, work: Path) -> dict[str, Any]:
     path = locate(config.emulator or str(config.model_name_or_path))
     tokenizer = load_tokenizer(path)
     samples = _samples(config, tokenizer, str(config.dataset))

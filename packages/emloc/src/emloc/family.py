@@ -79,11 +79,14 @@ class ModelFamily(Protocol):
         ...
 
     def train(self, config: TrainConfig, work: Path) -> dict[str, Any]:
-        """Train a LoRA into `work` as a PEFT adapter; returns what was measured."""
+        """Train a LoRA into `work` as a PEFT adapter; returns what was measured.
+
+        Keys at least `peak_bytes`, `seconds_per_step`, and `summary` with `train_weight_bytes`.
+        """
         ...
 
     def evaluate(self, config: EvaluateConfig) -> dict[str, Any]:
-        """Scores of a model, with or without an adapter; keys at least `loss`."""
+        """Scores of a model, with or without an adapter; keys at least `loss` and `peak_bytes`."""
         ...
 
     def demo(self, config: DemoConfig) -> Path:

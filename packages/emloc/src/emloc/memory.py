@@ -1,8 +1,10 @@
-"""Measure what a stage holds: peak anonymous memory of this process, sampled, over its start.
+"""Measure what a stage holds: peak memory of this process, sampled, over its start.
 
-Anonymous memory (`RssAnon` of /proc) leaves out memory-mapped checkpoint files, whose pages the
-system takes back when it needs them. Where /proc is missing, psutil's unique set size stands in.
-On CUDA the allocator's own peak is exact.
+Stages that stream count anonymous memory (`RssAnon` of /proc), which leaves out memory-mapped
+checkpoint files: their pages are read once and the system takes them back when it needs them.
+Training and evaluation count all resident memory (`VmRSS`): on a CPU, transformers leaves weights in
+the mapped file, and they are used in every step. Where /proc is missing, psutil stands in. On CUDA
+the allocator's own peak is exact.
 """
 
 import contextlib
@@ -40,13 +42,21 @@ def release_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-class PeakMemory:
-    """Context manager; `peak_bytes` is the highest anonymous memory seen, less that at its start.
+def resident_bytes() -> int:
+    """All resident memory of this process now, mapped files included."""
+    return int(psutil.Process().memory_info().rss)
 
-    On a CUDA `device`, `peak_bytes` is the allocator's peak and `host_bytes` the anonymous memory.
+
+class PeakMemory:
+    """Context manager; `peak_bytes` is the most memory seen, less that at its start.
+
+    Args:
+        device: on CUDA, `peak_bytes` is the allocator's peak and `host_bytes` this process's.
+        mapped: count mapped files as well as anonymous memory.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str = "cpu", mapped: bool = False) -> None:
+        self._measure = resident_bytes if mapped else anonymous_bytes
         self._cuda = device if device.startswith("cuda") else None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -58,7 +68,7 @@ class PeakMemory:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats(self._cuda)
         release_free_memory()
-        self.start_bytes = anonymous_bytes()
+        self.start_bytes = self._measure()
         self._thread.start()
         return self
 
@@ -84,7 +94,7 @@ class PeakMemory:
             self._look()
 
     def _look(self) -> None:
-        self.host_bytes = max(self.host_bytes, anonymous_bytes() - self.start_bytes)
+        self.host_bytes = max(self.host_bytes, self._measure() - self.start_bytes)
 
 
 def format_bytes(count: float) -> str:

@@ -21,7 +21,7 @@ from emloc_llm.demo.orders import write_orders
 from emloc_llm.demo.report import Row, plot, print_table, write_summary
 
 KEEP_RATIO = 0.6
-MAX_STEPS = 32
+MAX_STEPS = 40
 NUM_SAMPLES = 40
 BATCH = 4
 

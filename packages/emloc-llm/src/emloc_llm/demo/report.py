@@ -26,8 +26,8 @@ class Row:
         exact_match: share of unseen messages whose JSON is right.
         loss: per completion token on unseen messages.
         train_weight_bytes: parameters held while training, LoRA included; 0: not trained.
-        peak_bytes: peak anonymous memory over the process's start; for `base` of running it, for
-            `lora` of training, for EMLoC the highest of its stages.
+        peak_bytes: peak memory over the process's start; for `base` of running it, for `lora` of
+            training, for EMLoC the highest of its stages.
         seconds_per_step: of training; None: not trained.
     """
 

@@ -8,7 +8,6 @@ from emloc.checkpoint import Checkpoint
 from emloc.config import EvaluateConfig
 from emloc.errors import ConfigError, OutputError
 from emloc.manifest import Manifest
-from emloc.memory import PeakMemory
 from emloc.output import write_json, writing
 from emloc.plugins import family_of
 from emloc.stage import stage
@@ -30,9 +29,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     model = Checkpoint.open(config.model_name_or_path)
     manifest = Manifest.find(model.path)
     _refuse_emulator_adapter(config, manifest)
-    with PeakMemory(config.device) as peak:
-        scores = family_of(model).evaluate(config)
-    result = {**scores, "settings": _settings(config), **peak.figures()}
+    result = {**family_of(model).evaluate(config), "settings": _settings(config)}
     if target is not None:
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)

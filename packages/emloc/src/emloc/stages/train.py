@@ -13,7 +13,6 @@ from emloc.checkpoint import Checkpoint
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
-from emloc.memory import PeakMemory
 from emloc.output import file_sha256, stage_folder
 from emloc.plugins import family_named, family_of
 from emloc.progress import console
@@ -48,8 +47,7 @@ def train(config: TrainConfig) -> Path:
     started = time.monotonic()
     reference = ModelReference(name_or_path=model.reference_name(), digest=digest)
     with stage_folder(config.output_dir, settings) as work:
-        with PeakMemory(config.device) as peak:
-            figures = family.train(config, work)
+        figures = family.train(config, work)
         Manifest(
             kind="adapter",
             family=family.name,
@@ -61,7 +59,6 @@ def train(config: TrainConfig) -> Path:
             versions=versions("emloc", "torch", "transformers", "peft", "trl", "accelerate"),
             measured={
                 "seconds": round(time.monotonic() - started, 3),
-                **peak.figures(),
                 **figures,
             },
         ).write(work)

@@ -1,0 +1,134 @@
+"""The README is run: its two commands, its Python block, its command line, its file map."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def block(language, containing):
+    found = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    [text] = [text for text in found if containing in text]
+    return text
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    from emloc_llm.example import write_example
+
+    return write_example(tmp_path_factory.mktemp("readme"), seed=0)
+
+
+def test_the_two_commands_are_make_targets_and_ci_runs_them():
+    commands = re.findall(r"^make (\w+)", block("bash", "make demo"), re.MULTILINE)
+    assert commands == ["demo", "test"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"\n{name}:" in makefile for name in commands)
+    assert "make test" in (ROOT / ".ci/run").read_text()
+
+
+def test_make_demo_on_the_real_model(tmp_path):
+    """The README's first command, shortened: SmolLM2-135M through every stage."""
+    arguments = f"--output_dir {tmp_path}/demo --max_steps 2 --num_samples 3"
+    run = subprocess.run(
+        ["make", "demo", f"VENV={sys.prefix}", f"ARGS={arguments}"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "Next, your own model and data: emloc run" in run.stdout
+    summary = json.loads((tmp_path / "demo/summary.json").read_text())
+    rows = {row["name"]: row for row in summary["rows"]}
+    assert list(rows) == ["base", "lora", "uncorrected", "emloc"]
+    for row in rows.values():
+        assert 0 <= row["exact_match"] <= 1
+        assert 0 < row["loss"] < 5
+        assert row["peak_bytes"] > 10 * 2**20
+    for name in ("lora", "uncorrected", "emloc"):
+        assert rows[name]["seconds_per_step"] > 0
+        assert rows[name]["loss"] < rows["base"]["loss"]
+    assert rows["emloc"]["train_weight_bytes"] < 0.8 * rows["lora"]["train_weight_bytes"]
+    # The limit is chosen on other samples than these, so a little slack.
+    assert rows["emloc"]["loss"] < 1.1 * rows["uncorrected"]["loss"]
+    assert (tmp_path / "demo/summary.png").read_bytes().startswith(b"\x89PNG")
+    errors = json.loads((tmp_path / "demo/emulator/emloc.json").read_text())["layers"]
+    assert len(errors) == 120  # q-k-v, o, gate-up and down of 30 blocks
+    assert all(0 < entry["relative_error"] < 0.9 for entry in errors.values())
+
+
+def test_the_python_block_runs(example, tmp_path):
+    code = block("python", "import emloc")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    code = code.replace("Qwen/Qwen2.5-7B-Instruct", example["model_name_or_path"])
+    code = code.replace("train.jsonl", example["dataset"]).replace("max_steps=300", "max_steps=1")
+    code += "\nprint(type(tuned).__name__)\n"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.split()[-1].startswith("PeftModel")
+
+
+def test_the_command_line_block_runs(example, tmp_path):
+    lines = block("bash", "emloc compress").strip().splitlines()
+    names = [line.split()[1] for line in lines]
+    assert names == ["compress", "train", "correct", "merge", "evaluate", "verify", "run"]
+    for line in lines[:-1]:
+        line = line.replace("MODEL", example["model_name_or_path"]).replace(
+            "--max_steps 300", "--max_steps 1"
+        )
+        line = line.replace("train.jsonl", example["dataset"]).replace(
+            "test.jsonl", example["dataset"]
+        )
+        run = subprocess.run(
+            [sys.executable, "-m", *line.split()],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+
+
+def test_the_example_script_runs(example, tmp_path):
+    data = example["dataset"]
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "examples/llm.py"), example["model_name_or_path"], data, data,
+         str(tmp_path), "2"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("exact match") == 3
+    assert (tmp_path / "merged/config.json").is_file()
+
+
+def test_the_example_yaml_runs(example, tmp_path):
+    overrides = [
+        f"model_name_or_path={example['model_name_or_path']}", f"dataset={example['dataset']}",
+        f"output_dir={tmp_path / 'out'}", "max_length=96", "train.max_steps=1",
+        "evaluate.num_samples=2", "evaluate.max_new_tokens=2",
+    ]  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-m", "emloc", "run", str(ROOT / "examples/llm.yaml"), *overrides],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert set(json.loads(run.stdout)) == {"compress", "train", "correct", "merge", "evaluate"}
+
+
+def test_the_file_map_is_complete():
+    listed = set(re.findall(r"[\w/-]+\.py|\w+/", block("", "packages/emloc/src/emloc/")))
+    core = ROOT / "packages/emloc/src/emloc"
+    for path in core.glob("*.py"):
+        assert path.name in listed or path.name.startswith("__"), path.name
+    for name in listed:
+        if name.endswith(".py"):
+            assert (core / name).is_file(), name
+    for folder in ("packages", "tests", "examples", "tools"):
+        assert f"{folder}/" in README
+        assert (ROOT / folder).is_dir()
