@@ -2,9 +2,11 @@
 
 import json
 
-import emloc
 import pytest
 import torch
+from torch import nn
+
+import emloc
 from emloc.adapter import Adapter
 from emloc.checkpoint import Checkpoint
 from emloc.config import CompressConfig
@@ -13,7 +15,6 @@ from emloc.lockstep import Call, lockstep
 from emloc.manifest import Manifest
 from emloc.plugins import family_of
 from emloc.stream import UnitStream
-from torch import nn
 
 
 @pytest.fixture(scope="session")

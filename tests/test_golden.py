@@ -6,9 +6,10 @@ If a change moves them on purpose, run `python tests/test_golden.py` and explain
 import json
 from pathlib import Path
 
-import emloc
 import pytest
 import torch
+
+import emloc
 from emloc.checkpoint import Checkpoint
 from emloc.config import CorrectConfig
 from emloc.limits import CandidateLora, losses

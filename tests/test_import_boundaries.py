@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -64,3 +65,22 @@ def test_requirements_pull_no_other_modality():
 
     assert not names("emloc") & MODALITIES
     assert not names("emloc-llm") & {"diffusers", "timm", "torchvision", "bitsandbytes"}
+
+
+def test_wheels_hold_what_they_promise(tmp_path):
+    """What pip installs is what the checkout runs: every module, the entry point, no tests."""
+    for package, expected in (
+        ("emloc", {"emloc/cli.py", "emloc/stages/compress.py", "emloc/integrations/__init__.py"}),
+        ("emloc-llm", {"emloc_llm/family.py", "emloc_llm/demo/orders.py", "emloc_llm_hooks.py"}),
+    ):
+        subprocess.run(
+            [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir",
+             str(tmp_path), str(PACKAGES / package)],
+            check=True, capture_output=True,
+        )  # fmt: skip
+        [wheel] = tmp_path.glob(f"{package.replace('-', '_')}-0*.whl")
+        names = set(zipfile.ZipFile(wheel).namelist())
+        assert expected <= names
+        assert not any("test" in name for name in names)
+        source = PACKAGES / package / "src"
+        assert {str(p.relative_to(source)) for p in source.rglob("*.py")} <= names

@@ -3,9 +3,10 @@
 import os
 from types import SimpleNamespace
 
-import emloc
 import pytest
 import torch
+
+import emloc
 from emloc_llm.example import write_model, write_rows
 
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -4,18 +4,19 @@ import json
 import shutil
 from pathlib import Path
 
-import emloc
-import emloc_llm
 import pytest
 import torch
+from llm_reference import best_error, layer_inputs, load, logits
+from safetensors.torch import load_file, save_file
+
+import emloc
+import emloc_llm
 from emloc.checkpoint import Checkpoint
 from emloc.config import CompressConfig
 from emloc.errors import CheckpointError, ConfigError, DataError, NumericalError, OutputError
 from emloc.manifest import Manifest
 from emloc_llm.example import write_model, write_rows
 from emloc_llm.family import LLMFamily
-from llm_reference import best_error, layer_inputs, load, logits
-from safetensors.torch import load_file, save_file
 
 VARIANTS = {
     "llama": {},
@@ -78,9 +79,10 @@ def test_full_rank_equals_the_base(variant, tmp_path, batch):
     )
 
 
-def test_what_is_not_compressed_is_the_base_bit_for_bit(variant, tmp_path):
+def test_what_is_not_compressed_is_the_base_bit_for_bit(variant, tmp_path, capfd):
     base, data = variant
     folder = compress(base, data, tmp_path / "e", exclude=["q_proj", r"0\.mlp\..*"])
+    assert "6 layers stay dense (excluded): model.layers.0" in capfd.readouterr().err
     manifest = Manifest.read(folder)
     assert manifest.kept_dense["model.layers.1.self_attn.q_proj"] == "excluded"
     assert not any(n.startswith("model.layers.0.mlp") for n in manifest.layers)
@@ -239,3 +241,22 @@ def test_emulator_loads_as_an_ordinary_checkpoint(tiny):
     model = load(tiny.emulator)
     assert type(model).__name__ == "LlamaForCausalLM"
     assert model.is_quantized
+
+
+def test_layers_too_small_to_shrink_stay_dense_and_are_named(tmp_path, capfd):
+    base = write_model(tmp_path / "base", num_attention_heads=1, num_key_value_heads=1, head_dim=1)
+    data = write_rows(tmp_path / "train.jsonl", 8, seed=0)
+    folder = compress(base, data, tmp_path / "e", keep_ratio=0.5, share_factors=False)
+    reason = Manifest.read(folder).kept_dense["model.layers.1.self_attn.k_proj"]
+    assert reason == "factors of rank 1 would not be smaller than 1x48"
+    assert f"({reason})" in " ".join(capfd.readouterr().err.split())
+
+
+def test_samples_longer_than_max_length_are_counted(tiny, tmp_path, capfd):
+    emloc.compress(
+        model_name_or_path=str(tiny.base), dataset=str(tiny.data), output_dir=tmp_path / "e",
+        max_length=40,
+    )  # fmt: skip
+    said = " ".join(capfd.readouterr().err.split())
+    assert "calibration samples" in said
+    assert "longer than max_length=40 and were truncated" in said

@@ -3,15 +3,16 @@
 import json
 import shutil
 
-import emloc
 import pytest
 import torch
-from emloc.errors import CheckpointError, ConfigError, MismatchError, NumericalError
-from emloc.manifest import Manifest
-from emloc_llm.example import write_model
 from llm_reference import load, logits
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+
+import emloc
+from emloc.errors import CheckpointError, ConfigError, MismatchError, NumericalError
+from emloc.manifest import Manifest
+from emloc_llm.example import write_model
 
 KINDS = {
     "lora": {},

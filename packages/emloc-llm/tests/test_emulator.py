@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from emloc.integrations.transformers.low_rank_linear import LowRankLinear
 from llm_reference import load, logits
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+
+from emloc.integrations.transformers.low_rank_linear import LowRankLinear
 
 
 def group(sizes=(7, 5), d_in=6, rank=3):

@@ -2,13 +2,14 @@
 
 import json
 
-import emloc
 import pytest
 import torch
+from llm_reference import load
+
+import emloc
 from emloc.errors import CheckpointError, ConfigError, MismatchError
 from emloc_llm.evaluation import matches
 from emloc_llm.example import byte_tokenizer, write_model
-from llm_reference import load
 
 
 @pytest.mark.parametrize(

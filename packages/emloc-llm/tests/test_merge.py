@@ -3,15 +3,16 @@
 import json
 import shutil
 
-import emloc
 import pytest
 import torch
-from emloc.checkpoint import Checkpoint
-from emloc.errors import MismatchError
-from emloc_llm.example import write_model
 from llm_reference import load, logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+
+import emloc
+from emloc.checkpoint import Checkpoint
+from emloc.errors import MismatchError
+from emloc_llm.example import write_model
 
 ADAPTERS = {
     "lora": {},

@@ -2,14 +2,17 @@
 
 import json
 import shutil
+import subprocess
+import sys
+
+import pytest
+from llm_reference import load
+from safetensors.torch import load_file
 
 import emloc
-import pytest
 from emloc.errors import CheckpointError, ConfigError, DataError
 from emloc.integrations.transformers.training import last_complete_checkpoint
 from emloc.manifest import Manifest
-from llm_reference import load
-from safetensors.torch import load_file
 
 
 def test_what_training_leaves(tiny):
@@ -32,8 +35,9 @@ def test_what_training_leaves(tiny):
 
 def test_an_interrupted_run_resumes_exactly(tiny, tmp_path, monkeypatch):
     """Stop after step 3, when checkpoint-2 is there: weights, optimiser, order and dropout go on."""
-    from emloc.integrations.transformers.training import Progression
     from transformers import TrainerCallback
+
+    from emloc.integrations.transformers.training import Progression
 
     options = {**tiny.train_options, "lora_dropout": 0.2}
     whole = emloc.train(output_dir=tmp_path / "whole", **options)
@@ -171,10 +175,53 @@ def test_refusals(tiny, tmp_path):
 
 def test_truncated_samples_are_counted_and_said(tiny, tmp_path, capfd):
     folder = emloc.train(
-        output_dir=tmp_path / "a", **{**tiny.train_options, "max_steps": 1, "max_length": 52}
+        output_dir=tmp_path / "a", **{**tiny.train_options, "max_steps": 1, "max_length": 40}
     )
     said = " ".join(capfd.readouterr().err.split())
     count = Manifest.read(folder).summary["truncated_samples"]
     assert count > 0
     assert f"{count} of 24 samples" in said
-    assert "longer than max_length=52" in said
+    assert "longer than max_length=40" in said
+
+
+FULL_DISK = """
+import resource, signal, sys
+import emloc
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+try:
+    emloc.train(**dict(pair.split("=", 1) for pair in sys.argv[2:]))
+except emloc.errors.OutputError as problem:
+    print("refused:", problem)
+"""
+
+
+@pytest.mark.parametrize("limit", [20_000, 70_000])
+def test_a_full_disk_is_one_sentence(tiny, tmp_path, limit):
+    """The system refuses the adapter's, or only the optimiser's file, as a full disk does."""
+    options = {**tiny.train_options, "output_dir": tmp_path / "a"}
+    run = subprocess.run(
+        [sys.executable, "-c", "import emloc.errors\n" + FULL_DISK, str(limit),
+         *(f"{key}={value}" for key, value in options.items())],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "refused: The disk is full while writing" in run.stdout, run.stderr[-2000:]
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_models_go_through_all_stages(tiny, tmp_path, dtype):
+    import torch
+
+    from emloc_llm.example import write_model
+
+    base = write_model(tmp_path / "base", dtype=getattr(torch, dtype))
+    common = {"dataset": str(tiny.data), "max_length": 96}
+    emulator = emloc.compress(model_name_or_path=str(base), output_dir=tmp_path / "e", **common)
+    options = {**tiny.train_options, "emulator": str(emulator), "max_steps": 2}
+    adapter = emloc.train(output_dir=tmp_path / "a", **options)
+    corrected = emloc.correct(
+        adapter=str(adapter), emulator=str(emulator), output_dir=tmp_path / "c", **common
+    )
+    merged = emloc.merge(adapter=str(corrected), output_dir=tmp_path / "m")
+    assert {p.dtype for p in load(merged, dtype="auto").parameters()} == {getattr(torch, dtype)}

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from emloc.checkpoint import Checkpoint, locate
 from emloc.errors import CheckpointError
-from safetensors.torch import save_file
 
 
 @pytest.fixture

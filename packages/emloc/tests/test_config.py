@@ -1,7 +1,8 @@
 import inspect
 
-import emloc
 import pytest
+
+import emloc
 from emloc.config import CompressConfig, CorrectConfig, TrainConfig, build
 from emloc.errors import ConfigError
 from emloc.stages.run import plan_stages

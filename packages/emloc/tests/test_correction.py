@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from emloc.correction import correct_up, dora_magnitude, measure, residual
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from emloc.correction import correct_up, dora_magnitude, measure, residual
 
 
 def layer(d_out=11, d_in=17, k=4, r=3, scale=0.7, seed=0, dtype=torch.float64):

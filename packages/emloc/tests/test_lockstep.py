@@ -4,8 +4,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from emloc.lockstep import Call, LockstepError, current_call, lockstep
 from torch import nn
+
+from emloc.lockstep import Call, LockstepError, current_call, lockstep
 
 
 class Skipping(nn.Module):

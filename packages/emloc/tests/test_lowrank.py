@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from emloc.errors import NumericalError
 from emloc.gram import Moments, smaller_side
 from emloc.lowrank import factorise, relative_error
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def problem(d_out, d_in, tokens, seed, dtype=torch.float64):

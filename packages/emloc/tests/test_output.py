@@ -6,11 +6,12 @@ import sys
 
 import pytest
 import torch
-from emloc.errors import OutputError
-from emloc.output import SETTINGS_NAME, ShardWriter, file_sha256, stage_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+
+from emloc.errors import OutputError
+from emloc.output import SETTINGS_NAME, ShardWriter, file_sha256, stage_folder
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool]
 

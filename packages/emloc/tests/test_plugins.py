@@ -3,9 +3,10 @@
 import importlib.metadata
 import types
 
-import emloc
 import pluggy
 import pytest
+
+import emloc
 from emloc import hookspecs
 from emloc.errors import PluginError
 from emloc.family import FamilyEntry

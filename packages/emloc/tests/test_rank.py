@@ -1,8 +1,9 @@
 import pytest
-from emloc.errors import ConfigError
-from emloc.rank import decide, match_pattern, rank_for
 from hypothesis import given
 from hypothesis import strategies as st
+
+from emloc.errors import ConfigError
+from emloc.rank import decide, match_pattern, rank_for
 
 
 @given(st.floats(0.01, 1.0), st.integers(2, 5000), st.integers(2, 5000))

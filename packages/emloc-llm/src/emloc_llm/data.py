@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from emloc.config import DataOptions, nearest
 from emloc.errors import ConfigError, DataError
-from torch import Tensor
+from emloc.progress import console
 
 IGNORED = -100
 COLUMNS = ("messages", "prompt", "completion", "text")
@@ -164,6 +166,16 @@ def encode_all(rows: Any, tokenizer: Any, options: DataOptions, name: str) -> li
             f"max_length={options.max_length}, or completions are empty. Raise max_length."
         )
     return samples
+
+
+def say_truncated(samples: Sequence[Sample], options: DataOptions, what: str) -> None:
+    """Tell the user how many samples max_length cut."""
+    cut = sum(sample.truncated for sample in samples)
+    if cut:
+        console.print(
+            f"{cut} of {len(samples)} {what} are longer than max_length={options.max_length} and "
+            f"were truncated"
+        )
 
 
 def pad(samples: Sequence[Sample], pad_id: int, left: bool = False) -> dict[str, Tensor]:

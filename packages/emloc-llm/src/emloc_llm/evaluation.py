@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from emloc.adapter import Adapter, weight_names
 from emloc.checkpoint import Checkpoint, locate
 from emloc.config import EvaluateConfig
 from emloc.errors import DataError, DependencyError
 from emloc.memory import PeakMemory
 from emloc.progress import progress_bar
-
 from emloc_llm.data import Sample, encode_all, in_batches, load_rows, pad
 from emloc_llm.family import LLMFamily, load_tokenizer
 from emloc_llm.training import load_model

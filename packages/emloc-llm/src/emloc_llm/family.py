@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from emloc.checkpoint import Checkpoint
 from emloc.config import CalibrationOptions, DemoConfig, EvaluateConfig, TrainConfig
 from emloc.errors import CheckpointError
@@ -16,10 +19,7 @@ from emloc.integrations.transformers.skeleton import (
     shared_input_groups,
     stored_name,
 )
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from emloc_llm.data import IGNORED, encode_all, in_batches, load_rows, pad
+from emloc_llm.data import IGNORED, encode_all, in_batches, load_rows, pad, say_truncated
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -78,6 +78,7 @@ class LLMFamily:
             range(min(options.num_calibration_samples, len(rows)))
         )
         samples = encode_all(rows, tokenizer, options, str(options.dataset))
+        say_truncated(samples, options, f"calibration samples of {options.dataset}")
         samples = [sample for sample in samples if sample.input_ids]
         samples.sort(key=lambda sample: -len(sample.input_ids))
         return [

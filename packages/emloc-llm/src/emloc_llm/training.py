@@ -5,6 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, ProgressCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
 from emloc.checkpoint import locate
 from emloc.config import TrainConfig
 from emloc.errors import CheckpointError, ConfigError, DependencyError
@@ -16,12 +21,7 @@ from emloc.integrations.transformers.training import (
 )
 from emloc.memory import PeakMemory
 from emloc.progress import console
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, ProgressCallback
-from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig, SFTTrainer
-
-from emloc_llm.data import Sample, encode_all, load_rows
+from emloc_llm.data import Sample, encode_all, load_rows, say_truncated
 from emloc_llm.family import load_tokenizer
 
 
@@ -104,12 +104,7 @@ def _train(config: TrainConfig, work: Path) -> dict[str, Any]:
 def _samples(config: TrainConfig, tokenizer: Any, name: str) -> list[Sample]:
     rows = load_rows(config, name)
     samples = encode_all(rows, tokenizer, config, name)
-    cut = sum(sample.truncated for sample in samples)
-    if cut:
-        console.print(
-            f"{cut} of {len(samples)} samples of {name} are longer than max_length="
-            f"{config.max_length} and were truncated"
-        )
+    say_truncated(samples, config, f"samples of {name}")
     # A sample whose completion was cut off would add padding and no loss.
     return [sample for sample in samples if any(label >= 0 for label in sample.labels)]
 

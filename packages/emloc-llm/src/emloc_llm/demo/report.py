@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import matplotlib
-from emloc.memory import format_bytes
-from emloc.output import write_json
 from rich.console import Console
 from rich.table import Table
+
+from emloc.memory import format_bytes
+from emloc.output import write_json
 
 TITLES = {
     "base": "base model",

@@ -87,6 +87,9 @@ class _EmulatorWriter:
                 f"No layer of {self.base.name} can be compressed: {'; '.join(reasons)}."
             )
         self.shards = len(self.stream.blocks) + 1
+        for reason in sorted(set(self.plan.kept_dense.values())):
+            names = [name for name, why in self.plan.kept_dense.items() if why == reason]
+            console.print(f"{len(names)} layers stay dense ({reason}): {names[0]}, …")
 
     # -- names ------------------------------------------------------------------------------
 

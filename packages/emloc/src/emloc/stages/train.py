@@ -13,7 +13,7 @@ from emloc.checkpoint import Checkpoint
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
-from emloc.output import file_sha256, stage_folder
+from emloc.output import file_sha256, stage_folder, writing
 from emloc.plugins import family_named, family_of
 from emloc.progress import console
 from emloc.stage import stage
@@ -47,7 +47,8 @@ def train(config: TrainConfig) -> Path:
     started = time.monotonic()
     reference = ModelReference(name_or_path=model.reference_name(), digest=digest)
     with stage_folder(config.output_dir, settings) as work:
-        figures = family.train(config, work)
+        with writing(work):
+            figures = family.train(config, work)
         Manifest(
             kind="adapter",
             family=family.name,
