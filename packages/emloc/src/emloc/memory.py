@@ -47,6 +47,21 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+_M_MMAP_THRESHOLD = -3
+LARGE_BYTES = 1 << 20
+
+
+def return_large_blocks() -> None:
+    """Have the C library give every freed block of a MiB or more back to the system at once.
+
+    By default glibc raises that size to 32 MiB as it sees such blocks freed, and then keeps them in a
+    heap that small allocations fragment: a stage that streams blocks of weights would grow with the
+    model's depth though it holds one block. Process-wide; elsewhere than glibc nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
+
+
 class PeakMemory:
     """Context manager; `peak_bytes` is the most memory seen, less that at its start.
 

@@ -29,7 +29,7 @@ from emloc.gram import Moments, smaller_side
 from emloc.lockstep import Call, current_call, lockstep
 from emloc.lowrank import factorise, relative_error
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
-from emloc.memory import PeakMemory
+from emloc.memory import PeakMemory, return_large_blocks
 from emloc.output import ShardWriter, copy_file, file_sha256, stage_folder, write_json
 from emloc.plan import Group, Plan, make_plan
 from emloc.plugins import family_of
@@ -59,6 +59,7 @@ def compress(config: CompressConfig) -> Path:
         console.print(f"compress: {config.output_dir} is complete already")
         return config.output_dir
     started = time.monotonic()
+    return_large_blocks()
     with stage_folder(config.output_dir, settings) as work:
         with PeakMemory(config.device) as peak:
             writer = _EmulatorWriter(family, base, config, work)

@@ -24,7 +24,7 @@ from emloc.finite import is_finite
 from emloc.gram import moment_dtype
 from emloc.limits import CandidateLora, losses
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
-from emloc.memory import PeakMemory
+from emloc.memory import PeakMemory, return_large_blocks
 from emloc.output import ShardWriter, file_sha256, stage_folder, write_json
 from emloc.plugins import family_named
 from emloc.progress import console, progress_bar
@@ -63,6 +63,7 @@ def correct(config: CorrectConfig) -> Path:
         console.print(f"correct: {config.output_dir} is complete already")
         return config.output_dir
     started = time.monotonic()
+    return_large_blocks()
     with stage_folder(config.output_dir, settings) as work:
         with PeakMemory(config.device) as peak:
             correction = _Correction(

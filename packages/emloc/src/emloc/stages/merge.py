@@ -12,7 +12,7 @@ from emloc.config import MergeConfig
 from emloc.errors import ConfigError, MismatchError, NumericalError
 from emloc.finite import is_finite
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
-from emloc.memory import PeakMemory
+from emloc.memory import PeakMemory, return_large_blocks
 from emloc.merging import merged_weight
 from emloc.output import ShardWriter, copy_file, file_sha256, stage_folder
 from emloc.plugins import family_of
@@ -51,6 +51,7 @@ def merge(config: MergeConfig) -> Path:
         console.print(f"merge: {config.output_dir} is complete already")
         return config.output_dir
     started = time.monotonic()
+    return_large_blocks()
     with stage_folder(config.output_dir, settings) as work:
         with PeakMemory() as peak:
             files = _write_shards(base, adapter, by_tensor, work)
