@@ -36,7 +36,7 @@ def test_help_lists_every_stage():
 
 
 def test_families():
-    assert "llm" in emloc_command("families").stderr
+    assert "llm" in emloc_command("families").stdout
 
 
 REFUSALS = [
@@ -81,7 +81,7 @@ def test_run_a_yaml_file_twice_with_overrides(llm, tmp_path):
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     again = emloc_command("run", config, "train.max_steps=2", "seed=3")
     assert json.loads(again.stdout) == results
-    assert again.stderr.count("complete already") == 4
+    assert again.stderr.count("complete already") == 5
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     other = emloc_command("run", config, "train.max_steps=3", "seed=3")
     assert other.returncode == 7
@@ -117,7 +117,7 @@ def test_a_broken_plugin_is_named_and_help_still_works(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     shown = emloc_command("families", env=environment)
     assert shown.returncode == 0
-    assert "llm" in shown.stderr
+    assert "llm" in shown.stdout
     assert "plugin broken is broken" in shown.stderr
     assert "a_module_that_is_not_there" in shown.stderr
     assert emloc_command("--help", env=environment).returncode == 0

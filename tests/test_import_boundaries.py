@@ -70,7 +70,15 @@ def test_requirements_pull_no_other_modality():
 def test_wheels_hold_what_they_promise(tmp_path):
     """What pip installs is what the checkout runs: every module, the entry point, no tests."""
     for package, expected in (
-        ("emloc", {"emloc/cli.py", "emloc/stages/compress.py", "emloc/integrations/__init__.py"}),
+        (
+            "emloc",
+            {
+                "emloc/cli.py",
+                "emloc/stages/compress.py",
+                "emloc/compression.py",
+                "emloc/integrations/__init__.py",
+            },
+        ),
         ("emloc-llm", {"emloc_llm/family.py", "emloc_llm/demo/orders.py", "emloc_llm_hooks.py"}),
     ):
         subprocess.run(

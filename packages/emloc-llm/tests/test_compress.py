@@ -126,6 +126,7 @@ def test_ratios_and_ranks_per_layer(tiny, tmp_path):
 def test_dtype_of_the_emulator(tiny, tmp_path):
     folder = compress(tiny.base, tiny.data, tmp_path / "e", dtype="bfloat16")
     assert {i.dtype for i in Checkpoint.open(folder).tensors.values()} == {torch.bfloat16}
+    assert {p.dtype for p in load(folder, dtype="auto").parameters()} == {torch.bfloat16}
 
 
 def test_padding_and_batching_do_not_matter(tiny, tmp_path):

@@ -54,7 +54,12 @@ def load_rows(options: DataOptions, dataset: str | None = None) -> Any:
     rows = _load(name, options.dataset_split)
     if len(rows) == 0:
         raise DataError(f"Data set {name} is empty.")
-    rows = rows.rename_columns(_column_map(options.column_map, rows.column_names, name))
+    mapping = _column_map(options.column_map, rows.column_names, name)
+    # A column of ours that another one is mapped to gives way to it.
+    rows = rows.remove_columns(
+        sorted(set(mapping.values()) & set(rows.column_names) - set(mapping))
+    )
+    rows = rows.rename_columns(mapping)
     has = set(rows.column_names)
     if not ({"messages"} <= has or {"prompt", "completion"} <= has or {"text"} <= has):
         raise DataError(

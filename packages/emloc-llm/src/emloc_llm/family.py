@@ -105,8 +105,11 @@ class LLMFamily:
     def emulator_config(self, checkpoint: Checkpoint, layers: EmulatorLayers) -> dict[str, Any]:
         """See `ModelFamily`."""
         groups = [{"layers": list(names), "rank": rank} for names, rank in layers.groups]
+        dtype = {} if layers.dtype is None else {"dtype": layers.dtype}
+        kept = {k: v for k, v in checkpoint.config.items() if not (dtype and k == "torch_dtype")}
         return {
-            **checkpoint.config,
+            **kept,
+            **dtype,
             "quantization_config": {"quant_method": "emloc", "groups": groups},
         }
 

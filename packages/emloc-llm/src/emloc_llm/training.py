@@ -1,6 +1,7 @@
 """Train a LoRA with TRL's `SFTTrainer` on tokenised samples."""
 
 import contextlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,8 @@ def _require(backend: str) -> None:
 def _checkpoint(config: TrainConfig, work: Path) -> str | None:
     wanted = config.resume_from_checkpoint
     if wanted == "never":
+        for stale in work.glob("checkpoint-*"):
+            shutil.rmtree(stale)
         return None
     if wanted == "auto":
         found = last_complete_checkpoint(work)

@@ -4,6 +4,7 @@ Only what changes a linear layer by `scaling · B · A` (and DoRA's magnitude) c
 merged; everything else that PEFT offers is refused with its reason.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 from emloc.checkpoint import Checkpoint, read_json
 from emloc.errors import CheckpointError, MismatchError
 from emloc.finite import is_finite
+from emloc.output import file_sha256
 from emloc.rank import match_pattern
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -81,6 +83,11 @@ class Adapter:
         _refuse_unsupported(path, config)
         tensors = Checkpoint.from_files(folder, path, config, {WEIGHTS_NAME: None})
         return cls(path, config, tensors, tuple(_layers(path, config, tensors)))
+
+    def digest(self) -> str:
+        """SHA-256 of both files: the same tensors with another alpha are another adapter."""
+        both = [file_sha256(self.path / name) for name in (CONFIG_NAME, WEIGHTS_NAME)]
+        return hashlib.sha256("".join(both).encode()).hexdigest()
 
     def read(self, key: str) -> Tensor:
         """A tensor of the adapter."""

@@ -13,12 +13,12 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
+from rich.console import Console
 from rich.table import Table
 
 import emloc
 from emloc.errors import EmlocError, Interrupted
 from emloc.plugins import Plugins, load_plugins
-from emloc.progress import console
 
 app = typer.Typer(
     name="emloc",
@@ -66,7 +66,7 @@ def build_app(found: Plugins) -> None:
         table = Table("family", "plugin", "what it handles")
         for entry in found.families.values():
             table.add_row(entry.name, entry.plugin, entry.summary)
-        console.print(table)
+        Console().print(table)
         for name, why in found.broken.items():
             print(f"plugin {name} is broken and was left out: {why}", file=sys.stderr)
 

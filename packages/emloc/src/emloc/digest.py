@@ -1,11 +1,13 @@
-"""Identity of calibration data: what settings record instead of a path."""
+"""Identity of data: what settings record beside a path, so that a changed file is noticed."""
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from emloc.family import Batch
+from emloc.output import file_sha256
 
 
 def batches_digest(batches: Sequence[Batch]) -> str:
@@ -16,3 +18,8 @@ def batches_digest(batches: Sequence[Batch]) -> str:
             sha.update(f"{name}{tuple(tensor.shape)}".encode())
             sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
+
+
+def dataset_sha256(dataset: str | None) -> str | None:
+    """SHA-256 of a data set that is a local file; None for a folder or a hub id."""
+    return file_sha256(Path(dataset)) if dataset and Path(dataset).is_file() else None

@@ -32,9 +32,11 @@ class EmulatorLayers(NamedTuple):
 
     Attributes:
         groups: layers that share a right factor, with their rank; a group may hold one layer.
+        dtype: what all weights were converted to, for example `bfloat16`; None: kept.
     """
 
     groups: Sequence[tuple[Sequence[str], int]]
+    dtype: str | None
 
 
 @runtime_checkable

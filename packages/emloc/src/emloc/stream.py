@@ -44,11 +44,11 @@ class UnitStream:
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)  # pyright: ignore[reportPrivateUsage]
 
-    def tensor(self, parameter: str) -> Tensor:
-        """A parameter as the checkpoint stores it.
+    def stored_name(self, parameter: str) -> str:
+        """The checkpoint's name of a parameter.
 
         Raises:
-            CheckpointError: missing, or not of the shape that the config implies.
+            CheckpointError: it holds no such tensor.
         """
         name = self.family.tensor_name(self.model, parameter, self.checkpoint)
         if name is None:
@@ -56,6 +56,15 @@ class UnitStream:
                 f"Checkpoint {self.checkpoint.name} holds no tensor for {parameter}; "
                 f"its config.json and its shards do not belong together."
             )
+        return name
+
+    def tensor(self, parameter: str) -> Tensor:
+        """A parameter as the checkpoint stores it.
+
+        Raises:
+            CheckpointError: missing, or not of the shape that the config implies.
+        """
+        name = self.stored_name(parameter)
         tensor = self.checkpoint.read(name)
         expected = self.model.get_parameter(parameter).shape
         if tensor.shape != expected:

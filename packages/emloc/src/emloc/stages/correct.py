@@ -56,7 +56,7 @@ def correct(config: CorrectConfig) -> Path:
         ),
         "base_digest": emulator_manifest.base_model.digest,
         "emulator_digest": emulator_manifest.summary["emulator_digest"],
-        "adapter_sha256": file_sha256(adapter.path / WEIGHTS_NAME),
+        "adapter_digest": adapter.digest(),
         "data_digest": batches_digest(batches),
     }
     if same_settings(Manifest.find(config.output_dir), settings):
@@ -163,9 +163,7 @@ class _Correction:
 
     def _factors(self, layer: str) -> tuple[Tensor, Tensor]:
         def stem(name: str) -> str:
-            stored = self.family.tensor_name(self.stream.model, f"{name}.weight", self.base)
-            assert stored is not None, name
-            return stored.removesuffix("weight")
+            return self.stream.stored_name(f"{name}.weight").removesuffix("weight")
 
         left = self.emulator.read(f"{stem(layer)}left")
         return left, self.emulator.read(f"{stem(self.owners[layer])}right")

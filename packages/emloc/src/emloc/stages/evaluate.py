@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from emloc.adapter import Adapter
 from emloc.checkpoint import Checkpoint
 from emloc.config import EvaluateConfig
+from emloc.digest import dataset_sha256
 from emloc.errors import ConfigError, OutputError
 from emloc.manifest import Manifest
 from emloc.output import write_json, writing
 from emloc.plugins import family_of
+from emloc.progress import console
 from emloc.stage import stage
 
 RESULT_NAME = "evaluation.json"
@@ -20,16 +23,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate; returns the scores, and writes them to `output_dir/evaluation.json` if given."""
     if config.dataset is None and not config.tasks:
         raise ConfigError("evaluate: dataset is required (or tasks, with the lm-eval extra).")
+    model = Checkpoint.open(config.model_name_or_path)
+    _refuse_emulator_adapter(config, Manifest.find(model.path))
+    settings = _settings(config, model)
     target = config.output_dir / RESULT_NAME if config.output_dir else None
     if target is not None and target.exists():
-        known = json.loads(target.read_text("utf-8"))
-        if known.get("settings") == _settings(config):
+        known: dict[str, Any] = json.loads(target.read_text("utf-8"))
+        if known.get("settings") == settings:
+            console.print(f"evaluate: {target} is complete already")
             return known
-        raise OutputError(f"{target} exists; choose another output_dir or remove it.")
-    model = Checkpoint.open(config.model_name_or_path)
-    manifest = Manifest.find(model.path)
-    _refuse_emulator_adapter(config, manifest)
-    result = {**family_of(model).evaluate(config), "settings": _settings(config)}
+        raise OutputError(
+            f"{target} exists and is of another evaluation; choose another output_dir or remove it."
+        )
+    result = {**family_of(model).evaluate(config), "settings": settings}
     if target is not None:
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -37,8 +43,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
-def _settings(config: EvaluateConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude={"output_dir"})
+def _settings(config: EvaluateConfig, model: Checkpoint) -> dict[str, Any]:
+    """The options, and the identity of what their paths hold now."""
+    return {
+        **config.model_dump(mode="json", exclude={"output_dir"}),
+        "model_digest": model.digest(),
+        "adapter_digest": Adapter.open(config.adapter).digest() if config.adapter else None,
+        "dataset_sha256": dataset_sha256(config.dataset),
+    }
 
 
 def _refuse_emulator_adapter(config: EvaluateConfig, model: Manifest | None) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from emloc.adapter import WEIGHTS_NAME, Adapter, LoraLayer, weight_names
+from emloc.adapter import Adapter, LoraLayer, weight_names
 from emloc.checkpoint import INDEX_NAME, Checkpoint
 from emloc.config import MergeConfig
 from emloc.errors import ConfigError, MismatchError, NumericalError
@@ -45,7 +45,7 @@ def merge(config: MergeConfig) -> Path:
         by_tensor[names[layer.name]] = layer
     settings = {
         "base_digest": digest,
-        "adapter_sha256": file_sha256(adapter.path / WEIGHTS_NAME),
+        "adapter_digest": adapter.digest(),
     }
     if same_settings(Manifest.find(config.output_dir), settings):
         console.print(f"merge: {config.output_dir} is complete already")

@@ -11,6 +11,7 @@ from typing import Any
 from emloc.adapter import WEIGHTS_NAME
 from emloc.checkpoint import Checkpoint
 from emloc.config import TrainConfig
+from emloc.digest import dataset_sha256
 from emloc.errors import ConfigError
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
 from emloc.output import file_sha256, stage_folder, writing
@@ -38,8 +39,8 @@ def train(config: TrainConfig) -> Path:
             exclude={"output_dir", "emulator", "model_name_or_path", "resume_from_checkpoint"},
         ),
         "model_digest": digest,
-        "dataset_sha256": _file_digest(config.dataset),
-        "eval_dataset_sha256": _file_digest(config.eval_dataset),
+        "dataset_sha256": dataset_sha256(config.dataset),
+        "eval_dataset_sha256": dataset_sha256(config.eval_dataset),
     }
     if same_settings(Manifest.find(config.output_dir), settings):
         console.print(f"train: {config.output_dir} is complete already")
@@ -64,7 +65,3 @@ def train(config: TrainConfig) -> Path:
             },
         ).write(work)
     return config.output_dir
-
-
-def _file_digest(dataset: str | None) -> str | None:
-    return file_sha256(Path(dataset)) if dataset and Path(dataset).is_file() else None

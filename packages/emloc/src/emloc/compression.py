@@ -1,0 +1,137 @@
+"""The pass over the base model: fold moments while micro-batches run, factorise at each block.
+
+All micro-batches advance in lockstep. At a block its weights are loaded, hooks fold the moments of
+every group's side, and when all are through, each group is factorised and the block is written. Peak
+memory is one block in float32, its moments and one eigenproblem, and the hidden states.
+
+A block that is finished already is only run, not factorised again: an interrupted run gives the same
+bytes as an uninterrupted one.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emloc.emulator import EmulatorFolder
+from emloc.errors import ConfigError
+from emloc.family import Batch
+from emloc.gram import Moments, smaller_side
+from emloc.lockstep import Call, current_call, lockstep
+from emloc.lowrank import factorise, relative_error
+from emloc.plan import Group
+from emloc.progress import progress_bar
+from emloc.stream import UnitStream
+
+Factors = tuple[Tensor, Sequence[Tensor]]
+"""A group's right factor, and the left ones of its layers."""
+
+
+def compress_blocks(stream: UnitStream, folder: EmulatorFolder, batches: Sequence[Batch]) -> None:
+    """Run the micro-batches through the base once and write every block's shard into `folder`.
+
+    Raises:
+        NumericalError: a weight or an activation is NaN; names the layer.
+        ConfigError: no token reached a layer.
+    """
+    blocks, done = stream.blocks, folder.finished_blocks()
+    calls = [_call(stream, batch) for batch in batches]
+    with progress_bar("compress", len(blocks)) as advance:
+
+        @contextmanager
+        def visit(unit: str) -> Iterator[None]:
+            with stream.filled(unit):
+                if unit in blocks and unit not in done:
+                    yield from _compress_block(stream, folder, unit)
+                else:
+                    yield
+            if unit in blocks:
+                advance(note=unit)
+
+        lockstep(stream.model, stream.units, calls, visit, stop_after=blocks[-1])
+
+
+def _call(stream: UnitStream, batch: Batch) -> Call:
+    here = {name: tensor.to(stream.device) for name, tensor in batch.items()}
+    mask = stream.family.token_mask(here).reshape(-1)
+    # A mask of all ones would only cost a copy of every activation.
+    return Call(
+        lambda: stream.family.forward_loss(stream.model, here),
+        context=None if bool(mask.all()) else mask,
+    )
+
+
+def _compress_block(stream: UnitStream, folder: EmulatorFolder, block: str) -> Iterator[None]:
+    """Fold moments while the caller runs the micro-batches, then factorise and write."""
+    started = time.monotonic()
+    groups = folder.plan.within(block)
+    moments = {
+        group.owner: Moments(smaller_side(sum(group.d_out), group.d_in), group.owner)
+        for group in groups
+    }
+    handles = [
+        stream.model.get_submodule(group.owner).register_forward_hook(
+            _folding(stream, group, moments[group.owner])
+        )
+        for group in groups
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    factors: dict[str, Factors] = {}
+    layers: dict[str, Any] = {}
+    for group in groups:
+        factors[group.owner], layers[group.owner] = _factorise(
+            stream, group, moments.pop(group.owner)
+        )
+    report = {"layers": layers, "seconds": round(time.monotonic() - started, 3)}
+    folder.write_block(block, factors, report)
+
+
+def _folding(stream: UnitStream, group: Group, moments: Moments) -> Any:
+    def fold(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        call = current_call()
+        mask = None if call is None else call.context
+        x = inputs[0].reshape(-1, group.d_in)
+        padded = mask is not None and mask.shape[0] == x.shape[0]
+        if moments.side == "input":
+            moments.fold(x[mask] if padded else x)
+        elif len(group.layers) == 1:
+            y = output.reshape(-1, group.d_out[0])
+            bias = dict(module.named_parameters()).get("bias")
+            y = y if bias is None else y - bias
+            moments.fold(y[mask] if padded else y)
+        else:
+            moments.fold((x[mask] if padded else x) @ _stacked(stream, group).T)
+
+    return fold
+
+
+def _stacked(stream: UnitStream, group: Group) -> Tensor:
+    weights = [stream.model.get_parameter(f"{name}.weight").detach() for name in group.layers]
+    return torch.cat(weights) if len(weights) > 1 else weights[0]
+
+
+def _factorise(
+    stream: UnitStream, group: Group, moments: Moments
+) -> tuple[Factors, dict[str, Any]]:
+    if moments.tokens == 0:
+        raise ConfigError(
+            f"No calibration token reached layer {group.owner}; use more samples, or exclude it."
+        )
+    found = factorise(_stacked(stream, group), moments, group.rank)
+    report = {
+        "layers": list(group.layers),
+        "rank": group.rank,
+        "d_out": list(group.d_out),
+        "d_in": group.d_in,
+        "side": moments.side,
+        "tokens": moments.tokens,
+        "relative_error": relative_error(found.spectrum, group.rank),
+    }
+    return (found.right, found.left.split(list(group.d_out))), report

@@ -1,0 +1,156 @@
+"""The emulator's folder while it is being written: one shard per block, one for the rest.
+
+Beside a finished block's shard stands a small report, by which an interrupted run knows the block is
+done; the manifest takes the reports up at the end.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emloc.checkpoint import INDEX_NAME, Checkpoint
+from emloc.config import Dtype
+from emloc.family import EmulatorLayers
+from emloc.output import ShardWriter, copy_file, file_sha256, write_json
+from emloc.plan import Plan
+from emloc.stream import UnitStream
+
+Declared = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+@dataclass
+class EmulatorFolder:
+    """Names, shards and the final index of an emulator.
+
+    Attributes:
+        stream: the base model, for its names.
+        plan: which layers become factors.
+        dtype: of the factors and all other weights; `auto` keeps the base's.
+        work: where to write.
+    """
+
+    stream: UnitStream
+    plan: Plan
+    dtype: Dtype
+    work: Path
+
+    @property
+    def base(self) -> Checkpoint:
+        """The checkpoint that is compressed."""
+        return self.stream.checkpoint
+
+    @property
+    def shards(self) -> list[str]:
+        """File names: a shard per block in forward order, and the rest last."""
+        count = len(self.stream.blocks) + 1
+        return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+    def report_path(self, block: str) -> Path:
+        """The file that says a block is done."""
+        return self.work / f"block-{self.stream.blocks.index(block) + 1:05d}.json"
+
+    def finished_blocks(self) -> set[str]:
+        """Blocks that an interrupted run completed."""
+        return {block for block in self.stream.blocks if self.report_path(block).is_file()}
+
+    def write_block(
+        self,
+        block: str,
+        factors: Mapping[str, tuple[Tensor, Sequence[Tensor]]],
+        report: Mapping[str, Any],
+    ) -> None:
+        """Write a block's shard, then its report.
+
+        Args:
+            factors: by a group's owner, its right factor and the left ones in the group's order.
+            report: JSON for the manifest.
+        """
+        tensors: dict[str, Tensor] = {}
+        replaced: set[str] = set()
+        for group in self.plan.within(block):
+            right, lefts = factors[group.owner]
+            tensors[self._factor(group.owner, "right")] = self._converted(group.owner, right)
+            for name, left in zip(group.layers, lefts):
+                tensors[self._factor(name, "left")] = self._converted(group.owner, left)
+                replaced.add(self.stream.stored_name(f"{name}.weight"))
+        for name in self._block_tensors(block):
+            if name not in replaced:
+                stored = self.base.read(name)
+                tensors[name] = stored.to(self._target_dtype(stored.dtype))
+        declared: Declared = {n: (t.dtype, tuple(t.shape)) for n, t in sorted(tensors.items())}
+        with ShardWriter(
+            self.work / self.shards[self.stream.blocks.index(block)], declared
+        ) as shard:
+            for name in declared:
+                shard.write(name, tensors[name])
+        write_json(self.report_path(block), report)
+
+    def finish(self) -> tuple[list[dict[str, Any]], Checkpoint]:
+        """Write what is in no block, the index, the config and the tokenizer's files.
+
+        Returns:
+            The blocks' reports, and the emulator opened.
+        """
+        self._write_rest()
+        written = Checkpoint.from_files(
+            str(self.work), self.work, {}, dict.fromkeys(self.shards, None)
+        )
+        total = sum(info.nbytes for info in written.tensors.values())
+        weight_map = {name: info.file for name, info in written.tensors.items()}
+        write_json(
+            self.work / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+        layers = EmulatorLayers(
+            [(group.layers, group.rank) for group in self.plan.groups],
+            None if self.dtype == "auto" else self.dtype,
+        )
+        write_json(self.work / "config.json", self.stream.family.emulator_config(self.base, layers))
+        for name in self.base.companions():
+            copy_file(self.base.path / name, self.work / name)
+        reports = [
+            json.loads(self.report_path(block).read_text("utf-8")) for block in self.stream.blocks
+        ]
+        return reports, written
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each shard."""
+        return {name: file_sha256(self.work / name) for name in self.shards}
+
+    def forget_reports(self) -> None:
+        """Drop what only a continuation needs; the manifest holds it now."""
+        for block in self.stream.blocks:
+            self.report_path(block).unlink()
+
+    def _write_rest(self) -> None:
+        inside = {name for block in self.stream.blocks for name in self._block_tensors(block)}
+        declared: Declared = {
+            name: (self._target_dtype(info.dtype), info.shape)
+            for name, info in self.base.tensors.items()
+            if name not in inside
+        }
+        with ShardWriter(self.work / self.shards[-1], declared) as shard:
+            for name, (dtype, _) in declared.items():
+                shard.write(name, self.base.read(name).to(dtype))
+
+    def _block_tensors(self, block: str) -> list[str]:
+        module = self.stream.model.get_submodule(block)
+        names = {
+            self.stream.stored_name(f"{block}.{path}") for path, _ in module.named_parameters()
+        }
+        return sorted(names | {n for n in self.base.tensors if n.startswith(f"{block}.")})
+
+    def _factor(self, layer: str, kind: str) -> str:
+        return self.stream.stored_name(f"{layer}.weight").removesuffix("weight") + kind
+
+    def _converted(self, owner: str, factor: Tensor) -> Tensor:
+        stored = self.base.tensors[self.stream.stored_name(f"{owner}.weight")].dtype
+        return factor.to(self._target_dtype(stored))
+
+    def _target_dtype(self, stored: torch.dtype) -> torch.dtype:
+        keep = self.dtype == "auto" or not stored.is_floating_point
+        return stored if keep else getattr(torch, self.dtype)
