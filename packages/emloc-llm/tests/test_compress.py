@@ -261,3 +261,24 @@ def test_samples_longer_than_max_length_are_counted(tiny, tmp_path, capfd):
     said = " ".join(capfd.readouterr().err.split())
     assert "calibration samples" in said
     assert "longer than max_length=40 and were truncated" in said
+
+
+def test_patterns_that_match_nothing_are_refused(tiny, tmp_path):
+    for options in (
+        {"exclude": ["q_prj"]},
+        {"rank_pattern": {"up": 3}},
+        {"exclude": r'["x{1,2}"]'},
+    ):
+        with pytest.raises(ConfigError, match="matches no layer"):
+            compress(tiny.base, tiny.data, tmp_path / "e", **options)
+    with pytest.raises(DataError, match="has no split 'test'"):
+        compress(tiny.base, tiny.data, tmp_path / "e", dataset_split="test")
+
+
+def test_a_changed_tokenizer_or_config_is_another_input(tiny, tmp_path):
+    base = shutil.copytree(tiny.base, tmp_path / "base")
+    folder = compress(base, tiny.data, tmp_path / "e")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    with pytest.raises(OutputError, match="nothing is ever overwritten"):
+        compress(base, tiny.data, folder)

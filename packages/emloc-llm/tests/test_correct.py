@@ -163,6 +163,25 @@ def test_an_adapter_of_another_trainer_is_corrected(tiny, tmp_path, batch):
     assert torch.equal(logits(one, batch), logits(two, batch))
 
 
+def test_what_peft_says_it_was_trained_on_is_believed(tiny, tmp_path):
+    """An adapter of the base itself, without a manifest, is not for this emulator to correct."""
+    shutil.copytree(tiny.corrected, tmp_path / "a")
+    (tmp_path / "a/emloc.json").unlink()
+    with pytest.raises(MismatchError, match=r"was trained on .*base by its adapter_config\.json"):
+        emloc.correct(
+            output_dir=tmp_path / "c", limit="none",
+            **{**tiny.correct_options, "adapter": str(tmp_path / "a")},
+        )  # fmt: skip
+    shutil.copytree(tiny.adapter, tmp_path / "b")
+    (tmp_path / "b/emloc.json").unlink()
+    with pytest.raises(MismatchError, match="not corrected; run emloc correct"):
+        emloc.merge(
+            adapter=str(tmp_path / "b"),
+            model_name_or_path=str(tiny.base),
+            output_dir=tmp_path / "m",
+        )
+
+
 def test_two_runs_are_byte_identical_and_the_input_is_untouched(tiny, tmp_path):
     before = (tiny.adapter / "adapter_model.safetensors").read_bytes()
     again = emloc.correct(output_dir=tmp_path / "c", limit="none", **tiny.correct_options)
@@ -201,6 +220,7 @@ def test_refusals(tiny, tmp_path):
         ({"peft_type": "IA3"}, "only LoRA"),
         ({"bias": "lora_only"}, "trains biases"),
         ({"modules_to_save": ["lm_head"]}, "whole modules"),
+        ({"fan_in_fan_out": True}, "transposed"),
         ({"init_lora_weights": "pissa"}, "changes the emulator's weights"),
         ({"r": 7}, "do not belong together|has rank"),
     ):

@@ -1,6 +1,7 @@
 """Scores against direct computation, and how answers are compared."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from emloc_llm.example import byte_tokenizer, write_model
         ('{"a": 1}', '{"a": 2}', "auto", False),
         ('{"a": 1}', "a is 1", "auto", False),
         ("yes", " yes\n", "auto", True),
+        ("[1] see", "[1] see", "auto", True),
         ("yes", "Yes", "text", False),
         ("12", "it is 12", "number", True),
     ],
@@ -60,6 +62,13 @@ def test_written_once_and_refused(tiny, tmp_path):
     first = emloc.evaluate(adapter=str(tiny.corrected), **options)
     assert json.loads((tmp_path / "evaluation.json").read_text()) == first
     assert emloc.evaluate(adapter=str(tiny.corrected), **options) == first
+    elsewhere = {**options, "output_dir": tmp_path / "copy"}
+    shutil.copytree(tiny.corrected, tmp_path / "lora")
+    emloc.evaluate(adapter=str(tmp_path / "lora"), **elsewhere)
+    config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    (tmp_path / "lora/adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1}))
+    with pytest.raises(OSError, match="of another evaluation"):  # the path is the same, it is not
+        emloc.evaluate(adapter=str(tmp_path / "lora"), **elsewhere)
     with pytest.raises(OSError, match="exists"):
         emloc.evaluate(**options)
     with pytest.raises(ConfigError, match="dataset is required"):
@@ -76,3 +85,21 @@ def test_written_once_and_refused(tiny, tmp_path):
         )
     with pytest.raises(CheckpointError):
         emloc.evaluate(model_name_or_path=str(tmp_path / "none" / "x"), dataset=str(tiny.test))
+
+
+def test_emulators_with_and_without_their_adapter(tiny):
+    """Under inference_mode, where tensors count no versions."""
+    model = load(tiny.emulator)
+    options = {"model_name_or_path": str(tiny.emulator), "dataset": str(tiny.test)}
+    plain = emloc.evaluate(max_new_tokens=4, **options)
+    with torch.inference_mode():
+        for row, answer in zip(tiny.test.read_text().splitlines(), plain["answers"]):
+            turns = json.loads(row)["messages"][:-1]
+            tokenizer = byte_tokenizer()
+            head = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            ids = tokenizer(head, return_tensors="pt")["input_ids"]
+            out = model.generate(ids, max_new_tokens=4, do_sample=False)
+            said = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+            assert answer["prediction"] == said
+    adapted = emloc.evaluate(adapter=str(tiny.adapter), max_new_tokens=0, **options)
+    assert adapted["loss"] < plain["loss"]

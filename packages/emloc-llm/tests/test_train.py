@@ -10,7 +10,7 @@ from llm_reference import load
 from safetensors.torch import load_file
 
 import emloc
-from emloc.errors import CheckpointError, ConfigError, DataError
+from emloc.errors import CheckpointError, ConfigError, DataError, NumericalError
 from emloc.integrations.transformers.training import last_complete_checkpoint
 from emloc.manifest import Manifest
 
@@ -225,3 +225,20 @@ def test_half_precision_models_go_through_all_stages(tiny, tmp_path, dtype):
     )
     merged = emloc.merge(adapter=str(corrected), output_dir=tmp_path / "m")
     assert {p.dtype for p in load(merged, dtype="auto").parameters()} == {getattr(torch, dtype)}
+
+
+def test_divergence_stops_the_run(tiny, tmp_path):
+    with pytest.raises(NumericalError, match="lower learning_rate"):
+        emloc.train(output_dir=tmp_path / "a", **{**tiny.train_options, "learning_rate": 1e20})
+    assert not (tmp_path / "a").exists()
+
+
+def test_prompts_and_completions_may_be_messages(tiny):
+    from emloc.config import TrainConfig
+    from emloc_llm.data import encode
+    from emloc_llm.example import byte_tokenizer
+
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    config, tokenizer = TrainConfig(output_dir="o"), byte_tokenizer()
+    split = encode({"prompt": turns[:1], "completion": turns[1:]}, tokenizer, config)
+    assert split == encode({"messages": turns}, tokenizer, config)

@@ -60,17 +60,28 @@ def test_stage_folder_appears_only_when_complete(tmp_path):
     assert [p.name for p in target.parent.iterdir()] == ["out"]
 
 
-def test_other_settings_start_afresh_and_results_are_never_overwritten(tmp_path):
+def test_results_and_interrupted_runs_are_never_overwritten(tmp_path):
     target = tmp_path / "out"
+    target.mkdir()  # an empty folder may be taken
     with pytest.raises(RuntimeError), stage_folder(target, {"a": 1}) as work:
         (work / "done").write_text("x")
         raise RuntimeError
-    with stage_folder(target, {"a": 2}) as work:
-        assert [p.name for p in work.iterdir()] == [SETTINGS_NAME]
-        (work / "new").write_text("y")
+    with pytest.raises(OutputError, match="other settings"), stage_folder(target, {"a": 2}):
+        pass
+    assert (work / "done").read_text() == "x"
+    with stage_folder(target, {"a": 1}) as work:
+        assert sorted(p.name for p in work.iterdir()) == ["done", SETTINGS_NAME]
     with pytest.raises(OutputError, match="nothing is ever overwritten"), stage_folder(target, {}):
         pass
-    assert (target / "new").read_text() == "y"
+    assert [p.name for p in target.iterdir()] == ["done"]
+    with pytest.raises(RuntimeError), stage_folder(tmp_path / "refused", {}):
+        raise RuntimeError
+    assert not (tmp_path / "refused.partial").exists()
+    (tmp_path / "mine.partial").mkdir()
+    (tmp_path / "mine.partial" / "thesis").write_text("x")
+    with pytest.raises(OutputError, match="other settings"), stage_folder(tmp_path / "mine", {}):
+        pass
+    assert (tmp_path / "mine.partial" / "thesis").exists()
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path):

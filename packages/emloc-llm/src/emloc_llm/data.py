@@ -1,9 +1,9 @@
 """From rows of a data set to token ids and labels, the same for calibration, training and scoring.
 
-A row is `messages` (chat), `prompt` and `completion`, or `text`. Chats go through the tokenizer's
-chat template; the last assistant turn is the completion. A plain prompt and completion are
-concatenated and ended by the end-of-sequence token, as TRL does. Labels are -100 where there is no
-loss: on prompts, unless asked otherwise.
+A row is `messages` (chat), `prompt` and `completion` (texts, or lists of messages), or `text`. Chats
+go through the tokenizer's chat template; the last assistant turn is the completion. A plain prompt and
+completion are concatenated and ended by the end-of-sequence token, as TRL does. Labels are -100 where
+there is no loss: on prompts, unless asked otherwise.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,8 +42,11 @@ class Sample:
     truncated: bool
 
 
-def load_rows(options: DataOptions, dataset: str | None = None) -> Any:
+def load_rows(options: DataOptions, dataset: str | None = None, split: str | None = None) -> Any:
     """The data set with our column names, as a `datasets.Dataset`.
+
+    Args:
+        dataset, split: instead of those that the options name.
 
     Raises:
         DataError: it cannot be read, is empty, or has no columns that we know.
@@ -51,7 +54,7 @@ def load_rows(options: DataOptions, dataset: str | None = None) -> Any:
     name = dataset or options.dataset
     if not name:
         raise DataError("dataset is required: a JSONL, CSV or parquet file, a folder, or a hub id.")
-    rows = _load(name, options.dataset_split)
+    rows = _load(name, options.dataset_split if split is None else split)
     if len(rows) == 0:
         raise DataError(f"Data set {name} is empty.")
     mapping = _column_map(options.column_map, rows.column_names, name)
@@ -79,6 +82,10 @@ def _load(name: str, split: str) -> Any:
     path = Path(name)
     try:
         if path.is_file():
+            if split not in ("train", ""):
+                raise DataError(
+                    f"{name} is one file and has no split {split!r}; pass the file that holds it."
+                )
             if path.suffix not in _LOADERS:
                 raise DataError(f"{name}: expected a file ending in {', '.join(_LOADERS)}.")
             if path.stat().st_size == 0:
@@ -117,6 +124,9 @@ def encode(row: Mapping[str, Any], tokenizer: Any, options: DataOptions) -> Samp
     """
     if row.get("messages"):
         prompt, completion, reference = _encode_chat(row["messages"], tokenizer)
+    elif isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
+        turns = [*row["prompt"], *row["completion"]]
+        prompt, completion, reference = _encode_chat(turns, tokenizer)
     elif row.get("prompt") is not None and row.get("completion") is not None:
         reference = str(row["completion"])
         prompt = tokenizer(str(row["prompt"]))["input_ids"]

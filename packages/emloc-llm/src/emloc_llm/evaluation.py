@@ -10,10 +10,10 @@ import torch
 from emloc.adapter import Adapter, weight_names
 from emloc.checkpoint import Checkpoint, locate
 from emloc.config import EvaluateConfig
-from emloc.errors import DataError, DependencyError
+from emloc.errors import DataError, DependencyError, MismatchError
 from emloc.memory import PeakMemory
 from emloc.progress import progress_bar
-from emloc_llm.data import Sample, encode_all, in_batches, load_rows, pad
+from emloc_llm.data import Sample, encode_all, in_batches, load_rows, pad, say_truncated
 from emloc_llm.family import LLMFamily, load_tokenizer
 from emloc_llm.training import load_model
 
@@ -42,6 +42,7 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if config.num_samples:
         rows = rows.select(range(min(config.num_samples, len(rows))))
     samples = encode_all(rows, tokenizer, config, str(config.dataset))
+    say_truncated(samples, config, f"samples of {config.dataset}")
     model = load_model(path, config.dtype, config.device).eval()
     if config.adapter:
         model = _with_adapter(model, path, config.adapter)
@@ -62,14 +63,15 @@ def _with_adapter(model: Any, path: Path, adapter: str) -> Any:
     from peft import PeftModel
 
     checkpoint = Checkpoint.open(str(path))
+    lora = Adapter.open(adapter)
     if "quantization_config" not in checkpoint.config:
         family = LLMFamily()
         skeleton = family.skeleton(checkpoint, torch.float32)
-        weight_names(
-            Adapter.open(adapter),
-            lambda name: family.tensor_name(skeleton, name, checkpoint),
-            checkpoint,
-        )
+        weight_names(lora, lambda name: family.tensor_name(skeleton, name, checkpoint), checkpoint)
+    modules = dict(model.named_modules())
+    for layer in lora.layers:
+        if layer.name not in modules:
+            raise MismatchError(f"Adapter {adapter}: {path} has no layer {layer.name}.")
     return PeftModel.from_pretrained(model, adapter).eval()
 
 
@@ -154,9 +156,11 @@ def matches(reference: str, prediction: str, answer: str = "auto") -> bool:
 def _kind(reference: str) -> str:
     if FINAL_NUMBER.search(reference):
         return "number"
-    if reference.strip().startswith(("{", "[")):
-        return "json"
-    return "text"
+    try:
+        parsed = json.loads(reference)
+    except ValueError:
+        return "text"
+    return "json" if isinstance(parsed, dict | list) else "text"
 
 
 def _final_number(text: str) -> float | None:

@@ -62,8 +62,11 @@ def train_lora(config: TrainConfig, work: Path) -> dict[str, Any]:
 def _train(config: TrainConfig, work: Path) -> dict[str, Any]:
     path = locate(config.emulator or str(config.model_name_or_path))
     tokenizer = load_tokenizer(path)
-    samples = _samples(config, tokenizer, str(config.dataset))
-    evaluation = _samples(config, tokenizer, config.eval_dataset) if config.eval_dataset else None
+    samples = _samples(config, tokenizer, str(config.dataset), config.dataset_split)
+    evaluation = None
+    if config.eval_dataset:
+        split = "" if Path(config.eval_dataset).is_file() else config.eval_dataset_split
+        evaluation = _samples(config, tokenizer, config.eval_dataset, split)
     arguments = _arguments(config, work)
     torch.manual_seed(config.seed)
     model = load_model(path, config.dtype, config.device)
@@ -102,8 +105,8 @@ def _train(config: TrainConfig, work: Path) -> dict[str, Any]:
     }
 
 
-def _samples(config: TrainConfig, tokenizer: Any, name: str) -> list[Sample]:
-    rows = load_rows(config, name)
+def _samples(config: TrainConfig, tokenizer: Any, name: str, split: str) -> list[Sample]:
+    rows = load_rows(config, name, split)
     samples = encode_all(rows, tokenizer, config, name)
     say_truncated(samples, config, f"samples of {name}")
     # A sample whose completion was cut off would add padding and no loss.
@@ -160,6 +163,7 @@ def _arguments(config: TrainConfig, work: Path) -> SFTConfig:
             num_train_epochs=config.num_train_epochs,
             gradient_checkpointing=config.gradient_checkpointing,
             logging_steps=config.logging_steps,
+            logging_nan_inf_filter=False,  # it would hide a loss that is not a number
             save_steps=config.save_steps,
             save_total_limit=config.save_total_limit,
             eval_strategy="steps" if config.eval_dataset else "no",

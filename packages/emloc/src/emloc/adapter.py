@@ -34,6 +34,7 @@ _UNSUPPORTED = {
     "alora_invocation_tokens": "it acts on some tokens only",
     "arrow_config": "it mixes several LoRAs",
     "megatron_config": "it is split over processes",
+    "fan_in_fan_out": "its layers store transposed weights",
 }
 
 
@@ -67,7 +68,7 @@ class Adapter:
 
     @classmethod
     def open(cls, folder: str) -> "Adapter":
-        """Open a local folder or hub id.
+        """Open a local folder.
 
         Raises:
             CheckpointError: it is not a complete PEFT adapter.
@@ -83,6 +84,12 @@ class Adapter:
         _refuse_unsupported(path, config)
         tensors = Checkpoint.from_files(folder, path, config, {WEIGHTS_NAME: None})
         return cls(path, config, tensors, tuple(_layers(path, config, tensors)))
+
+    @property
+    def trained_on(self) -> Path | None:
+        """The local folder that the adapter's config names as its base, if it is one."""
+        name = self.config.get("base_model_name_or_path")
+        return Path(str(name)) if name and Path(str(name)).is_dir() else None
 
     def digest(self) -> str:
         """SHA-256 of both files: the same tensors with another alpha are another adapter."""

@@ -131,8 +131,8 @@ class Checkpoint:
     def digest(self) -> str:
         """Identity of the weights: names, dtypes, shapes, and both ends of every tensor.
 
-        Sampling makes it cheap for hundreds of gigabytes; two trainings of one architecture differ
-        everywhere, so their ends differ.
+        Sampling makes it cheap for hundreds of gigabytes: two trainings of one architecture differ in
+        nearly every weight. An edit of a few values in the middle of a tensor goes unnoticed.
         """
         sha = hashlib.sha256()
         for name, info in self.tensors.items():
@@ -140,6 +140,14 @@ class Checkpoint:
             flat = self.read(name).reshape(-1).view(torch.uint8)
             for part in (flat[:SAMPLE_BYTES], flat[-SAMPLE_BYTES:]):
                 sha.update(part.numpy().tobytes())
+        return sha.hexdigest()
+
+    def companions_digest(self) -> str:
+        """SHA-256 of `config.json` and of the files beside the weights."""
+        sha = hashlib.sha256()
+        for name in ["config.json", *self.companions()]:
+            if (self.path / name).is_file():
+                sha.update(name.encode() + hashlib.sha256((self.path / name).read_bytes()).digest())
         return sha.hexdigest()
 
     def companions(self) -> list[str]:

@@ -70,7 +70,12 @@ def build_app(found: Plugins) -> None:
         for name, why in found.broken.items():
             print(f"plugin {name} is broken and was left out: {why}", file=sys.stderr)
 
-    found.manager.hook.emloc_register_commands(app=app)
+    for name, plugin in found.manager.list_name_plugin():
+        others = [other for other in found.manager.get_plugins() if other is not plugin]
+        try:
+            found.manager.subset_hook_caller("emloc_register_commands", others)(app=app)
+        except Exception as problem:  # a third party's code may raise anything
+            found.broken[name] = f"{type(problem).__name__}: {problem}"
 
 
 def _command(name: str) -> Any:

@@ -16,7 +16,9 @@ from emloc.errors import ConfigError
 
 
 def _split(value: Any) -> Any:
-    """`a,b` from a command line as a list."""
+    """`a,b` or a JSON list from a command line as a list."""
+    if isinstance(value, str) and value.startswith("["):
+        return json.loads(value)
     return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
 
@@ -55,7 +57,7 @@ class DataOptions(StageConfig):
     dataset: str | None = Field(
         None, description="JSONL, CSV or parquet file, a folder, or a hub id"
     )
-    dataset_split: str = Field("train", description="split of a hub data set")
+    dataset_split: str = Field("train", description="split of a hub data set or folder")
     column_map: TextMap = Field(
         {}, description="your column=ours; ours are messages, prompt, completion, text"
     )
@@ -109,6 +111,7 @@ class TrainConfig(DataOptions, LoraOptions):
     )
     output_dir: Path = Field(description="where the adapter goes; must not exist")
     eval_dataset: str | None = Field(None, description="evaluated every eval_steps")
+    eval_dataset_split: str = Field("test", description="split of a hub data set")
     dtype: Dtype = Field("auto", description="of the frozen weights; auto: as stored")
     device: str = Field("cpu", description="cpu, cuda, …")
     seed: int = Field(0, ge=0, description="initialisation, data order and dropout")
@@ -116,7 +119,7 @@ class TrainConfig(DataOptions, LoraOptions):
     gradient_accumulation_steps: int = Field(1, ge=1)
     learning_rate: float = Field(2e-4, gt=0)
     lr_scheduler_type: str = Field("cosine", description="any of transformers'")
-    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     max_steps: int = Field(-1, description="overrides num_train_epochs where positive")
@@ -166,7 +169,7 @@ class EvaluateConfig(DataOptions):
 
     model_name_or_path: str = Field(description="model or emulator")
     adapter: str | None = Field(None, description="PEFT adapter to put on it")
-    output_dir: Path | None = Field(None, description="where evaluation.json goes; must not exist")
+    output_dir: Path | None = Field(None, description="where evaluation.json goes")
     num_samples: int | None = Field(None, ge=1, description="the first so many; by default all")
     per_device_eval_batch_size: int = Field(16, ge=1)
     max_new_tokens: int = Field(256, ge=0, description="0: loss only")

@@ -20,6 +20,13 @@ def batches_digest(batches: Sequence[Batch]) -> str:
     return sha.hexdigest()
 
 
-def dataset_sha256(dataset: str | None) -> str | None:
-    """SHA-256 of a data set that is a local file; None for a folder or a hub id."""
-    return file_sha256(Path(dataset)) if dataset and Path(dataset).is_file() else None
+def dataset_digest(dataset: str | None) -> str | None:
+    """SHA-256 of a local file or of all files below a folder; a hub id stands for itself."""
+    if not dataset or not Path(dataset).exists():
+        return dataset
+    if Path(dataset).is_file():
+        return file_sha256(Path(dataset))
+    sha = hashlib.sha256()
+    for path in sorted(path for path in Path(dataset).rglob("*") if path.is_file()):
+        sha.update(f"{path.relative_to(dataset)}|{file_sha256(path)}|".encode())
+    return sha.hexdigest()

@@ -1,7 +1,7 @@
 """Everything a stage writes appears complete or not at all.
 
 A stage works in `<output_dir>.partial` and renames it when done. A killed stage leaves the partial
-folder, and the same stage with the same settings continues in it; other settings start afresh.
+folder, and the same stage with the same settings continues in it; other settings are refused.
 Files inside are written under a temporary name, synced and renamed, so whatever is there is whole.
 """
 
@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,11 +42,21 @@ def writing(path: Path) -> Iterator[None]:
         if problem.errno in _FULL:
             raise _disk_full(path) from problem
         raise OutputError(f"Cannot write {path}: {problem.strerror or problem}.") from problem
-    except (SafetensorError, RuntimeError) as problem:
+
+
+@contextmanager
+def others_writing(path: Path) -> Iterator[None]:
+    """Recognise a full disk in the errors of libraries that write below `path`; let others pass."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as problem:
         # safetensors and torch.save wrap the system's error in their own words.
         text = str(problem)
         code = re.search(r"os error (\d+)", text)
-        if (code and int(code[1]) in _FULL) or "inline_container" in text:
+        number = int(code[1]) if code else getattr(problem, "errno", None)
+        if number in _FULL or "inline_container" in text:
             raise _disk_full(path) from problem
         raise
 
@@ -193,17 +204,36 @@ def stage_folder(output_dir: Path, settings: Mapping[str, Any]) -> Iterator[Path
     """The folder to work in; becomes `output_dir` when the block ends without an error.
 
     Raises:
-        OutputError: `output_dir` exists, another process is writing it, or it cannot be written.
+        OutputError: `output_dir` exists, another process is writing it, an interrupted run with other
+            settings is in its place, or it cannot be written.
     """
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise OutputError(
-            f"{output_dir} exists and is not empty; nothing is ever overwritten, so choose another "
-            f"output_dir or remove it."
-        )
     work = output_dir.with_name(output_dir.name + ".partial")
-    lock = FileLock(str(output_dir.with_name(f".{output_dir.name}.lock")))
-    with writing(work):
-        work.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(output_dir):
+        with writing(work):
+            _make_way(output_dir)
+            recorded = _prepare(work, json.dumps(settings, sort_keys=True))
+        try:
+            yield work
+        except BaseException:
+            _forget_if_unused(work)
+            raise
+        with writing(output_dir):
+            work.rename(output_dir)
+            (output_dir / recorded).unlink()
+
+
+def _forget_if_unused(work: Path) -> None:
+    """A run that was refused before it wrote anything leaves nothing to go on with."""
+    if [path.name for path in work.iterdir()] == [SETTINGS_NAME]:
+        shutil.rmtree(work)
+
+
+@contextmanager
+def _locked(output_dir: Path) -> Iterator[None]:
+    # The lock lies in the system's temporary folder and stays there: a lock file that is removed
+    # could be held twice, and the user's folder is not the place for it.
+    key = hashlib.sha256(str(output_dir.absolute()).encode()).hexdigest()[:24]
+    lock = FileLock(str(Path(tempfile.gettempdir()) / f"emloc-{key}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout as problem:
@@ -211,19 +241,32 @@ def stage_folder(output_dir: Path, settings: Mapping[str, Any]) -> Iterator[Path
             f"Another process is writing {output_dir}; wait for it to end."
         ) from problem
     try:
-        with writing(work):
-            text = json.dumps(settings, sort_keys=True)
-            recorded = work / SETTINGS_NAME
-            if work.exists() and not (recorded.is_file() and recorded.read_text("utf-8") == text):
-                shutil.rmtree(work)
-            work.mkdir(exist_ok=True)
-        write_text(recorded, text)
-        yield work
-        with writing(output_dir):
-            recorded.unlink()
-            if output_dir.exists():
-                output_dir.rmdir()
-            work.rename(output_dir)
+        yield
     finally:
         lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _make_way(output_dir: Path) -> None:
+    """Nothing may be in the place of the result, and that is found out before the work, not after."""
+    if output_dir.is_dir() and not any(output_dir.iterdir()):
+        output_dir.rmdir()
+    if output_dir.exists():
+        raise OutputError(
+            f"{output_dir} exists and is not empty; nothing is ever overwritten, so choose another "
+            f"output_dir or remove it."
+        )
+
+
+def _prepare(work: Path, settings: str) -> str:
+    """Make the working folder, or check that it is this run's own."""
+    if work.exists() and any(work.iterdir()):
+        recorded = work / SETTINGS_NAME
+        if not (recorded.is_file() and recorded.read_text("utf-8") == settings):
+            raise OutputError(
+                f"{work} holds an interrupted run with other settings; run it with those to go on, or "
+                f"remove the folder to start over."
+            )
+    else:
+        work.mkdir(parents=True, exist_ok=True)
+        write_text(work / SETTINGS_NAME, settings)
+    return SETTINGS_NAME

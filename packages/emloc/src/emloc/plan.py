@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from emloc.config import CompressConfig
+from emloc.errors import ConfigError
 from emloc.rank import decide, match_pattern
 
 
@@ -48,6 +49,7 @@ def make_plan(
 ) -> Plan:
     """Apply ratios, patterns and exclusions to a family's layer groups."""
     excluded = dict.fromkeys(config.exclude, True)
+    _refuse_idle_patterns([name for group in layer_groups for name in group], config)
     groups: list[Group] = []
     dense: dict[str, str] = {}
     for candidates in layer_groups:
@@ -78,3 +80,15 @@ def make_plan(
             else:
                 groups.append(Group(tuple(layers), decision.rank, d_out, d_in))
     return Plan(tuple(groups), dense)
+
+
+def _refuse_idle_patterns(layers: Sequence[str], config: CompressConfig) -> None:
+    """A pattern that matches nothing is a typo, and would be found out hours later."""
+    for option in ("exclude", "keep_ratio_pattern", "rank_pattern"):
+        patterns: Sequence[str] = list(getattr(config, option))
+        for pattern in patterns:
+            if not any(match_pattern({pattern: True}, name) for name in layers):
+                raise ConfigError(
+                    f"{option}: {pattern!r} matches no layer; it must match the end of a name such "
+                    f"as {layers[0] if layers else '(none)'}."
+                )

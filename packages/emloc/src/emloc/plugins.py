@@ -96,7 +96,13 @@ def family_of(checkpoint: Checkpoint) -> ModelFamily:
         PluginError: none does, or several do.
     """
     found = load_plugins()
-    matches = [entry for entry in found.families.values() if entry.recognises(checkpoint.config)]
+    matches: list[FamilyEntry] = []
+    for entry in found.families.values():
+        try:
+            if entry.recognises(checkpoint.config):
+                matches.append(entry)
+        except Exception as problem:  # a third party's code may raise anything
+            found.broken[entry.plugin] = f"{type(problem).__name__}: {problem}"
     if len(matches) == 1:
         return matches[0].load()
     what = checkpoint.config.get("architectures") or checkpoint.config.get("model_type")

@@ -41,6 +41,8 @@ class UnitStream:
         self.blocks = list(family.blocks(self.model))
         self.units = [*self.blocks, *self._strays()]
         for module in self.model.modules():
+            if isinstance(module, nn.Embedding):  # stays on the CPU with its table
+                continue
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)  # pyright: ignore[reportPrivateUsage]
 
@@ -53,8 +55,9 @@ class UnitStream:
         name = self.family.tensor_name(self.model, parameter, self.checkpoint)
         if name is None:
             raise CheckpointError(
-                f"Checkpoint {self.checkpoint.name} holds no tensor for {parameter}; "
-                f"its config.json and its shards do not belong together."
+                f"Checkpoint {self.checkpoint.name} holds no tensor for {parameter}: its config.json "
+                f"and shards do not belong together, or the model stores it in another form (fused "
+                f"experts), which is not supported."
             )
         return name
 

@@ -20,7 +20,7 @@ from emloc_llm.demo.orders import write_orders
 from emloc_llm.demo.report import Row, plot, print_table, write_summary
 
 KEEP_RATIO = 0.6
-MAX_STEPS = 40
+MAX_STEPS = 32
 NUM_SAMPLES = 40
 BATCH = 4
 
@@ -67,7 +67,7 @@ def run_demo(config: DemoConfig) -> Path:
     print(f"Everything is in {out}: emulator, adapters, answers, summary.json, summary.png.")
     print(
         "Next, your own model and data: emloc run examples/llm.yaml "
-        "model_name_or_path=YOUR_MODEL dataset=YOUR_DATA.jsonl"
+        "model_name_or_path=MODEL dataset=TRAIN.jsonl evaluate.dataset=TEST.jsonl"
     )
     return out
 

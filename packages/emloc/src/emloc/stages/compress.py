@@ -35,6 +35,7 @@ def compress(config: CompressConfig) -> Path:
     settings = {
         **config.model_dump(mode="json", exclude={"output_dir", "model_name_or_path", "dataset"}),
         "base_digest": base.digest(),
+        "companions_digest": base.companions_digest(),
         "data_digest": batches_digest(batches),
     }
     if same_settings(Manifest.find(config.output_dir), settings):

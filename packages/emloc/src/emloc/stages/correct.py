@@ -85,7 +85,7 @@ def correct(config: CorrectConfig) -> Path:
             settings=settings,
             layers=layers,
             summary=summary,
-            files={WEIGHTS_NAME: file_sha256(work / WEIGHTS_NAME)},
+            files={name: file_sha256(work / name) for name in (CONFIG_NAME, WEIGHTS_NAME)},
             versions=versions("emloc", "torch", "safetensors"),
             measured={"seconds": round(time.monotonic() - started, 3), **peak.figures()},
         ).write(work)
@@ -101,7 +101,8 @@ def _emulator_manifest(emulator: str) -> Manifest:
 
 def _refuse_foreign_adapter(adapter: Adapter, emulator: str, manifest: Manifest) -> None:
     origin = Manifest.find(adapter.path)
-    if origin is None:  # trained by somebody else's trainer: the shapes are all we can check
+    if origin is None:
+        _refuse_foreign_folder(adapter, emulator, manifest)
         return
     if origin.kind == "corrected_adapter":
         raise MismatchError(
@@ -113,6 +114,23 @@ def _refuse_foreign_adapter(adapter: Adapter, emulator: str, manifest: Manifest)
         raise MismatchError(
             f"Adapter {adapter.path} was trained on {trained_on}, not on {emulator}; pass the "
             f"emulator that it was trained on."
+        )
+
+
+def _refuse_foreign_folder(adapter: Adapter, emulator: str, manifest: Manifest) -> None:
+    """Trained by somebody else's trainer: PEFT's config may still name what it was trained on."""
+    folder = adapter.trained_on
+    if folder is None or folder.resolve() == Path(emulator).resolve():
+        return
+    named = Manifest.find(folder)
+    same = (
+        named is not None
+        and named.summary.get("emulator_digest") == (manifest.summary["emulator_digest"])
+    )
+    if not same:
+        raise MismatchError(
+            f"Adapter {adapter.path} was trained on {folder} by its adapter_config.json, not on "
+            f"{emulator}; pass the emulator that it was trained on."
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from emloc.adapter import Adapter
 from emloc.checkpoint import Checkpoint
 from emloc.config import EvaluateConfig
-from emloc.digest import dataset_sha256
+from emloc.digest import dataset_digest
 from emloc.errors import ConfigError, OutputError
 from emloc.manifest import Manifest
 from emloc.output import write_json, writing
@@ -49,7 +49,8 @@ def _settings(config: EvaluateConfig, model: Checkpoint) -> dict[str, Any]:
         **config.model_dump(mode="json", exclude={"output_dir"}),
         "model_digest": model.digest(),
         "adapter_digest": Adapter.open(config.adapter).digest() if config.adapter else None,
-        "dataset_sha256": dataset_sha256(config.dataset),
+        "companions_digest": model.companions_digest(),
+        "data_digest": dataset_digest(config.dataset),
     }
 
 

@@ -45,6 +45,7 @@ def merge(config: MergeConfig) -> Path:
         by_tensor[names[layer.name]] = layer
     settings = {
         "base_digest": digest,
+        "companions_digest": base.companions_digest(),
         "adapter_digest": adapter.digest(),
     }
     if same_settings(Manifest.find(config.output_dir), settings):
@@ -72,7 +73,9 @@ def merge(config: MergeConfig) -> Path:
 
 
 def _base_name(config: MergeConfig, adapter: Adapter, origin: Manifest | None) -> str:
-    if origin is not None and origin.kind == "adapter" and origin.emulator is not None:
+    named = Manifest.find(adapter.trained_on) if adapter.trained_on else None
+    on_emulator = named is not None and named.kind == "emulator"
+    if on_emulator or (origin and origin.kind == "adapter" and origin.emulator is not None):
         raise MismatchError(
             f"Adapter {adapter.path} was trained on an emulator and is not corrected; run emloc "
             f"correct on it first."

@@ -108,7 +108,7 @@ def plan_stages(options: Mapping[str, Any], source: str) -> dict[str, dict[str, 
         own = dict(cast("Mapping[str, Any]", section or {}))
         inherited = {key: value for key, value in shared.items() if key in model.model_fields}
         keywords = {**inherited, **_fed(name, sections, root, shared), **own}
-        if name == "train" and "emulator" in keywords:
+        if name == "train" and "emulator" in keywords and "model_name_or_path" not in own:
             keywords.pop("model_name_or_path", None)
         build(model, keywords, f"{source}: {name}")
         plans[name] = keywords

@@ -8,16 +8,28 @@ import time
 from pathlib import Path
 from typing import Any
 
-from emloc.adapter import WEIGHTS_NAME
+from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from emloc.checkpoint import Checkpoint
 from emloc.config import TrainConfig
-from emloc.digest import dataset_sha256
-from emloc.errors import ConfigError
+from emloc.digest import dataset_digest
+from emloc.errors import ConfigError, NumericalError
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
-from emloc.output import file_sha256, stage_folder, writing
+from emloc.output import file_sha256, others_writing, stage_folder
 from emloc.plugins import family_named, family_of
 from emloc.progress import console
 from emloc.stage import stage
+
+PATHS = {"output_dir", "emulator", "model_name_or_path", "dataset", "eval_dataset"}
+"""Options whose meaning is in a digest instead."""
+
+WITHOUT_EFFECT = {
+    "resume_from_checkpoint",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+}
+"""Options that leave the adapter as it is: an interrupted run may go on with others."""
 
 
 @stage(TrainConfig)
@@ -36,11 +48,12 @@ def train(config: TrainConfig) -> Path:
     settings: dict[str, Any] = {
         **config.model_dump(
             mode="json",
-            exclude={"output_dir", "emulator", "model_name_or_path", "resume_from_checkpoint"},
+            exclude=PATHS | WITHOUT_EFFECT,
         ),
         "model_digest": digest,
-        "dataset_sha256": dataset_sha256(config.dataset),
-        "eval_dataset_sha256": dataset_sha256(config.eval_dataset),
+        "companions_digest": model.companions_digest(),
+        "data_digest": dataset_digest(config.dataset),
+        "eval_data_digest": dataset_digest(config.eval_dataset),
     }
     if same_settings(Manifest.find(config.output_dir), settings):
         console.print(f"train: {config.output_dir} is complete already")
@@ -48,8 +61,9 @@ def train(config: TrainConfig) -> Path:
     started = time.monotonic()
     reference = ModelReference(name_or_path=model.reference_name(), digest=digest)
     with stage_folder(config.output_dir, settings) as work:
-        with writing(work):
+        with others_writing(work):
             figures = family.train(config, work)
+        Adapter.open(str(work)).require_finite(_diverged)
         Manifest(
             kind="adapter",
             family=family.name,
@@ -57,7 +71,7 @@ def train(config: TrainConfig) -> Path:
             emulator=reference if emulator else None,
             settings=settings,
             summary=figures.pop("summary", {}),
-            files={WEIGHTS_NAME: file_sha256(work / WEIGHTS_NAME)},
+            files={name: file_sha256(work / name) for name in (CONFIG_NAME, WEIGHTS_NAME)},
             versions=versions("emloc", "torch", "transformers", "peft", "trl", "accelerate"),
             measured={
                 "seconds": round(time.monotonic() - started, 3),
@@ -65,3 +79,9 @@ def train(config: TrainConfig) -> Path:
             },
         ).write(work)
     return config.output_dir
+
+
+def _diverged(key: str) -> NumericalError:
+    return NumericalError(
+        f"Training gave NaN or infinity in {key}; use a lower learning_rate or max_grad_norm."
+    )

@@ -48,16 +48,18 @@ class SharedProjection:
         """`x @ rightᵀ`, (..., d_in) to (..., rank), for `layer` of the group."""
         if self.size == 1:
             return nn.functional.linear(x, self.owner.right)
+        # Inference tensors count no versions; nothing can go back through them either.
+        version = -1 if x.is_inference() else x._version
         fresh = (
             self._input is not x
-            or self._version != x._version
+            or self._version != version
             or self._product is None
             or id(layer) in self._taken  # the same layer again: another forward
             # A product made without a graph must not serve a forward that needs one.
             or (torch.is_grad_enabled() and x.requires_grad and not self._product.requires_grad)
         )
         if fresh:
-            self._input, self._version, self._taken = x, x._version, set()
+            self._input, self._version, self._taken = x, version, set()
             self._product = nn.functional.linear(x, self.owner.right)
         product = self._product
         assert product is not None

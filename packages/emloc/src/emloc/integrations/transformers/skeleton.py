@@ -54,7 +54,7 @@ def stored_name(model: Any, parameter: str, checkpoint: Checkpoint) -> str | Non
 
 
 def repeated_blocks(model: nn.Module) -> list[str]:
-    """Names of the modules in the model's largest top-level `ModuleList`s of one repeated class.
+    """Names of the modules in every `ModuleList` that is not inside another one and holds linears.
 
     These are the units that stream. A list inside a block (experts) is part of the block.
     """

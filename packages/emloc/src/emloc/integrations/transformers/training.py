@@ -1,6 +1,7 @@
 """What our plugins hang on transformers' Trainer: progress, a log, a plot, and safe resuming."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,9 @@ class Progression(TrainerCallback):
         lines = [json.dumps(entry) for entry in state.log_history]
         (self.folder / LOG_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
         loss = (logs or {}).get("loss")
-        if loss is not None and loss != loss:
+        if loss is not None and not math.isfinite(loss):
             raise NumericalError(
-                f"The training loss is NaN at step {state.global_step}; use a lower learning_rate "
+                f"The training loss is {loss} at step {state.global_step}; use a lower learning_rate "
                 f"or max_grad_norm."
             )
         if self.progress and loss is not None:
