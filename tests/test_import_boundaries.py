@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pytest brings it
+    import tomli as tomllib
+
 PACKAGES = Path(__file__).parent.parent / "packages"
 MODALITIES = {"transformers", "peft", "trl", "diffusers", "timm", "datasets", "accelerate",
               "torchvision", "gguf", "bitsandbytes", "PIL"}  # fmt: skip
@@ -92,3 +97,15 @@ def test_wheels_hold_what_they_promise(tmp_path):
         assert not any("test" in name for name in names)
         source = PACKAGES / package / "src"
         assert {str(p.relative_to(source)) for p in source.rglob("*.py")} <= names
+
+
+def test_the_workspace_is_declared():
+    """uv reads the members; the root itself is no package."""
+    root = tomllib.loads((PACKAGES.parent / "pyproject.toml").read_text())
+    assert "project" not in root
+    assert root["tool"]["uv"]["workspace"]["members"] == ["packages/*"]
+    for path in PACKAGES.glob("*/pyproject.toml"):
+        project = tomllib.loads(path.read_text())["project"]
+        assert root["tool"]["uv"]["sources"][project["name"]] == {"workspace": True}
+        assert project["requires-python"] == ">=3.10"
+        assert project["license"] == "Apache-2.0"

@@ -41,7 +41,8 @@ def test_make_demo_on_the_real_model(tmp_path):
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
-    assert "Next, your own model and data: emloc run" in run.stdout
+    last = run.stdout.strip().splitlines()[-1]
+    assert last.startswith("Next, your own model and data: emloc run")
     summary = json.loads((tmp_path / "demo/summary.json").read_text())
     rows = {row["name"]: row for row in summary["rows"]}
     assert list(rows) == ["base", "lora", "uncorrected", "emloc"]

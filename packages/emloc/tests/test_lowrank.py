@@ -108,3 +108,12 @@ def test_dead_layer_has_no_error():
     left, right, spectrum = factorise(torch.randn(6, 4), moments, 2)
     assert relative_error(spectrum, 2) == 0.0
     assert torch.isfinite(left @ right).all()
+
+
+def test_shapes_in_signatures_are_checked_while_testing():
+    from jaxtyping import TypeCheckError
+
+    from emloc.merging import merged_weight
+
+    with pytest.raises(TypeCheckError):
+        merged_weight(torch.zeros(3, 4), torch.zeros(2, 5), torch.zeros(3, 2), 1.0, None)

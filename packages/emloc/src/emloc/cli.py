@@ -6,6 +6,7 @@ import logging
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,8 @@ app = typer.Typer(
 def main() -> None:
     """Entry point: every refusal is one sentence on standard error and an exit code of its kind."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    # Libraries announce their own renamings to whoever calls them; that is us, not the user.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")
     found = load_plugins()
     build_app(found)
     try:
@@ -88,6 +91,8 @@ def _command(name: str) -> Any:
         stage = getattr(emloc, name)
         with _interruptible():
             outcome = stage(**{key: value for key, value in given.items() if value is not None})
+        if name == "demo":
+            return  # its own last line says what to try next
         if isinstance(outcome, Path):
             print(outcome)
         else:
