@@ -20,7 +20,7 @@ from emloc.integrations.transformers.training import (
     last_complete_checkpoint,
     plot_loss,
 )
-from emloc.memory import PeakMemory
+from emloc.memory import PeakMemory, return_large_blocks
 from emloc.progress import console
 from emloc_llm.data import Sample, encode_all, load_rows, say_truncated
 from emloc_llm.family import load_tokenizer
@@ -54,6 +54,9 @@ def train_lora(config: TrainConfig, work: Path) -> dict[str, Any]:
     Raises:
         DataError, ConfigError, NumericalError: see their messages.
     """
+    # Without it, activations freed in one step are still there in the next: 6 to 10 % more memory
+    # for some 7 % of time, measured on SmolLM2-135M on two cores.
+    return_large_blocks()
     with PeakMemory(config.device, mapped=True) as peak:
         figures = _train(config, work)
     return {**figures, **peak.figures()}
