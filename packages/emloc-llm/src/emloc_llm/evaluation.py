@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from emloc.adapter import Adapter, weight_names
 from emloc.checkpoint import Checkpoint, locate
 from emloc.config import EvaluateConfig
 from emloc.errors import DataError, DependencyError, MismatchError
+from emloc.integrations.transformers.skeleton import empty_model, stored_name
 from emloc.memory import PeakMemory
 from emloc.progress import progress_bar
 from emloc_llm.data import Sample, encode_all, in_batches, load_rows, pad, say_truncated
-from emloc_llm.family import LLMFamily, load_tokenizer
-from emloc_llm.training import load_model
+from emloc_llm.loading import load_model, load_tokenizer
+from emloc_llm.loss import next_token_loss
 
 FINAL_NUMBER = re.compile(r"####\s*([-+]?[\d,]*\.?\d+)")
 ANY_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
@@ -65,9 +67,8 @@ def _with_adapter(model: Any, path: Path, adapter: str) -> Any:
     checkpoint = Checkpoint.open(str(path))
     lora = Adapter.open(adapter)
     if "quantization_config" not in checkpoint.config:
-        family = LLMFamily()
-        skeleton = family.skeleton(checkpoint, torch.float32)
-        weight_names(lora, lambda name: family.tensor_name(skeleton, name, checkpoint), checkpoint)
+        skeleton = empty_model(checkpoint, AutoModelForCausalLM, torch.float32)
+        weight_names(lora, lambda name: stored_name(skeleton, name, checkpoint), checkpoint)
     modules = dict(model.named_modules())
     for layer in lora.layers:
         if layer.name not in modules:
@@ -76,12 +77,11 @@ def _with_adapter(model: Any, path: Path, adapter: str) -> Any:
 
 
 def _loss(model: Any, samples: list[Sample], tokenizer: Any, config: EvaluateConfig) -> float:
-    family = LLMFamily()
     total, count = 0.0, 0
     with progress_bar("loss", len(samples)) as advance:
         for part in in_batches(samples, config.per_device_eval_batch_size):
             batch = {k: v.to(config.device) for k, v in pad(part, tokenizer.pad_token_id).items()}
-            result = family.forward_loss(model, batch)
+            result = next_token_loss(model, batch)
             total, count = total + result.total, count + result.terms
             advance(len(part))
     return total / max(1, count)

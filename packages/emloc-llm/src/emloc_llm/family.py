@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from emloc.checkpoint import Checkpoint
 from emloc.config import CalibrationOptions, DemoConfig, EvaluateConfig, TrainConfig
-from emloc.errors import CheckpointError
 from emloc.family import Batch, EmulatorLayers, LossSum
 from emloc.integrations.transformers.skeleton import (
     empty_model,
@@ -19,25 +18,9 @@ from emloc.integrations.transformers.skeleton import (
     shared_input_groups,
     stored_name,
 )
-from emloc_llm.data import IGNORED, encode_all, in_batches, load_rows, pad, say_truncated
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a model's folder, with a padding token.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as problem:
-        raise CheckpointError(
-            f"{path} has no tokenizer that transformers can read; copy tokenizer.json and "
-            f"tokenizer_config.json of the model there."
-        ) from problem
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return tokenizer
+from emloc_llm.data import encode_all, in_batches, load_rows, pad, say_truncated
+from emloc_llm.loading import load_tokenizer
+from emloc_llm.loss import next_token_loss
 
 
 class LLMFamily:
@@ -91,16 +74,8 @@ class LLMFamily:
         return batch["attention_mask"].bool()
 
     def forward_loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        """Next-token cross-entropy, summed over labelled tokens."""
-        logits = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).logits
-        labels = batch["labels"][:, 1:]
-        kept = labels != IGNORED
-        loss = nn.functional.cross_entropy(
-            logits[:, :-1][kept].float(), labels[kept], reduction="sum"
-        )
-        return LossSum(float(loss), int(kept.sum()))
+        """See `ModelFamily`; `emloc_llm.loss`."""
+        return next_token_loss(model, batch)
 
     def emulator_config(self, checkpoint: Checkpoint, layers: EmulatorLayers) -> dict[str, Any]:
         """See `ModelFamily`."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, ProgressCallback
+from transformers import ProgressCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -23,7 +23,7 @@ from emloc.integrations.transformers.training import (
 from emloc.memory import PeakMemory, return_large_blocks
 from emloc.progress import console
 from emloc_llm.data import Sample, encode_all, load_rows, say_truncated
-from emloc_llm.family import load_tokenizer
+from emloc_llm.loading import load_model, load_tokenizer
 
 
 class Trainer(SFTTrainer):
@@ -31,21 +31,6 @@ class Trainer(SFTTrainer):
 
     def _send_telemetry(self) -> None:
         pass
-
-
-def load_model(path: Path, dtype: str, device: str) -> Any:
-    """A model or an emulator, its weights on `device`.
-
-    Raises:
-        CheckpointError: transformers cannot load it.
-    """
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, device_map={"": device}, trust_remote_code=False
-        )
-    except (OSError, ValueError, RuntimeError) as problem:
-        first = str(problem).strip().splitlines()[0]
-        raise CheckpointError(f"{path} cannot be loaded: {first}") from problem
 
 
 def train_lora(config: TrainConfig, work: Path) -> dict[str, Any]:
