@@ -233,6 +233,8 @@ def test_bad_data(tiny, tmp_path, name, content, message):
         compress(tiny.base, tmp_path / name, tmp_path / "e")
     with pytest.raises(DataError, match="No data set"):
         compress(tiny.base, tmp_path / "nowhere.jsonl", tmp_path / "e")
+    with pytest.raises(DataError, match="No data set nowhere.jsonl"):  # not taken for a hub id
+        compress(tiny.base, "nowhere.jsonl", tmp_path / "e")
 
 
 def test_emulator_loads_as_an_ordinary_checkpoint(tiny):

@@ -91,7 +91,8 @@ def _load(name: str, split: str) -> Any:
             if path.stat().st_size == 0:
                 raise DataError(f"Data set {name} is empty.")
             return load_dataset(_LOADERS[path.suffix], data_files=name, split="train")
-        if path.exists() or not name.startswith((".", "/", "~")):
+        looks_local = name.startswith((".", "/", "~")) or path.suffix in _LOADERS
+        if path.exists() or not looks_local:
             return load_dataset(name, split=split)
     except DatasetGenerationError as problem:
         cause = str(problem.__cause__ or problem).splitlines()[0]
@@ -101,7 +102,7 @@ def _load(name: str, split: str) -> Any:
             raise
         first = str(problem).strip().splitlines()[0]
         raise DataError(f"Data set {name} cannot be loaded: {first}") from problem
-    raise DataError(f"No data set {name}.")
+    raise DataError(f"No data set {name}: there is no such file or folder.")
 
 
 def _column_map(mapping: Mapping[str, str], columns: Sequence[str], name: str) -> dict[str, str]:
