@@ -37,7 +37,7 @@ def test_make_demo_on_the_real_model(tmp_path):
     """The README's first command, shortened: SmolLM2-135M through every stage."""
     arguments = f"--output_dir {tmp_path}/demo --max_steps 2 --num_samples 3"
     run = subprocess.run(
-        ["make", "demo", f"VENV={sys.prefix}", f"ARGS={arguments}"],
+        ["make", "--no-print-directory", "demo", f"VENV={sys.prefix}", f"ARGS={arguments}"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
