@@ -121,3 +121,22 @@ def test_a_broken_plugin_is_named_and_help_still_works(tmp_path):
     assert "plugin broken is broken" in shown.stderr
     assert "a_module_that_is_not_there" in shown.stderr
     assert emloc_command("--help", env=environment).returncode == 0
+
+
+def test_plugins_add_commands_and_one_that_fails_is_left_out(tmp_path):
+    source = """
+import emloc
+@emloc.hookimpl
+def emloc_register_commands(app):
+    {body}
+"""
+    bodies = {"good": "app.command('greet')(lambda: print('hello'))", "bad": "raise KeyError('x')"}
+    for name, body in bodies.items():
+        info = tmp_path / f"emloc_{name}-1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: emloc-{name}\nVersion: 1\n")
+        (info / "entry_points.txt").write_text(f"[emloc]\n{name} = emloc_{name}_hooks\n")
+        (tmp_path / f"emloc_{name}_hooks.py").write_text(source.format(body=body))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    assert emloc_command("greet", env=environment).stdout.strip() == "hello"
+    assert "plugin bad is broken" in emloc_command("families", env=environment).stderr

