@@ -61,9 +61,9 @@ def test_skeleton_has_no_weights_and_real_buffers(family, checkpoint):
     assert all(buffer.device.type == "cpu" for buffer in model.buffers())
     assert not model.training
     for name, parameter in model.named_parameters():
-        stored = family.tensor_name(model, name, checkpoint)
+        stored = family.stored(model, name, checkpoint)
         assert stored is not None, name
-        assert checkpoint.tensors[stored].shape == tuple(parameter.shape)
+        assert stored.read(checkpoint.read).shape == parameter.shape
 
 
 def test_blocks_and_layers(family, checkpoint):
@@ -105,7 +105,7 @@ def test_streamed_forward_is_the_plain_forward(family, checkpoint, batches):
     whole = family.skeleton(checkpoint, torch.float32)
     for name, _ in list(whole.named_parameters(remove_duplicate=False)):
         owner, _, leaf = name.rpartition(".")
-        value = checkpoint.read(family.tensor_name(whole, name, checkpoint)).float()
+        value = family.stored(whole, name, checkpoint).read(checkpoint.read).float()
         setattr(whole.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     with torch.no_grad():
         plain = [family.forward_loss(whole, batch) for batch in batches]

@@ -38,11 +38,11 @@ def measure_llm(root: Path) -> dict:
     draw = torch.Generator().manual_seed(7)
     down = torch.randn(3, 48, generator=draw, dtype=torch.float64)
     up = torch.randn(80, 3, generator=draw, dtype=torch.float64)
-    lora = {"model.layers.1.mlp.up_proj": CandidateLora(down, [up * 0, up], 0.01, None)}
+    lora = CandidateLora(down, [up * 0, up], 0.01, None)
     return {
         "ranks": {name: entry["rank"] for name, entry in layers.items()},
         "relative_errors": {name: entry["relative_error"] for name, entry in layers.items()},
-        "losses": losses(stream, batches, lora, 2),
+        "losses": losses(stream, batches, ["model.layers.1.mlp.up_proj"], lambda _: lora, 2),
         "tokens": next(entry["tokens"] for entry in layers.values()),
     }
 

@@ -10,13 +10,12 @@ from typing import Any
 import emloc
 from emloc.family import FamilyEntry
 
+_ENDINGS = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "BertGenerationDecoder")
+
 
 def is_causal_lm(config: Mapping[str, Any]) -> bool:
     """Whether a parsed `config.json` names a causal language model."""
-    return any(
-        str(name).endswith(("ForCausalLM", "LMHeadModel"))
-        for name in config.get("architectures") or []
-    )
+    return any(str(name).endswith(_ENDINGS) for name in config.get("architectures") or [])
 
 
 @emloc.hookimpl

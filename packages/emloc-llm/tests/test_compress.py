@@ -82,7 +82,7 @@ def test_full_rank_equals_the_base(variant, tmp_path, batch):
 def test_what_is_not_compressed_is_the_base_bit_for_bit(variant, tmp_path, capfd):
     base, data = variant
     folder = compress(base, data, tmp_path / "e", exclude=["q_proj", r"0\.mlp\..*"])
-    assert "6 layers stay dense (excluded): model.layers.0" in capfd.readouterr().err
+    assert "6 weights stay dense (excluded): model.layers.0" in capfd.readouterr().err
     manifest = Manifest.read(folder)
     assert manifest.kept_dense["model.layers.1.self_attn.q_proj"] == "excluded"
     assert not any(n.startswith("model.layers.0.mlp") for n in manifest.layers)

@@ -219,8 +219,6 @@ def test_refusals(tiny, tmp_path):
     for change, message in (
         ({"peft_type": "IA3"}, "only LoRA"),
         ({"bias": "lora_only"}, "trains biases"),
-        ({"modules_to_save": ["lm_head"]}, "whole modules"),
-        ({"fan_in_fan_out": True}, "transposed"),
         ({"init_lora_weights": "pissa"}, "changes the emulator's weights"),
         ({"r": 7}, "do not belong together|has rank"),
     ):

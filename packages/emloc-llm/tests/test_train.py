@@ -107,8 +107,9 @@ def test_lora_options_reach_peft(tiny, tmp_path):
 
 def test_data_formats_give_the_same_samples(tiny, tmp_path):
     from emloc.config import TrainConfig
-    from emloc_llm.data import IGNORED, encode_all, load_rows
+    from emloc_llm.data import IGNORED, encode_all
     from emloc_llm.example import byte_tokenizer
+    from emloc_llm.rows import load_rows
 
     rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(3)]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))

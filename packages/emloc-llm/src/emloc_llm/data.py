@@ -1,26 +1,25 @@
-"""From rows of a data set to token ids and labels, the same for calibration, training and scoring.
+"""From rows of data sets to token ids and labels, the same for calibration, training and scoring.
 
-A row is `messages` (chat), `prompt` and `completion` (texts, or lists of messages), or `text`. Chats
-go through the tokenizer's chat template; the last assistant turn is the completion. A plain prompt and
-completion are concatenated and ended by the end-of-sequence token, as TRL does. Labels are -100 where
-there is no loss: on prompts, unless asked otherwise.
+Chats go through the tokenizer's chat template (`emloc_llm.chat`). A plain prompt and completion are
+concatenated and ended by the end-of-sequence token, as TRL does. Labels are -100 where there is no
+loss: on prompts, unless asked otherwise.
 """
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from emloc.config import DataOptions, nearest
-from emloc.errors import ConfigError, DataError
+from emloc.config import CalibrationOptions, DataOptions
+from emloc.errors import DataError
 from emloc.progress import console
+from emloc_llm.chat import Piece, chat_pieces
+from emloc_llm.rows import alpaca_question, as_chat, dataset_names, load_rows, shares
 
 IGNORED = -100
-COLUMNS = ("messages", "prompt", "completion", "text")
-_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -42,127 +41,54 @@ class Sample:
     truncated: bool
 
 
-def load_rows(options: DataOptions, dataset: str | None = None, split: str | None = None) -> Any:
-    """The data set with our column names, as a `datasets.Dataset`.
-
-    Args:
-        dataset, split: instead of those that the options name.
-
-    Raises:
-        DataError: it cannot be read, is empty, or has no columns that we know.
-    """
-    name = dataset or options.dataset
-    if not name:
-        raise DataError("dataset is required: a JSONL, CSV or parquet file, a folder, or a hub id.")
-    rows = _load(name, options.dataset_split if split is None else split)
-    if len(rows) == 0:
-        raise DataError(f"Data set {name} is empty.")
-    mapping = _column_map(options.column_map, rows.column_names, name)
-    # A column of ours that another one is mapped to gives way to it.
-    rows = rows.remove_columns(
-        sorted(set(mapping.values()) & set(rows.column_names) - set(mapping))
-    )
-    rows = rows.rename_columns(mapping)
-    has = set(rows.column_names)
-    if not ({"messages"} <= has or {"prompt", "completion"} <= has or {"text"} <= has):
-        raise DataError(
-            f"Data set {name} has the columns {', '.join(sorted(has))}; needed are messages, or "
-            f"prompt and completion, or text. Name yours with column_map, for example "
-            f"question=prompt,answer=completion."
-        )
-    return rows
-
-
-def _load(name: str, split: str) -> Any:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-    from datasets.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    path = Path(name)
-    try:
-        if path.is_file():
-            if split not in ("train", ""):
-                raise DataError(
-                    f"{name} is one file and has no split {split!r}; pass the file that holds it."
-                )
-            if path.suffix not in _LOADERS:
-                raise DataError(f"{name}: expected a file ending in {', '.join(_LOADERS)}.")
-            if path.stat().st_size == 0:
-                raise DataError(f"Data set {name} is empty.")
-            return load_dataset(_LOADERS[path.suffix], data_files=name, split="train")
-        looks_local = name.startswith((".", "/", "~")) or path.suffix in _LOADERS
-        if path.exists() or not looks_local:
-            return load_dataset(name, split=split)
-    except DatasetGenerationError as problem:
-        cause = str(problem.__cause__ or problem).splitlines()[0]
-        raise DataError(f"Data set {name} cannot be parsed: {cause}") from problem
-    except (DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError) as problem:
-        if isinstance(problem, DataError):
-            raise
-        first = str(problem).strip().splitlines()[0]
-        raise DataError(f"Data set {name} cannot be loaded: {first}") from problem
-    raise DataError(f"No data set {name}: there is no such file or folder.")
-
-
-def _column_map(mapping: Mapping[str, str], columns: Sequence[str], name: str) -> dict[str, str]:
-    for theirs, ours in mapping.items():
-        if theirs not in columns:
-            hint = nearest(theirs, list(columns))
-            raise DataError(f"Data set {name} has no column {theirs} (column_map).{hint}")
-        if ours not in COLUMNS:
-            raise ConfigError(
-                f"column_map maps {theirs} to {ours}, which is none of {', '.join(COLUMNS)}."
-            )
-    return dict(mapping)
-
-
 def encode(row: Mapping[str, Any], tokenizer: Any, options: DataOptions) -> Sample:
     """Token ids and labels of one row.
 
     Raises:
         DataError: the row is malformed.
     """
+    chats = getattr(tokenizer, "chat_template", None) is not None
+    if chats or row.get("conversations"):
+        row = as_chat(row)
     if row.get("messages"):
-        prompt, completion, reference = _encode_chat(row["messages"], tokenizer)
+        pieces = chat_pieces(row["messages"], row.get("tools"), tokenizer, options)
     elif isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
         turns = [*row["prompt"], *row["completion"]]
-        prompt, completion, reference = _encode_chat(turns, tokenizer)
-    elif row.get("prompt") is not None and row.get("completion") is not None:
-        reference = str(row["completion"])
-        prompt = tokenizer(str(row["prompt"]))["input_ids"]
-        completion = tokenizer(reference, add_special_tokens=False)["input_ids"]
-        completion = completion + _end(tokenizer)
-    elif row.get("text") is not None:
-        prompt, reference = [], None
-        completion = tokenizer(str(row["text"]))["input_ids"] + _end(tokenizer)
+        pieces = chat_pieces(turns, row.get("tools"), tokenizer, options)
     else:
-        raise DataError(f"A row has neither messages, nor prompt and completion, nor text: {row}.")
-    ids = prompt + completion
-    silent = len(prompt) if options.completion_only_loss else 0
-    labels = [IGNORED] * silent + ids[silent:]
+        pieces = _text_pieces(row, tokenizer)
+    ids = [token for piece in pieces for token in piece.ids]
+    everywhere = not (options.completion_only_loss or options.assistant_only_loss)
+    learnt = [piece.answer or everywhere for piece in pieces]
+    labels = [
+        token if learn else IGNORED for piece, learn in zip(pieces, learnt) for token in piece.ids
+    ]
+    plain = len(pieces) == 1
+    last = 0 if plain else len(pieces[-1].ids)
     limit = options.max_length
-    return Sample(ids[:limit], labels[:limit], len(prompt), reference, len(ids) > limit)
+    return Sample(
+        ids[:limit],
+        labels[:limit],
+        0 if plain else len(ids) - last,
+        pieces[-1].text,
+        len(ids) > limit,
+    )
 
 
-def _encode_chat(messages: Any, tokenizer: Any) -> tuple[list[int], list[int], str]:
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise DataError(
-            "The data set holds chat messages and the tokenizer has no chat template; use an instruct "
-            "model, or prompt and completion columns."
-        )
-    if messages[-1].get("role") != "assistant":
-        raise DataError(f"A chat must end with the assistant's turn: {messages}.")
-    head = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    if not whole.startswith(head):
-        raise DataError(
-            "The tokenizer's chat template renders a prompt differently once it is answered; use "
-            "prompt and completion columns."
-        )
-    prompt = tokenizer(head, add_special_tokens=False)["input_ids"]
-    completion = tokenizer(whole[len(head) :], add_special_tokens=False)["input_ids"]
-    return prompt, completion, str(messages[-1]["content"])
+def _text_pieces(row: Mapping[str, Any], tokenizer: Any) -> list[Piece]:
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if prompt is None and row.get("instruction") is not None:  # Alpaca, for a model without chats
+        prompt = alpaca_question(row) + "\n\n"
+        completion = row.get("output")
+    if prompt is not None and completion is not None:
+        answer = tokenizer(str(completion), add_special_tokens=False)["input_ids"]
+        return [
+            Piece(tokenizer(str(prompt))["input_ids"], False, None),
+            Piece(answer + _end(tokenizer), True, str(completion)),
+        ]
+    if row.get("text") is not None:
+        return [Piece(tokenizer(str(row["text"]))["input_ids"] + _end(tokenizer), True, None)]
+    raise DataError(f"A row has neither messages, nor prompt and completion, nor text: {row}.")
 
 
 def _end(tokenizer: Any) -> list[int]:
@@ -176,12 +102,74 @@ def encode_all(rows: Any, tokenizer: Any, options: DataOptions, name: str) -> li
         DataError: in no row is there anything to learn from.
     """
     samples = [encode(row, tokenizer, options) for row in rows]
+    _require_labels(samples, options, name)
+    return samples
+
+
+def _require_labels(samples: Sequence[Sample], options: DataOptions, name: str) -> None:
     if all(label == IGNORED for sample in samples for label in sample.labels):
         raise DataError(
             f"Data set {name}: every label is masked, there is nothing to learn from; prompts fill "
             f"max_length={options.max_length}, or completions are empty. Raise max_length."
         )
-    return samples
+
+
+def load_samples(options: DataOptions, tokenizer: Any, seed: int) -> list[Sample]:
+    """All samples of all data sets; by weights, where given, the smaller sets repeated as needed."""
+    names = dataset_names(options) or [""]
+    parts = [encode_all(load_rows(options, name), tokenizer, options, name) for name in names]
+    for name, part in zip(names, parts):
+        say_truncated(part, options, f"samples of {name}")
+    if len(parts) == 1:
+        return parts[0]
+    sizes = [len(part) for part in parts]
+    wanted = shares(options, sizes)
+    # Every sample is used at least once: the set that is largest for its share sets the total.
+    total = max(size / share for size, share in zip(sizes, wanted) if share > 0)
+    draw = random.Random(seed)
+    mixed: list[Sample] = []
+    for part, share in zip(parts, wanted):
+        count = round(total * share)
+        mixed += part * (count // len(part)) + draw.sample(part, count % len(part))
+    draw.shuffle(mixed)
+    counts = ", ".join(f"{round(total * s)} of {n}" for s, n in zip(wanted, names))
+    console.print(f"{len(mixed)} samples: {counts}")
+    return mixed
+
+
+def draw_samples(options: CalibrationOptions, tokenizer: Any) -> list[Sample]:
+    """Calibration samples, drawn by seed from each data set according to its share.
+
+    As many as `num_calibration_samples`, or until there are `num_calibration_tokens`.
+    """
+    names = dataset_names(options) or [""]
+    tables = [load_rows(options, name) for name in names]
+    if options.streaming:
+        tables = [table.shuffle(seed=options.seed, buffer_size=1000) for table in tables]
+        sizes = [1] * len(tables)
+    else:
+        tables = [table.shuffle(seed=options.seed) for table in tables]
+        sizes = [len(table) for table in tables]
+    drawn: list[Sample] = []
+    for name, table, share in zip(names, tables, shares(options, sizes)):
+        part = _draw(table, tokenizer, options, share)
+        _require_labels(part, options, name)
+        say_truncated(part, options, f"calibration samples of {name}")
+        drawn += part
+    return [sample for sample in drawn if sample.input_ids]
+
+
+def _draw(table: Any, tokenizer: Any, options: CalibrationOptions, share: float) -> list[Sample]:
+    rows = round(options.num_calibration_samples * share)
+    tokens = options.num_calibration_tokens
+    part: list[Sample] = []
+    count = 0
+    for row in table:
+        if (len(part) >= max(rows, 1)) if tokens is None else (count >= tokens * share):
+            break
+        part.append(encode(row, tokenizer, options))
+        count += len(part[-1].input_ids)
+    return part
 
 
 def say_truncated(samples: Sequence[Sample], options: DataOptions, what: str) -> None:

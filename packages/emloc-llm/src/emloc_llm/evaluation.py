@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from emloc.adapter import Adapter, weight_names
+from emloc.adapter import Adapter, base_weights
 from emloc.checkpoint import Checkpoint, locate
 from emloc.config import EvaluateConfig
 from emloc.errors import DataError, DependencyError, MismatchError
-from emloc.integrations.transformers.skeleton import empty_model, stored_name
+from emloc.integrations.transformers.conversion import stored_parameter
+from emloc.integrations.transformers.skeleton import empty_model
 from emloc.memory import PeakMemory
 from emloc.progress import progress_bar
-from emloc_llm.data import Sample, encode_all, in_batches, load_rows, pad, say_truncated
+from emloc_llm.data import Sample, encode_all, in_batches, pad, say_truncated
 from emloc_llm.loading import load_model, load_tokenizer
 from emloc_llm.loss import next_token_loss
+from emloc_llm.rows import load_rows
 
 FINAL_NUMBER = re.compile(r"####\s*([-+]?[\d,]*\.?\d+)")
 ANY_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
@@ -42,7 +44,7 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(path)
     rows = load_rows(config)
     if config.num_samples:
-        rows = rows.select(range(min(config.num_samples, len(rows))))
+        rows = rows.take(config.num_samples)
     samples = encode_all(rows, tokenizer, config, str(config.dataset))
     say_truncated(samples, config, f"samples of {config.dataset}")
     model = load_model(path, config.dtype, config.device).eval()
@@ -68,7 +70,7 @@ def _with_adapter(model: Any, path: Path, adapter: str) -> Any:
     lora = Adapter.open(adapter)
     if "quantization_config" not in checkpoint.config:
         skeleton = empty_model(checkpoint, AutoModelForCausalLM, torch.float32)
-        weight_names(lora, lambda name: stored_name(skeleton, name, checkpoint), checkpoint)
+        base_weights(lora, lambda name: stored_parameter(skeleton, name, checkpoint), checkpoint)
     modules = dict(model.named_modules())
     for layer in lora.layers:
         if layer.name not in modules:

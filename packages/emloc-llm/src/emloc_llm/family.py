@@ -10,15 +10,15 @@ from transformers import AutoModelForCausalLM
 
 from emloc.checkpoint import Checkpoint
 from emloc.config import CalibrationOptions, DemoConfig, EvaluateConfig, TrainConfig
-from emloc.family import Batch, EmulatorLayers, LossSum
+from emloc.family import Batch, EmulatorLayers, LossSum, StoredParameter
+from emloc.integrations.transformers.conversion import stored_parameter
 from emloc.integrations.transformers.skeleton import (
     empty_model,
     linears_within,
     repeated_blocks,
     shared_input_groups,
-    stored_name,
 )
-from emloc_llm.data import encode_all, in_batches, load_rows, pad, say_truncated
+from emloc_llm.data import draw_samples, in_batches, pad
 from emloc_llm.loading import load_tokenizer
 from emloc_llm.loss import next_token_loss
 
@@ -33,9 +33,11 @@ class LLMFamily:
         """See `ModelFamily`."""
         return empty_model(checkpoint, AutoModelForCausalLM, dtype)
 
-    def tensor_name(self, model: nn.Module, parameter: str, checkpoint: Checkpoint) -> str | None:
+    def stored(
+        self, model: nn.Module, parameter: str, checkpoint: Checkpoint
+    ) -> StoredParameter | None:
         """See `ModelFamily`."""
-        return stored_name(model, parameter, checkpoint)
+        return stored_parameter(model, parameter, checkpoint)
 
     def blocks(self, model: nn.Module) -> Sequence[str]:
         """See `ModelFamily`."""
@@ -56,13 +58,7 @@ class LLMFamily:
     ) -> Sequence[Batch]:
         """Samples drawn by seed, longest first, so that a micro-batch pads little."""
         tokenizer = load_tokenizer(checkpoint.path)
-        rows = load_rows(options)
-        rows = rows.shuffle(seed=options.seed).select(
-            range(min(options.num_calibration_samples, len(rows)))
-        )
-        samples = encode_all(rows, tokenizer, options, str(options.dataset))
-        say_truncated(samples, options, f"calibration samples of {options.dataset}")
-        samples = [sample for sample in samples if sample.input_ids]
+        samples = draw_samples(options, tokenizer)
         samples.sort(key=lambda sample: -len(sample.input_ids))
         return [
             pad(part, tokenizer.pad_token_id)

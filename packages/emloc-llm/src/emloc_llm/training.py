@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from transformers import ProgressCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
@@ -22,8 +22,10 @@ from emloc.integrations.transformers.training import (
 )
 from emloc.memory import PeakMemory, return_large_blocks
 from emloc.progress import console
-from emloc_llm.data import Sample, encode_all, load_rows, say_truncated
+from emloc_llm.data import Sample, encode, encode_all, load_samples, say_truncated
 from emloc_llm.loading import load_model, load_tokenizer
+from emloc_llm.lora import new_lora, save_as_plain_lora
+from emloc_llm.rows import dataset_names, load_rows, shares
 
 
 class Trainer(SFTTrainer):
@@ -50,16 +52,18 @@ def train_lora(config: TrainConfig, work: Path) -> dict[str, Any]:
 def _train(config: TrainConfig, work: Path) -> dict[str, Any]:
     path = locate(config.emulator or str(config.model_name_or_path))
     tokenizer = load_tokenizer(path)
-    samples = _samples(config, tokenizer, str(config.dataset), config.dataset_split)
+    if config.streaming and config.max_steps <= 0:
+        raise ConfigError("train: streaming needs max_steps, since the data's length is not known.")
+    samples = [] if config.streaming else _learnable(load_samples(config, tokenizer, config.seed))
     evaluation = None
     if config.eval_dataset:
         split = "" if Path(config.eval_dataset).is_file() else config.eval_dataset_split
-        evaluation = _samples(config, tokenizer, config.eval_dataset, split)
+        evaluation = _learnable(_evaluation_samples(config, tokenizer, config.eval_dataset, split))
     arguments = _arguments(config, work)
     torch.manual_seed(config.seed)
     model = load_model(path, config.dtype, config.device)
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    model = get_peft_model(model, _lora(config, model))
+    model, start = new_lora(model, config, samples, tokenizer)
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
     trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -67,10 +71,11 @@ def _train(config: TrainConfig, work: Path) -> dict[str, Any]:
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=_dataset(samples),
+        train_dataset=_stream(config, tokenizer) if config.streaming else _dataset(samples),
         eval_dataset=_dataset(evaluation) if evaluation else None,
         processing_class=tokenizer,
         callbacks=[progression],
+        optimizers=(_optimizer(model, config), None),
     )
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
@@ -78,7 +83,9 @@ def _train(config: TrainConfig, work: Path) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=_checkpoint(config, work))
     finally:
         progression.close()
-    model.save_pretrained(str(work))
+    model.save_pretrained(str(work), save_embedding_layers=False)
+    if start:
+        save_as_plain_lora(work, start)
     tokenizer.save_pretrained(work)
     plot_loss(trainer.state.log_history, work / PLOT_NAME)
     return {
@@ -93,12 +100,46 @@ def _train(config: TrainConfig, work: Path) -> dict[str, Any]:
     }
 
 
-def _samples(config: TrainConfig, tokenizer: Any, name: str, split: str) -> list[Sample]:
-    rows = load_rows(config, name, split)
-    samples = encode_all(rows, tokenizer, config, name)
+def _evaluation_samples(config: TrainConfig, tokenizer: Any, name: str, split: str) -> list[Sample]:
+    samples = encode_all(load_rows(config, name, split), tokenizer, config, name)
     say_truncated(samples, config, f"samples of {name}")
-    # A sample whose completion was cut off would add padding and no loss.
+    return samples
+
+
+def _learnable(samples: list[Sample]) -> list[Sample]:
+    """A sample whose completion was cut off would add padding and no loss."""
     return [sample for sample in samples if any(label >= 0 for label in sample.labels)]
+
+
+def _stream(config: TrainConfig, tokenizer: Any) -> Any:
+    """Rows encoded as they come, interleaved by weight."""
+    from datasets import Features, Sequence, Value, interleave_datasets
+
+    tokens = Sequence(Value("int64"))
+    features = Features({"input_ids": tokens, "labels": tokens})
+
+    def encoded(row: dict[str, Any]) -> dict[str, Any]:
+        sample = encode(row, tokenizer, config)
+        return {"input_ids": sample.input_ids, "labels": sample.labels}
+
+    def learnable(row: dict[str, Any]) -> bool:
+        return any(label >= 0 for label in row["labels"])
+
+    parts: list[Any] = []
+    for name in dataset_names(config):
+        rows = load_rows(config, name)
+        columns = list(next(iter(rows)))
+        rows = rows.map(encoded, remove_columns=columns, features=features)
+        parts.append(rows.filter(learnable))
+    weights = shares(config, [1] * len(parts))
+    mixed = (
+        parts[0]
+        if len(parts) == 1
+        else interleave_datasets(
+            parts, probabilities=weights, seed=config.seed, stopping_strategy="all_exhausted"
+        )
+    )
+    return mixed.shuffle(seed=config.seed, buffer_size=1000)
 
 
 def _dataset(samples: list[Sample]) -> Any:
@@ -109,26 +150,16 @@ def _dataset(samples: list[Sample]) -> Any:
     )
 
 
-def _lora(config: TrainConfig, model: Any) -> LoraConfig:
-    targets = config.lora_target_modules
-    if targets != ["all-linear"]:
-        names = [name for name, _ in model.named_modules()]
-        for target in targets:
-            if not any(name == target or name.endswith(f".{target}") for name in names):
-                from emloc.config import nearest
-
-                hint = nearest(target, sorted({name.rpartition(".")[2] for name in names}))
-                raise ConfigError(f"lora_target_modules: the model has no module {target}.{hint}")
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType] (PEFT takes both)
-        lora_dropout=config.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-        rank_pattern=dict(config.lora_rank_pattern),
-        alpha_pattern=dict(config.lora_alpha_pattern),
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
+def _optimizer(model: Any, config: TrainConfig) -> Any:
+    """LoRA+ (Hayou et al. 2024) where asked for, or None for the trainer's own."""
+    if config.loraplus_lr_ratio is None:
+        return None
+    return create_loraplus_optimizer(
+        model,
+        torch.optim.AdamW,
+        lr=config.learning_rate,
+        loraplus_lr_ratio=config.loraplus_lr_ratio,
+        weight_decay=config.weight_decay,
     )
 
 
@@ -160,6 +191,8 @@ def _arguments(config: TrainConfig, work: Path) -> SFTConfig:
             seed=config.seed,
             data_seed=config.seed,
             max_length=config.max_length,
+            packing=config.packing,
+            packing_strategy="wrapped",  # the others need kernels that keep samples apart
             bf16=on_gpu and torch.cuda.is_bf16_supported(),
             use_cpu=not on_gpu,
             dataloader_pin_memory=on_gpu,

@@ -6,7 +6,7 @@ merged; everything else that PEFT offers is refused with its reason.
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from emloc.checkpoint import Checkpoint, read_json
 from emloc.errors import CheckpointError, MismatchError
+from emloc.family import StoredParameter
 from emloc.finite import is_finite
 from emloc.output import file_sha256
 from emloc.rank import match_pattern
@@ -25,7 +26,6 @@ PREFIX = "base_model.model."
 
 _CHANGES_BASE = {"pissa", "olora", "corda", "loftq", "lora_ga"}
 _UNSUPPORTED = {
-    "modules_to_save": "it trains whole modules beside the LoRA",
     "layer_replication": "it repeats layers",
     "target_parameters": "it adapts parameters instead of linear layers",
     "trainable_token_indices": "it trains token embeddings",
@@ -34,7 +34,6 @@ _UNSUPPORTED = {
     "alora_invocation_tokens": "it acts on some tokens only",
     "arrow_config": "it mixes several LoRAs",
     "megatron_config": "it is split over processes",
-    "fan_in_fan_out": "its layers store transposed weights",
 }
 
 
@@ -56,15 +55,26 @@ class LoraLayer:
     up_key: str
     magnitude_key: str | None
 
+    @property
+    def changed_keys(self) -> list[str]:
+        """The tensors that a correction changes."""
+        return [self.up_key] + ([self.magnitude_key] if self.magnitude_key else [])
+
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter on disk."""
+    """An adapter on disk.
+
+    Attributes:
+        layers: the adapted ones.
+        saved: parameters of `modules_to_save`, trained whole, with their tensors' names.
+    """
 
     path: Path
     config: dict[str, Any]
     tensors: Checkpoint
     layers: tuple[LoraLayer, ...]
+    saved: Mapping[str, str]
 
     @classmethod
     def open(cls, folder: str) -> "Adapter":
@@ -79,11 +89,17 @@ class Adapter:
             raise CheckpointError(f"No folder {folder}; pass the folder of a PEFT adapter.")
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (path / name).is_file():
+                inner = sorted(p.parent.name for p in path.glob(f"*/{CONFIG_NAME}"))
+                if inner:
+                    raise CheckpointError(
+                        f"{path} holds several adapters; pass one of {', '.join(inner)} in it."
+                    )
                 raise CheckpointError(f"{path} is not a PEFT adapter: it has no {name}.")
         config = read_json(path / CONFIG_NAME)
         _refuse_unsupported(path, config)
         tensors = Checkpoint.from_files(folder, path, config, {WEIGHTS_NAME: None})
-        return cls(path, config, tensors, tuple(_layers(path, config, tensors)))
+        layers = _layers(path, config, tensors)
+        return cls(path, config, tensors, tuple(layers), _saved(path, config, tensors, layers))
 
     @property
     def trained_on(self) -> Path | None:
@@ -131,7 +147,6 @@ def _layers(path: Path, config: dict[str, Any], tensors: Checkpoint) -> list[Lor
     rank_pattern = cast("dict[str, int]", config.get("rank_pattern") or {})
     alpha_pattern = cast("dict[str, float]", config.get("alpha_pattern") or {})
     found: list[LoraLayer] = []
-    used: set[str] = set()
     for key, info in tensors.tensors.items():
         if not key.endswith(".lora_A.weight"):
             continue
@@ -153,16 +168,27 @@ def _layers(path: Path, config: dict[str, Any], tensors: Checkpoint) -> list[Lor
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         magnitude = key.replace(".lora_A.weight", ".lora_magnitude_vector")
         magnitude_key = magnitude if magnitude in tensors.tensors else None
-        used |= {key, up_key} | ({magnitude_key} if magnitude_key else set())
         found.append(LoraLayer(name, rank, scaling, key, up_key, magnitude_key))
-    unknown = sorted(tensors.tensors.keys() - used)
-    if unknown:
-        raise MismatchError(
-            f"{path / WEIGHTS_NAME} holds tensors that are not LoRA: {_some(unknown)}."
-        )
     if not found:
         raise CheckpointError(f"{path / WEIGHTS_NAME} holds no LoRA tensors.")
     return found
+
+
+def _saved(
+    path: Path, config: dict[str, Any], tensors: Checkpoint, layers: Sequence[LoraLayer]
+) -> dict[str, str]:
+    """What is in the file beside LoRA: parameters of modules that were trained whole."""
+    used = {key for layer in layers for key in (layer.down_key, *layer.changed_keys)}
+    modules = cast("list[str]", config.get("modules_to_save") or [])
+    saved: dict[str, str] = {}
+    for key in sorted(tensors.tensors.keys() - used):
+        name = key.removeprefix(PREFIX)
+        parts = name.split(".")[:-1]
+        above = [".".join(parts[: count + 1]) for count in range(len(parts))]
+        if not any(module.endswith(given) for module in above for given in modules):  # as PEFT does
+            raise MismatchError(f"{path / WEIGHTS_NAME} holds a tensor that is not LoRA: {key}.")
+        saved[name] = key
+    return saved
 
 
 def _some(names: list[str]) -> str:
@@ -170,27 +196,29 @@ def _some(names: list[str]) -> str:
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def weight_names(
-    adapter: Adapter, find: Callable[[str], str | None], base: Checkpoint
-) -> dict[str, str]:
-    """Layer name to the base's tensor name, for every adapted layer.
+def base_weights(
+    adapter: Adapter, find: Callable[[str], StoredParameter | None], base: Checkpoint
+) -> dict[str, StoredParameter]:
+    """Layer name to how the base stores its weight, for every adapted layer.
 
     Args:
-        find: the base's tensor name of a parameter, or None (`ModelFamily.tensor_name`).
+        find: how the base stores a parameter, or None (`ModelFamily.stored`).
 
     Raises:
         MismatchError: some layers have no weight in the base, or one of another shape; lists them.
     """
-    names: dict[str, str] = {}
+    weights: dict[str, StoredParameter] = {}
     missing: list[str] = []
     for layer in adapter.layers:
-        weight = find(f"{layer.name}.weight")
-        if weight is None:
+        stored = find(f"{layer.name}.weight")
+        if stored is None:
             missing.append(layer.name)
             continue
-        names[layer.name] = weight
+        weights[layer.name] = stored
+        if stored.plain_name is None:
+            continue  # part of a fused tensor, whose shape tells nothing about the layer
         down, up = (adapter.tensors.tensors[key].shape for key in (layer.down_key, layer.up_key))
-        shape = base.tensors[weight].shape
+        shape = base.tensors[stored.plain_name].shape[:: -1 if stored.transposed else 1]
         if shape != (up[0], down[1]):
             raise MismatchError(
                 f"Adapter {adapter.path}: {layer.name} is {up[0]}x{down[1]}, but in {base.name} it is "
@@ -201,4 +229,4 @@ def weight_names(
             f"Adapter {adapter.path}: {len(missing)} of {len(adapter.layers)} layers have no weight in "
             f"{base.name}: {_some(missing)}; the adapter was trained for another base model."
         )
-    return names
+    return weights

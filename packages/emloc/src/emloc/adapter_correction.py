@@ -1,7 +1,7 @@
 """Correct a whole adapter: each layer's mismatch, the limit by the loss on data, the new tensors.
 
-A layer's weight is read from the base's shards and its factors from the emulator's; only columns of
-the LoRA's rank are kept for all layers at once.
+A layer's weight is read from the base's shards and its factors from the emulator's, whenever its
+mismatch is wanted; nothing is kept, so memory is one layer's, however deep the model is.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, LoraLayer, weight_names
+from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, LoraLayer, base_weights
 from emloc.checkpoint import Checkpoint
 from emloc.config import CorrectConfig
-from emloc.correction import Corrected, Mismatch, correct_up, dora_magnitude, measure, residual
-from emloc.errors import NumericalError
+from emloc.correction import Mismatch, correct_up, dora_magnitude, measure, residual
+from emloc.errors import MismatchError, NumericalError
 from emloc.family import Batch
 from emloc.finite import is_finite
 from emloc.gram import moment_dtype
@@ -32,10 +32,11 @@ Limit = float | None
 
 @dataclass
 class AdapterCorrection:
-    """Measures, chooses and writes; nothing is changed before `write`.
+    """Chooses a limit and writes the adapter under it.
 
     Attributes:
         config: the stage's options.
+        manifest: the emulator's.
         stream: the base model, for names and for comparing limits.
         emulator: its factors.
         adapter: as trained on the emulator.
@@ -44,60 +45,66 @@ class AdapterCorrection:
     config: CorrectConfig
     stream: UnitStream
     emulator: Checkpoint
+    manifest: Manifest
     adapter: Adapter
 
     def __post_init__(self) -> None:
         self.base = self.stream.checkpoint
-        self.names = weight_names(
+        self.weights = base_weights(
             self.adapter,
-            lambda name: self.stream.family.tensor_name(self.stream.model, name, self.base),
+            lambda name: self.stream.family.stored(self.stream.model, name, self.base),
             self.base,
         )
-        self.mismatches: dict[str, Mismatch] = {}
-        self.owners: dict[str, str] = {}
-
-    def measure_all(self, manifest: Manifest) -> None:
-        """Compare base and emulator where each LoRA reads, one layer at a time."""
+        self.owners = {
+            name: owner for owner, entry in self.manifest.layers.items() for name in entry["layers"]
+        }
+        for name in self.adapter.saved:
+            if name.rpartition(".")[0] in self.owners:
+                raise MismatchError(
+                    f"Adapter {self.adapter.path} trained {name} whole, which the emulator compresses: "
+                    f"what it learnt does not fit the base. Leave it out of modules_to_save, or exclude "
+                    f"the layer when compressing."
+                )
         self.adapter.require_finite(
             lambda key: NumericalError(
                 f"Adapter {self.adapter.path}: {key} holds NaN or infinity; training diverged, use a "
                 f"lower learning rate."
             )
         )
-        self.owners = {
-            name: owner for owner, entry in manifest.layers.items() for name in entry["layers"]
-        }
-        with progress_bar("correct", len(self.adapter.layers)) as advance:
-            for layer in self.adapter.layers:
-                if layer.name in self.owners:
-                    self.mismatches[layer.name] = self._measure(layer)
-                advance(note=layer.name)
 
     def _factors(self, layer: str) -> tuple[Tensor, Tensor]:
         def stem(name: str) -> str:
-            return self.stream.stored_name(f"{name}.weight").removesuffix("weight")
+            return self.stream.weight_name(name).removesuffix("weight")
 
         left = self.emulator.read(f"{stem(layer)}left")
         return left, self.emulator.read(f"{stem(self.owners[layer])}right")
 
-    def _measure(self, layer: LoraLayer) -> Mismatch:
-        weight = self.base.read(self.names[layer.name])
-        if not is_finite(weight):
-            raise NumericalError(f"Layer {layer.name} of {self.base.name} holds NaN or infinity.")
+    def _measure(self, layer: LoraLayer) -> Mismatch | None:
+        """What base and emulator do differently where the LoRA reads; None for a dense layer."""
+        if layer.name not in self.owners:
+            return None
+        weight = self.weights[layer.name].layer_weight(self.base.read)
         left, right = self._factors(layer.name)
         down, up = self.adapter.read(layer.down_key), self.adapter.read(layer.up_key)
 
         def on_device(tensor: Tensor) -> Tensor:
             return tensor.to(self.stream.device)
 
-        return measure(
+        mismatch = measure(
             on_device(weight),
             on_device(left),
             on_device(right),
             on_device(down),
             on_device(up),
             layer.scaling,
-        ).cpu()
+        )
+        # NaN and infinity in a weight reach every product with it.
+        if not is_finite(mismatch.drift):
+            raise NumericalError(
+                f"Layer {layer.name} of {self.base.name}, or of the emulator, holds NaN or infinity; "
+                f"check both with emloc verify."
+            )
+        return mismatch
 
     def choose(self, batches: Sequence[Batch]) -> tuple[Limit, dict[str, Any]]:
         """The limit to use, and what to report about the choice."""
@@ -105,8 +112,14 @@ class AdapterCorrection:
             limit = _as_limit(self.config.limit)
             return limit, {"limit": _shown(limit)}
         candidates = list(dict.fromkeys([0.0, *map(_as_limit, self.config.limit_candidates)]))
-        loras = {layer.name: self._candidates(layer, candidates) for layer in self.adapter.layers}
-        found = losses(self.stream, batches, loras, len(candidates))
+        layers = {layer.name: layer for layer in self.adapter.layers}
+        found = losses(
+            self.stream,
+            batches,
+            list(layers),
+            lambda name: self._candidates(layers[name], candidates),
+            len(candidates),
+        )
         best = min(range(len(candidates)), key=lambda i: found[i])
         table = {_shown(limit): loss for limit, loss in zip(candidates, found)}
         console.print(
@@ -117,10 +130,12 @@ class AdapterCorrection:
         return candidates[best], {"limit": _shown(candidates[best]), "calibration_loss": table}
 
     def _candidates(self, layer: LoraLayer, limits: Sequence[Limit]) -> CandidateLora:
-        mismatch = self.mismatches.get(layer.name)
+        mismatch = self._measure(layer)
         original = self.adapter.read(layer.up_key)
         ups = [
-            original if mismatch is None else correct_up(mismatch, limit).up.to(original.dtype)
+            original
+            if mismatch is None
+            else correct_up(mismatch, limit).up.to(original.dtype).cpu()
             for limit in limits
         ]
         gains = None
@@ -133,7 +148,7 @@ class AdapterCorrection:
 
     def _sum(self, layer: LoraLayer, up: Tensor, weight: Tensor | None = None) -> Tensor:
         """`W + s·B·A` in float32 or better; `weight` stands in for the base's."""
-        weight = self.base.read(self.names[layer.name]) if weight is None else weight
+        weight = self.weights[layer.name].layer_weight(self.base.read) if weight is None else weight
         high = moment_dtype(weight.dtype)
         down = self.adapter.read(layer.down_key).to(high)
         return torch.addmm(weight.to(high), up.to(high), down, alpha=layer.scaling)
@@ -145,7 +160,7 @@ class AdapterCorrection:
         if layer.name not in self.owners or limit == 0.0:
             return magnitude
         left, right = self._factors(layer.name)
-        high = moment_dtype(self.base.tensors[self.names[layer.name]].dtype)
+        high = moment_dtype(self.base.tensors[self.weights[layer.name].names[0]].dtype)
         original = self.adapter.read(layer.up_key)
         emulated = self._sum(layer, original, left.to(high) @ right.to(high))
         return dora_magnitude(magnitude, self._sum(layer, up), emulated)
@@ -154,38 +169,45 @@ class AdapterCorrection:
         """Write the adapter under `limit`; returns what happened to each layer."""
         reports: dict[str, dict[str, Any]] = {}
         infos = self.adapter.tensors.tensors
-        changed: dict[str, LoraLayer] = {}
-        for layer in self.adapter.layers:
-            if layer.name in self.mismatches:
-                changed[layer.up_key] = layer
-                if layer.magnitude_key:
-                    changed[layer.magnitude_key] = layer
+        by_key = {key: layer for layer in self.adapter.layers for key in layer.changed_keys}
         declared = {key: (info.dtype, info.shape) for key, info in infos.items()}
-        ups: dict[str, Tensor] = {}
-        with ShardWriter(work / WEIGHTS_NAME, declared) as shard:
+        last: tuple[str, Tensor] | None = None  # keys of a layer lie side by side
+        with (
+            ShardWriter(work / WEIGHTS_NAME, declared) as shard,
+            progress_bar("correct", len(self.adapter.layers)) as advance,
+        ):
             for key in infos:
-                layer = changed.get(key)
-                if layer is None:
+                layer = by_key.get(key)
+                if layer is None or layer.name not in self.owners:
                     shard.write(key, self.adapter.read(key))
                     continue
-                if layer.name not in ups:
-                    corrected = correct_up(self.mismatches[layer.name], limit)
-                    ups[layer.name] = corrected.up.to(infos[layer.up_key].dtype)
-                    reports[layer.name] = self._report(layer, corrected, ups[layer.name])
-                up = ups[layer.name]
+                if last is None or last[0] != layer.name:
+                    up, reports[layer.name] = self._corrected(layer, limit)
+                    last = (layer.name, up)
+                    advance(note=layer.name)
+                up = last[1]
                 shard.write(key, up if key == layer.up_key else self._magnitude(layer, up, limit))
-        config = {**self.adapter.config, "base_model_name_or_path": self.base.reference_name()}
+        config = {
+            **self.adapter.config,
+            "base_model_name_or_path": self.base.reference_name(),
+            # The emulator's layers are linear; the base's may store their weights transposed.
+            "fan_in_fan_out": any(weight.transposed for weight in self.weights.values()),
+        }
         write_json(work / CONFIG_NAME, config)
         return dict(sorted(reports.items()))
 
-    def _report(self, layer: LoraLayer, corrected: Corrected, stored: Tensor) -> dict[str, Any]:
-        mismatch = self.mismatches[layer.name]
-        return {
+    def _corrected(self, layer: LoraLayer, limit: Limit) -> tuple[Tensor, dict[str, Any]]:
+        """B as it will be stored, and what happened to it."""
+        mismatch = self._measure(layer)
+        assert mismatch is not None
+        corrected = correct_up(mismatch, limit)
+        stored = corrected.up.to(self.adapter.tensors.tensors[layer.up_key].dtype).cpu()
+        return stored, {
             "rank": layer.rank,
             "scaling": layer.scaling,
             "clipped_share": corrected.clipped / layer.rank,
             "residual_before": residual(mismatch, mismatch.up),
-            "residual_after": residual(mismatch, stored),
+            "residual_after": residual(mismatch, stored.to(self.stream.device)),
         }
 
 

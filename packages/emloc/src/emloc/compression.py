@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from emloc.emulator import EmulatorFolder
 from emloc.errors import ConfigError
 from emloc.family import Batch
-from emloc.gram import Moments, smaller_side
+from emloc.gram import Moments, Side, smaller_side
 from emloc.lockstep import Call, current_call, lockstep
-from emloc.lowrank import factorise, relative_error
+from emloc.lowrank import factorise
 from emloc.plan import Group
 from emloc.progress import progress_bar
 from emloc.stream import UnitStream
@@ -35,14 +35,21 @@ def compress_blocks(stream: UnitStream, folder: EmulatorFolder, batches: Sequenc
 
     Raises:
         NumericalError: a weight or an activation is NaN; names the layer.
-        ConfigError: no token reached a layer.
+        ConfigError: a block runs more than once in a forward.
     """
-    blocks, done = stream.blocks, folder.finished_blocks()
+    blocks, done, seen = stream.blocks, folder.finished_blocks(), set[str]()
     calls = [_call(stream, batch) for batch in batches]
     with progress_bar("compress", len(blocks)) as advance:
 
         @contextmanager
         def visit(unit: str) -> Iterator[None]:
+            if unit in seen:
+                raise ConfigError(
+                    f"Block {unit} runs more than once in a forward of {stream.checkpoint.name}; its "
+                    f"moments would have to be kept for all blocks, which is not supported."
+                )
+            if unit in blocks:
+                seen.add(unit)
             with stream.filled(unit):
                 if unit in blocks and unit not in done:
                     yield from _compress_block(stream, folder, unit)
@@ -68,10 +75,7 @@ def _compress_block(stream: UnitStream, folder: EmulatorFolder, block: str) -> I
     """Fold moments while the caller runs the micro-batches, then factorise and write."""
     started = time.monotonic()
     groups = folder.plan.within(block)
-    moments = {
-        group.owner: Moments(smaller_side(sum(group.d_out), group.d_in), group.owner)
-        for group in groups
-    }
+    moments = {group.owner: Moments(_side(group), group.owner) for group in groups}
     handles = [
         stream.model.get_submodule(group.owner).register_forward_hook(
             _folding(stream, group, moments[group.owner])
@@ -85,12 +89,26 @@ def _compress_block(stream: UnitStream, folder: EmulatorFolder, block: str) -> I
             handle.remove()
     factors: dict[str, Factors] = {}
     layers: dict[str, Any] = {}
+    unreached: list[str] = []
     for group in groups:
-        factors[group.owner], layers[group.owner] = _factorise(
-            stream, group, moments.pop(group.owner)
-        )
-    report = {"layers": layers, "seconds": round(time.monotonic() - started, 3)}
+        found = moments.pop(group.owner)
+        if found.tokens == 0:  # an expert that no token chose, or a layer that the forward skips
+            unreached += group.layers
+        else:
+            factors[group.owner], layers[group.owner] = _factorise(stream, group, found)
+    report = {
+        "layers": layers,
+        "unreached": unreached,
+        "seconds": round(time.monotonic() - started, 3),
+    }
     folder.write_block(block, factors, report)
+
+
+def _side(group: Group) -> Side:
+    """Outputs of several layers would have to be computed once more, so they must be few to pay."""
+    if len(group.layers) > 1:
+        return "output" if 2 * sum(group.d_out) < group.d_in else "input"
+    return smaller_side(group.d_out[0], group.d_in)
 
 
 def _folding(stream: UnitStream, group: Group, moments: Moments) -> Any:
@@ -107,24 +125,20 @@ def _folding(stream: UnitStream, group: Group, moments: Moments) -> Any:
             y = y if bias is None else y - bias
             moments.fold(y[mask] if padded else y)
         else:
-            moments.fold((x[mask] if padded else x) @ _stacked(stream, group).T)
+            x = x[mask] if padded else x
+            moments.fold(torch.cat([x @ weight.T for weight in _weights(stream, group)], dim=1))
 
     return fold
 
 
-def _stacked(stream: UnitStream, group: Group) -> Tensor:
-    weights = [stream.model.get_parameter(f"{name}.weight").detach() for name in group.layers]
-    return torch.cat(weights) if len(weights) > 1 else weights[0]
+def _weights(stream: UnitStream, group: Group) -> list[Tensor]:
+    return [stream.weight(name) for name in group.layers]
 
 
 def _factorise(
     stream: UnitStream, group: Group, moments: Moments
 ) -> tuple[Factors, dict[str, Any]]:
-    if moments.tokens == 0:
-        raise ConfigError(
-            f"No calibration token reached layer {group.owner}; use more samples, or exclude it."
-        )
-    found = factorise(_stacked(stream, group), moments, group.rank)
+    found = factorise(_weights(stream, group), moments, group.rank)
     report = {
         "layers": list(group.layers),
         "rank": group.rank,
@@ -132,6 +146,7 @@ def _factorise(
         "d_in": group.d_in,
         "side": moments.side,
         "tokens": moments.tokens,
-        "relative_error": relative_error(found.spectrum, group.rank),
+        "relative_error": found.relative_error,
+        "estimated_excess": found.excess,
     }
     return (found.right, found.left.split(list(group.d_out))), report

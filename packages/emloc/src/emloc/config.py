@@ -33,6 +33,11 @@ def _pairs(value: Any) -> Any:
     return dict(part.rsplit("=", 1) for part in value.split(","))
 
 
+def _joined(value: Any) -> Any:
+    """A list of data sets as the comma-separated text that a command line gives."""
+    return ",".join(map(str, cast("list[Any]", value))) if isinstance(value, list) else value
+
+
 def _limit(value: Any) -> Any:
     return "none" if value is None else value
 
@@ -54,21 +59,29 @@ class StageConfig(BaseModel):
 class DataOptions(StageConfig):
     """Which data, and how its columns are read."""
 
-    dataset: str | None = Field(
-        None, description="JSONL, CSV or parquet file, a folder, or a hub id"
+    dataset: Annotated[str | None, BeforeValidator(_joined)] = Field(
+        None, description="JSONL, CSV or parquet file, folder, or hub id; several: a,b"
     )
+    dataset_weights: Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(_split)] = (
+        Field([], description="share of each data set; by default by size")
+    )
+    streaming: bool = Field(False, description="read as it comes, nothing stored; needs max_steps")
     dataset_split: str = Field("train", description="split of a hub data set or folder")
     column_map: TextMap = Field(
-        {}, description="your column=ours; ours are messages, prompt, completion, text"
+        {}, description="your column=ours: messages, tools, prompt, completion, text, …"
     )
     max_length: int = Field(1024, ge=2, description="tokens per sample; longer ones are truncated")
     completion_only_loss: bool = Field(True, description="no loss on prompts")
+    assistant_only_loss: bool = Field(False, description="loss on every answer of a chat")
 
 
 class CalibrationOptions(DataOptions):
     """Which samples stand for the data when compressing and when choosing a limit."""
 
     num_calibration_samples: int = Field(64, ge=1, description="samples drawn by seed")
+    num_calibration_tokens: int | None = Field(
+        None, ge=1, description="draw samples until there are so many tokens instead"
+    )
     calibration_batch_size: int = Field(8, ge=1, description="samples per micro-batch")
     seed: int = Field(0, ge=0, description="draws calibration samples; seeds training")
 
@@ -100,6 +113,16 @@ class LoraOptions(StageConfig):
     lora_alpha_pattern: CountMap = Field({}, description="regular expression=alpha")
     use_rslora: bool = Field(False, description="scaling is alpha / sqrt(r)")
     use_dora: bool = Field(False, description="weight-decomposed LoRA")
+    lora_init: Literal["default", "gaussian", "pissa", "olora", "eva"] = Field(
+        "default", description="how A and B begin"
+    )
+    lora_layers_to_transform: Annotated[
+        list[Annotated[int, Field(ge=0)]], BeforeValidator(_split)
+    ] = Field([], description="numbers of the blocks to adapt; by default all")
+    lora_modules_to_save: Names = Field([], description="modules trained whole, such as lm_head")
+    loraplus_lr_ratio: float | None = Field(
+        None, gt=0, description="LoRA+: learning rate of B over that of A"
+    )
 
 
 class TrainConfig(DataOptions, LoraOptions):
@@ -124,6 +147,7 @@ class TrainConfig(DataOptions, LoraOptions):
     max_grad_norm: float = Field(1.0, gt=0)
     max_steps: int = Field(-1, description="overrides num_train_epochs where positive")
     num_train_epochs: float = Field(3.0, gt=0)
+    packing: bool = Field(False, description="fill max_length with several samples, cut anywhere")
     gradient_checkpointing: bool = Field(False, description="less memory, slower steps")
     logging_steps: int = Field(10, ge=1)
     save_steps: int = Field(100, ge=1, description="steps between resumable checkpoints")

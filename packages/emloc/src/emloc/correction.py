@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emloc.gram import moment_dtype
+from emloc.merging import ROWS
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,6 @@ class Mismatch:
     reads: Float[Tensor, "rank rank"]
     drift: Float[Tensor, "d_out rank"]
     back: Float[Tensor, "rank rank"]
-
-    def cpu(self) -> "Mismatch":
-        """The same on the CPU; a few columns per layer, so all layers fit."""
-        return Mismatch(
-            self.up.cpu(), self.scaling, self.reads.cpu(), self.drift.cpu(), self.back.cpu()
-        )
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,7 @@ def measure(
     inverse = torch.where(alive, 1.0 / torch.where(alive, sigma, 1.0), 0.0)
     high = moment_dtype(weight.dtype)
     v = vt.T.to(high)
-    drift = left.to(high) @ (right.to(high) @ v) - weight.to(high) @ v
+    drift = _product(left, _product(right, v)) - _product(weight, v)
     b = up.to(torch.float64)
     return Mismatch(
         up=b,
@@ -91,6 +86,12 @@ def measure(
         drift=drift.to(torch.float64) * alive,
         back=inverse[:, None] * q.T,
     )
+
+
+def _product(weight: Tensor, columns: Tensor) -> Tensor:
+    """`weight @ columns` in the columns' precision, without a copy of the weight in it."""
+    parts = [rows.to(columns.dtype) @ columns for rows in weight.split(ROWS)]
+    return torch.cat(parts)
 
 
 def correct_up(mismatch: Mismatch, limit: float | None) -> Corrected:

@@ -21,7 +21,9 @@ def batches_digest(batches: Sequence[Batch]) -> str:
 
 
 def dataset_digest(dataset: str | None) -> str | None:
-    """SHA-256 of a local file or of all files below a folder; a hub id stands for itself."""
+    """SHA-256 of a local file or of all files below a folder; a hub id stands for itself; `a,b` are two."""
+    if dataset and "," in dataset:
+        return ",".join(str(dataset_digest(name)) for name in dataset.split(",") if name)
     if not dataset or not Path(dataset).exists():
         return dataset
     if Path(dataset).is_file():

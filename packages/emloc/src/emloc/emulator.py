@@ -16,7 +16,7 @@ from torch import Tensor
 from emloc.checkpoint import INDEX_NAME, Checkpoint
 from emloc.config import Dtype
 from emloc.family import EmulatorLayers
-from emloc.output import ShardWriter, copy_file, file_sha256, write_json
+from emloc.output import ShardWriter, copy_file, write_json
 from emloc.plan import Plan
 from emloc.stream import UnitStream
 
@@ -67,36 +67,38 @@ class EmulatorFolder:
         """Write a block's shard, then its report.
 
         Args:
-            factors: by a group's owner, its right factor and the left ones in the group's order.
+            factors: by a group's owner, its right factor and the left ones in the group's order; a
+                group that is not in it stays dense.
             report: JSON for the manifest.
         """
         tensors: dict[str, Tensor] = {}
         replaced: set[str] = set()
         for group in self.plan.within(block):
+            if group.owner not in factors:
+                continue
             right, lefts = factors[group.owner]
             tensors[self._factor(group.owner, "right")] = self._converted(group.owner, right)
             for name, left in zip(group.layers, lefts):
                 tensors[self._factor(name, "left")] = self._converted(group.owner, left)
-                replaced.add(self.stream.stored_name(f"{name}.weight"))
+                replaced.add(self.stream.weight_name(name))
         for name in self._block_tensors(block):
             if name not in replaced:
                 stored = self.base.read(name)
                 tensors[name] = stored.to(self._target_dtype(stored.dtype))
         declared: Declared = {n: (t.dtype, tuple(t.shape)) for n, t in sorted(tensors.items())}
-        with ShardWriter(
-            self.work / self.shards[self.stream.blocks.index(block)], declared
-        ) as shard:
+        file = self.shards[self.stream.blocks.index(block)]
+        with ShardWriter(self.work / file, declared) as shard:
             for name in declared:
                 shard.write(name, tensors[name])
-        write_json(self.report_path(block), report)
+        write_json(self.report_path(block), {**report, "sha256": {file: shard.sha256}})
 
-    def finish(self) -> tuple[list[dict[str, Any]], Checkpoint]:
+    def finish(self) -> tuple[list[dict[str, Any]], dict[str, str], Checkpoint]:
         """Write what is in no block, the index, the config and the tokenizer's files.
 
         Returns:
-            The blocks' reports, and the emulator opened.
+            The blocks' reports, the SHA-256 of each shard, and the emulator opened.
         """
-        self._write_rest()
+        rest = self._write_rest()
         written = Checkpoint.from_files(
             str(self.work), self.work, {}, dict.fromkeys(self.shards, None)
         )
@@ -105,28 +107,28 @@ class EmulatorFolder:
         write_json(
             self.work / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
+        reports = [
+            json.loads(self.report_path(block).read_text("utf-8")) for block in self.stream.blocks
+        ]
+        compressed = {owner for report in reports for owner in report["layers"]}
         layers = EmulatorLayers(
-            [(group.layers, group.rank) for group in self.plan.groups],
+            [(group.layers, group.rank) for group in self.plan.groups if group.owner in compressed],
             None if self.dtype == "auto" else self.dtype,
         )
         write_json(self.work / "config.json", self.stream.family.emulator_config(self.base, layers))
         for name in self.base.companions():
             copy_file(self.base.path / name, self.work / name)
-        reports = [
-            json.loads(self.report_path(block).read_text("utf-8")) for block in self.stream.blocks
-        ]
-        return reports, written
-
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of each shard."""
-        return {name: file_sha256(self.work / name) for name in self.shards}
+        digests: dict[str, str] = {}
+        for report in reports:
+            digests.update(report["sha256"])
+        return reports, {**digests, self.shards[-1]: rest}, written
 
     def forget_reports(self) -> None:
         """Drop what only a continuation needs; the manifest holds it now."""
         for block in self.stream.blocks:
             self.report_path(block).unlink()
 
-    def _write_rest(self) -> None:
+    def _write_rest(self) -> str:
         inside = {name for block in self.stream.blocks for name in self._block_tensors(block)}
         declared: Declared = {
             name: (self._target_dtype(info.dtype), info.shape)
@@ -136,19 +138,22 @@ class EmulatorFolder:
         with ShardWriter(self.work / self.shards[-1], declared) as shard:
             for name, (dtype, _) in declared.items():
                 shard.write(name, self.base.read(name).to(dtype))
+        return shard.sha256
 
     def _block_tensors(self, block: str) -> list[str]:
         module = self.stream.model.get_submodule(block)
         names = {
-            self.stream.stored_name(f"{block}.{path}") for path, _ in module.named_parameters()
+            name
+            for path, _ in module.named_parameters()
+            for name in self.stream.stored(f"{block}.{path}").names
         }
         return sorted(names | {n for n in self.base.tensors if n.startswith(f"{block}.")})
 
     def _factor(self, layer: str, kind: str) -> str:
-        return self.stream.stored_name(f"{layer}.weight").removesuffix("weight") + kind
+        return self.stream.weight_name(layer).removesuffix("weight") + kind
 
     def _converted(self, owner: str, factor: Tensor) -> Tensor:
-        stored = self.base.tensors[self.stream.stored_name(f"{owner}.weight")].dtype
+        stored = self.base.tensors[self.stream.weight_name(owner)].dtype
         return factor.to(self._target_dtype(stored))
 
     def _target_dtype(self, stored: torch.dtype) -> torch.dtype:

@@ -20,6 +20,36 @@ Batch = Mapping[str, Tensor]
 """One micro-batch, as the family's forward takes it."""
 
 
+@dataclass(frozen=True)
+class StoredParameter:
+    """How one parameter of a model lies in a checkpoint.
+
+    Attributes:
+        names: the tensors that it is made of; tied parameters share theirs.
+        transposed: a layer's weight that is stored d_in × d_out.
+        assemble: makes it of several tensors, or of one in another form, given a function that reads
+            a tensor; None if it is stored as it is.
+    """
+
+    names: tuple[str, ...]
+    transposed: bool = False
+    assemble: Callable[[Callable[[str], Tensor]], Tensor] | None = None
+
+    @property
+    def plain_name(self) -> str | None:
+        """The one tensor that is this parameter, or None."""
+        return self.names[0] if self.assemble is None else None
+
+    def read(self, read: Callable[[str], Tensor]) -> Tensor:
+        """The parameter, as the model's module holds it."""
+        return read(self.names[0]) if self.assemble is None else self.assemble(read)
+
+    def layer_weight(self, read: Callable[[str], Tensor]) -> Tensor:
+        """The parameter, a layer's weight, as d_out × d_in."""
+        weight = self.read(read)
+        return weight.T if self.transposed else weight
+
+
 class LossSum(NamedTuple):
     """A loss summed over what it averages (tokens, pixels), so that batches can be added up."""
 
@@ -50,8 +80,10 @@ class ModelFamily(Protocol):
         """The model with every parameter on the meta device and real buffers, in eval mode."""
         ...
 
-    def tensor_name(self, model: nn.Module, parameter: str, checkpoint: Checkpoint) -> str | None:
-        """The checkpoint's name of a parameter; None if the checkpoint does not hold it."""
+    def stored(
+        self, model: nn.Module, parameter: str, checkpoint: Checkpoint
+    ) -> StoredParameter | None:
+        """How the checkpoint stores a parameter; None if it does not."""
         ...
 
     def blocks(self, model: nn.Module) -> Sequence[str]:

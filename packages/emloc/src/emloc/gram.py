@@ -16,13 +16,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emloc.errors import NumericalError
+from emloc.symmetric import add_gram, mirror_upper
 
 Side = Literal["input", "output"]
 
 
 def smaller_side(d_out: int, d_in: int) -> Side:
-    """Which side's moments are the smaller matrix; inputs on a tie, as layers can share them."""
-    return "output" if d_out < d_in else "input"
+    """Which side's moments are the smaller matrix; outputs on a tie, as they are `W G Wᵀ` itself."""
+    return "output" if d_out <= d_in else "input"
 
 
 def moment_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -42,7 +43,8 @@ class Moments:
     side: Side
     name: str
     tokens: int = 0
-    matrix: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    _upper: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    _mirrored: bool = True
 
     def fold(self, values: Float[Tensor, "tokens d"]) -> None:
         """Add tokens, one per row; padding must have been taken out before.
@@ -51,15 +53,22 @@ class Moments:
             NumericalError: a value is NaN or infinite.
         """
         values = values.to(moment_dtype(values.dtype))
-        product = values.T @ values
+        if self._upper.numel() == 0:
+            self._upper = values.new_zeros(values.shape[1], values.shape[1])
+        add_gram(self._upper, values)
+        self._mirrored = False
         # An overflow or a NaN anywhere in a token reaches the diagonal.
-        if not bool(torch.isfinite(product.diagonal()).all()):
+        if not bool(torch.isfinite(self._upper.diagonal()).all()):
             raise NumericalError(
                 f"Layer {self.name}: its {self.side}s hold NaN or infinity on the calibration data; "
                 f"check the base model's weights (emloc verify) and its dtype."
             )
-        if self.tokens == 0:
-            self.matrix = product
-        else:
-            self.matrix += product
         self.tokens += values.shape[0]
+
+    @property
+    def matrix(self) -> Tensor:
+        """The sum, d × d, symmetric; 0 × 0 before the first token."""
+        if not self._mirrored:
+            mirror_upper(self._upper)
+            self._mirrored = True
+        return self._upper

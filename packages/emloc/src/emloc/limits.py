@@ -2,11 +2,12 @@
 
 How much correction helps depends on the LoRA and on the data: a fixed limit can be worse than none.
 So every candidate is one more set of lockstep calls: each unit's weights are read once, and hooks on
-the adapted layers add the candidate's own LoRA to their outputs.
+the adapted layers add the candidate's own LoRA to their outputs. A unit's LoRAs are made when it is
+loaded and dropped with it, so memory does not grow with the model's depth.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -50,19 +51,20 @@ class CandidateLora:
 def losses(
     stream: UnitStream,
     batches: Sequence[Batch],
-    loras: Mapping[str, CandidateLora],
+    layers: Sequence[str],
+    lora_of: Callable[[str], CandidateLora],
     candidates: int,
 ) -> list[float]:
     """Mean calibration loss of each candidate.
+
+    Args:
+        layers: names of the adapted ones.
+        lora_of: makes a layer's LoRA under every candidate, when its unit's turn has come.
 
     Raises:
         NumericalError: a loss is NaN.
     """
     device = stream.device
-    handles = [
-        stream.model.get_submodule(name).register_forward_hook(_adding(lora.to(stream)))
-        for name, lora in loras.items()
-    ]
 
     def run(batch: Batch) -> LossSum:
         return stream.family.forward_loss(
@@ -74,17 +76,26 @@ def losses(
         for candidate in range(candidates)
         for batch in batches
     ]
-    try:
-        with progress_bar("choose limit", len(stream.units)) as advance:
+    with progress_bar("choose limit", len(stream.units)) as advance:
 
-            def visit(unit: str) -> AbstractContextManager[None]:
-                advance(note=unit)
-                return stream.filled(unit)
+        @contextmanager
+        def visit(unit: str) -> Iterator[None]:
+            with stream.filled(unit):
+                inside = [n for n in layers if n == unit or n.startswith(f"{unit}.")]
+                handles = [
+                    stream.model.get_submodule(name).register_forward_hook(
+                        _adding(lora_of(name).to(stream))
+                    )
+                    for name in inside
+                ]
+                try:
+                    yield
+                finally:
+                    for handle in handles:
+                        handle.remove()
+            advance(note=unit)
 
-            results: list[LossSum] = lockstep(stream.model, stream.units, calls, visit)
-    finally:
-        for handle in handles:
-            handle.remove()
+        results: list[LossSum] = lockstep(stream.model, stream.units, calls, visit)
     means: list[float] = []
     for candidate in range(candidates):
         part = results[candidate * len(batches) : (candidate + 1) * len(batches)]

@@ -1,4 +1,4 @@
-"""The best rank-k weight for given activations: one symmetric eigenproblem, no inverse.
+"""The best rank-k weight for given activations: one symmetric eigenproblem, no inverse of `G`.
 
 Of all rank-k matrices, `W_e = U Uᵀ W` minimises `Σ ‖(W − W_e) x‖²`, where `U` holds the top-k
 eigenvectors of `W G Wᵀ` (EMLoC section 3.2 reaches the same optimum by whitening `G` and a full
@@ -8,23 +8,33 @@ Three ways to the eigenvectors, by what was measured and by shape:
 
 - moments of the outputs are `W G Wᵀ` itself;
 - moments of the inputs and d_out ≤ d_in: form `W G Wᵀ`;
-- moments of the inputs and d_out > d_in: with `W = Q R` it equals `Q (R G Rᵀ) Qᵀ`, so the
-  eigenproblem is d_in × d_in. `G` may be singular (fewer tokens than inputs): nothing is inverted.
+- moments of the inputs and d_out > d_in: with `WᵀW = RᵀR` (Cholesky), the eigenvectors `Z` of
+  `R G Rᵀ`, d_in × d_in, give `U = W R⁻¹ Z` and `UᵀW = ZᵀR`. `G` may be singular (fewer tokens than
+  inputs): it is never inverted. Where `WᵀW` is singular, a ridge keeps R invertible; it changes
+  `W_e` in directions alone that W maps to almost nothing.
 
-Precision: the eigenproblem is solved in float64. Activations of language models have a few
-dimensions thousands of times larger than the rest, and a float32 solver's error is relative to the
-largest eigenvalue, which would drown the tail. The factors come back in `weight`'s dtype.
+Precision: below `DENSE_BELOW` all in float64, by a dense solver: activations of language models have
+a few dimensions thousands of times larger than the rest, and a float32 solver's error is relative to
+the largest eigenvalue. From there on products in float32 (float64 for a float64 base) and block
+Lanczos (`emloc.eigen`), whose products err entry by entry, so that a huge eigenvalue disturbs the
+others by some 1e-9 of it. Outliers among the eigenvalues are found in float64.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emloc.eigen import dense_eigenvectors, leading_eigenvectors
 from emloc.errors import NumericalError
 from emloc.finite import is_finite
 from emloc.gram import Moments
+from emloc.symmetric import add_gram, between_upper, mirror_upper, times_upper
+
+DENSE_BELOW = 1024
+"""Eigenproblems smaller than this are solved densely, in float64."""
 
 
 class Factors(NamedTuple):
@@ -33,44 +43,93 @@ class Factors(NamedTuple):
     Attributes:
         left: orthonormal columns, the top eigenvectors.
         right: `leftᵀ W`.
-        spectrum: all eigenvalues of `W G Wᵀ` that can differ from zero, descending, float64.
+        relative_error: `‖(W − W_e) Xᵀ‖_F / ‖W Xᵀ‖_F`, from the eigenvalues; 0 where the layer outputs
+            nothing.
+        excess: by how much that error exceeds the optimum, relative, as a partial eigensolver
+            estimates; 0 from a dense one.
     """
 
     left: Float[Tensor, "d_out rank"]
     right: Float[Tensor, "rank d_in"]
-    spectrum: Float[Tensor, " n"]
+    relative_error: float
+    excess: float
 
 
-def factorise(weight: Float[Tensor, "d_out d_in"], moments: Moments, rank: int) -> Factors:
-    """Compress `weight` to `rank` (at most min(d_out, d_in)), optimally for `moments`.
+def factorise(
+    weights: Sequence[Float[Tensor, "_ d_in"]] | Float[Tensor, "d_out d_in"],
+    moments: Moments,
+    rank: int,
+) -> Factors:
+    """Compress a weight to `rank` (at most min(d_out, d_in)), optimally for `moments`.
+
+    Args:
+        weights: one weight, or those of layers that share their input, taken as one stack.
 
     Raises:
         NumericalError: the weight holds NaN or infinity.
     """
-    d_out, d_in = weight.shape
-    if not is_finite(weight):
+    parts = [weights] if isinstance(weights, Tensor) else list(weights)
+    if not all(is_finite(part) for part in parts):
         raise NumericalError(
             f"Layer {moments.name}: its weight holds NaN or infinity; restore the checkpoint "
             f"from its source before compressing it."
         )
+    stored, d_in = parts[0].dtype, parts[0].shape[1]
+    d_out = sum(part.shape[0] for part in parts)
     rank = min(rank, d_out, d_in)
-    w = weight.to(torch.float64)
-    matrix = moments.matrix.to(torch.float64)
-    if moments.side == "output":
-        basis, product = None, matrix
-    elif d_out <= d_in:
-        basis, product = None, w @ matrix @ w.T
-    else:
-        basis, r = torch.linalg.qr(w)
-        product = r @ matrix @ r.T
-    eigenvalues, eigenvectors = torch.linalg.eigh((product + product.T) / 2)
-    top = eigenvectors[:, -rank:].flip(1)
-    left = top if basis is None else basis @ top
-    spectrum = eigenvalues.flip(0).clamp(min=0.0)
-    return Factors(left.to(weight.dtype), (left.T @ w).to(weight.dtype), spectrum)
+    size = d_out if moments.side == "output" else min(d_out, d_in)
+    small = size < DENSE_BELOW
+    high = torch.float64 if small else torch.promote_types(stored, torch.float32)
+    parts = [part.to(high) for part in parts]
+    matrix = moments.matrix.to(high)
+    root = None
+    if moments.side == "input" and d_out <= d_in:
+        weight = torch.cat(parts)
+        matrix = weight @ matrix @ weight.T
+    elif moments.side == "input":
+        root = _root(parts)
+        matrix = between_upper(root, matrix)
+    if root is None:
+        matrix = (matrix + matrix.T) / 2
+    total = float(matrix.diagonal().double().sum())
+    found = (dense_eigenvectors if small else leading_eigenvectors)(matrix, rank)
+    del matrix
+    left, right = (
+        _project(parts, found.vectors) if root is None else _unroot(parts, found.vectors, root)
+    )
+    tail = total - float(found.values.sum()) if rank < size else 0.0
+    error = (max(0.0, tail) / total) ** 0.5 if total > 0 else 0.0
+    return Factors(left.to(stored), right.to(stored), error, found.excess)
 
 
-def relative_error(spectrum: Float[Tensor, " n"], rank: int) -> float:
-    """`‖(W − W_e) Xᵀ‖_F / ‖W Xᵀ‖_F`, from the eigenvalue tail; 0 where the layer outputs nothing."""
-    total = float(spectrum.sum())
-    return (float(spectrum[rank:].sum()) / total) ** 0.5 if total > 0 else 0.0
+def _project(weights: Sequence[Tensor], vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """`U` and `UᵀW`."""
+    pieces = vectors.split([weight.shape[0] for weight in weights])
+    right = pieces[0].T @ weights[0]
+    for piece, weight in zip(pieces[1:], weights[1:]):
+        right.addmm_(piece.T, weight)
+    return vectors, right
+
+
+def _unroot(weights: Sequence[Tensor], vectors: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """`W R⁻¹ Z` and `ZᵀR`."""
+    right = times_upper(vectors.T, root)
+    mixing = torch.linalg.solve_triangular(root, vectors, upper=True)
+    return torch.cat([weight @ mixing for weight in weights]), right
+
+
+def _root(weights: Sequence[Tensor]) -> Tensor:
+    """`R` of `RᵀR = WᵀW + ridge`, with as little ridge as the rounding of `WᵀW` allows."""
+    d_in = weights[0].shape[1]
+    square = weights[0].new_zeros(d_in, d_in)
+    for weight in weights:
+        add_gram(square, weight)
+    mirror_upper(square)
+    scale = float(square.diagonal().max()) or 1.0
+    ridge = 8 * torch.finfo(square.dtype).eps * scale
+    while True:
+        square.diagonal().add_(ridge)
+        root, failed = torch.linalg.cholesky_ex(square, upper=True)
+        if not int(failed):
+            return root
+        ridge *= 10

@@ -1,8 +1,8 @@
 """Measure what a stage holds: peak memory of this process, sampled, over its start.
 
-Stages that stream count anonymous memory (`RssAnon` of /proc), which leaves out memory-mapped
+Stages that stream count anonymous memory (resident less mapped, of /proc), which leaves out memory-mapped
 checkpoint files: their pages are read once and the system takes them back when it needs them.
-Training and evaluation count all resident memory (`VmRSS`): on a CPU, transformers leaves weights in
+Training and evaluation count all resident memory: on a CPU, transformers leaves weights in
 the mapped file, and they are used in every step. Where /proc is missing, psutil stands in. On CUDA
 the allocator's own peak is exact.
 """
@@ -10,7 +10,7 @@ the allocator's own peak is exact.
 import contextlib
 import ctypes
 import gc
-import re
+import resource
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -18,16 +18,15 @@ from types import TracebackType
 import psutil
 import torch
 
-_STATUS = Path("/proc/self/status")
-INTERVAL_SECONDS = 0.01
+_PAGES = Path("/proc/self/statm")
+INTERVAL_SECONDS = 0.002
 
 
 def anonymous_bytes() -> int:
     """Anonymous resident memory of this process now."""
-    if _STATUS.exists():
-        found = re.search(r"RssAnon:\s+(\d+) kB", _STATUS.read_text())
-        if found:
-            return int(found[1]) * 1024
+    if _PAGES.exists():
+        _, resident, mapped, *_ = map(int, _PAGES.read_text().split())
+        return (resident - mapped) * resource.getpagesize()
     return int(psutil.Process().memory_full_info().uss)
 
 

@@ -9,6 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+ROWS = 256
+"""Rows of a weight that are computed at a time."""
+
 
 def merged_weight(
     weight: Float[Tensor, "d_out d_in"],
@@ -19,11 +22,19 @@ def merged_weight(
 ) -> Float[Tensor, "d_out d_in"]:
     """The merged weight, in `weight`'s dtype."""
     high = torch.promote_types(weight.dtype, torch.float32)
-    base = weight.to(high)
-    delta = (up.to(high) @ down.to(high)) * scaling
-    if magnitude is None:
-        merged = base + delta
-    else:
-        norm = torch.linalg.norm(base + delta, dim=1).to(high)
-        merged = (magnitude.to(high) / norm).view(-1, 1) * (base + delta)
-    return merged.to(weight.dtype)
+    merged = torch.empty_like(weight)
+    a = down.to(high)
+    buffer = a.new_empty(ROWS, weight.shape[1])
+    # Rows are independent. A few at a time stay in the processor's cache, and no float32 copy of the
+    # weight is ever made.
+    for start in range(0, weight.shape[0], ROWS):
+        rows = slice(start, start + ROWS)
+        b = up[rows].to(high)
+        total = torch.mm(b, a, out=buffer[: b.shape[0]])
+        total *= scaling
+        total += weight[rows]
+        if magnitude is not None:
+            norm = torch.linalg.norm(total, dim=1)
+            total *= (magnitude[rows].to(high) / norm).view(-1, 1)
+        merged[rows] = total
+    return merged

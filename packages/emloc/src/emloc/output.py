@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -106,6 +107,8 @@ def copy_file(source: Path, target: Path) -> None:
 class ShardWriter:
     """Writes one safetensors file tensor by tensor, so a shard never has to be in memory.
 
+    Its SHA-256 is computed beside the writing, on another thread, so nothing is read again.
+
     The format is an 8-byte little-endian length, a JSON header and the tensors' bytes in order
     (https://huggingface.co/docs/safetensors). Used as a context manager; the file appears under its
     name only if all declared tensors were written.
@@ -119,6 +122,8 @@ class ShardWriter:
         self._pending = list(tensors.items())[::-1]
         self._header = _header(tensors)
         self._sha = hashlib.sha256()
+        self._hashing = ThreadPoolExecutor(max_workers=1)
+        self._hashed: Future[None] | None = None
 
     def __enter__(self) -> "ShardWriter":
         with writing(self.path):
@@ -145,6 +150,7 @@ class ShardWriter:
         trace: TracebackType | None,
     ) -> None:
         complete = kind is None and not self._pending
+        self._hashing.shutdown(wait=True)
         with writing(self.path):
             try:
                 if complete:
@@ -162,6 +168,8 @@ class ShardWriter:
     @property
     def sha256(self) -> str:
         """Digest of the bytes written so far."""
+        if self._hashed is not None:
+            self._hashed.result()
         return self._sha.hexdigest()
 
     def _put(self, data: bytes | memoryview) -> None:
@@ -171,7 +179,9 @@ class ShardWriter:
         except OutputError:
             self._temporary.unlink(missing_ok=True)
             raise
-        self._sha.update(data)
+        if self._hashed is not None:  # one tensor may wait, not all of them
+            self._hashed.result()
+        self._hashed = self._hashing.submit(self._sha.update, data)
 
 
 def _header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:

@@ -1,9 +1,7 @@
 """Which layers become which factors: groups, ranks, and the layers that stay dense with the reason."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-from torch import nn
 
 from emloc.config import CompressConfig
 from emloc.errors import ConfigError
@@ -45,13 +43,20 @@ class Plan:
 
 
 def make_plan(
-    model: nn.Module, layer_groups: Sequence[Sequence[str]], config: CompressConfig
+    layer_groups: Sequence[Sequence[str]],
+    shape_of: Callable[[str], tuple[int, int] | None],
+    config: CompressConfig,
 ) -> Plan:
-    """Apply ratios, patterns and exclusions to a family's layer groups."""
+    """Apply ratios, patterns and exclusions to a family's layer groups.
+
+    Args:
+        shape_of: `(d_out, d_in)` of a layer; None if its weight is not one tensor of the checkpoint.
+    """
     excluded = dict.fromkeys(config.exclude, True)
     _refuse_idle_patterns([name for group in layer_groups for name in group], config)
     groups: list[Group] = []
     dense: dict[str, str] = {}
+    shapes: dict[str, tuple[int, int]] = {}
     for candidates in layer_groups:
         # Layers that patterns treat differently cannot share a rank, so they do not share factors.
         by_pattern: dict[object, list[str]] = {}
@@ -59,14 +64,18 @@ def make_plan(
             if match_pattern(excluded, name):
                 dense[name] = "excluded"
                 continue
+            shape = shape_of(name)
+            if shape is None:
+                dense[name] = "its weight is part of a fused tensor in the checkpoint"
+                continue
+            shapes[name] = shape
             key: object = (
                 match_pattern(config.rank_pattern, name),
                 match_pattern(config.keep_ratio_pattern, name),
             )
             by_pattern.setdefault(key if config.share_factors else name, []).append(name)
         for layers in by_pattern.values():
-            shapes = [tuple(model.get_parameter(f"{name}.weight").shape) for name in layers]
-            d_out, d_in = tuple(shape[0] for shape in shapes), shapes[0][1]
+            d_out, d_in = tuple(shapes[name][0] for name in layers), shapes[layers[0]][1]
             decision = decide(
                 layers[0],
                 sum(d_out),

@@ -7,15 +7,16 @@ memory, and the result is converted.
 Precision: units run in float32 (float64 for a float64 checkpoint), whatever the checkpoint stores.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from emloc.checkpoint import Checkpoint
 from emloc.errors import CheckpointError
-from emloc.family import ModelFamily
+from emloc.family import ModelFamily, StoredParameter
 from emloc.gram import moment_dtype
 
 
@@ -27,9 +28,17 @@ class UnitStream:
         blocks: the repeated units in forward order.
         units: all names to rendezvous at, blocks included.
         dtype: what units compute in.
+        instead: parameters that replace the checkpoint's.
     """
 
-    def __init__(self, family: ModelFamily, checkpoint: Checkpoint, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        family: ModelFamily,
+        checkpoint: Checkpoint,
+        device: str = "cpu",
+        instead: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.instead = instead or {}
         stored = {
             info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point
         }
@@ -46,20 +55,38 @@ class UnitStream:
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)  # pyright: ignore[reportPrivateUsage]
 
-    def stored_name(self, parameter: str) -> str:
-        """The checkpoint's name of a parameter.
+    def stored(self, parameter: str) -> StoredParameter:
+        """How the checkpoint stores a parameter.
 
         Raises:
             CheckpointError: it holds no such tensor.
         """
-        name = self.family.tensor_name(self.model, parameter, self.checkpoint)
-        if name is None:
+        found = self.family.stored(self.model, parameter, self.checkpoint)
+        if found is None:
             raise CheckpointError(
                 f"Checkpoint {self.checkpoint.name} holds no tensor for {parameter}: its config.json "
-                f"and shards do not belong together, or the model stores it in another form (fused "
-                f"experts), which is not supported."
+                f"and shards do not belong together."
             )
+        return found
+
+    def layer_shape(self, layer: str) -> tuple[int, int] | None:
+        """`(d_out, d_in)` of a layer's weight; None if the checkpoint does not hold it as one tensor."""
+        stored = self.stored(f"{layer}.weight")
+        if stored.plain_name is None:
+            return None
+        rows, columns = self.model.get_parameter(f"{layer}.weight").shape
+        return (columns, rows) if stored.transposed else (rows, columns)
+
+    def weight_name(self, layer: str) -> str:
+        """The checkpoint's tensor of a layer's weight, which is stored plainly."""
+        name = self.stored(f"{layer}.weight").plain_name
+        assert name is not None
         return name
+
+    def weight(self, layer: str) -> Tensor:
+        """A filled layer's weight, d_out × d_in."""
+        weight = self.model.get_parameter(f"{layer}.weight").detach()
+        return weight.T if self.stored(f"{layer}.weight").transposed else weight
 
     def tensor(self, parameter: str) -> Tensor:
         """A parameter as the checkpoint stores it.
@@ -67,19 +94,30 @@ class UnitStream:
         Raises:
             CheckpointError: missing, or not of the shape that the config implies.
         """
-        name = self.stored_name(parameter)
-        tensor = self.checkpoint.read(name)
+        stored = self.stored(parameter)
+        if parameter in self.instead:
+            return self.instead[parameter]
+        tensor = stored.read(self.checkpoint.read)
         expected = self.model.get_parameter(parameter).shape
         if tensor.shape != expected:
             raise CheckpointError(
-                f"Tensor {name} of {self.checkpoint.name} is {tuple(tensor.shape)}, its config.json "
-                f"implies {tuple(expected)}; config and shards do not belong together."
+                f"Tensor {stored.names[0]} of {self.checkpoint.name} is {tuple(tensor.shape)}, its "
+                f"config.json implies {tuple(expected)}; config and shards do not belong together."
             )
         return tensor
 
+    def prefetch(self, unit: str) -> None:
+        """Have the system read a unit's weights while something else is computed."""
+        module = self.model.get_submodule(unit)
+        self.checkpoint.prefetch(
+            name
+            for path, _ in module.named_parameters()
+            for name in self.stored(f"{unit}.{path}").names
+        )
+
     @contextmanager
     def filled(self, unit: str) -> Iterator[None]:
-        """Hold the unit's weights inside the block."""
+        """Hold the unit's weights inside the block; the block that follows is read ahead."""
         module = self.model.get_submodule(unit)
         emptied: list[tuple[nn.Module, str, nn.Parameter]] = []
         try:
@@ -89,6 +127,8 @@ class UnitStream:
                 emptied.append((owner, leaf, parameter))
                 owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)  # pyright: ignore[reportPrivateUsage]
             self._fill_buffers(module, unit)
+            if unit in self.blocks[:-1]:
+                self.prefetch(self.blocks[self.blocks.index(unit) + 1])
             yield
         finally:
             for owner, leaf, parameter in emptied:
@@ -121,13 +161,19 @@ class UnitStream:
         table = self.tensor(f"{name}.weight")
         module.weight = nn.Parameter(table, requires_grad=False)
 
-        def to_file(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return tuple(value.cpu() for value in inputs)
+        # Embeddings of positions may take lengths or shapes, by position or by name.
+        def on_cpu(value: Any) -> Any:
+            return value.cpu() if isinstance(value, Tensor) else value
 
-        def to_compute(_: nn.Module, __: object, output: Tensor) -> Tensor:
-            return output.to(self.device, self.dtype)
+        def to_file(
+            _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return tuple(map(on_cpu, inputs)), {key: on_cpu(v) for key, v in named.items()}
 
-        module.register_forward_pre_hook(to_file)
+        def to_compute(_: nn.Module, __: object, output: Any) -> Any:
+            return output.to(self.device, self.dtype) if isinstance(output, Tensor) else output
+
+        module.register_forward_pre_hook(to_file, with_kwargs=True)
         module.register_forward_hook(to_compute)
 
 

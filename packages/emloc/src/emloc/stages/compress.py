@@ -1,7 +1,7 @@
 """Stage 1: stream a model once, and write its low-rank emulator block by block."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from emloc.config import CompressConfig
 from emloc.digest import batches_digest
 from emloc.emulator import EmulatorFolder
 from emloc.errors import CheckpointError, ConfigError
-from emloc.family import Batch
+from emloc.family import Batch, ModelFamily
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
 from emloc.memory import PeakMemory, return_large_blocks
 from emloc.output import stage_folder
@@ -20,6 +20,8 @@ from emloc.plugins import family_of
 from emloc.progress import console
 from emloc.stage import stage
 from emloc.stream import UnitStream
+
+NO_TOKEN = "no calibration token reached it"
 
 
 @stage(CompressConfig)
@@ -47,6 +49,7 @@ def compress(config: CompressConfig) -> Path:
         with PeakMemory(config.device) as peak:
             stream = UnitStream(family, base, config.device)
             plan = _plan(stream, config)
+            _say_tokens(family, batches, plan)
             folder = EmulatorFolder(stream, plan, config.dtype, work)
             compress_blocks(stream, folder, batches)
             manifest = _manifest(folder, settings, batches)
@@ -58,22 +61,55 @@ def compress(config: CompressConfig) -> Path:
 
 def _plan(stream: UnitStream, config: CompressConfig) -> Plan:
     """Ranks of all layers; says which stay dense, and refuses if all do."""
-    plan = make_plan(stream.model, stream.family.layer_groups(stream.model), config)
+    plan = make_plan(stream.family.layer_groups(stream.model), stream.layer_shape, config)
+    plan.kept_dense.update(_other_weights(stream, plan))
     reasons = sorted(set(plan.kept_dense.values()))
     if not plan.groups:
         why = "; ".join(reasons) or "it has no linear layers in blocks"
         raise ConfigError(f"No layer of {stream.checkpoint.name} can be compressed: {why}.")
-    for reason in reasons:
-        names = [name for name, found in plan.kept_dense.items() if found == reason]
-        console.print(f"{len(names)} layers stay dense ({reason}): {names[0]}, …")
+    _say_dense(plan.kept_dense)
     return plan
+
+
+def _tokens(family: ModelFamily, batches: Sequence[Batch]) -> int:
+    return sum(int(family.token_mask(batch).sum()) for batch in batches)
+
+
+def _say_tokens(family: ModelFamily, batches: Sequence[Batch], plan: Plan) -> None:
+    """Fewer tokens than a layer has inputs leave directions of which nothing is known."""
+    tokens, widest = _tokens(family, batches), max(group.d_in for group in plan.groups)
+    hint = " (few: more samples would describe it better)" if tokens < widest else ""
+    console.print(f"compress: {tokens} calibration tokens, layers of up to {widest} inputs{hint}")
+
+
+def _other_weights(stream: UnitStream, plan: Plan) -> dict[str, str]:
+    """Large weights of blocks that belong to no linear layer, such as experts fused in one tensor."""
+    layers = {name for group in plan.groups for name in group.layers} | plan.kept_dense.keys()
+    return {
+        name: "no linear layer"
+        for block in stream.blocks
+        for name, parameter in stream.model.get_submodule(block).named_parameters(prefix=block)
+        if parameter.ndim >= 3 and name.rpartition(".")[0] not in layers
+    }
+
+
+def _say_dense(kept: Mapping[str, str]) -> None:
+    for reason in sorted(set(kept.values())):
+        names = [name for name, found in kept.items() if found == reason]
+        more = ", …" if len(names) > 1 else ""
+        console.print(f"{len(names)} weights stay dense ({reason}): {names[0]}{more}")
 
 
 def _manifest(
     folder: EmulatorFolder, settings: dict[str, Any], batches: Sequence[Batch]
 ) -> Manifest:
-    reports, written = folder.finish()
+    reports, digests, written = folder.finish()
     base, family = folder.base, folder.stream.family
+    unreached = [name for report in reports for name in report["unreached"]]
+    kept_dense = {**folder.plan.kept_dense, **dict.fromkeys(unreached, NO_TOKEN)}
+    _say_dense(dict.fromkeys(unreached, NO_TOKEN))
+    if not any(report["layers"] for report in reports):
+        raise ConfigError(f"No layer of {base.name} can be compressed: {NO_TOKEN}.")
     return Manifest(
         kind="emulator",
         family=family.name,
@@ -82,15 +118,16 @@ def _manifest(
         ),
         settings=settings,
         layers={name: entry for report in reports for name, entry in report["layers"].items()},
-        kept_dense=folder.plan.kept_dense,
+        kept_dense=kept_dense,
         summary={
             "base_bytes": sum(info.nbytes for info in base.tensors.values()),
             "emulator_bytes": sum(info.nbytes for info in written.tensors.values()),
             "calibration_samples": sum(next(iter(b.values())).shape[0] for b in batches),
-            "calibration_tokens": sum(int(family.token_mask(b).sum()) for b in batches),
+            "calibration_tokens": _tokens(family, batches),
+            "widest_input": max(group.d_in for group in folder.plan.groups),
             "emulator_digest": written.digest(),
         },
-        files=folder.digests(),
+        files=digests,
         versions=versions("emloc", "torch", "transformers", "safetensors", "numpy"),
         measured={"block_seconds": [report["seconds"] for report in reports]},
     )

@@ -55,11 +55,11 @@ def correct(config: CorrectConfig) -> Path:
     return_large_blocks()
     with stage_folder(config.output_dir, settings) as work:
         with PeakMemory(config.device) as peak:
-            stream = UnitStream(family, base, config.device)
+            saved = {name: adapter.read(key) for name, key in adapter.saved.items()}
+            stream = UnitStream(family, base, config.device, instead=saved)
             correction = AdapterCorrection(
-                config, stream, Checkpoint.open(config.emulator), adapter
+                config, stream, Checkpoint.open(config.emulator), emulator_manifest, adapter
             )
-            correction.measure_all(emulator_manifest)
             chosen, summary = correction.choose(batches)
             layers = correction.write(work, chosen)
         Manifest(

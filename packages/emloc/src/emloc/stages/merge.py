@@ -1,15 +1,17 @@
 """Write base + adapter as a full checkpoint, tensor by tensor, in the base's own shards and dtypes."""
 
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from emloc.adapter import Adapter, LoraLayer, weight_names
+from emloc.adapter import Adapter, LoraLayer, base_weights
 from emloc.checkpoint import INDEX_NAME, Checkpoint
 from emloc.config import MergeConfig
 from emloc.errors import ConfigError, MismatchError, NumericalError
+from emloc.family import StoredParameter
 from emloc.finite import is_finite
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
 from emloc.memory import PeakMemory, return_large_blocks
@@ -38,11 +40,18 @@ def merge(config: MergeConfig) -> Path:
         )
     family = family_of(base)
     model = family.skeleton(base, torch.float32)
-    names = weight_names(adapter, lambda name: family.tensor_name(model, name, base), base)
-    by_tensor: dict[str, LoraLayer] = {}
+    weights = base_weights(adapter, lambda name: family.stored(model, name, base), base)
+    by_tensor: dict[str, tuple[LoraLayer, StoredParameter]] = {}
     for layer in adapter.layers:
-        _refuse_tied(model, layer.name, names[layer.name])
-        by_tensor[names[layer.name]] = layer
+        name = weights[layer.name].plain_name
+        if name is None:
+            raise MismatchError(
+                f"{layer.name} is part of the fused tensor {weights[layer.name].names[0]} in "
+                f"{base.name}, into which it cannot be merged; run the adapter beside the model."
+            )
+        _refuse_tied(model, layer.name, name)
+        by_tensor[name] = (layer, weights[layer.name])
+    instead = _whole_parameters(adapter, base, lambda name: family.stored(model, name, base))
     settings = {
         "base_digest": digest,
         "companions_digest": base.companions_digest(),
@@ -55,7 +64,7 @@ def merge(config: MergeConfig) -> Path:
     return_large_blocks()
     with stage_folder(config.output_dir, settings) as work:
         with PeakMemory() as peak:
-            files = _write_shards(base, adapter, by_tensor, work)
+            files = _write_shards(base, adapter, by_tensor, instead, work)
         for name in [*base.companions(), "config.json", INDEX_NAME]:
             if (base.path / name).is_file():
                 copy_file(base.path / name, work / name)
@@ -97,8 +106,29 @@ def _refuse_tied(model: Any, layer: str, tensor: str) -> None:
         )
 
 
+def _whole_parameters(
+    adapter: Adapter, base: Checkpoint, find: Callable[[str], StoredParameter | None]
+) -> dict[str, str]:
+    """Base tensors that modules trained whole replace, with the adapter's keys."""
+    instead: dict[str, str] = {}
+    for name, key in adapter.saved.items():
+        stored = find(name)
+        plain = None if stored is None else stored.plain_name
+        if plain is None or base.tensors[plain].shape != adapter.tensors.tensors[key].shape:
+            raise MismatchError(
+                f"Adapter {adapter.path} trained {name} whole, and {base.name} does not hold it as one "
+                f"tensor of that shape; the adapter was trained for another base model."
+            )
+        instead[plain] = key
+    return instead
+
+
 def _write_shards(
-    base: Checkpoint, adapter: Adapter, by_tensor: dict[str, LoraLayer], work: Path
+    base: Checkpoint,
+    adapter: Adapter,
+    by_tensor: dict[str, tuple[LoraLayer, StoredParameter]],
+    instead: Mapping[str, str],
+    work: Path,
 ) -> dict[str, str]:
     by_file: dict[str, list[str]] = {}
     for name, info in base.tensors.items():
@@ -115,17 +145,26 @@ def _write_shards(
                 name: (base.tensors[name].dtype, base.tensors[name].shape) for name in names
             }
             with ShardWriter(work / file, declared) as shard:
-                for name in names:
-                    shard.write(name, _merged(base, adapter, name, by_tensor.get(name)))
+                for name, following in zip(names, [*names[1:], None]):
+                    if following is not None:
+                        base.prefetch([following])
+                    if name in instead:
+                        tensor = adapter.read(instead[name]).to(base.tensors[name].dtype)
+                    else:
+                        tensor = _merged(base, adapter, name, by_tensor.get(name))
+                    shard.write(name, tensor)
                     advance(note=name)
             digests[file] = shard.sha256
     return digests
 
 
-def _merged(base: Checkpoint, adapter: Adapter, name: str, layer: LoraLayer | None) -> Any:
-    weight = base.read(name)
-    if layer is None:
-        return weight
+def _merged(
+    base: Checkpoint, adapter: Adapter, name: str, found: tuple[LoraLayer, StoredParameter] | None
+) -> Any:
+    if found is None:
+        return base.read(name)
+    layer, place = found
+    weight = place.layer_weight(base.read)
     magnitude = adapter.read(layer.magnitude_key) if layer.magnitude_key else None
     down, up = adapter.read(layer.down_key), adapter.read(layer.up_key)
     merged = merged_weight(weight, down, up, layer.scaling, magnitude)
@@ -134,4 +173,4 @@ def _merged(base: Checkpoint, adapter: Adapter, name: str, layer: LoraLayer | No
             f"Merging {name} gives NaN or infinity; check {base.name} and {adapter.path} with emloc "
             f"verify."
         )
-    return merged
+    return merged.T if place.transposed else merged

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, weight_names
+from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, base_weights
 from emloc.checkpoint import Checkpoint
 from emloc.config import VerifyConfig
 from emloc.errors import CheckpointError, EmlocError, MismatchError, NumericalError
@@ -68,10 +68,11 @@ def _verify_finite(checkpoint: Checkpoint) -> int:
 def _verify_parameters(checkpoint: Checkpoint, family: ModelFamily) -> None:
     model = family.skeleton(checkpoint, torch.float32)
     for name, parameter in model.named_parameters():
-        stored = family.tensor_name(model, name, checkpoint)
-        if stored is None:
+        found = family.stored(model, name, checkpoint)
+        if found is None:
             raise CheckpointError(f"{checkpoint.path} holds no tensor for {name}.")
-        if checkpoint.tensors[stored].shape != tuple(parameter.shape):
+        stored = found.plain_name
+        if stored is not None and checkpoint.tensors[stored].shape != tuple(parameter.shape):
             raise CheckpointError(
                 f"{stored} of {checkpoint.path} is {checkpoint.tensors[stored].shape}; its config "
                 f"implies {tuple(parameter.shape)}."
@@ -91,13 +92,16 @@ def _verify_emulator(checkpoint: Checkpoint, manifest: Manifest, family: ModelFa
         for name, i in checkpoint.tensors.items()
     }
     for name, shape in expected.items():
-        if name not in stored or stored[name].shape != shape:
-            found = stored[name].shape if name in stored else "missing"
+        # Factors bear the names of the weights in the checkpoint, which may not be the module's.
+        renamed = family.stored(model, name, checkpoint)
+        info = checkpoint.tensors[renamed.names[0]] if renamed else stored.get(name)
+        if info is None or info.shape != shape:
+            found = info.shape if info else "missing"
             raise CheckpointError(f"{name} of {checkpoint.path} should be {shape}, is {found}.")
     for name, _ in model.named_parameters():
         layer = name.rpartition(".")[0]
         dense = layer not in factored or not name.endswith(".weight")
-        if dense and family.tensor_name(model, name, checkpoint) is None:
+        if dense and family.stored(model, name, checkpoint) is None:
             raise CheckpointError(f"{checkpoint.path} holds no tensor for {name}.")
 
 
@@ -135,7 +139,7 @@ def _verify_adapter(config: VerifyConfig, manifest: Manifest | None) -> dict[str
         if "quantization_config" not in base.config:
             family = family_of(base)
             model = family.skeleton(base, torch.float32)
-            weight_names(adapter, lambda key: family.tensor_name(model, key, base), base)
+            base_weights(adapter, lambda key: family.stored(model, key, base), base)
             against = str(name)
     return {
         "path": str(config.path),

@@ -8,24 +8,62 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+READ_ONLY = (
+    "This layer belongs to an emulator: its weight is computed from two factors and cannot be written. "
+    "To merge, correct the adapter (emloc correct) and merge it into the original model; for PiSSA or "
+    "OLoRA, train with emloc (lora_init)."
+)
 
 
 class ReadOnlyWeight(torch.Tensor):
-    """A computed weight. Writing to it would be lost without a word, so it is refused."""
+    """`left @ right` with shape, dtype and device, multiplied when an operation needs its values.
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
+    PEFT asks weights for their dtype and device many times per layer; at the size of a large model each
+    product would take a second. Writing to it would be lost without a word, so it is refused.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @staticmethod
+    def __new__(cls: Any, left: Tensor, right: Tensor) -> "ReadOnlyWeight":
+        """A tensor without values: `left` is d_out × rank, `right` rank × d_in."""
+        made: ReadOnlyWeight = torch.Tensor._make_wrapper_subclass(
+            cls, (left.shape[0], right.shape[1]), dtype=left.dtype, device=left.device
+        )
+        made.left, made.right = left, right
+        # By this transformers knows, also in the parent's initialisation, not to draw values.
+        made._is_hf_initialized = True  # pyright: ignore
+        return made
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func._schema.is_mutable and isinstance(args[0], cls):
+            raise RuntimeError(READ_ONLY)
+
+        def product(value: Any) -> Any:
+            return value.left @ value.right if isinstance(value, cls) else value
+
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].left, args[0].right)
+        return func(*tree_map(product, args), **tree_map(product, kwargs or {}))
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"ReadOnlyWeight({tuple(self.shape)}, rank={self.right.shape[0]})"
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
         """A plain copy, for reading."""
-        return self.as_subclass(torch.Tensor).detach()
+        with torch.no_grad():
+            return self.left @ self.right
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        raise RuntimeError(
-            "This layer belongs to an emulator: its weight is computed from two factors and cannot "
-            "be written. Correct the adapter (emloc correct) and merge it into the original model."
-        )
+        raise RuntimeError(READ_ONLY)
 
 
 class SharedProjection:
@@ -101,12 +139,14 @@ class LowRankLinear(nn.Linear):
             shared = SharedProjection(self, group_size)
         self.bias = empty(d_out) if bias else None
         self.shared = shared
+        # Its factors come from a checkpoint: transformers must not draw values for the weight.
+        self._is_hf_initialized = True
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The product of the factors, d_out × d_in, computed anew each time; read-only."""
+        """The product of the factors, d_out × d_in, computed anew where it is used; read-only."""
         with torch.no_grad():
-            return (self.left @ self.shared.owner.right).as_subclass(ReadOnlyWeight)
+            return ReadOnlyWeight(self.left.detach(), self.shared.owner.right.detach())
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., d_in) to (..., d_out)."""

@@ -9,11 +9,13 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from emloc.integrations.transformers.low_rank_linear import LowRankLinear
+from emloc.integrations.transformers.skeleton import is_linear
 
 METHOD = "emloc"
 
@@ -57,6 +59,14 @@ class EmlocQuantizer(HfQuantizer):
         return True
 
 
+def _sizes(dense: Any) -> tuple[int, int]:
+    """`(d_in, d_out)` of a Linear or Conv1D."""
+    if isinstance(dense, Conv1D):
+        d_in, d_out = dense.weight.shape
+        return d_in, d_out
+    return dense.in_features, dense.out_features
+
+
 def replace_layers(model: nn.Module, groups: list[dict[str, Any]]) -> None:
     """Replace the named linear layers by empty `LowRankLinear`s of the same dtype and device.
 
@@ -67,17 +77,16 @@ def replace_layers(model: nn.Module, groups: list[dict[str, Any]]) -> None:
         shared = None
         for name in group["layers"]:
             try:
-                dense = model.get_submodule(name)
+                dense: Any = model.get_submodule(name)
             except AttributeError:
                 dense = None
-            if not isinstance(dense, nn.Linear):
+            if dense is None or not is_linear(dense):
                 raise ValueError(
                     f"The emulator's config names {name}, which is no linear layer of "
                     f"{type(model).__name__}; load it with the class that its config.json names."
                 )
             layer = LowRankLinear(
-                dense.in_features,
-                dense.out_features,
+                *_sizes(dense),
                 group["rank"],
                 bias=dense.bias is not None,
                 dtype=dense.weight.dtype if dense.weight.dtype.is_floating_point else torch.float32,

@@ -5,7 +5,8 @@ checkpoint stores them.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
 from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
 
 from emloc.checkpoint import Checkpoint
 from emloc.errors import CheckpointError
+
+LIKE_LINEAR = frozenset({"FalconLinear"})
+"""Subclasses of nn.Linear with a forward of their own that computes the same."""
 
 
 def empty_model(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype) -> nn.Module:
@@ -40,19 +45,6 @@ def empty_model(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype) -> 
     return model.eval()
 
 
-def stored_name(model: Any, parameter: str, checkpoint: Checkpoint) -> str | None:
-    """The checkpoint's name of a parameter: its own, without or with the base prefix, or the tied one's."""
-    prefix = model.base_model_prefix
-    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    for name in (parameter, tied.get(parameter)):
-        if name is None:
-            continue
-        for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
-            if candidate in checkpoint.tensors:
-                return candidate
-    return None
-
-
 def repeated_blocks(model: nn.Module) -> list[str]:
     """Names of the modules in every `ModuleList` that is not inside another one and holds linears.
 
@@ -67,8 +59,21 @@ def repeated_blocks(model: nn.Module) -> list[str]:
     return blocks
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is `y = W x + b` and can be replaced: Linear, or GPT-2's Conv1D.
+
+    Subclasses that compute something else (routers, grouped projections) are not.
+    """
+    if type(module).__name__ in LIKE_LINEAR:
+        return True
+    return isinstance(module, (nn.Linear, Conv1D)) and type(module).forward in (
+        nn.Linear.forward,
+        Conv1D.forward,
+    )
+
+
 def _has_linear(module: nn.Module) -> bool:
-    return any(isinstance(sub, nn.Linear) for sub in module.modules())
+    return any(is_linear(sub) for sub in module.modules())
 
 
 def linears_within(model: nn.Module, blocks: Sequence[str]) -> list[str]:
@@ -76,7 +81,7 @@ def linears_within(model: nn.Module, blocks: Sequence[str]) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and any(name.startswith(f"{block}.") for block in blocks)
+        if is_linear(module) and any(name.startswith(f"{block}.") for block in blocks)
     ]
 
 
@@ -102,9 +107,16 @@ def shared_input_groups(
         return hook
 
     untraceable = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError)
-    with torch.no_grad(), FakeTensorMode(), contextlib.suppress(*untraceable):
+    quiet = logging.getLogger("torch._subclasses.fake_tensor")
+    with (
+        torch.no_grad(),
+        FakeTensorMode(),
+        contextlib.suppress(*untraceable),
+        _disabled(quiet),
+    ):
         with no_init_weights():
-            fake = type(model)(model.config).eval()
+            # Grouped products of experts are traceable in bfloat16 alone.
+            fake = type(model)._from_config(model.config, dtype=torch.bfloat16).eval()
         for name in layers:
             fake.get_submodule(name).register_forward_pre_hook(record(name))
         forward(fake)
@@ -119,6 +131,16 @@ def shared_input_groups(
     order = {name: index for index, name in enumerate(layers)}
     groups += [[name] for name in layers if name not in grouped]
     return sorted(groups, key=lambda group: order[group[0]])
+
+
+@contextlib.contextmanager
+def _disabled(logger: logging.Logger) -> Iterator[None]:
+    """What cannot be traced costs shared factors, and nobody needs torch's account of it."""
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _parents(names: Sequence[str]) -> set[str]:

@@ -1,0 +1,152 @@
+"""Put a LoRA on a model or an emulator, with any of PEFT's beginnings.
+
+PiSSA (Meng et al. 2024) and OLoRA (Büyükakyüz 2024) begin with a part `s·B₀·A₀` of the weight, which
+they take off it. On an emulator's weight `left·right` that part is `P·left·right` for a projection P
+onto columns, so only the layer's own left factor changes: `left − s·B₀·B₀⁺·left`. What such a LoRA has
+learnt, in terms of the untouched emulator, is `s·(B·A − B₀·A₀)`, a plain LoRA of twice the rank; it is
+saved as that, so that correction compares the base with the emulator and not with the residual.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from emloc.config import TrainConfig, nearest
+from emloc.errors import ConfigError, DataError
+from emloc.integrations.transformers.low_rank_linear import LowRankLinear
+from emloc_llm.data import Sample, in_batches, pad
+from emloc_llm.targets import linear_targets
+
+Start = dict[str, tuple[Tensor, Tensor]]
+"""A₀ and B₀ by layer."""
+
+EVA_BATCHES = 8
+
+
+def new_lora(
+    model: Any, config: TrainConfig, samples: list[Sample], tokenizer: Any
+) -> tuple[Any, Start]:
+    """The model with a LoRA, and what it began with where that was taken off the weights.
+
+    Raises:
+        ConfigError: a target does not exist, or options exclude one another.
+    """
+    lora = _config(config, model)
+    if config.lora_init == "eva":
+        if not samples:
+            raise DataError("lora_init=eva looks at samples first, which streaming does not keep.")
+        model = get_peft_model(model, lora)
+        size = config.per_device_train_batch_size
+        batches = [
+            {name: tensor.to(config.device) for name, tensor in batch.items()}
+            for batch in (
+                pad(part, tokenizer.pad_token_id)
+                for part in in_batches(samples[: EVA_BATCHES * size], size)
+            )
+        ]
+        initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+        return model, {}
+    model = get_peft_model(model, lora)
+    if config.lora_init not in ("pissa", "olora"):
+        return model, {}
+    if config.use_dora:
+        raise ConfigError(f"train: lora_init={config.lora_init} and use_dora exclude one another.")
+    return model, {
+        name.removeprefix("base_model.model."): _take_off(module, config.lora_init)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def _config(config: TrainConfig, model: Any) -> LoraConfig:
+    start: Any = {"default": True, "gaussian": "gaussian", "eva": "eva"}.get(config.lora_init, True)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType] (PEFT takes both)
+        lora_dropout=config.lora_dropout,
+        target_modules=_targets(config, model),
+        modules_to_save=list(config.lora_modules_to_save) or None,
+        rank_pattern=dict(config.lora_rank_pattern),
+        alpha_pattern=dict(config.lora_alpha_pattern),
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=start,
+        eva_config=EvaConfig() if config.lora_init == "eva" else None,
+    )
+
+
+def _targets(config: TrainConfig, model: Any) -> list[str]:
+    """Names as the user gave them, or all linear layers; those of the blocks asked for."""
+    names = [name for name, _ in model.named_modules()]
+    wanted = config.lora_target_modules
+    for target in [*([] if wanted == ["all-linear"] else wanted), *config.lora_modules_to_save]:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            hint = nearest(target, sorted({name.rpartition(".")[2] for name in names}))
+            raise ConfigError(f"lora_target_modules: the model has no module {target}.{hint}")
+    chosen = linear_targets(model) if wanted == ["all-linear"] else wanted
+    blocks = config.lora_layers_to_transform
+    if not blocks:
+        return chosen
+    found = [
+        name
+        for name in names
+        if any(name == target or name.endswith(f".{target}") for target in chosen)
+        and any(part in map(str, blocks) for part in name.split("."))
+    ]
+    if not found:
+        raise ConfigError(f"lora_layers_to_transform: no target lies in the blocks {blocks}.")
+    return found
+
+
+@torch.no_grad()
+def _take_off(layer: Any, kind: str) -> tuple[Tensor, Tensor]:
+    """Begin with a part of the weight, take it off, and return it as A₀, B₀ (float32)."""
+    base, name = layer.get_base_layer(), "default"
+    rank, scaling = layer.r[name], layer.scaling[name]
+    low_rank = isinstance(base, LowRankLinear)
+    if not low_rank and type(base) is not nn.Linear:
+        raise ConfigError(f"lora_init={kind} works on linear layers, not on {type(base).__name__}.")
+    weight = base.weight.data.float()
+    if kind == "pissa":
+        u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+        root = (s[:rank] / scaling).sqrt()
+        up, down = u[:, :rank] * root, root[:, None] * vt[:rank]
+        columns = u[:, :rank]
+    else:
+        columns = torch.linalg.qr(weight[:, :rank])[0]
+        up, down = columns, columns.T @ weight
+    share = 1.0 if kind == "pissa" else scaling
+    held = base.left if low_rank else base.weight
+    held.data -= (share * columns @ (columns.T @ held.data.float())).to(held.dtype)
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    a.data.copy_(down)
+    b.data.copy_(up)
+    return a.detach().float().cpu().clone(), b.detach().float().cpu().clone()
+
+
+def save_as_plain_lora(folder: Path, start: Start) -> None:
+    """Rewrite a saved adapter of residuals as one of the weights: `[A; A₀]`, `[B, −B₀]`."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for name, (down, up) in start.items():
+        stem = f"base_model.model.{name}.lora_"
+        a, b = tensors[f"{stem}A.weight"], tensors[f"{stem}B.weight"]
+        tensors[f"{stem}A.weight"] = torch.cat([a, down.to(a.dtype)])
+        tensors[f"{stem}B.weight"] = torch.cat([b, -up.to(b.dtype)], dim=1)
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    # alpha grows with the rank (with its root for rsLoRA), so that the scaling stays.
+    growth = math.sqrt(2) if config["use_rslora"] else 2
+    config["r"] *= 2
+    config["lora_alpha"] *= growth
+    config["rank_pattern"] = {k: 2 * v for k, v in (config["rank_pattern"] or {}).items()}
+    config["alpha_pattern"] = {k: growth * v for k, v in (config["alpha_pattern"] or {}).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), "utf-8")
