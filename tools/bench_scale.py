@@ -2,13 +2,12 @@
 
     python tools/bench_scale.py [--output scale.png]
 
-Random Llama-shaped models; one quantity varies at a time and a power law is fitted to the stage's
+Random Llama-shaped models; one quantity varies at a time, and a power law is fitted to the stage's
 seconds and peak bytes over what it takes at the smallest size (interpreter and libraries). Beside the
-fitted exponents stand those that the operation count predicts: time is linear in depth and, once the
-forward outweighs the eigenproblems, in samples, between them constant; it grows with the width to a
-power between 2 (forward) and 3 (eigenproblems), and with keep_ratio at most to the square. Memory does
-not depend on depth, grows with the width squared, linearly with the samples' hidden states, and hardly
-with keep_ratio. The last line is one JSON object.
+fitted exponents stand those of the counts: the same fit to the operations (`operations`, float64 counted
+twice) and bytes (`held_bytes`) that the algorithm needs at the same sizes. Where a fit exceeds its
+count, small products run below the processor's speed or something other than products costs time.
+The last line is one JSON object.
 """
 
 import argparse
@@ -27,6 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 import emloc_llm
+from emloc.eigen import LARGEST
+from emloc.lowrank import DENSE_BELOW
+from emloc.rank import rank_for
 from emloc_llm.example import write_model, write_rows
 
 assert emloc_llm
@@ -37,16 +39,54 @@ SWEEPS = {
     "samples": [16, 64, 256, 1024],
     "keep_ratio": [0.1, 0.2, 0.4, 0.8],
 }
-PREDICTED = {
-    "depth": {"seconds": "1", "bytes": "0"},
-    "width": {"seconds": "2 to 3", "bytes": "2"},
-    "samples": {"seconds": "0 to 1", "bytes": "0 to 1"},
-    "keep_ratio": {"seconds": "0 to 2", "bytes": "0 to 1"},
-}
+Shape = tuple[tuple[int, ...], int]
+"""Widths of the outputs and of the common input of layers that are compressed together."""
 
 
-def measure(depth: int, width: int, samples: int, keep_ratio: float) -> tuple[float, float]:
-    """Seconds and peak bytes of compress, in a process of its own."""
+def groups(width: int) -> list[Shape]:
+    """Those of a block: query-key-value, output, gate-up, down."""
+    inner = width * 11 // 4
+    return [((width,) * 3, width), ((width,), width), ((inner,) * 2, width), ((width,), inner)]
+
+
+def operations(depth: int, width: int, tokens: int, keep_ratio: float) -> float:
+    """Multiplications of compress in float32's time: float64 counts twice."""
+    total = 0.0
+    for d_outs, d_in in groups(width):
+        d_out = sum(d_outs)
+        size, rank = min(d_out, d_in), rank_for(keep_ratio, d_out, d_in)
+        total += tokens * (d_out * d_in + 9 / 16 * size**2)  # forward and moments
+        cost = 0.0
+        if d_out > d_in:  # WᵀW and its root, R G Rᵀ, then R⁻¹Z, W(R⁻¹Z), ZᵀR
+            cost += 9 / 16 * d_out * d_in**2 + d_in**3 / 6 + 2 * 9 / 16 * d_in**3
+            cost += rank * (d_in**2 + d_out * d_in)
+        else:
+            cost += rank * d_out * d_in  # UᵀW
+        basis = 2.2 * rank
+        if size < DENSE_BELOW or basis > LARGEST * size:  # tridiagonalise, solve, transform back
+            cost += 3 * size**3
+        else:  # products, orthogonalisation twice over, the projected problem, the vectors
+            cost += basis * size**2 + 2 * basis**2 * size + 3 * basis**3 + size * basis * rank
+        total += cost * (2 if size < DENSE_BELOW else 1)
+    return depth * total
+
+
+def held_bytes(depth: int, width: int, tokens: int, keep_ratio: float) -> float:
+    """The block, all of its moments, the factors and workspace of one group, all hidden states."""
+    shapes = groups(width)
+    block = sum(sum(d_outs) * d_in for d_outs, d_in in shapes)
+    moments = sum(min(sum(d_outs), d_in) ** 2 for d_outs, d_in in shapes)
+    work = 0.0
+    for d_outs, d_in in shapes:
+        d_out = sum(d_outs)
+        size, rank = min(d_out, d_in), rank_for(keep_ratio, d_out, d_in)
+        double = 2 if size < DENSE_BELOW else 1
+        work = max(work, double * (d_out * d_in + 2 * size**2 + rank * (d_out + d_in)))
+    return 4 * (block + moments + work + tokens * width)
+
+
+def measure(depth: int, width: int, samples: int, keep_ratio: float) -> tuple[float, float, int]:
+    """Seconds, peak bytes and calibration tokens of compress, in a process of its own."""
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         base = write_model(
@@ -61,8 +101,10 @@ def measure(depth: int, width: int, samples: int, keep_ratio: float) -> tuple[fl
         }  # fmt: skip
         command += [str(part) for key, value in named.items() for part in (f"--{key}", value)]
         subprocess.run(command, check=True, capture_output=True)
-        measured = json.loads((root / "e" / "emloc.json").read_text())["measured"]
-    return sum(measured["block_seconds"]), measured["peak_bytes"]
+        manifest = json.loads((root / "e" / "emloc.json").read_text())
+    measured, layers = manifest["measured"], manifest["layers"].values()
+    tokens = max(layer["tokens"] for layer in layers)
+    return sum(measured["block_seconds"]), measured["peak_bytes"], tokens
 
 
 def exponent(sizes: list[float], values: list[float]) -> float:
@@ -81,28 +123,44 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("scale.png"))
     options = parser.parse_args()
-    _, own = measure(1, 64, 4, 0.3)
-    table = Table(
-        "over", "sizes", "seconds", "exponent", "predicted", "MiB", "exponent", "predicted"
-    )
+    _, own, _ = measure(1, 64, 4, 0.3)
+    table = Table("over", "sizes", "", "measured", "exponent", "of the count")
     figure, axes = plt.subplots(2, len(SWEEPS), figsize=(14, 6), layout="constrained")
     fitted: dict[str, dict[str, float]] = {}
     for column, (name, sizes) in enumerate(SWEEPS.items()):
-        found = [measure(**{**DEFAULT, name: size}) for size in sizes]
-        seconds, peaks = [f[0] for f in found], [f[1] - own for f in found]
-        fits = {"seconds": exponent(sizes, seconds), "bytes": exponent(sizes, peaks)}
-        fitted[name] = {key: round(value, 2) for key, value in fits.items()}
-        table.add_row(
-            name, ", ".join(map(str, sizes)), ", ".join(f"{s:.2f}" for s in seconds),
-            f"{fits['seconds']:.2f}", PREDICTED[name]["seconds"],
-            ", ".join(f"{p / 2**20:.0f}" for p in peaks), f"{fits['bytes']:.2f}",
-            PREDICTED[name]["bytes"],
-        )  # fmt: skip
-        for row, (values, label) in enumerate(
-            ((seconds, "seconds"), ([p / 2**20 for p in peaks], "peak MiB"))
+        settings = [{**DEFAULT, name: size} for size in sizes]
+        found = [measure(**setting) for setting in settings]
+        counts = [
+            {
+                "depth": setting["depth"],
+                "width": setting["width"],
+                "tokens": tokens,
+                "keep_ratio": setting["keep_ratio"],
+            }
+            for setting, (_, _, tokens) in zip(settings, found)
+        ]
+        for row, (label, values, count) in enumerate(
+            (
+                ("seconds", [f[0] for f in found], operations),
+                ("MiB", [(f[1] - own) / 2**20 for f in found], held_bytes),
+            )
         ):
-            axes[row][column].loglog(sizes, values, "o-")
+            fit = exponent(sizes, values)
+            expected = [count(**each) for each in counts]
+            predicted = exponent(sizes, expected)
+            fitted[f"{name}_{label.lower()}"] = {
+                "exponent": round(fit, 2),
+                "predicted": round(predicted, 2),
+            }
+            table.add_row(
+                name, ", ".join(map(str, sizes)), label, ", ".join(f"{v:.2f}" for v in values),
+                f"{fit:.2f}", f"{predicted:.2f}",
+            )  # fmt: skip
+            axes[row][column].loglog(sizes, values, "o-", label="measured")
+            scale = values[-1] / expected[-1]
+            axes[row][column].loglog(sizes, [scale * e for e in expected], "--", label="count")
             axes[row][column].set(xlabel=name, ylabel=label)
+    axes[0][0].legend()
     figure.savefig(options.output)
     Console().print(table)
     print(json.dumps(fitted))

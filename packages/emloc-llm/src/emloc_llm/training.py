@@ -14,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from emloc.checkpoint import locate
 from emloc.config import TrainConfig
 from emloc.errors import CheckpointError, ConfigError, DependencyError
+from emloc.integrations.peft.low_rank_lora import fuse_lora
 from emloc.integrations.transformers.training import (
     PLOT_NAME,
     Progression,
@@ -64,6 +65,7 @@ def _train(config: TrainConfig, work: Path) -> dict[str, Any]:
     model = load_model(path, config.dtype, config.device)
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     model, start = new_lora(model, config, samples, tokenizer)
+    fuse_lora(model)
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
     trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)

@@ -28,6 +28,9 @@ from emloc.checkpoint import DTYPES
 from emloc.errors import OutputError
 
 SETTINGS_NAME = "stage_settings.json"
+SYNC_BYTES = 64 << 20
+"""After so many bytes a shard that is being written is synced."""
+
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -107,7 +110,9 @@ def copy_file(source: Path, target: Path) -> None:
 class ShardWriter:
     """Writes one safetensors file tensor by tensor, so a shard never has to be in memory.
 
-    Its SHA-256 is computed beside the writing, on another thread, so nothing is read again.
+    Writing and hashing run on a thread each, beside the caller's work on the next tensor; a tensor must
+    not change once it was handed over. What was written goes to the disk as it comes: left to the
+    system, most of it would wait for the last sync, and everybody with it.
 
     The format is an 8-byte little-endian length, a JSON header and the tensors' bytes in order
     (https://huggingface.co/docs/safetensors). Used as a context manager; the file appears under its
@@ -122,12 +127,13 @@ class ShardWriter:
         self._pending = list(tensors.items())[::-1]
         self._header = _header(tensors)
         self._sha = hashlib.sha256()
-        self._hashing = ThreadPoolExecutor(max_workers=1)
-        self._hashed: Future[None] | None = None
+        self._threads = ThreadPoolExecutor(max_workers=2)
+        self._under_way: list[Future[None]] = []
+        self._unsynced = 0
 
     def __enter__(self) -> "ShardWriter":
         with writing(self.path):
-            self._file = self._temporary.open("wb")
+            self._file = self._temporary.open("wb", buffering=0)
         self._put(self._header)
         return self
 
@@ -150,38 +156,45 @@ class ShardWriter:
         trace: TracebackType | None,
     ) -> None:
         complete = kind is None and not self._pending
-        self._hashing.shutdown(wait=True)
         with writing(self.path):
             try:
                 if complete:
-                    self._file.flush()
+                    self._wait()
                     os.fsync(self._file.fileno())
+                    self._temporary.rename(self.path)
             finally:
+                self._threads.shutdown(wait=True)
                 self._file.close()
-                if not complete:
-                    self._temporary.unlink(missing_ok=True)
-            if complete:
-                self._temporary.rename(self.path)
+                self._temporary.unlink(missing_ok=True)
         if kind is None and not complete:
             raise ValueError(f"{self.path}: not written: {[name for name, _ in self._pending]}")
 
     @property
     def sha256(self) -> str:
         """Digest of the bytes written so far."""
-        if self._hashed is not None:
-            self._hashed.result()
+        self._wait()
         return self._sha.hexdigest()
 
     def _put(self, data: bytes | memoryview) -> None:
-        try:
-            with writing(self.path):
-                self._file.write(data)
-        except OutputError:
-            self._temporary.unlink(missing_ok=True)
-            raise
-        if self._hashed is not None:  # one tensor may wait, not all of them
-            self._hashed.result()
-        self._hashed = self._hashing.submit(self._sha.update, data)
+        self._wait()  # one tensor may be under way, not all of them
+        self._under_way = [
+            self._threads.submit(self._write, memoryview(data)),
+            self._threads.submit(self._sha.update, data),
+        ]
+
+    def _wait(self) -> None:
+        with writing(self.path):
+            for part in self._under_way:
+                part.result()
+
+    def _write(self, data: memoryview) -> None:
+        size = len(data)
+        while data:  # one call writes 2 GiB at most
+            data = data[self._file.write(data) :]
+        self._unsynced += size
+        if self._unsynced >= SYNC_BYTES:
+            os.fsync(self._file.fileno())
+            self._unsynced = 0
 
 
 def _header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:

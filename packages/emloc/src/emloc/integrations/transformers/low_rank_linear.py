@@ -4,11 +4,13 @@ Layers of one input share `right`; the projection `x @ rightᵀ` is computed onc
 others while they are called with the same tensor.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+from emloc.integrations.transformers.low_rank_products import Project
 
 READ_ONLY = (
     "This layer belongs to an emulator: its weight is computed from two factors and cannot be written. "
@@ -77,34 +79,75 @@ class SharedProjection:
     def __init__(self, owner: "LowRankLinear", size: int) -> None:
         self.owner = owner
         self.size = size
+        self._loras: list[Any] = []
         self._input: Tensor | None = None
         self._version = 0
+        self._in_graph = False
         self._product: Tensor | None = None
+        self._lora_products: dict[int, Tensor] = {}
         self._taken: set[int] = set()
+
+    def attach(self, lora: Any) -> None:
+        """Take a `LowRankLora` on a layer of the group; another on the same layer is let go."""
+        others = [other for other in self._loras if other.base_layer is not lora.base_layer]
+        self._loras = [*others, lora]
 
     def project(self, x: Tensor, layer: "LowRankLinear") -> Tensor:
         """`x @ rightᵀ`, (..., d_in) to (..., rank), for `layer` of the group."""
         if self.size == 1:
             return nn.functional.linear(x, self.owner.right)
-        # Inference tensors count no versions; nothing can go back through them either.
-        version = -1 if x.is_inference() else x._version
-        fresh = (
+        if self._is_stale(x, layer):
+            self._restart(x)
+            self._product = nn.functional.linear(x, self.owner.right)
+        return self._take(layer)
+
+    def project_with_lora(self, x: Tensor, layer: "LowRankLinear") -> tuple[Tensor, Tensor]:
+        """`x @ rightᵀ` and `x @ Aᵀ`, (..., r), of the LoRA on `layer`, with those of the group at once."""
+        if self._is_stale(x, layer) or id(layer) not in self._lora_products:
+            self._restart(x)
+            plain = [(lora, lora.plain_down(x)) for lora in self._loras]
+            downs = {id(lora.base_layer): down for lora, down in plain if down is not None}
+            x, right, *parts = _as_autocast(x, self.owner.right, *downs.values())
+            self._product, *products = cast(Any, Project.apply(x, right, *parts))
+            self._lora_products = dict(zip(downs, products))
+        z = self._lora_products.pop(id(layer))
+        return self._take(layer), z
+
+    def _is_stale(self, x: Tensor, layer: "LowRankLinear") -> bool:
+        return (
             self._input is not x
-            or self._version != version
+            or self._version != _version(x)
             or self._product is None
             or id(layer) in self._taken  # the same layer again: another forward
             # A product made without a graph must not serve a forward that needs one.
-            or (torch.is_grad_enabled() and x.requires_grad and not self._product.requires_grad)
+            or self._in_graph != torch.is_grad_enabled()
         )
-        if fresh:
-            self._input, self._version, self._taken = x, version, set()
-            self._product = nn.functional.linear(x, self.owner.right)
+
+    def _restart(self, x: Tensor) -> None:
+        self._input, self._version, self._taken = x, _version(x), set()
+        self._in_graph, self._lora_products = torch.is_grad_enabled(), {}
+
+    def _take(self, layer: "LowRankLinear") -> Tensor:
         product = self._product
         assert product is not None
         self._taken.add(id(layer))
         if len(self._taken) == self.size:
             self._input = self._product = None
         return product
+
+
+def _version(x: Tensor) -> int:
+    # Inference tensors count no versions; nothing can go back through them either.
+    return -1 if x.is_inference() else x._version
+
+
+def _as_autocast(x: Tensor, *others: Tensor) -> list[Tensor]:
+    """In the dtype in which autocast would multiply them; as they are without autocast."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return [x, *others]
+    dtype = torch.get_autocast_dtype(device)
+    return [tensor.to(dtype) for tensor in (x, *others)]
 
 
 class LowRankLinear(nn.Linear):

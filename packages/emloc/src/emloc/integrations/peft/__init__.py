@@ -1,0 +1,1 @@
+"""What core offers to PEFT; the only place where core imports it."""
