@@ -13,8 +13,11 @@ from emloc.config import CompressConfig
 from emloc.family import ModelFamily
 from emloc.lockstep import Call, lockstep
 from emloc.manifest import Manifest
+from emloc.plugin_options import with_plugin_options
 from emloc.plugins import family_of
 from emloc.stream import UnitStream
+
+OPTIONS = with_plugin_options(CompressConfig)
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +27,7 @@ def checkpoint(example):
 
 @pytest.fixture(scope="session")
 def batches(family, example, checkpoint):
-    config = CompressConfig(output_dir="unused", **example)
+    config = OPTIONS(output_dir="unused", **example)
     return family.calibration_batches(checkpoint, config)
 
 
@@ -114,11 +117,11 @@ def test_streamed_forward_is_the_plain_forward(family, checkpoint, batches):
 
 
 def test_calibration_is_by_seed(family, example, checkpoint, batches):
-    again = family.calibration_batches(checkpoint, CompressConfig(output_dir="x", **example))
+    again = family.calibration_batches(checkpoint, OPTIONS(output_dir="x", **example))
     assert all(torch.equal(a[k], b[k]) for a, b in zip(batches, again) for k in a)
     few = {**example, "num_calibration_samples": 4}
     some = [
-        family.calibration_batches(checkpoint, CompressConfig(output_dir="x", seed=seed, **few))
+        family.calibration_batches(checkpoint, OPTIONS(output_dir="x", seed=seed, **few))
         for seed in (0, 1)
     ]
     first = [next(iter(part[0].values())) for part in some]

@@ -7,9 +7,10 @@ import pytest
 import emloc
 from emloc.config import CalibrationOptions, CompressConfig, TrainConfig
 from emloc.errors import ConfigError, DataError
+from emloc.integrations.transformers.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 from emloc.manifest import Manifest
 from emloc_llm.data import IGNORED, draw_samples, encode, load_samples
-from emloc_llm.example import CHAT_TEMPLATE, byte_tokenizer, write_rows
+from emloc_llm.example import write_rows
 
 TOKENIZER = byte_tokenizer()
 TURNS = [

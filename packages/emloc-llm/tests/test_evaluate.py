@@ -9,8 +9,9 @@ from llm_reference import load
 
 import emloc
 from emloc.errors import CheckpointError, ConfigError, MismatchError
+from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
 from emloc_llm.evaluation import matches
-from emloc_llm.example import byte_tokenizer, write_model
+from emloc_llm.example import write_model
 
 
 @pytest.mark.parametrize(

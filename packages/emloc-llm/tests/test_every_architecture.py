@@ -17,9 +17,9 @@ from transformers.pytorch_utils import Conv1D
 import emloc
 from emloc.checkpoint import Checkpoint
 from emloc.errors import ConfigError
+from emloc.integrations.peft.targets import linear_targets
 from emloc.manifest import Manifest
 from emloc_llm.example import write_rows
-from emloc_llm.targets import linear_targets
 
 MULTIMODAL = "a model of several modalities: not for the LLM plugin"
 NO_CONFIG = "its default configuration cannot be shrunk to a valid tiny model by field names"

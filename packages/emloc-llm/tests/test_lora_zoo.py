@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 import emloc
 from emloc.checkpoint import Checkpoint
 from emloc.errors import CheckpointError, ConfigError, MismatchError
+from emloc.integrations.peft.lora import new_lora
 from emloc.manifest import Manifest
-from emloc_llm.lora import new_lora
 
 
 def train(tiny, folder, **options):
@@ -66,7 +66,7 @@ def test_residual_beginnings_change_nothing_before_the_first_step(tiny, batch, i
 
     config = TrainConfig(output_dir="o", emulator=str(tiny.emulator), lora_init=init, lora_r=4)
     plain, emulator = load(tiny.emulator), load(tiny.emulator)
-    model, start = new_lora(emulator, config, [], None)
+    model, start = new_lora(emulator, config, [])
     torch.testing.assert_close(logits(model, batch), logits(plain, batch), rtol=0, atol=1e-4)
     down, up = start["model.layers.1.mlp.up_proj"]
     weight = plain.get_submodule("model.layers.1.mlp.up_proj").weight
@@ -93,12 +93,12 @@ def test_a_residual_lora_resumes_exactly(tiny, tmp_path):
     tensors = load_file(whole / "adapter_model.safetensors")
     half = tmp_path / "half"
     with pytest.MonkeyPatch.context() as patch:
-        from emloc_llm import training
+        from emloc.integrations.transformers import lora_training
 
         def stop(*_):
             raise KeyboardInterrupt
 
-        patch.setattr(training, "save_as_plain_lora", stop)
+        patch.setattr(lora_training, "save_as_plain_lora", stop)
         with pytest.raises(KeyboardInterrupt):
             train(tiny, half, lora_init="pissa", max_steps=4)
     again = train(tiny, half, lora_init="pissa", max_steps=4)

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import emloc
 from emloc.integrations.peft.low_rank_lora import LowRankLora, fuse_lora
+from emloc.integrations.transformers import lora_training
 from emloc.integrations.transformers.low_rank_linear import LowRankLinear
-from emloc_llm import training
 
 NAMES = ("q", "k", "v")
 
@@ -224,6 +224,6 @@ def test_training_uses_it(tiny, tmp_path, monkeypatch):
         fused.append((count, sum(isinstance(m, LowRankLora) for m in model.modules())))
         return count
 
-    monkeypatch.setattr(training, "fuse_lora", spy)
+    monkeypatch.setattr(lora_training, "fuse_lora", spy)
     emloc.train(output_dir=tmp_path / "adapter", **{**tiny.train_options, "max_steps": 1})
     assert fused == [(21, 21)]

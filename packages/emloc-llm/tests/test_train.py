@@ -107,8 +107,8 @@ def test_lora_options_reach_peft(tiny, tmp_path):
 
 def test_data_formats_give_the_same_samples(tiny, tmp_path):
     from emloc.config import TrainConfig
+    from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
     from emloc_llm.data import IGNORED, encode_all
-    from emloc_llm.example import byte_tokenizer
     from emloc_llm.rows import load_rows
 
     rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(3)]
@@ -139,8 +139,8 @@ def test_data_formats_give_the_same_samples(tiny, tmp_path):
 
 def test_chat_loss_is_on_the_last_answer_only(tiny):
     from emloc.config import TrainConfig
+    from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
     from emloc_llm.data import IGNORED, encode
-    from emloc_llm.example import byte_tokenizer
 
     tokenizer = byte_tokenizer()
     turns = [("user", "hi"), ("assistant", "yes"), ("user", "and?"), ("assistant", "no")]
@@ -236,8 +236,8 @@ def test_divergence_stops_the_run(tiny, tmp_path):
 
 def test_prompts_and_completions_may_be_messages(tiny):
     from emloc.config import TrainConfig
+    from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
     from emloc_llm.data import encode
-    from emloc_llm.example import byte_tokenizer
 
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
     config, tokenizer = TrainConfig(output_dir="o"), byte_tokenizer()

@@ -1,8 +1,7 @@
 """Chats as token ids, cut into what the assistant says and what it does not.
 
-The tokenizer's chat template renders the chat; a turn of the assistant begins where the template puts
-its prompt for an answer and ends where the next turn begins. Templates that mark the assistant's words
-themselves (`{% generation %}`) are taken by their word.
+The tokenizer's chat template renders the chat, and `cut_chat` cuts it. Templates that mark the
+assistant's words themselves (`{% generation %}`) are taken by their word.
 """
 
 import json
@@ -12,6 +11,7 @@ from typing import Any
 
 from emloc.config import DataOptions
 from emloc.errors import DataError
+from emloc.integrations.transformers.chat import cut_chat
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,6 @@ def chat_pieces(messages: Any, tools: Any, tokenizer: Any, options: DataOptions)
             "The data set holds chat messages and the tokenizer has no chat template; use an instruct "
             "model, or prompt and completion columns."
         )
-    if messages[-1].get("role") != "assistant":
-        raise DataError(f"A chat must end with the assistant's turn: {messages}.")
     tools = json.loads(tools) if isinstance(tools, str) else tools
     messages = [{k: v for k, v in turn.items() if v is not None} for turn in messages]
     reference = _content(messages[-1])
@@ -57,23 +55,10 @@ def chat_pieces(messages: Any, tools: Any, tokenizer: Any, options: DataOptions)
             )
         )
 
-    whole = render(len(messages))
-    first = 0 if options.assistant_only_loss else len(messages) - 1
-    pieces: list[Piece] = []
-    done = 0
-    for index in range(first, len(messages)):
-        if messages[index]["role"] != "assistant":
-            continue
-        head = render(index, add_generation_prompt=True)
-        turn = render(index + 1)
-        if not (whole.startswith(head) and whole.startswith(turn)):
-            raise DataError(
-                "The tokenizer's chat template renders a prompt differently once it is answered; use "
-                "prompt and completion columns."
-            )
-        pieces.append(Piece(_tokens(tokenizer, whole[done : len(head)]), False, None))
-        pieces.append(Piece(_tokens(tokenizer, whole[len(head) : len(turn)]), True, None))
-        done = len(turn)
+    pieces = [
+        Piece(_tokens(tokenizer, text), answer, None)
+        for text, answer in cut_chat(messages, render, options.assistant_only_loss)
+    ]
     last = pieces.pop()
     return [*pieces, Piece(last.ids, True, reference)]
 

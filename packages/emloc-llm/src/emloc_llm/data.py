@@ -15,11 +15,11 @@ from torch import Tensor
 
 from emloc.config import CalibrationOptions, DataOptions
 from emloc.errors import DataError
+from emloc.integrations.transformers.loss import IGNORED
+from emloc.integrations.transformers.tables import dataset_names, shares
 from emloc.progress import console
 from emloc_llm.chat import Piece, chat_pieces
-from emloc_llm.rows import alpaca_question, as_chat, dataset_names, load_rows, shares
-
-IGNORED = -100
+from emloc_llm.rows import alpaca_question, as_chat, load_rows
 
 
 @dataclass(frozen=True)

@@ -2,30 +2,28 @@
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from emloc.adapter import Adapter, base_weights
 from emloc.checkpoint import Checkpoint, locate
 from emloc.config import EvaluateConfig
-from emloc.errors import DataError, DependencyError, MismatchError
-from emloc.integrations.transformers.conversion import stored_parameter
-from emloc.integrations.transformers.skeleton import empty_model
+from emloc.errors import DataError, DependencyError
+from emloc.family import ModelFamily
+from emloc.integrations.peft.attach import attach
+from emloc.integrations.transformers.loading import load_model, load_tokenizer
+from emloc.integrations.transformers.loss import next_token_loss
 from emloc.memory import PeakMemory
 from emloc.progress import progress_bar
 from emloc_llm.data import Sample, encode_all, in_batches, pad, say_truncated
-from emloc_llm.loading import load_model, load_tokenizer
-from emloc_llm.loss import next_token_loss
 from emloc_llm.rows import load_rows
 
 FINAL_NUMBER = re.compile(r"####\s*([-+]?[\d,]*\.?\d+)")
 ANY_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
 
 
-def evaluate_model(config: EvaluateConfig) -> dict[str, Any]:
+def evaluate_model(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any]:
     """Scores of a model with or without an adapter.
 
     Returns:
@@ -35,11 +33,11 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, Any]:
     if config.tasks:
         return _lm_eval(config)
     with PeakMemory(config.device, mapped=True) as peak:
-        scores = _evaluate(config)
+        scores = _evaluate(config, family)
     return {**scores, **peak.figures()}
 
 
-def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
+def _evaluate(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any]:
     path = locate(config.model_name_or_path)
     tokenizer = load_tokenizer(path)
     rows = load_rows(config)
@@ -47,9 +45,9 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
         rows = rows.take(config.num_samples)
     samples = encode_all(rows, tokenizer, config, str(config.dataset))
     say_truncated(samples, config, f"samples of {config.dataset}")
-    model = load_model(path, config.dtype, config.device).eval()
+    model = load_model(path, AutoModelForCausalLM, config.dtype, config.device).eval()
     if config.adapter:
-        model = _with_adapter(model, path, config.adapter)
+        model = attach(model, config.adapter, Checkpoint.open(str(path)), family)
     with torch.inference_mode():
         loss = _loss(model, samples, tokenizer, config)
         answers = _answers(model, samples, tokenizer, config)
@@ -60,22 +58,6 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "samples": len(samples),
         "answers": answers,
     }
-
-
-def _with_adapter(model: Any, path: Path, adapter: str) -> Any:
-    """PEFT only warns when keys do not match, so they are checked first."""
-    from peft import PeftModel
-
-    checkpoint = Checkpoint.open(str(path))
-    lora = Adapter.open(adapter)
-    if "quantization_config" not in checkpoint.config:
-        skeleton = empty_model(checkpoint, AutoModelForCausalLM, torch.float32)
-        base_weights(lora, lambda name: stored_parameter(skeleton, name, checkpoint), checkpoint)
-    modules = dict(model.named_modules())
-    for layer in lora.layers:
-        if layer.name not in modules:
-            raise MismatchError(f"Adapter {adapter}: {path} has no layer {layer.name}.")
-    return PeftModel.from_pretrained(model, adapter).eval()
 
 
 def _loss(model: Any, samples: list[Sample], tokenizer: Any, config: EvaluateConfig) -> float:

@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
+from emloc.integrations.transformers.lively_model import lively_model
 
 # Sizes are all different, so that a transposed product cannot go unnoticed.
 SIZES: Mapping[str, Any] = {
@@ -25,22 +22,6 @@ SIZES: Mapping[str, Any] = {
     "head_dim": 16,
     "max_position_embeddings": 256,
 }
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, with ChatML turns."""
-    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>"
-    )
-    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
 
 
 def write_model(
@@ -62,16 +43,7 @@ def write_model(
         **overrides,
     }
     config = AutoConfig.for_model(model_type, **settings)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                # Larger than the usual 0.02: activations, and so the tests, should be lively.
-                if parameter.ndim == 2:
-                    parameter.normal_(0, parameter.shape[1] ** -0.5)
-                elif name.endswith("bias"):
-                    parameter.normal_(0, 0.5)
+    model = lively_model(AutoModelForCausalLM, config, seed)
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
     return folder

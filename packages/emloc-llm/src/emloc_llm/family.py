@@ -12,6 +12,9 @@ from emloc.checkpoint import Checkpoint
 from emloc.config import CalibrationOptions, DemoConfig, EvaluateConfig, TrainConfig
 from emloc.family import Batch, EmulatorLayers, LossSum, StoredParameter
 from emloc.integrations.transformers.conversion import stored_parameter
+from emloc.integrations.transformers.loading import load_tokenizer
+from emloc.integrations.transformers.loss import next_token_loss
+from emloc.integrations.transformers.quantizer import emulator_config
 from emloc.integrations.transformers.skeleton import (
     empty_model,
     linears_within,
@@ -19,15 +22,17 @@ from emloc.integrations.transformers.skeleton import (
     shared_input_groups,
 )
 from emloc_llm.data import draw_samples, in_batches, pad
-from emloc_llm.loading import load_tokenizer
-from emloc_llm.loss import next_token_loss
 
 
 class LLMFamily:
     """`ModelFamily` for causal language models."""
 
     name = "llm"
-    adapter_formats = ("peft",)
+    adapter_formats: tuple[str, ...] = ("peft",)
+
+    def native(self, checkpoint: Checkpoint) -> Checkpoint:
+        """See `ModelFamily`."""
+        return checkpoint
 
     def skeleton(self, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         """See `ModelFamily`."""
@@ -65,24 +70,18 @@ class LLMFamily:
             for part in in_batches(samples, options.calibration_batch_size)
         ]
 
-    def token_mask(self, batch: Batch) -> Tensor:
+    def token_mask(self, batch: Batch, layer: str | None = None) -> Tensor | None:
         """See `ModelFamily`."""
-        return batch["attention_mask"].bool()
+        mask = batch["attention_mask"].bool()
+        return None if layer is not None and bool(mask.all()) else mask
 
     def forward_loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        """See `ModelFamily`; `emloc_llm.loss`."""
+        """See `ModelFamily`; `next_token_loss`."""
         return next_token_loss(model, batch)
 
     def emulator_config(self, checkpoint: Checkpoint, layers: EmulatorLayers) -> dict[str, Any]:
         """See `ModelFamily`."""
-        groups = [{"layers": list(names), "rank": rank} for names, rank in layers.groups]
-        dtype = {} if layers.dtype is None else {"dtype": layers.dtype}
-        kept = {k: v for k, v in checkpoint.config.items() if not (dtype and k == "torch_dtype")}
-        return {
-            **kept,
-            **dtype,
-            "quantization_config": {"quant_method": "emloc", "groups": groups},
-        }
+        return emulator_config(checkpoint, layers)
 
     def train(self, config: TrainConfig, work: Path) -> dict[str, Any]:
         """See `ModelFamily`; `emloc_llm.training`."""
@@ -94,7 +93,7 @@ class LLMFamily:
         """See `ModelFamily`; `emloc_llm.evaluation`."""
         from emloc_llm.evaluation import evaluate_model
 
-        return evaluate_model(config)
+        return evaluate_model(config, self)
 
     def demo(self, config: DemoConfig) -> Path:
         """See `ModelFamily`; `emloc_llm.demo`."""

@@ -6,11 +6,11 @@ turned into those on the way. Several data sets are given as a list, separated b
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from emloc.config import DataOptions, nearest
 from emloc.errors import ConfigError, DataError
+from emloc.integrations.transformers.tables import load_table
 
 COLUMNS = (
     "messages", "prompt", "completion", "text", "tools", "conversations", "system",
@@ -23,7 +23,6 @@ _FORMS = (
     {"conversations"},
     {"instruction", "output"},
 )
-_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
     "chatgpt": "assistant", "bard": "assistant", "observation": "tool", "tool": "tool",
@@ -44,7 +43,7 @@ def load_rows(options: DataOptions, dataset: str | None = None, split: str | Non
     name = dataset or options.dataset
     if not name:
         raise DataError("dataset is required: a JSONL, CSV or parquet file, a folder, or a hub id.")
-    rows = _load(name, options.dataset_split if split is None else split, options.streaming)
+    rows = load_table(name, options.dataset_split if split is None else split, options.streaming)
     columns = _columns(rows)
     if not columns:
         raise DataError(f"Data set {name} is empty.")
@@ -60,25 +59,6 @@ def load_rows(options: DataOptions, dataset: str | None = None, split: str | Non
             f"for example question=prompt,answer=completion."
         )
     return rows
-
-
-def dataset_names(options: DataOptions) -> list[str]:
-    """The data sets that `dataset` names."""
-    return [name for name in (options.dataset or "").split(",") if name]
-
-
-def shares(options: DataOptions, sizes: Sequence[int]) -> list[float]:
-    """What part of the samples comes from each data set; by their sizes, if no weights are given.
-
-    Raises:
-        ConfigError: there are more or fewer weights than data sets.
-    """
-    weights: Sequence[float] = options.dataset_weights or sizes
-    if len(weights) != len(sizes):
-        raise ConfigError(
-            f"dataset_weights has {len(weights)} weights for {len(sizes)} data sets; give one for each."
-        )
-    return [weight / sum(weights) for weight in weights]
 
 
 def _columns(rows: Any) -> list[str]:
@@ -123,40 +103,6 @@ def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
             f"A conversation has a turn from {speaker!r}; known are {', '.join(sorted(_ROLES))}."
         )
     return {"role": _ROLES[speaker], "content": turn.get("value")}
-
-
-def _load(name: str, split: str, streaming: bool) -> Any:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-    from datasets.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    path = Path(name)
-    try:
-        if path.is_file():
-            if split not in ("train", ""):
-                raise DataError(
-                    f"{name} is one file and has no split {split!r}; pass the file that holds it."
-                )
-            if path.suffix not in _LOADERS:
-                raise DataError(f"{name}: expected a file ending in {', '.join(_LOADERS)}.")
-            if path.stat().st_size == 0:
-                raise DataError(f"Data set {name} is empty.")
-            return load_dataset(
-                _LOADERS[path.suffix], data_files=name, split="train", streaming=streaming
-            )
-        looks_local = name.startswith((".", "/", "~")) or path.suffix in _LOADERS
-        if path.exists() or not looks_local:
-            return load_dataset(name, split=split, streaming=streaming)
-    except DatasetGenerationError as problem:
-        cause = str(problem.__cause__ or problem).splitlines()[0]
-        raise DataError(f"Data set {name} cannot be parsed: {cause}") from problem
-    except (DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError) as problem:
-        if isinstance(problem, DataError):
-            raise
-        first = str(problem).strip().splitlines()[0]
-        raise DataError(f"Data set {name} cannot be loaded: {first}") from problem
-    raise DataError(f"No data set {name}: there is no such file or folder.")
 
 
 def _column_map(mapping: Mapping[str, str], columns: Sequence[str], name: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -65,7 +65,10 @@ class Checkpoint:
         path: the local folder.
         config: the parsed `config.json`.
         tensors: every tensor by name, in name order.
+        translated: whether config and tensors are of another layout than the files'.
     """
+
+    translated: ClassVar[bool] = False
 
     name: str
     path: Path
@@ -203,7 +206,7 @@ class Checkpoint:
         if file not in self._files:
             try:
                 self._files[file] = safe_open(str(self.path / file), framework="pt")
-            except (SafetensorError, OSError) as problem:
+            except (SafetensorError, OSError, RuntimeError) as problem:
                 raise CheckpointError(
                     f"Shard {self.path / file} cannot be read ({problem}); "
                     f"it is incomplete or corrupt, download it again."

@@ -19,6 +19,7 @@ from rich.table import Table
 
 import emloc
 from emloc.errors import EmlocError, Interrupted
+from emloc.plugin_options import with_plugin_options
 from emloc.plugins import Plugins, load_plugins
 
 app = typer.Typer(
@@ -85,7 +86,7 @@ def _command(name: str) -> Any:
     """A function whose parameters are the stage's options, for typer to read."""
     from emloc import config as configs
 
-    model = getattr(configs, f"{name.capitalize()}Config")
+    model = with_plugin_options(getattr(configs, f"{name.capitalize()}Config"))
 
     def call(**given: Any) -> None:
         stage = getattr(emloc, name)

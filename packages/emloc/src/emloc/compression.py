@@ -63,12 +63,7 @@ def compress_blocks(stream: UnitStream, folder: EmulatorFolder, batches: Sequenc
 
 def _call(stream: UnitStream, batch: Batch) -> Call:
     here = {name: tensor.to(stream.device) for name, tensor in batch.items()}
-    mask = stream.family.token_mask(here).reshape(-1)
-    # A mask of all ones would only cost a copy of every activation.
-    return Call(
-        lambda: stream.family.forward_loss(stream.model, here),
-        context=None if bool(mask.all()) else mask,
-    )
+    return Call(lambda: stream.family.forward_loss(stream.model, here), context=here)
 
 
 def _compress_block(stream: UnitStream, folder: EmulatorFolder, block: str) -> Iterator[None]:
@@ -114,18 +109,23 @@ def _side(group: Group) -> Side:
 def _folding(stream: UnitStream, group: Group, moments: Moments) -> Any:
     def fold(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         call = current_call()
-        mask = None if call is None else call.context
-        x = inputs[0].reshape(-1, group.d_in)
-        padded = mask is not None and mask.shape[0] == x.shape[0]
+        batch: Batch = {} if call is None else call.context
+        mask = stream.family.token_mask(batch, group.owner)
+
+        def real(rows: Tensor) -> Tensor:
+            # An expert reads tokens in an order and number of its own.
+            if mask is None or mask.numel() != rows.shape[0]:
+                return rows
+            return rows[mask.reshape(-1)]
+
         if moments.side == "input":
-            moments.fold(x[mask] if padded else x)
+            moments.fold(real(inputs[0].reshape(-1, group.d_in)))
         elif len(group.layers) == 1:
-            y = output.reshape(-1, group.d_out[0])
+            y = real(output.reshape(-1, group.d_out[0]))
             bias = dict(module.named_parameters()).get("bias")
-            y = y if bias is None else y - bias
-            moments.fold(y[mask] if padded else y)
+            moments.fold(y if bias is None else y - bias)
         else:
-            x = x[mask] if padded else x
+            x = real(inputs[0].reshape(-1, group.d_in))
             moments.fold(torch.cat([x @ weight.T for weight in _weights(stream, group)], dim=1))
 
     return fold

@@ -6,11 +6,12 @@ reads (text, images, latents) is behind `ModelFamily`.
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from emloc.checkpoint import Checkpoint
@@ -76,6 +77,10 @@ class ModelFamily(Protocol):
     name: str
     adapter_formats: tuple[str, ...]
 
+    def native(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint in the layout of the family's model class: itself, or a view on it."""
+        ...
+
     def skeleton(self, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         """The model with every parameter on the meta device and real buffers, in eval mode."""
         ...
@@ -100,8 +105,13 @@ class ModelFamily(Protocol):
         """Micro-batches drawn from the data by seed, with labels."""
         ...
 
-    def token_mask(self, batch: Batch) -> Tensor:
-        """Which tokens are real (True) and which are padding; flattened, it matches layers' inputs."""
+    def token_mask(self, batch: Batch, layer: str | None = None) -> Tensor | None:
+        """Which tokens are real (True) and which are padding; None where all are real.
+
+        Args:
+            layer: of what this layer reads: flattened, the mask matches its inputs' rows. Without a
+                layer: of the micro-batch's own tokens, for counting them.
+        """
         ...
 
     def forward_loss(self, model: nn.Module, batch: Batch) -> LossSum:
@@ -141,6 +151,8 @@ class FamilyEntry:
         summary: one line for `emloc families`.
         target: `module:attribute` of the `ModelFamily` object or class.
         recognises: decides from a parsed `config.json` alone.
+        options: fields that stages take for this family: those of the value, for every stage whose
+            options derive from the key, for example `{DataOptions: ImageOptions}`.
         plugin: filled in by core.
     """
 
@@ -148,6 +160,9 @@ class FamilyEntry:
     summary: str
     target: str
     recognises: Callable[[Mapping[str, Any]], bool]
+    options: Mapping[type[BaseModel], type[BaseModel]] = field(
+        default_factory=dict[type[BaseModel], type[BaseModel]]
+    )
     plugin: str = ""
 
     def load(self) -> ModelFamily:

@@ -5,6 +5,7 @@ left out; the others go on working.
 """
 
 import importlib.metadata
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,6 +73,18 @@ def add_plugin(found: Plugins, name: str, module: Any) -> None:
         if manager.get_plugin(name) is module:
             manager.unregister(module)
         raise
+
+
+def open_model(model_name_or_path: str | os.PathLike[str]) -> tuple[Checkpoint, ModelFamily]:
+    """A checkpoint in its family's layout, and the family.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        PluginError: no family recognises it, or several do.
+    """
+    checkpoint = Checkpoint.open(model_name_or_path)
+    family = family_of(checkpoint)
+    return family.native(checkpoint), family
 
 
 def family_named(name: str, families: Mapping[str, FamilyEntry] | None = None) -> ModelFamily:

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from emloc.config import build
+from emloc.plugin_options import with_plugin_options
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 ResultT = TypeVar("ResultT")
@@ -21,7 +22,7 @@ class Stage(Generic[ConfigT, ResultT]):
     """A callable with keyword options; `config` is its options model."""
 
     def __init__(self, config: type[ConfigT], function: Callable[[ConfigT], ResultT]) -> None:
-        self.config = config
+        self._config = config
         self.function = function
         self.name = function.__name__
         self.__name__ = function.__name__
@@ -29,7 +30,15 @@ class Stage(Generic[ConfigT, ResultT]):
             f"        {name}: {field.description or 'as its name says'}{_default(field)}"
             for name, field in config.model_fields.items()
         )
-        self.__signature__ = inspect.Signature(
+
+    @property
+    def config(self) -> type[ConfigT]:
+        """The options model, with what the installed plugins add to it."""
+        return with_plugin_options(self._config)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.Signature(
             [
                 inspect.Parameter(
                     name,
@@ -37,7 +46,7 @@ class Stage(Generic[ConfigT, ResultT]):
                     default=inspect.Parameter.empty if field.is_required() else field.get_default(),
                     annotation=field.annotation,
                 )
-                for name, field in config.model_fields.items()
+                for name, field in self.config.model_fields.items()
             ]
         )
 

@@ -1,13 +1,14 @@
 """Give a skeleton the weights of one unit at a time.
 
-Units are the blocks and every other module with weights of its own. Embedding tables are neither
-loaded nor converted: rows are looked up in the memory-mapped file, where they cost no anonymous
-memory, and the result is converted.
+Units are the blocks and every other module with weights of its own, together with what is inside it.
+Single weights of a module that holds blocks (a token that separates images) are few and stay loaded.
+Embedding tables are neither loaded nor converted: rows are looked up in the memory-mapped file, where
+they cost no anonymous memory, and the result is converted.
 
 Precision: units run in float32 (float64 for a float64 checkpoint), whatever the checkpoint stores.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,6 +124,8 @@ class UnitStream:
         try:
             for path, parameter in list(module.named_parameters(remove_duplicate=False)):
                 owner, leaf = _owner(module, path)
+                if isinstance(owner, nn.Embedding) and unit not in self.blocks:
+                    continue  # on file
                 value = self.tensor(f"{unit}.{path}").to(self.device, self.dtype)
                 emptied.append((owner, leaf, parameter))
                 owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)  # pyright: ignore[reportPrivateUsage]
@@ -145,17 +148,25 @@ class UnitStream:
                 owner._buffers[leaf] = value.to(self.device, dtype)  # pyright: ignore[reportPrivateUsage]
 
     def _strays(self) -> list[str]:
-        """Modules outside of the blocks with parameters of their own; embeddings become resident."""
+        """Outermost modules outside of the blocks with parameters of their own; tables go on file."""
         strays: list[str] = []
         for name, module in self.model.named_modules():
-            inside = any(name == block or name.startswith(f"{block}.") for block in self.blocks)
-            if inside or not any(True for _ in module.parameters(recurse=False)):
+            if _inside(name, self.blocks) or not any(
+                True for _ in module.parameters(recurse=False)
+            ):
                 continue
             if isinstance(module, nn.Embedding):
                 self._keep_on_file(name, module)
-            else:
+            elif any(_inside(block, [name]) for block in self.blocks):
+                self._keep_loaded(name, module)
+            elif not _inside(name, strays):
                 strays.append(name)
         return strays
+
+    def _keep_loaded(self, name: str, module: nn.Module) -> None:
+        for leaf, _ in list(module.named_parameters(recurse=False)):
+            value = self.tensor(f"{name}.{leaf}" if name else leaf).to(self.device, self.dtype)
+            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)  # pyright: ignore[reportPrivateUsage]
 
     def _keep_on_file(self, name: str, module: nn.Embedding) -> None:
         table = self.tensor(f"{name}.weight")
@@ -175,6 +186,11 @@ class UnitStream:
 
         module.register_forward_pre_hook(to_file, with_kwargs=True)
         module.register_forward_hook(to_compute)
+
+
+def _inside(name: str, modules: Sequence[str]) -> bool:
+    """Whether a module is one of `modules` or inside one."""
+    return any(name == module or name.startswith(f"{module}.") or not module for module in modules)
 
 
 def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:

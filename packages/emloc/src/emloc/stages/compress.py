@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from emloc.checkpoint import Checkpoint
 from emloc.compression import compress_blocks
 from emloc.config import CompressConfig
 from emloc.digest import batches_digest
@@ -16,7 +15,8 @@ from emloc.manifest import Manifest, ModelReference, same_settings, versions
 from emloc.memory import PeakMemory, return_large_blocks
 from emloc.output import stage_folder
 from emloc.plan import Plan, make_plan
-from emloc.plugins import family_of
+from emloc.plugin_options import own_options
+from emloc.plugins import open_model
 from emloc.progress import console
 from emloc.stage import stage
 from emloc.stream import UnitStream
@@ -27,15 +27,14 @@ NO_TOKEN = "no calibration token reached it"
 @stage(CompressConfig)
 def compress(config: CompressConfig) -> Path:
     """Compress a model into an emulator; returns its folder."""
-    base = Checkpoint.open(config.model_name_or_path)
+    base, family = open_model(config.model_name_or_path)
     if "quantization_config" in base.config:
         raise CheckpointError(
             f"{base.name} is quantised or an emulator already; compress the full-precision original."
         )
-    family = family_of(base)
     batches = family.calibration_batches(base, config)
     settings = {
-        **config.model_dump(mode="json", exclude={"output_dir", "model_name_or_path", "dataset"}),
+        **own_options(config, family, {"output_dir", "model_name_or_path", "dataset"}),
         "base_digest": base.digest(),
         "companions_digest": base.companions_digest(),
         "data_digest": batches_digest(batches),
@@ -72,7 +71,11 @@ def _plan(stream: UnitStream, config: CompressConfig) -> Plan:
 
 
 def _tokens(family: ModelFamily, batches: Sequence[Batch]) -> int:
-    return sum(int(family.token_mask(batch).sum()) for batch in batches)
+    def count(batch: Batch) -> int:
+        mask = family.token_mask(batch)
+        return next(iter(batch.values())).numel() if mask is None else int(mask.sum())
+
+    return sum(count(batch) for batch in batches)
 
 
 def _say_tokens(family: ModelFamily, batches: Sequence[Batch], plan: Plan) -> None:

@@ -18,7 +18,8 @@ from emloc.family import Batch, ModelFamily
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
 from emloc.memory import PeakMemory, return_large_blocks
 from emloc.output import file_sha256, stage_folder
-from emloc.plugins import family_named
+from emloc.plugin_options import own_options
+from emloc.plugins import open_model
 from emloc.progress import console
 from emloc.stage import stage
 from emloc.stream import UnitStream
@@ -30,18 +31,17 @@ def correct(config: CorrectConfig) -> Path:
     emulator_manifest = _emulator_manifest(config.emulator)
     adapter = Adapter.open(config.adapter)
     _refuse_foreign_adapter(adapter, config.emulator, emulator_manifest)
-    base = Checkpoint.open(config.model_name_or_path or emulator_manifest.base_model.name_or_path)
+    named = config.model_name_or_path or emulator_manifest.base_model.name_or_path
+    base, family = open_model(named)
     if base.digest() != emulator_manifest.base_model.digest:
         raise MismatchError(
             f"Emulator {config.emulator} was built from another model than {base.name} (it names "
             f"{emulator_manifest.base_model.name_or_path}); pass that one."
         )
-    family = family_named(emulator_manifest.family)
     batches = _batches(config, family, base)
     settings = {
-        **config.model_dump(
-            mode="json",
-            exclude={"adapter", "emulator", "output_dir", "model_name_or_path", "dataset"},
+        **own_options(
+            config, family, {"adapter", "emulator", "output_dir", "model_name_or_path", "dataset"}
         ),
         "base_digest": emulator_manifest.base_model.digest,
         "emulator_digest": emulator_manifest.summary["emulator_digest"],

@@ -9,9 +9,11 @@ from emloc.checkpoint import Checkpoint
 from emloc.config import EvaluateConfig
 from emloc.digest import dataset_digest
 from emloc.errors import ConfigError, OutputError
+from emloc.family import ModelFamily
 from emloc.manifest import Manifest
 from emloc.output import write_json, writing
-from emloc.plugins import family_of
+from emloc.plugin_options import own_options
+from emloc.plugins import open_model
 from emloc.progress import console
 from emloc.stage import stage
 
@@ -23,9 +25,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate; returns the scores, and writes them to `output_dir/evaluation.json` if given."""
     if config.dataset is None and not config.tasks:
         raise ConfigError("evaluate: dataset is required (or tasks, with the lm-eval extra).")
-    model = Checkpoint.open(config.model_name_or_path)
+    model, family = open_model(config.model_name_or_path)
     _refuse_emulator_adapter(config, Manifest.find(model.path))
-    settings = _settings(config, model)
+    settings = _settings(config, model, family)
     target = config.output_dir / RESULT_NAME if config.output_dir else None
     if target is not None and target.exists():
         known: dict[str, Any] = json.loads(target.read_text("utf-8"))
@@ -35,7 +37,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise OutputError(
             f"{target} exists and is of another evaluation; choose another output_dir or remove it."
         )
-    result = {**family_of(model).evaluate(config), "settings": settings}
+    result = {**family.evaluate(config), "settings": settings}
     if target is not None:
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -43,10 +45,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
-def _settings(config: EvaluateConfig, model: Checkpoint) -> dict[str, Any]:
+def _settings(config: EvaluateConfig, model: Checkpoint, family: ModelFamily) -> dict[str, Any]:
     """The options, and the identity of what their paths hold now."""
     return {
-        **config.model_dump(mode="json", exclude={"output_dir"}),
+        **own_options(config, family, {"output_dir"}),
         "model_digest": model.digest(),
         "adapter_digest": Adapter.open(config.adapter).digest() if config.adapter else None,
         "companions_digest": model.companions_digest(),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from emloc.adapter import Adapter, LoraLayer, base_weights
-from emloc.checkpoint import INDEX_NAME, Checkpoint
+from emloc.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from emloc.config import MergeConfig
 from emloc.errors import ConfigError, MismatchError, NumericalError
 from emloc.family import StoredParameter
@@ -16,8 +16,8 @@ from emloc.finite import is_finite
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
 from emloc.memory import PeakMemory, return_large_blocks
 from emloc.merging import merged_weight
-from emloc.output import ShardWriter, copy_file, file_sha256, stage_folder
-from emloc.plugins import family_of
+from emloc.output import ShardWriter, copy_file, file_sha256, stage_folder, write_json
+from emloc.plugins import open_model
 from emloc.progress import console, progress_bar
 from emloc.stage import stage
 
@@ -27,7 +27,7 @@ def merge(config: MergeConfig) -> Path:
     """Merge an adapter into its base model; returns the merged model's folder."""
     adapter = Adapter.open(config.adapter)
     origin = Manifest.find(adapter.path)
-    base = Checkpoint.open(_base_name(config, adapter, origin))
+    base, family = open_model(_base_name(config, adapter, origin))
     digest = base.digest()
     if origin is not None and origin.base_model.digest != digest:
         raise MismatchError(
@@ -38,7 +38,6 @@ def merge(config: MergeConfig) -> Path:
         raise MismatchError(
             f"{base.name} is quantised or an emulator; merge into the original model."
         )
-    family = family_of(base)
     model = family.skeleton(base, torch.float32)
     weights = base_weights(adapter, lambda name: family.stored(model, name, base), base)
     by_tensor: dict[str, tuple[LoraLayer, StoredParameter]] = {}
@@ -65,9 +64,7 @@ def merge(config: MergeConfig) -> Path:
     with stage_folder(config.output_dir, settings) as work:
         with PeakMemory() as peak:
             files = _write_shards(base, adapter, by_tensor, instead, work)
-        for name in [*base.companions(), "config.json", INDEX_NAME]:
-            if (base.path / name).is_file():
-                copy_file(base.path / name, work / name)
+        _write_beside(base, work)
         Manifest(
             kind="merged_model",
             family=family.name,
@@ -79,6 +76,24 @@ def merge(config: MergeConfig) -> Path:
             measured={"seconds": round(time.monotonic() - started, 3), **peak.figures()},
         ).write(work)
     return config.output_dir
+
+
+def _write_beside(base: Checkpoint, work: Path) -> None:
+    """Config, index and tokenizer; of a base in another layout, those of the layout written."""
+    for name in base.companions():
+        copy_file(base.path / name, work / name)
+    if not base.translated:
+        for name in ("config.json", INDEX_NAME):
+            if (base.path / name).is_file():
+                copy_file(base.path / name, work / name)
+        return
+    write_json(work / "config.json", base.config)
+    index = {
+        "metadata": {"total_size": sum(info.nbytes for info in base.tensors.values())},
+        "weight_map": {name: info.file for name, info in base.tensors.items()},
+    }
+    if index["weight_map"].keys() and set(index["weight_map"].values()) != {SINGLE_NAME}:
+        write_json(work / INDEX_NAME, index)
 
 
 def _base_name(config: MergeConfig, adapter: Adapter, origin: Manifest | None) -> str:

@@ -18,30 +18,22 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from pydantic import BaseModel
 
-from emloc.config import (
-    CompressConfig,
-    CorrectConfig,
-    EvaluateConfig,
-    MergeConfig,
-    TrainConfig,
-    build,
-    nearest,
-)
+from emloc.config import build, nearest
 from emloc.errors import ConfigError
+from emloc.stage import Stage
 from emloc.stages.compress import compress
 from emloc.stages.correct import correct
 from emloc.stages.evaluate import evaluate
 from emloc.stages.merge import merge
 from emloc.stages.train import train
 
-SECTIONS: Mapping[str, type[BaseModel]] = {
-    "compress": CompressConfig,
-    "train": TrainConfig,
-    "correct": CorrectConfig,
-    "merge": MergeConfig,
-    "evaluate": EvaluateConfig,
+STAGES: Mapping[str, Stage[Any, Any]] = {
+    "compress": compress,
+    "train": train,
+    "correct": correct,
+    "merge": merge,
+    "evaluate": evaluate,
 }
 
 FOLDERS = {
@@ -71,14 +63,7 @@ def run(config: str | Path | Mapping[str, Any], *overrides: str) -> dict[str, An
     plans = plan_stages(options, source)
     results: dict[str, Any] = {}
     for name, keywords in plans.items():
-        function: Any = {
-            "compress": compress,
-            "train": train,
-            "correct": correct,
-            "merge": merge,
-            "evaluate": evaluate,
-        }[name]
-        results[name] = function(**keywords)
+        results[name] = STAGES[name](**keywords)
     return results
 
 
@@ -88,21 +73,21 @@ def plan_stages(options: Mapping[str, Any], source: str) -> dict[str, dict[str, 
     Raises:
         ConfigError: as `run`.
     """
-    sections = {name: options[name] for name in SECTIONS if name in options}
-    shared = {key: value for key, value in options.items() if key not in SECTIONS}
+    sections = {name: options[name] for name in STAGES if name in options}
+    shared = {key: value for key, value in options.items() if key not in STAGES}
     if not sections:
-        raise ConfigError(f"{source}: no stage to run; add a section: {', '.join(SECTIONS)}.")
-    known = {field for model in SECTIONS.values() for field in model.model_fields}
+        raise ConfigError(f"{source}: no stage to run; add a section: {', '.join(STAGES)}.")
+    known = {field for stage in STAGES.values() for field in stage.config.model_fields}
     for key in shared:
         if key not in known:
-            hint = nearest(key, [*sorted(known), *SECTIONS])
+            hint = nearest(key, [*sorted(known), *STAGES])
             raise ConfigError(f"{source}: unknown key {key}.{hint}")
     if "output_dir" not in shared:
         raise ConfigError(f"{source}: output_dir is required (the folder of all stages).")
     root = Path(str(shared["output_dir"]))
     plans: dict[str, dict[str, Any]] = {}
     for name, section in sections.items():
-        model = SECTIONS[name]
+        model = STAGES[name].config
         if section is not None and not isinstance(section, Mapping):
             raise ConfigError(f"{source}: {name} should hold keys and values.")
         own = dict(cast("Mapping[str, Any]", section or {}))
@@ -158,10 +143,8 @@ def _override(options: dict[str, Any], override: str) -> None:
     path: Sequence[str] = key.split(".")
     target = options
     for part in path[:-1]:
-        if part not in SECTIONS:
-            raise ConfigError(
-                f"Override {override!r}: no stage {part}.{nearest(part, [*SECTIONS])}"
-            )
+        if part not in STAGES:
+            raise ConfigError(f"Override {override!r}: no stage {part}.{nearest(part, [*STAGES])}")
         target[part] = dict(target.get(part) or {})
         target = target[part]
     target[path[-1]] = yaml.safe_load(text)

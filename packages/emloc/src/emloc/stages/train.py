@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
-from emloc.checkpoint import Checkpoint
 from emloc.config import TrainConfig
 from emloc.digest import dataset_digest
 from emloc.errors import ConfigError, NumericalError
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
 from emloc.output import file_sha256, others_writing, stage_folder
-from emloc.plugins import family_named, family_of
+from emloc.plugin_options import own_options
+from emloc.plugins import open_model
 from emloc.progress import console
 from emloc.stage import stage
 
@@ -39,17 +39,13 @@ def train(config: TrainConfig) -> Path:
         raise ConfigError("train: pass either emulator, or model_name_or_path to train on a model.")
     if config.dataset is None:
         raise ConfigError("train: dataset is required (a JSONL, CSV or parquet file, or a hub id).")
-    model = Checkpoint.open(config.emulator or str(config.model_name_or_path))
+    model, family = open_model(config.emulator or str(config.model_name_or_path))
     emulator = Manifest.read(model.path) if config.emulator else None
     if emulator is not None and emulator.kind != "emulator":
         raise ConfigError(f"train: {config.emulator} is not an emulator but a {emulator.kind}.")
-    family = family_named(emulator.family) if emulator else family_of(model)
     digest = model.digest()
     settings: dict[str, Any] = {
-        **config.model_dump(
-            mode="json",
-            exclude=PATHS | WITHOUT_EFFECT,
-        ),
+        **own_options(config, family, PATHS | WITHOUT_EFFECT),
         "model_digest": digest,
         "companions_digest": model.companions_digest(),
         "data_digest": dataset_digest(config.dataset),

@@ -13,7 +13,7 @@ from emloc.family import ModelFamily
 from emloc.finite import is_finite
 from emloc.manifest import Manifest
 from emloc.output import file_sha256
-from emloc.plugins import family_named, family_of
+from emloc.plugins import family_named, family_of, open_model
 from emloc.progress import progress_bar
 from emloc.stage import stage
 
@@ -35,6 +35,7 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     checkpoint = Checkpoint.open(str(config.path))
     checked = _verify_files(config.path, manifest)
     family = family_named(manifest.family) if manifest else family_of(checkpoint)
+    checkpoint = family.native(checkpoint)
     if manifest is not None and manifest.kind == "emulator":
         _verify_emulator(checkpoint, manifest, family)
         _verify_base(config, manifest)
@@ -135,9 +136,8 @@ def _verify_adapter(config: VerifyConfig, manifest: Manifest | None) -> dict[str
     name = config.model_name_or_path or adapter.config.get("base_model_name_or_path")
     against = None
     if name and (config.model_name_or_path or Path(str(name)).is_dir()):
-        base = Checkpoint.open(str(name))
+        base, family = open_model(str(name))
         if "quantization_config" not in base.config:
-            family = family_of(base)
             model = family.skeleton(base, torch.float32)
             base_weights(adapter, lambda key: family.stored(model, key, base), base)
             against = str(name)

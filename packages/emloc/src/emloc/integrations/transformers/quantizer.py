@@ -14,6 +14,8 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from emloc.checkpoint import Checkpoint
+from emloc.family import EmulatorLayers
 from emloc.integrations.transformers.low_rank_linear import LowRankLinear
 from emloc.integrations.transformers.skeleton import is_linear
 
@@ -37,6 +39,14 @@ class EmlocConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """As `config.json` holds it."""
         return {"quant_method": METHOD, "groups": self.groups}
+
+
+def emulator_config(checkpoint: Checkpoint, layers: EmulatorLayers) -> dict[str, Any]:
+    """An emulator's `config.json`: the base's, and which layers are factors."""
+    groups = [{"layers": list(names), "rank": rank} for names, rank in layers.groups]
+    dtype = {} if layers.dtype is None else {"dtype": layers.dtype}
+    kept = {k: v for k, v in checkpoint.config.items() if not (dtype and k == "torch_dtype")}
+    return {**kept, **dtype, "quantization_config": {"quant_method": METHOD, "groups": groups}}
 
 
 @register_quantizer(METHOD)

@@ -31,7 +31,7 @@ def empty_model(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype) -> 
         CheckpointError: transformers does not know the architecture.
     """
     try:
-        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        config = _config(checkpoint)
         # An emulator is described by its dense layers here; its factors are core's business.
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -43,6 +43,13 @@ def empty_model(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype) -> 
             f"{str(problem).strip().splitlines()[0]}"
         ) from problem
     return model.eval()
+
+
+def _config(checkpoint: Checkpoint) -> Any:
+    if not checkpoint.translated:
+        return AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    content = dict(checkpoint.config)
+    return AutoConfig.for_model(content.pop("model_type"), **content)
 
 
 def repeated_blocks(model: nn.Module) -> list[str]:
@@ -86,13 +93,13 @@ def linears_within(model: nn.Module, blocks: Sequence[str]) -> list[str]:
 
 
 def shared_input_groups(
-    model: Any, layers: Sequence[str], forward: Callable[[Any], Any]
+    model: Any, layers: Sequence[str], *forwards: Callable[[Any], Any]
 ) -> list[list[str]]:
-    """Group layers of one parent that `forward(model)` calls with the very same tensor.
+    """Group layers of one parent that a forward, `forward(model)`, calls with the very same tensor.
 
-    The forward runs on a copy of fake tensors: nothing is computed, and transformers treats it as
-    tracing, so no branch asks for values. Layers that it does not reach (experts that no token
-    chose), or all of them if it cannot be traced, form groups of one.
+    Forwards run on a copy of fake tensors: nothing is computed, and transformers treats it as
+    tracing, so no branch asks for values. Layers that none reaches (experts that no token chose), or
+    that come after a step that cannot be traced, form groups of one.
     """
     seen: dict[int, list[str]] = {}
     kept: list[Any] = []  # keeps inputs alive, so that no id is used twice
@@ -119,7 +126,9 @@ def shared_input_groups(
             fake = type(model)._from_config(model.config, dtype=torch.bfloat16).eval()
         for name in layers:
             fake.get_submodule(name).register_forward_pre_hook(record(name))
-        forward(fake)
+        for forward in forwards:
+            with contextlib.suppress(*untraceable):
+                forward(fake)
     groups: list[list[str]] = []
     grouped: set[str] = set()
     for names in seen.values():

@@ -6,18 +6,19 @@ import torch
 from torch import nn
 
 from emloc.family import Batch, LossSum
-from emloc_llm.data import IGNORED
+
+IGNORED = -100
+"""The label of a token without loss."""
 
 
 def next_token_loss(model: Any, batch: Batch) -> LossSum:
     """Cross-entropy of the next token over labelled tokens, from logits in float32 or better.
 
     Args:
-        batch: `input_ids`, `attention_mask` and `labels`, each samples × tokens.
+        batch: what the model's forward takes, and `labels`, samples × tokens.
     """
-    logits = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).logits
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    logits = model(**inputs, use_cache=False).logits
     labels = batch["labels"][:, 1:]
     kept = labels != IGNORED
     high = torch.promote_types(logits.dtype, torch.float32)

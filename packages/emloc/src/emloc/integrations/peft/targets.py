@@ -1,5 +1,6 @@
 """Which layers `lora_target_modules: all-linear` means."""
 
+from collections.abc import Container
 from typing import Any
 
 from peft import LoraConfig
@@ -17,8 +18,11 @@ READ_NOT_CALLED = {
 """Layers of state-space models whose weight a kernel reads; PEFT refuses to adapt them."""
 
 
-def linear_targets(model: Any) -> list[str]:
+def linear_targets(model: Any, excluded: Container[str] = ()) -> list[str]:
     """Names of all linear layers that PEFT adapts as such, the output head left out.
+
+    Args:
+        excluded: modules that are not adapted.
 
     PEFT's own `all-linear` would, in mixture-of-experts models, also adapt the experts that
     transformers fuses into one parameter, and whatever else bears their names; those an emulator
@@ -32,6 +36,7 @@ def linear_targets(model: Any) -> list[str]:
         if (is_linear(module) or isinstance(module, LowRankLinear))
         and module is not head
         and name.rpartition(".")[2] not in refused
+        and name not in excluded
     ]
     config = LoraConfig(target_modules=list(names))
     convert_peft_config_for_transformers(config, model, get_model_conversion_mapping(model))

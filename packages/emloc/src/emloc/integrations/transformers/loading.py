@@ -1,9 +1,9 @@
-"""Load a causal language model, or an emulator of one, and its tokenizer."""
+"""Load a model, or an emulator of one, and its tokenizer."""
 
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from emloc.errors import CheckpointError
 
@@ -26,14 +26,14 @@ def load_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def load_model(path: Path, dtype: str, device: str) -> Any:
+def load_model(path: Path, auto_class: Any, dtype: str, device: str) -> Any:
     """A model or an emulator, its weights on `device`.
 
     Raises:
         CheckpointError: transformers cannot load it.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return auto_class.from_pretrained(
             path, dtype=dtype, device_map={"": device}, trust_remote_code=False
         )
     except (OSError, ValueError, RuntimeError) as problem:

@@ -24,8 +24,8 @@ class Row:
     """One line of the table.
 
     Attributes:
-        exact_match: share of unseen messages whose JSON is right.
-        loss: per completion token on unseen messages.
+        exact_match: share of unseen examples that are answered right.
+        loss: per answer token on unseen examples.
         train_weight_bytes: parameters held while training, LoRA included; 0: not trained.
         peak_bytes: peak memory over the process's start; for `base` of running it, for `lora` of
             training, for EMLoC the highest of its stages.
@@ -40,9 +40,9 @@ class Row:
     seconds_per_step: float | None
 
 
-def print_table(rows: Sequence[Row]) -> None:
+def print_table(rows: Sequence[Row], title: str) -> None:
     """The rows on standard output."""
-    table = Table(title="Customer messages to JSON, on unseen messages, run on the original model")
+    table = Table(title=title)
     table.add_column("")
     for column in ("exact match", "loss", "weights in training", "peak memory", "s / step"):
         table.add_column(column, justify="right")
@@ -71,7 +71,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
     panels = (
         ("exact match (%)", [100 * row.exact_match for row in rows]),
-        ("loss on unseen messages", [row.loss for row in rows]),
+        ("loss on unseen examples", [row.loss for row in rows]),
         ("weights held in training (MiB)", [row.train_weight_bytes / 2**20 for row in rows]),
         ("peak memory (MiB)", [row.peak_bytes / 2**20 for row in rows]),
         ("seconds per step", [row.seconds_per_step or 0 for row in rows]),

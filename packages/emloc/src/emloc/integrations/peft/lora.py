@@ -9,6 +9,8 @@ saved as that, so that correction compares the base with the emulator and not wi
 
 import json
 import math
+from collections.abc import Container, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,9 @@ from torch import Tensor, nn
 
 from emloc.config import TrainConfig, nearest
 from emloc.errors import ConfigError, DataError
+from emloc.family import Batch
+from emloc.integrations.peft.targets import linear_targets
 from emloc.integrations.transformers.low_rank_linear import LowRankLinear
-from emloc_llm.data import Sample, in_batches, pad
-from emloc_llm.targets import linear_targets
 
 Start = dict[str, tuple[Tensor, Tensor]]
 """A₀ and B₀ by layer."""
@@ -31,27 +33,30 @@ EVA_BATCHES = 8
 
 
 def new_lora(
-    model: Any, config: TrainConfig, samples: list[Sample], tokenizer: Any
+    model: Any,
+    config: TrainConfig,
+    batches: Iterable[Batch],
+    excluded: Container[str] = (),
 ) -> tuple[Any, Start]:
     """The model with a LoRA, and what it began with where that was taken off the weights.
+
+    Args:
+        batches: training batches; only EVA looks at them, at the first `EVA_BATCHES`.
+        excluded: modules that are not adapted, whatever targets say.
 
     Raises:
         ConfigError: a target does not exist, or options exclude one another.
     """
-    lora = _config(config, model)
+    lora = _config(config, model, excluded)
     if config.lora_init == "eva":
-        if not samples:
+        first = [
+            {name: tensor.to(config.device) for name, tensor in batch.items()}
+            for batch in islice(batches, EVA_BATCHES)
+        ]
+        if not first:
             raise DataError("lora_init=eva looks at samples first, which streaming does not keep.")
         model = get_peft_model(model, lora)
-        size = config.per_device_train_batch_size
-        batches = [
-            {name: tensor.to(config.device) for name, tensor in batch.items()}
-            for batch in (
-                pad(part, tokenizer.pad_token_id)
-                for part in in_batches(samples[: EVA_BATCHES * size], size)
-            )
-        ]
-        initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+        initialize_lora_eva_weights(model, first, show_progress_bar=False)
         return model, {}
     model = get_peft_model(model, lora)
     if config.lora_init not in ("pissa", "olora"):
@@ -65,14 +70,14 @@ def new_lora(
     }
 
 
-def _config(config: TrainConfig, model: Any) -> LoraConfig:
+def _config(config: TrainConfig, model: Any, excluded: Container[str]) -> LoraConfig:
     start: Any = {"default": True, "gaussian": "gaussian", "eva": "eva"}.get(config.lora_init, True)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType] (PEFT takes both)
         lora_dropout=config.lora_dropout,
-        target_modules=_targets(config, model),
+        target_modules=_targets(config, model, excluded),
         modules_to_save=list(config.lora_modules_to_save) or None,
         rank_pattern=dict(config.lora_rank_pattern),
         alpha_pattern=dict(config.lora_alpha_pattern),
@@ -83,7 +88,7 @@ def _config(config: TrainConfig, model: Any) -> LoraConfig:
     )
 
 
-def _targets(config: TrainConfig, model: Any) -> list[str]:
+def _targets(config: TrainConfig, model: Any, excluded: Container[str]) -> list[str]:
     """Names as the user gave them, or all linear layers; those of the blocks asked for."""
     names = [name for name, _ in model.named_modules()]
     wanted = config.lora_target_modules
@@ -91,16 +96,19 @@ def _targets(config: TrainConfig, model: Any) -> list[str]:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             hint = nearest(target, sorted({name.rpartition(".")[2] for name in names}))
             raise ConfigError(f"lora_target_modules: the model has no module {target}.{hint}")
-    chosen = linear_targets(model) if wanted == ["all-linear"] else wanted
+    chosen = linear_targets(model, excluded) if wanted == ["all-linear"] else wanted
     blocks = config.lora_layers_to_transform
-    if not blocks:
+    if not blocks and not excluded:
         return chosen
     found = [
         name
         for name in names
-        if any(name == target or name.endswith(f".{target}") for target in chosen)
-        and any(part in map(str, blocks) for part in name.split("."))
+        if name not in excluded
+        and any(name == target or name.endswith(f".{target}") for target in chosen)
+        and (not blocks or any(part in map(str, blocks) for part in name.split(".")))
     ]
+    if not found and not blocks:
+        raise ConfigError(f"lora_target_modules: all of {', '.join(chosen)} lie in frozen parts.")
     if not found:
         raise ConfigError(f"lora_layers_to_transform: no target lies in the blocks {blocks}.")
     return found

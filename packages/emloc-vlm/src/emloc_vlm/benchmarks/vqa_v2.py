@@ -1,0 +1,88 @@
+"""VQA v2 (Goyal et al. 2017), and data sets in its form: one JSON of questions, one of annotations.
+
+The files are named `v2_OpenEnded_mscoco_val2014_questions.json` and `v2_mscoco_val2014_annotations.json`;
+either one is enough to find the other. The images are COCO's, in a folder named for the subset.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from emloc.errors import DataError
+from emloc_vlm.benchmarks.files import Record, open_document
+
+_QUESTION = {"question_id", "image_id", "question"}
+_ANNOTATION = {"question_id", "answers"}
+
+
+def recognises(document: Any) -> bool:
+    """Whether this is VQA's JSON of questions or of annotations."""
+    return _entries(document, "questions", _QUESTION) or _entries(
+        document, "annotations", _ANNOTATION
+    )
+
+
+def rows(path: Path, document: Any, image_folder: Path | None) -> Iterator[dict[str, Any]]:
+    """The rows, with the answers of all people asked, and `kind` as the type of answer.
+
+    Raises:
+        DataError: the other file is missing or no such file, or a question has no answers.
+    """
+    if _entries(document, "questions", _QUESTION):
+        questions_path, questions = path, document
+        _, annotations = _other(path, "annotations", _ANNOTATION)
+    else:
+        questions_path, questions = _other(path, "questions", _QUESTION)
+        annotations = document
+    answered: dict[Any, Any] = {
+        entry.get("question_id"): entry for entry in annotations["annotations"]
+    }
+    subset = questions.get("data_subtype") or annotations.get("data_subtype")
+    if not isinstance(subset, str):
+        raise DataError(
+            f"{questions_path} has no data_subtype, which names the images' folder; add it."
+        )
+    for number, cells in enumerate(questions["questions"], start=1):
+        record = Record(questions_path, number, "row", cells, image_folder)
+        annotation = answered.get(cells.get("question_id"), {})
+        answers = [str(entry["answer"]) for entry in annotation.get("answers", [])]
+        if not answers:
+            raise record.wrong("the question has no answers in the annotations")
+        image = _image(record, subset)
+        row = record.row(image, record.text("question"), answers, "vqa_accuracy")
+        if "answer_type" in annotation:
+            row["kind"] = str(annotation["answer_type"])
+        yield row
+
+
+def _entries(document: Any, name: str, keys: set[str]) -> bool:
+    """Whether a document has a list of objects with these keys."""
+    entries = document.get(name) if isinstance(document, dict) else None
+    if not isinstance(entries, list) or not entries:
+        return False
+    first = cast("list[Any]", entries)[0]
+    return isinstance(first, dict) and keys <= set(cast("dict[str, Any]", first))
+
+
+def _other(path: Path, name: str, keys: set[str]) -> tuple[Path, Any]:
+    """The file of annotations to one of questions, or the other way round."""
+    if name == "annotations":
+        names = [path.name.replace("OpenEnded_", "").replace("questions", name)]
+    else:
+        same = path.name.replace("annotations", name)
+        names = [same.replace("mscoco", "OpenEnded_mscoco"), same]
+    for other in map(path.with_name, names):
+        if other.is_file() and other != path:
+            document = open_document(other)
+            if not _entries(document, name, keys):
+                raise DataError(f"{other} holds no VQA {name}; download it again.")
+            return other, document
+    raise DataError(f"{path} needs the {name} beside it; put {names[0]} into {path.parent}.")
+
+
+def _image(record: Record, subset: str) -> str:
+    image_id = record.text("image_id")
+    if not image_id.isdecimal():
+        raise record.wrong(f"image_id is {image_id!r}, no number")
+    name = f"COCO_{subset}_{int(image_id):012d}.jpg"
+    return record.image(name, subset, f"images/{subset}", "images", "")

@@ -1,0 +1,96 @@
+"""Calibration samples of images and text, drawn by seed, as micro-batches."""
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emloc.errors import DataError
+from emloc.family import Batch
+from emloc.integrations.transformers.tables import dataset_names, shares
+from emloc_vlm.encode import collate
+from emloc_vlm.processor import load_processor
+from emloc_vlm.rows import CalibrationVisualOptions, Example, load_examples, readable
+
+PATCH_MASK = "emloc_patch_mask"
+"""Which patches are real; not for the model."""
+
+
+def calibration_batches(path: Path, options: CalibrationVisualOptions) -> Sequence[Batch]:
+    """Samples of every data set according to its share.
+
+    As many as `num_calibration_samples`, or until there are `num_calibration_tokens`; images of one
+    size beside one another, so that a micro-batch pads little.
+    """
+    processor = load_processor(path, options.max_dynamic_patch)
+    patch_size = _patch_size(path)
+    examples = draw_examples(options, processor)
+    size = options.calibration_batch_size
+    return [
+        _with_patch_mask(collate(examples[start : start + size], processor, options), patch_size)
+        for start in range(0, len(examples), size)
+    ]
+
+
+def draw_examples(options: CalibrationVisualOptions, processor: Any) -> list[Example]:
+    """The samples, by seed."""
+    names = dataset_names(options) or [""]
+    tables = [load_examples(options, name) for name in names]
+    drawn: list[Example] = []
+    for table, share in zip(tables, shares(options, [len(table) for table in tables])):
+        order = random.Random(options.seed).sample(range(len(table)), len(table))
+        shuffled = [table[index] for index in order]
+        part: list[Example] = []
+        tokens = 0
+        for example in shuffled:  # where an image may be skipped, the next sample takes its place
+            if _enough(options, share, len(part), tokens):
+                break
+            found = readable([example], options)
+            part += found
+            if found and options.num_calibration_tokens is not None:
+                tokens += collate(found, processor, options)["input_ids"].shape[1]
+        if not part:
+            raise DataError(f"No image of {shuffled[0].where} and on can be read.")
+        drawn += part
+    return drawn
+
+
+def _enough(options: CalibrationVisualOptions, share: float, samples: int, tokens: int) -> bool:
+    if options.num_calibration_tokens is not None:
+        return tokens >= options.num_calibration_tokens * share
+    return samples >= max(1, round(options.num_calibration_samples * share))
+
+
+def _patch_size(path: Path) -> int | None:
+    config = json.loads((path / "config.json").read_text("utf-8"))
+    size = config.get("vision_config", {}).get("patch_size")
+    return size if isinstance(size, int) else None
+
+
+def _with_patch_mask(batch: Mapping[str, Tensor], patch_size: int | None) -> Batch:
+    """Processors that pad images (Idefics3, SmolVLM) say which pixels are real; so are their patches.
+
+    A patch is real if any of its pixels is; images that are padding altogether never reach the vision
+    tower.
+    """
+    pixels = batch.get("pixel_attention_mask")
+    if pixels is None or patch_size is None or bool(pixels.all()):
+        return batch
+    images = pixels.reshape(-1, *pixels.shape[-2:])
+    images = images[images.flatten(1).any(dim=1)]
+    patches = images.unfold(1, patch_size, patch_size).unfold(2, patch_size, patch_size)
+    return {**batch, PATCH_MASK: patches.sum(dim=(-1, -2)) > 0}
+
+
+def without_patch_mask(batch: Batch) -> Batch:
+    """What the model's forward takes."""
+    return {name: tensor for name, tensor in batch.items() if name != PATCH_MASK}
+
+
+def patch_mask(batch: Batch) -> torch.Tensor | None:
+    """Images × rows × columns of patches; None where all are real."""
+    return batch.get(PATCH_MASK)

@@ -1,0 +1,145 @@
+"""Loss on answers, and scores of greedy answers to questions about images."""
+
+from typing import Any, cast
+
+import torch
+
+from emloc.checkpoint import Checkpoint, locate
+from emloc.config import EvaluateConfig
+from emloc.errors import ConfigError, DataError
+from emloc.family import ModelFamily
+from emloc.integrations.peft.attach import attach
+from emloc.integrations.transformers.loss import next_token_loss
+from emloc.memory import PeakMemory
+from emloc.progress import progress_bar
+from emloc_vlm.encode import collate
+from emloc_vlm.loading import load_vlm
+from emloc_vlm.processor import load_processor
+from emloc_vlm.rows import Example, VisualOptions, load_examples, readable
+from emloc_vlm.scoring import METRICS
+from emloc_vlm_options import ImageOptions, MetricOptions
+
+
+class VisualEvaluateConfig(EvaluateConfig, ImageOptions, MetricOptions):
+    """The options of evaluating, for annotations."""
+
+
+def evaluate_model(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any]:
+    """Scores of a model with or without an adapter.
+
+    Returns:
+        `loss` (per answer token), the metric's scores (`exact_match` always among them), `samples`,
+        `answers` with question, references and prediction of each, and `peak_bytes`.
+    """
+    with PeakMemory(config.device, mapped=True) as peak:
+        scores = _evaluate(cast(VisualEvaluateConfig, config), family)
+    return {**scores, **peak.figures()}
+
+
+def _evaluate(config: VisualEvaluateConfig, family: ModelFamily) -> dict[str, Any]:
+    if config.tasks:
+        raise ConfigError("evaluate: tasks are lm-eval's, for language models; pass a dataset.")
+    path = locate(config.model_name_or_path)
+    processor = load_processor(path, config.max_dynamic_patch)
+    examples = load_examples(cast(VisualOptions, config), str(config.dataset))
+    examples = readable(examples[: config.num_samples], config)
+    if not examples:
+        raise DataError(f"Data set {config.dataset}: no sample has an image that can be read.")
+    model = load_vlm(path, config.dtype, config.device).eval()
+    if config.adapter:
+        model = attach(model, config.adapter, family.native(Checkpoint.open(path)), family)
+    with torch.inference_mode():
+        loss = _loss(model, examples, processor, config)
+        answers = _answers(model, examples, processor, config)
+    metric = METRICS[_metric(examples, config)]
+    for answer in answers:
+        answer["scores"] = metric.score(answer)
+    found = metric.aggregate([answer["scores"] for answer in answers]) if answers else {}
+    return {
+        "loss": loss,
+        "exact_match": None,
+        **found,
+        "metric": _metric(examples, config),
+        "samples": len(examples),
+        "answers": answers,
+    }
+
+
+def _metric(examples: list[Example], config: VisualEvaluateConfig) -> str:
+    if config.metric != "auto":
+        return config.metric
+    return examples[0].metric or "exact_match"
+
+
+def _loss(
+    model: Any, examples: list[Example], processor: Any, config: VisualEvaluateConfig
+) -> float:
+    total, count = 0.0, 0
+    size = config.per_device_eval_batch_size
+    with progress_bar("loss", len(examples)) as advance:
+        for start in range(0, len(examples), size):
+            part = examples[start : start + size]
+            batch = collate(part, processor, config)
+            result = next_token_loss(model, _to(model, batch, config.device))
+            total, count = total + result.total, count + result.terms
+            advance(len(part))
+    return total / max(1, count)
+
+
+def _answers(
+    model: Any, examples: list[Example], processor: Any, config: VisualEvaluateConfig
+) -> list[dict[str, Any]]:
+    answers: list[dict[str, Any]] = []
+    if config.max_new_tokens == 0:
+        return answers
+    size = config.per_device_eval_batch_size
+    tokenizer = processor.tokenizer
+    with progress_bar("answers", len(examples)) as advance:
+        for start in range(0, len(examples), size):
+            part = examples[start : start + size]
+            batch = _to(model, collate(part, processor, config, answers=False), config.device)
+            batch.pop("labels")
+            generated = model.generate(
+                **batch,
+                max_new_tokens=config.max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            texts = tokenizer.batch_decode(
+                generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+            )
+            for example, prediction in zip(part, texts):
+                answers.append(_answered(example, prediction.strip()))
+            advance(len(part))
+    return answers
+
+
+def _answered(example: Example, prediction: str) -> dict[str, Any]:
+    question = [
+        part["text"]
+        for turn in example.messages
+        if turn["role"] == "user"
+        for part in turn["content"]
+        if part["type"] == "text"
+    ]
+    references = list(example.references)
+    return {
+        "where": example.where,
+        "question": question[-1] if question else "",
+        "reference": references[0] if len(references) == 1 else references,
+        "prediction": prediction,
+        "options": dict(example.options),
+        "kind": example.kind,
+    }
+
+
+def _to(model: Any, batch: dict[str, Any], device: str) -> dict[str, Any]:
+    """On the device; images in the model's dtype."""
+    moved = {name: tensor.to(device) for name, tensor in batch.items()}
+    return {
+        name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in moved.items()
+    }

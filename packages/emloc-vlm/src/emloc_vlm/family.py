@@ -1,0 +1,121 @@
+"""Vision-language models: any `AutoModelForImageTextToText` whose towers hold `nn.Linear`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
+
+from emloc.checkpoint import Checkpoint
+from emloc.config import CalibrationOptions, DemoConfig, EvaluateConfig, TrainConfig
+from emloc.family import Batch, EmulatorLayers, LossSum, StoredParameter
+from emloc.integrations.transformers.conversion import stored_parameter
+from emloc.integrations.transformers.loss import next_token_loss
+from emloc.integrations.transformers.quantizer import emulator_config
+from emloc.integrations.transformers.skeleton import (
+    empty_model,
+    linears_within,
+    repeated_blocks,
+    shared_input_groups,
+)
+from emloc_vlm.calibration import calibration_batches, patch_mask, without_patch_mask
+from emloc_vlm.internvl_chat import is_internvl_chat, native_view
+from emloc_vlm.parts import part_of
+from emloc_vlm.rows import CalibrationVisualOptions
+
+
+class VLMFamily:
+    """`ModelFamily` for vision-language models."""
+
+    name = "vlm"
+    adapter_formats: tuple[str, ...] = ("peft",)
+
+    def native(self, checkpoint: Checkpoint) -> Checkpoint:
+        """OpenGVLab's InternVL checkpoints as transformers' own class would have stored them."""
+        return native_view(checkpoint) if is_internvl_chat(checkpoint.config) else checkpoint
+
+    def skeleton(self, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+        """See `ModelFamily`."""
+        return empty_model(checkpoint, AutoModelForImageTextToText, dtype)
+
+    def stored(
+        self, model: nn.Module, parameter: str, checkpoint: Checkpoint
+    ) -> StoredParameter | None:
+        """See `ModelFamily`."""
+        return stored_parameter(model, parameter, checkpoint)
+
+    def blocks(self, model: nn.Module) -> Sequence[str]:
+        """Of both towers, the vision tower's first."""
+        return repeated_blocks(model)
+
+    def layer_groups(self, model: nn.Module) -> Sequence[Sequence[str]]:
+        """See `ModelFamily`; the towers are traced one by one."""
+        vision = cast(Any, model).config.vision_config
+
+        def read(fake: Any) -> None:
+            ids = torch.zeros(1, 4, dtype=torch.int64)
+            fake(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+
+        def look(fake: Any) -> None:
+            size = getattr(vision, "image_size", 224)
+            height, width = (size, size) if isinstance(size, int) else size
+            channels = getattr(vision, "num_channels", 3)
+            pixels = torch.zeros(1, channels, height, width, dtype=torch.bfloat16)
+            vision_tower(fake)(pixels)
+
+        return shared_input_groups(model, linears_within(model, self.blocks(model)), read, look)
+
+    def calibration_batches(
+        self, checkpoint: Checkpoint, options: CalibrationOptions
+    ) -> Sequence[Batch]:
+        """See `ModelFamily`; `emloc_vlm.calibration`."""
+        return calibration_batches(checkpoint.path, cast(CalibrationVisualOptions, options))
+
+    def token_mask(self, batch: Batch, layer: str | None = None) -> Tensor | None:
+        """Text layers skip padded tokens, vision layers the patches of padded image borders."""
+        if layer is not None and part_of(layer) == "vision":
+            return patch_mask(batch)
+        mask = batch["attention_mask"].bool()
+        return None if layer is not None and bool(mask.all()) else mask
+
+    def forward_loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        """See `ModelFamily`; `next_token_loss`."""
+        return next_token_loss(model, without_patch_mask(batch))
+
+    def emulator_config(self, checkpoint: Checkpoint, layers: EmulatorLayers) -> dict[str, Any]:
+        """See `ModelFamily`."""
+        return emulator_config(checkpoint, layers)
+
+    def train(self, config: TrainConfig, work: Path) -> dict[str, Any]:
+        """See `ModelFamily`; `emloc_vlm.training`."""
+        from emloc_vlm.training import train_lora
+
+        return train_lora(config, work)
+
+    def evaluate(self, config: EvaluateConfig) -> dict[str, Any]:
+        """See `ModelFamily`; `emloc_vlm.evaluation`."""
+        from emloc_vlm.evaluation import evaluate_model
+
+        return evaluate_model(config, self)
+
+    def demo(self, config: DemoConfig) -> Path:
+        """See `ModelFamily`; `emloc_vlm.demo`."""
+        from emloc_vlm.demo.demo import run_demo
+
+        return run_demo(config)
+
+    def write_example(self, folder: Path, seed: int) -> Mapping[str, Any]:
+        """See `ModelFamily`; `emloc_vlm.example`."""
+        from emloc_vlm.example import write_example
+
+        return write_example(folder, seed)
+
+
+def vision_tower(model: Any) -> Any:
+    """The module that reads pixels, by the name that the architecture gives it."""
+    for name, module in model.named_modules():
+        if name and part_of(name) == "vision":
+            return module
+    raise AttributeError("the model has no vision tower")

@@ -1,0 +1,93 @@
+"""The processor of a model's folder: tokenizer, chat template, and how images become tensors.
+
+transformers' processors of models that also read videos want a video processor, which needs
+torchvision. Images do not: where torchvision cannot be imported, the same processor is built without
+videos, on the image processors that need only Pillow.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import transformers
+from transformers import AutoProcessor, ProcessorMixin
+from transformers.utils.import_utils import is_torchvision_available
+
+from emloc.errors import CheckpointError, EmlocError
+from emloc_vlm.internvl_chat import has_original_processor, native_processor
+
+
+def load_processor(path: Path, max_dynamic_patch: int | None = None) -> Any:
+    """The processor of a model's folder, with a padding token.
+
+    Args:
+        max_dynamic_patch: tiles per image at most, where the processor cuts images into tiles.
+
+    Raises:
+        CheckpointError: there is none that transformers can build.
+    """
+    try:
+        processor = _load(path)
+    except EmlocError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as problem:
+        raise CheckpointError(
+            f"{path} has no processor that transformers can build "
+            f"({str(problem).strip().splitlines()[0] if str(problem) else type(problem).__name__}); "
+            f"copy preprocessor_config.json, the tokenizer's files and the chat template there."
+        ) from problem
+    tokenizer = processor.tokenizer
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if max_dynamic_patch is not None:
+        if not hasattr(processor.image_processor, "max_patches"):
+            raise CheckpointError(
+                f"max_dynamic_patch: the processor of {path} does not cut images into tiles; leave it "
+                f"out."
+            )
+        processor.image_processor.max_patches = max_dynamic_patch
+    return processor
+
+
+def _load(path: Path) -> Any:
+    config: dict[str, Any] = {}
+    if (path / "config.json").is_file():
+        config = json.loads((path / "config.json").read_text("utf-8"))
+    if has_original_processor(config):
+        return native_processor(path)
+    if is_torchvision_available():
+        return AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    return _image_only(_class_of(path, config)).from_pretrained(path, trust_remote_code=False)
+
+
+def _class_of(path: Path, config: dict[str, Any]) -> type[ProcessorMixin]:
+    """The class that the folder's files name, or the one that goes with the model."""
+    for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        if (path / file).is_file():
+            name = json.loads((path / file).read_text("utf-8")).get("processor_class")
+            if name and hasattr(transformers, name):
+                return cast("type[ProcessorMixin]", getattr(transformers, name))
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    name = PROCESSOR_MAPPING_NAMES.get(str(config.get("model_type")))
+    if name is None:
+        raise ValueError("its files name no processor")
+    return cast("type[ProcessorMixin]", getattr(transformers, str(name)))
+
+
+@cache
+def _image_only(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """The same class without videos; it saves itself under the original's name."""
+
+    def get_attributes(cls: Any) -> list[str]:
+        names = super(made, cls).get_attributes()  # pyright: ignore[reportAttributeAccessIssue]
+        return [name for name in names if name != "video_processor"]
+
+    made: Any = type(kind.__name__, (kind,), {"get_attributes": classmethod(get_attributes)})
+    return made
+
+
+def image_only(kind: Any, **parts: Any) -> Any:
+    """A processor of a class that also reads videos, from its parts, without a video processor."""
+    return cast(Any, _image_only(kind))(**parts)

@@ -1,0 +1,41 @@
+"""The plugin's entry point: says what it offers and imports nothing heavy.
+
+It is a module beside `emloc_vlm` and not inside, because importing `emloc_vlm` registers the emulator
+format with transformers, which takes seconds, and `emloc --help` must not.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import emloc
+from emloc.config import DataOptions, EvaluateConfig, TrainConfig
+from emloc.family import FamilyEntry
+from emloc_vlm_options import FreezeOptions, ImageOptions, MetricOptions
+
+
+def is_vlm(config: Mapping[str, Any]) -> bool:
+    """Whether a parsed `config.json` names a model that reads images and writes text."""
+    if config.get("model_type") == "internvl_chat":
+        return True
+    writes = any(
+        str(name).endswith("ForConditionalGeneration") for name in config.get("architectures") or []
+    )
+    return writes and isinstance(config.get("vision_config"), Mapping)
+
+
+@emloc.hookimpl
+def emloc_register_families() -> Sequence[FamilyEntry]:
+    """Vision-language models."""
+    return [
+        FamilyEntry(
+            name="vlm",
+            summary="vision-language models of transformers (AutoModelForImageTextToText), InternVL",
+            target="emloc_vlm.family:VLMFamily",
+            recognises=is_vlm,
+            options={
+                DataOptions: ImageOptions,
+                TrainConfig: FreezeOptions,
+                EvaluateConfig: MetricOptions,
+            },
+        )
+    ]

@@ -1,0 +1,44 @@
+"""Options of the stages that only vision-language models have; imports nothing heavy."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from emloc.config import StageConfig
+
+
+class ImageOptions(StageConfig):
+    """How images are found and cut up."""
+
+    image_folder: Path | None = Field(
+        None, description="where image paths begin; by default the data set's folder"
+    )
+    on_bad_image: Literal["stop", "skip"] = Field(
+        "stop", description="an image that is missing or cannot be read: stop, or skip and count"
+    )
+    max_dynamic_patch: int | None = Field(
+        None, ge=1, description="tiles per image at most; by default the processor's"
+    )
+
+
+class FreezeOptions(StageConfig):
+    """Which parts the LoRA leaves alone."""
+
+    freeze_vision_tower: bool = Field(True, description="no LoRA on the vision tower")
+    freeze_multi_modal_projector: bool = Field(True, description="no LoRA on the projector")
+    freeze_language_model: bool = Field(False, description="no LoRA on the language model")
+
+
+class MetricOptions(StageConfig):
+    """How answers about images are scored."""
+
+    metric: Literal[
+        "auto",
+        "exact_match",
+        "vqa_accuracy",
+        "multiple_choice",
+        "websrc",
+        "worldcuisines",
+        "vqa_rad",
+    ] = Field("auto", description="auto: that of the data set's format, else exact_match")

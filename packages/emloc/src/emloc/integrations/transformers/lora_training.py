@@ -1,0 +1,154 @@
+"""Train a LoRA with transformers' Trainer (or TRL's): arguments, resuming, saving, figures.
+
+What differs between modalities, the model, the data and the trainer's class, is given.
+"""
+
+import importlib.util
+import shutil
+from collections.abc import Callable, Container, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.optimizers import create_loraplus_optimizer
+from transformers import ProgressCallback
+from transformers.trainer_callback import PrinterCallback
+
+from emloc.config import TrainConfig
+from emloc.errors import CheckpointError, ConfigError, DependencyError
+from emloc.family import Batch
+from emloc.integrations.peft.lora import new_lora, save_as_plain_lora
+from emloc.integrations.peft.low_rank_lora import fuse_lora
+from emloc.integrations.transformers.training import (
+    PLOT_NAME,
+    Progression,
+    last_complete_checkpoint,
+    plot_loss,
+)
+from emloc.progress import console
+
+
+def train_lora(
+    config: TrainConfig,
+    work: Path,
+    model: Any,
+    make_trainer: Callable[..., Any],
+    batches: Iterable[Batch],
+    excluded: Container[str] = (),
+) -> dict[str, Any]:
+    """Train a LoRA on `model` into `work`; returns figures for the manifest.
+
+    Args:
+        make_trainer: builds the trainer of the model with its LoRA, given `model=`, `callbacks=` and
+            `optimizers=`.
+        batches: training batches, for beginnings of the LoRA that look at data.
+        excluded: modules that are not adapted, whatever targets say.
+
+    Raises:
+        DataError, ConfigError, NumericalError: see their messages.
+    """
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    model, start = new_lora(model, config, batches, excluded)
+    fuse_lora(model)
+    if config.gradient_checkpointing:
+        model.enable_input_require_grads()
+    trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    progression = Progression(work)
+    trainer = make_trainer(
+        model=model, callbacks=[progression], optimizers=(_optimizer(model, config), None)
+    )
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    try:
+        trainer.train(resume_from_checkpoint=_checkpoint(config, work))
+    finally:
+        progression.close()
+    model.save_pretrained(str(work), save_embedding_layers=False)
+    if start:
+        save_as_plain_lora(work, start)
+    plot_loss(trainer.state.log_history, work / PLOT_NAME)
+    return {
+        "summary": {
+            "train_weight_bytes": weight_bytes + trainable,
+            "trainable_bytes": trainable,
+            "steps": trainer.state.global_step,
+        },
+        "seconds_per_step": progression.seconds_per_step,
+    }
+
+
+def training_arguments(kind: Any, config: TrainConfig, work: Path, **more: Any) -> Any:
+    """The options as `kind`, transformers' `TrainingArguments` or a subclass; `more` are its own.
+
+    Raises:
+        ConfigError: a value that transformers refuses.
+        DependencyError: a tracker that is not installed.
+    """
+    on_gpu = config.device.startswith("cuda")
+    for backend in config.report_to:
+        _require(backend)
+    try:
+        return kind(
+            output_dir=str(work),
+            per_device_train_batch_size=config.per_device_train_batch_size,
+            per_device_eval_batch_size=config.per_device_train_batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type=config.lr_scheduler_type,
+            warmup_steps=config.warmup_ratio,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            max_steps=config.max_steps,
+            num_train_epochs=config.num_train_epochs,
+            gradient_checkpointing=config.gradient_checkpointing,
+            logging_steps=config.logging_steps,
+            logging_nan_inf_filter=False,  # it would hide a loss that is not a number
+            save_steps=config.save_steps,
+            save_total_limit=config.save_total_limit,
+            eval_strategy="steps" if config.eval_dataset else "no",
+            eval_steps=config.eval_steps or config.logging_steps,
+            report_to=config.report_to or "none",
+            seed=config.seed,
+            data_seed=config.seed,
+            bf16=on_gpu and torch.cuda.is_bf16_supported(),
+            use_cpu=not on_gpu,
+            dataloader_pin_memory=on_gpu,
+            disable_tqdm=True,
+            **more,
+        )
+    except (ValueError, TypeError) as problem:
+        raise ConfigError(f"train: {str(problem).strip().splitlines()[0]}") from problem
+
+
+def _optimizer(model: Any, config: TrainConfig) -> Any:
+    """LoRA+ (Hayou et al. 2024) where asked for, or None for the trainer's own."""
+    if config.loraplus_lr_ratio is None:
+        return None
+    return create_loraplus_optimizer(
+        model,
+        torch.optim.AdamW,
+        lr=config.learning_rate,
+        loraplus_lr_ratio=config.loraplus_lr_ratio,
+        weight_decay=config.weight_decay,
+    )
+
+
+def _require(backend: str) -> None:
+    if backend == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise DependencyError("report_to=tensorboard needs tensorboard; pip install tensorboard.")
+
+
+def _checkpoint(config: TrainConfig, work: Path) -> str | None:
+    wanted = config.resume_from_checkpoint
+    if wanted == "never":
+        for stale in work.glob("checkpoint-*"):
+            shutil.rmtree(stale)
+        return None
+    if wanted == "auto":
+        found = last_complete_checkpoint(work)
+        if found:
+            console.print(f"train: going on from {Path(found).name}")
+        return found
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise CheckpointError(f"{wanted} is not a complete training checkpoint; pass checkpoint-N.")
+    return wanted
