@@ -96,11 +96,15 @@ def test_ctrl_c_is_one_sentence(llm, tmp_path):
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "a.partial/trainer_log.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 120
+        log = tmp_path / "a.partial/trainer_log.jsonl"
+        while not log.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert errors.strip().endswith("the same command continues where it can.")
     assert "Traceback" not in errors

@@ -14,6 +14,7 @@ from emloc.checkpoint import Checkpoint
 from emloc.config import CorrectConfig
 from emloc.limits import CandidateLora, losses
 from emloc.manifest import Manifest
+from emloc.plugin_options import with_plugin_options
 from emloc.plugins import load_plugins
 from emloc.stream import UnitStream
 
@@ -24,6 +25,7 @@ def measure_llm(root: Path) -> dict:
     """Ranks, errors and losses of the stages without training, whose kernels may differ."""
     from emloc_llm.example import write_model, write_rows
 
+    root.mkdir(parents=True, exist_ok=True)
     base = write_model(root / "base", dtype=torch.float64, seed=7)
     data = {"dataset": str(write_rows(root / "train.jsonl", 16, seed=7)), "max_length": 96}
     folder = emloc.compress(
@@ -47,8 +49,40 @@ def measure_llm(root: Path) -> dict:
     }
 
 
-def test_llm_numbers_have_not_drifted(tmp_path):
-    found, golden = measure_llm(tmp_path), json.loads(GOLDEN.read_text())["llm"]
+def measure_vlm(root: Path) -> dict:
+    """The same for an InternVL: both towers."""
+    from emloc_vlm.example import write_model, write_rows
+
+    root.mkdir(parents=True, exist_ok=True)
+    base = write_model(root / "base", dtype=torch.float64, seed=7)
+    data = {"dataset": str(write_rows(root / "train.jsonl", 16, seed=7)), "max_length": 96}
+    folder = emloc.compress(
+        model_name_or_path=str(base), output_dir=root / "e", keep_ratio=0.45, **data
+    )
+    layers = Manifest.read(folder).layers
+    family = load_plugins().families["vlm"].load()
+    stream = UnitStream(family, Checkpoint.open(base))
+    config = with_plugin_options(CorrectConfig)(adapter="a", emulator="e", output_dir="o", **data)
+    batches = family.calibration_batches(Checkpoint.open(base), config)
+    draw = torch.Generator().manual_seed(7)
+    down = torch.randn(3, 40, generator=draw, dtype=torch.float64)
+    up = torch.randn(72, 3, generator=draw, dtype=torch.float64)
+    lora = CandidateLora(down, [up * 0, up], 0.01, None)
+    name = "model.vision_tower.encoder.layer.1.mlp.fc1"
+    return {
+        "ranks": {name: entry["rank"] for name, entry in layers.items()},
+        "relative_errors": {name: entry["relative_error"] for name, entry in layers.items()},
+        "losses": losses(stream, batches, [name], lambda _: lora, 2),
+        "tokens": next(entry["tokens"] for entry in layers.values()),
+    }
+
+
+MEASURES = {"llm": measure_llm, "vlm": measure_vlm}
+
+
+@pytest.mark.parametrize("family", MEASURES)
+def test_numbers_have_not_drifted(tmp_path, family):
+    found, golden = MEASURES[family](tmp_path), json.loads(GOLDEN.read_text())[family]
     assert found["ranks"] == golden["ranks"]
     assert found["tokens"] == golden["tokens"]
     assert found["relative_errors"] == pytest.approx(golden["relative_errors"], rel=1e-9)
@@ -59,5 +93,5 @@ if __name__ == "__main__":
     import tempfile
 
     with tempfile.TemporaryDirectory() as temporary:
-        numbers = {"llm": measure_llm(Path(temporary))}
+        numbers = {n: measure(Path(temporary) / n) for n, measure in MEASURES.items()}
     GOLDEN.write_text(json.dumps(numbers, indent=2) + "\n")

@@ -18,7 +18,10 @@ else:  # pytest brings it
 PACKAGES = Path(__file__).parent.parent / "packages"
 MODALITIES = {"transformers", "peft", "trl", "diffusers", "timm", "datasets", "accelerate",
               "torchvision", "gguf", "bitsandbytes", "PIL"}  # fmt: skip
-ALLOWED = {"emloc-llm": {"transformers", "peft", "trl", "datasets", "accelerate", "gguf"}}
+ALLOWED = {
+    "emloc-llm": {"transformers", "peft", "trl", "datasets", "accelerate", "gguf"},
+    "emloc-vlm": {"transformers", "peft", "datasets", "accelerate", "PIL"},
+}
 
 
 def imports(path):
@@ -69,7 +72,8 @@ def test_requirements_pull_no_other_modality():
         }
 
     assert not names("emloc") & MODALITIES
-    assert not names("emloc-llm") & {"diffusers", "timm", "torchvision", "bitsandbytes"}
+    assert not names("emloc-llm") & {"diffusers", "timm", "torchvision", "bitsandbytes", "pillow"}
+    assert not names("emloc-vlm") & {"diffusers", "timm", "torchvision", "bitsandbytes", "trl"}
 
 
 def test_wheels_hold_what_they_promise(tmp_path):
@@ -85,6 +89,15 @@ def test_wheels_hold_what_they_promise(tmp_path):
             },
         ),
         ("emloc-llm", {"emloc_llm/family.py", "emloc_llm/demo/orders.py", "emloc_llm_hooks.py"}),
+        (
+            "emloc-vlm",
+            {
+                "emloc_vlm/family.py",
+                "emloc_vlm/demo/base.py",
+                "emloc_vlm_hooks.py",
+                "emloc_vlm_options.py",
+            },
+        ),
     ):
         subprocess.run(
             [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir",

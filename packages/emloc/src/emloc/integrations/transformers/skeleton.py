@@ -13,7 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
@@ -42,7 +42,23 @@ def empty_model(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype) -> 
             f"transformers cannot build {checkpoint.name} from its config.json: "
             f"{str(problem).strip().splitlines()[0]}"
         ) from problem
+    _report_real_device(model)
     return model.eval()
+
+
+def _report_real_device(model: nn.Module) -> None:
+    """Let `model.device` be where it computes: some models move their inputs there, and not to meta."""
+
+    def device(_: nn.Module) -> torch.device:
+        real = (buffer.device for buffer in model.buffers() if buffer.device.type != "meta")
+        return next(real, torch.device("cpu"))
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            kind = type(module)
+            module.__class__ = type(
+                kind.__name__, (kind,), {"device": property(device), "__module__": kind.__module__}
+            )
 
 
 def _config(checkpoint: Checkpoint) -> Any:
