@@ -213,7 +213,12 @@ def test_opengvlab_layout_through_all_stages(tiny, tmp_path, language):
     original = tmp_path / "original"
     llm = {**config["text_config"], "model_type": language, "bias": False, "rope_theta": 5000.0}
     about = chat_config(language)
-    about |= {"llm_config": llm, "force_image_size": 16, "max_dynamic_patch": 3}
+    about |= {
+        "llm_config": llm,
+        "force_image_size": 16,
+        "max_dynamic_patch": 3,
+        "torch_dtype": "float32",
+    }
     about["vision_config"] |= {
         "hidden_size": 40, "intermediate_size": 72, "num_attention_heads": 5,
         "num_hidden_layers": 2, "image_size": 16, "patch_size": 4,
