@@ -20,8 +20,9 @@ $(INSTALLED): constraints.txt requirements-dev.txt $(wildcard packages/*/pyproje
 demo: $(INSTALLED)
 	$(BIN)/emloc demo --output_dir demo-output $(ARGS)
 
+# Most tests are many small steps: two processes of one thread each take half the time of one of two.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

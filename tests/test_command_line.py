@@ -95,6 +95,8 @@ def test_ctrl_c_is_one_sentence(llm, tmp_path):
         [sys.executable, "-m", "emloc", *map(str, arguments)],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        # A shell ignores the signal for what it runs in the background, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
