@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -150,7 +151,7 @@ def write_internlm2(tmp_path, add_dummy_prefix=False):
     """The files of an original checkpoint with InternLM2's tokenizer, a sentencepiece model."""
     sentencepiece = pytest.importorskip("sentencepiece")
     pytest.importorskip("google.protobuf")
-    text = [line for line in (__doc__ + open(__file__).read()).splitlines() if line]  # noqa: SIM115
+    text = [line for line in (__doc__ + Path(__file__).read_text()).splitlines() if line]
     model = io.BytesIO()
     unused = [f"[UNUSED_TOKEN_{n}]" for n in range(len(CHAT_TOKENS))]
     sentencepiece.SentencePieceTrainer.train(

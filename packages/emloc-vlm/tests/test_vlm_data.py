@@ -160,6 +160,12 @@ def test_malformed_rows_name_file_and_line(folder, row, message):
         only(write(folder / "t.jsonl", [row]))
 
 
+def test_a_column_map_to_nothing_we_know_is_refused(folder):
+    path = write(folder / "t.jsonl", [{"image": "pictures/a.png", "question": "?", "answer": "x"}])
+    with pytest.raises(ConfigError, match="maps question to query, none of"):
+        only(path, column_map={"question": "query"})
+
+
 def test_mixed_by_weights(folder):
     for name, count in (("x", 6), ("y", 2)):
         write(folder / f"{name}.jsonl",

@@ -5,7 +5,6 @@ concatenated and ended by the end-of-sequence token, as TRL does. Labels are -10
 loss: on prompts, unless asked otherwise.
 """
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 from emloc.config import CalibrationOptions, DataOptions
 from emloc.errors import DataError
 from emloc.integrations.transformers.loss import IGNORED
-from emloc.integrations.transformers.tables import dataset_names, shares
+from emloc.integrations.transformers.tables import dataset_names, mix, shares
 from emloc.progress import console
 from emloc_llm.chat import Piece, chat_pieces
 from emloc_llm.rows import alpaca_question, as_chat, load_rows
@@ -122,17 +121,9 @@ def load_samples(options: DataOptions, tokenizer: Any, seed: int) -> list[Sample
         say_truncated(part, options, f"samples of {name}")
     if len(parts) == 1:
         return parts[0]
-    sizes = [len(part) for part in parts]
-    wanted = shares(options, sizes)
-    # Every sample is used at least once: the set that is largest for its share sets the total.
-    total = max(size / share for size, share in zip(sizes, wanted) if share > 0)
-    draw = random.Random(seed)
-    mixed: list[Sample] = []
-    for part, share in zip(parts, wanted):
-        count = round(total * share)
-        mixed += part * (count // len(part)) + draw.sample(part, count % len(part))
-    draw.shuffle(mixed)
-    counts = ", ".join(f"{round(total * s)} of {n}" for s, n in zip(wanted, names))
+    wanted = shares(options, [len(part) for part in parts])
+    mixed = mix(parts, wanted, seed)
+    counts = ", ".join(f"{round(len(mixed) * s)} of {n}" for s, n in zip(wanted, names))
     console.print(f"{len(mixed)} samples: {counts}")
     return mixed
 

@@ -13,8 +13,9 @@ from emloc.errors import DataError
 from emloc.family import Batch
 from emloc.integrations.transformers.tables import dataset_names, shares
 from emloc_vlm.encode import collate
+from emloc_vlm.examples import Example
 from emloc_vlm.processor import load_processor
-from emloc_vlm.rows import CalibrationVisualOptions, Example, load_examples, readable
+from emloc_vlm.rows import CalibrationVisualOptions, load_examples, readable
 
 PATCH_MASK = "emloc_patch_mask"
 """Which patches are real; not for the model."""

@@ -15,7 +15,7 @@ from emloc.config import DataOptions
 from emloc.errors import DataError
 from emloc.integrations.transformers.chat import cut_chat
 from emloc.integrations.transformers.loss import IGNORED
-from emloc_vlm.rows import Example
+from emloc_vlm.examples import Example
 
 
 def collate(
@@ -82,19 +82,6 @@ def collate(
             )
         batch[name] = tensor
     return batch
-
-
-def is_truncated(example: Example, processor: Any, options: DataOptions) -> bool:
-    """Whether max_length cuts the example's answer."""
-    one = collate([example], processor, options)
-    limit = options.max_length
-    return one["input_ids"].shape[1] == limit and int(one["labels"][0, -1]) != _last(
-        example, processor, options
-    )
-
-
-def _last(example: Example, processor: Any, options: DataOptions) -> int:
-    return _tokens(processor, _pieces(example, processor, False)[-1][0])[-1]
 
 
 def _pieces(example: Example, processor: Any, every: bool) -> list[tuple[str, bool]]:

@@ -13,9 +13,10 @@ from emloc.integrations.transformers.loss import next_token_loss
 from emloc.memory import PeakMemory
 from emloc.progress import progress_bar
 from emloc_vlm.encode import collate
+from emloc_vlm.examples import Example
 from emloc_vlm.loading import load_vlm
 from emloc_vlm.processor import load_processor
-from emloc_vlm.rows import Example, VisualOptions, load_examples, readable
+from emloc_vlm.rows import VisualOptions, load_examples, readable
 from emloc_vlm.scoring import METRICS
 from emloc_vlm_options import ImageOptions, MetricOptions
 

@@ -170,7 +170,7 @@ def _tokenizer(path: Path) -> Any:
 
 def _sentencepiece(path: Path) -> Any:
     """The package, which transformers converts with."""
-    try:
+    try:  # imported to know that they can be: an installed one may be broken
         import google.protobuf  # noqa: F401
         import sentencepiece
     except ImportError as problem:

@@ -17,10 +17,11 @@ from emloc.integrations.transformers.lora_training import train_lora as train_wi
 from emloc.integrations.transformers.lora_training import training_arguments
 from emloc.memory import PeakMemory, return_large_blocks
 from emloc_vlm.encode import collate
+from emloc_vlm.examples import Example
 from emloc_vlm.loading import load_vlm
 from emloc_vlm.parts import frozen_modules
 from emloc_vlm.processor import load_processor
-from emloc_vlm.rows import Example, VisualOptions, load_examples, mixed_examples, readable
+from emloc_vlm.rows import VisualOptions, load_examples, mixed_examples, readable
 from emloc_vlm_options import FreezeOptions, ImageOptions
 
 

@@ -1,12 +1,14 @@
 """Data sets through the datasets library: local files, folders and hub ids, one or several."""
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from emloc.config import DataOptions
 from emloc.errors import ConfigError, DataError
 
+SampleT = TypeVar("SampleT")
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -66,3 +68,18 @@ def shares(options: DataOptions, sizes: Sequence[int]) -> list[float]:
             f"dataset_weights has {len(weights)} weights for {len(sizes)} data sets; give one for each."
         )
     return [weight / sum(weights) for weight in weights]
+
+
+def mix(parts: Sequence[list[SampleT]], wanted: Sequence[float], seed: int) -> list[SampleT]:
+    """Samples of several data sets by their shares, shuffled; small sets are repeated as needed.
+
+    Every sample is used at least once: the set that is largest for its share sets the total.
+    """
+    total = max(len(part) / share for part, share in zip(parts, wanted) if share > 0)
+    draw = random.Random(seed)
+    mixed: list[SampleT] = []
+    for part, share in zip(parts, wanted):
+        count = round(total * share)
+        mixed += part * (count // len(part)) + draw.sample(part, count % len(part))
+    draw.shuffle(mixed)
+    return mixed
