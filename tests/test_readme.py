@@ -82,8 +82,10 @@ def test_make_demo_on_the_real_model(tmp_path):
 def test_the_vlm_demo_on_a_base_trained_shortly(tmp_path):
     """The same code with a base that has seen little: what it scores is not the point here."""
     from emloc_vlm.demo.base import Recipe, trained_base
+    from emloc_vlm.demo.small_internvl import Shape
 
-    recipe = Recipe(vision_width=48, vision_layers=2, width=64, layers=2, steps=60)
+    shape = Shape(vision_width=48, vision_layers=2, width=64, layers=2)
+    recipe = Recipe(shape, vision_steps=40, steps=60)
     arguments = ["--model_name_or_path", trained_base(recipe), "--max_steps", 6, "--num_samples", 8]
     run = subprocess.run(
         [sys.executable, "-m", "emloc", "demo", "--family", "vlm", "--output_dir",

@@ -1,11 +1,12 @@
 """Memory and time of compressing an InternVL, from blocks of its shape, and what the whole would take.
 
-    python tools/bench_vlm_stages.py [--model 8B] [--vision_blocks 2] [--language_blocks 1]
+    python tools/bench_vlm_stages.py [--model 8B] [--vision_blocks 2] [--language_blocks 1] [--times 1]
 
 A checkpoint of random bfloat16 weights on disk, transformers' layout, with the block shapes of
 InternVL2.5-8B or 38B and fewer blocks; one 448 pixel tile per sample. Peak anonymous memory and seconds
-per block of either tower are the manifest's; memory does not depend on the number of blocks
-(`bench_memory.py`), so the peak is that of the whole, and the projected time is blocks times seconds.
+per block of either tower are the manifest's. Memory does not depend on the number of blocks, which
+`--times 4` shows by compressing a second checkpoint of four times the depth [depth_ratio]: so the peak is
+that of the whole, and the projected time is blocks times seconds. `--model small` is quick.
 The last line is one JSON object.
 """
 
@@ -37,7 +38,14 @@ INTERNLM2_7B = {"model_type": "llama", "hidden_size": 4096, "intermediate_size":
                 "num_attention_heads": 32, "num_key_value_heads": 8}  # fmt: skip
 QWEN_32B = {"model_type": "qwen2", "hidden_size": 5120, "intermediate_size": 27648,
             "num_attention_heads": 40, "num_key_value_heads": 8}  # fmt: skip
-MODELS = {"8B": (VISION_300M, 24, INTERNLM2_7B, 32), "38B": (VISION_6B, 45, QWEN_32B, 64)}
+SMALL_VISION = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+SMALL_QWEN = {"model_type": "qwen2", "hidden_size": 768, "intermediate_size": 2048,
+              "num_attention_heads": 8, "num_key_value_heads": 4}  # fmt: skip
+MODELS = {
+    "small": (SMALL_VISION, 8, SMALL_QWEN, 8),
+    "8B": (VISION_300M, 24, INTERNLM2_7B, 32),
+    "38B": (VISION_6B, 45, QWEN_32B, 64),
+}
 
 
 def write_base(folder: Path, model: str, vision_blocks: int, language_blocks: int) -> Path:
@@ -85,6 +93,22 @@ def write_data(folder: Path, count: int) -> Path:
     return path
 
 
+def compress(
+    root: Path, options: argparse.Namespace, vision_blocks: int, language_blocks: int
+) -> dict:
+    """What the manifest measured of compressing a checkpoint of that depth."""
+    base = write_base(root / "base", options.model, vision_blocks, language_blocks)
+    named = {
+        "model_name_or_path": base, "dataset": write_data(root, options.samples),
+        "num_calibration_samples": options.samples, "calibration_batch_size": 4,
+        "keep_ratio": options.keep_ratio, "output_dir": root / "emulator",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "emloc", "compress"]
+    command += [str(part) for key, value in named.items() for part in (f"--{key}", value)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return json.loads((root / "emulator" / "emloc.json").read_text())["measured"]
+
+
 def main() -> None:
     """Write, compress, print a table, and the figures as JSON."""
     parser = argparse.ArgumentParser(
@@ -95,23 +119,17 @@ def main() -> None:
     parser.add_argument("--language_blocks", type=int, default=1)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--keep_ratio", type=float, default=0.4)
+    parser.add_argument(
+        "--times", type=int, default=1, help="once more with so many times the blocks"
+    )
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
-        root = Path(temporary)
-        base = write_base(
-            root / "base", options.model, options.vision_blocks, options.language_blocks
-        )
-        named = {
-            "model_name_or_path": base, "dataset": write_data(root, options.samples),
-            "num_calibration_samples": options.samples, "calibration_batch_size": 4,
-            "keep_ratio": options.keep_ratio, "output_dir": root / "emulator",
-        }  # fmt: skip
-        command = [sys.executable, "-m", "emloc", "compress"]
-        command += [str(part) for key, value in named.items() for part in (f"--{key}", value)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        measured = json.loads((root / "emulator" / "emloc.json").read_text())["measured"]
-    seconds = measured["block_seconds"]
+    measured = []
+    for times in sorted({1, options.times}):
+        with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+            blocks = (times * options.vision_blocks, times * options.language_blocks)
+            measured.append(compress(Path(temporary), options, *blocks))
+    seconds, peak = measured[0]["block_seconds"], measured[0]["peak_bytes"]
     vision = sum(seconds[: options.vision_blocks]) / options.vision_blocks
     language = sum(seconds[options.vision_blocks :]) / options.language_blocks
     _, vision_count, _, language_count = MODELS[options.model]
@@ -120,12 +138,18 @@ def main() -> None:
     table.add_row("vision tower", str(vision_count), f"{vision:.1f}")
     table.add_row("language model", str(language_count), f"{language:.1f}")
     Console().print(table)
-    print(f"peak {format_bytes(measured['peak_bytes'])}; the whole InternVL2.5-{options.model} "
+    print(f"peak {format_bytes(peak)}; the whole InternVL2.5-{options.model} "
           f"would take {hours:.2f} hours here")  # fmt: skip
     figures = {
-        "model": options.model, "peak_bytes": measured["peak_bytes"], "vision_seconds": vision,
+        "model": options.model, "peak_bytes": peak, "vision_seconds": vision,
         "language_seconds": language, "projected_hours": hours,
     }  # fmt: skip
+    if options.times > 1:
+        deep = measured[-1]["peak_bytes"]
+        figures["depth_ratio"] = deep / peak
+        print(
+            f"with {options.times} times the blocks {format_bytes(deep)}, {deep / peak:.3f} times"
+        )
     print(json.dumps(figures))
 
 

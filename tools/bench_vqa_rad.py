@@ -1,6 +1,6 @@
 """Base, LoRA on the base, EMLoC without correction and EMLoC on VQA-RAD, over seeds.
 
-    python tools/bench_vqa_rad.py --data FOLDER [--seeds 0 1 2] [--max_steps 150] [--folder DIR]
+    python tools/bench_vqa_rad.py --data FOLDER [--seeds 0 1 2] [--max_steps 200] [--folder DIR]
 
 FOLDER holds `train.jsonl` and `test.jsonl` with `image`, `question`, `answer` and `answer_type`. The
 model is the one of `emloc demo --family vlm`, small and never shown a radiograph, so the scores say how
@@ -50,8 +50,8 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--max_steps", type=int, default=150)
-    parser.add_argument("--keep_ratio", type=float, default=0.6)
+    parser.add_argument("--max_steps", type=int, default=200)
+    parser.add_argument("--keep_ratio", type=float, default=0.5)
     parser.add_argument("--folder", type=Path, help="where the artefacts go for a while")
     options = parser.parse_args()
     found = []

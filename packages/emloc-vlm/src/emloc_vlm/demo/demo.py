@@ -12,12 +12,18 @@ from emloc_vlm.demo.base import trained_base
 from emloc_vlm.demo.easy_vqa import draw, easy_vqa, questions, write_table
 from emloc_vlm.demo.picture import draw_samples
 
-KEEP_RATIO = 0.6
-MAX_STEPS = 60
+KEEP_RATIO = 0.5
+MAX_STEPS = 200
 NUM_SAMPLES = 300
 BATCH = 16
 
-LORA = {"lora_r": 8, "lora_alpha": 16, "learning_rate": 2e-3, "logging_steps": 5, "save_steps": 20}
+LORA = {
+    "lora_r": 8,
+    "lora_alpha": 16,
+    "learning_rate": 2e-3,
+    "logging_steps": 10,
+    "save_steps": 100,
+}
 
 
 def run_demo(config: DemoConfig) -> Path:
@@ -28,9 +34,9 @@ def run_demo(config: DemoConfig) -> Path:
     base = config.model_name_or_path or str(trained_base())
     steps, count = config.max_steps or MAX_STEPS, config.num_samples or NUM_SAMPLES
     train, test = (questions(easy_vqa(), split) for split in ("train", "test"))
-    fresh = draw([q for q in train if q.names_a_shape], steps * BATCH, config.seed)
-    unseen = draw([q for q in test if q.names_a_shape], count, config.seed)
-    own = draw([q for q in test if not q.names_a_shape], count, config.seed)
+    fresh = draw([q for q in train if q.names_a_color], steps * BATCH, config.seed)
+    unseen = draw([q for q in test if q.names_a_color], count, config.seed)
+    own = draw([q for q in test if q.about_shape], count, config.seed)
     ways = FourWays(
         base=base,
         out=out,
@@ -60,7 +66,7 @@ def run_demo(config: DemoConfig) -> Path:
     plot(rows, out / "summary.png")
     answers: dict[str, Any] = {name: found["answers"] for name, found in scores.items()}
     draw_samples([q.image for q in unseen], answers, out / "samples.png")
-    print_table(rows, "What shape is it? On pictures not trained on, run on the original model")
+    print_table(rows, "What colour is it? On pictures not trained on, run on the original model")
     print(f"The base model answers {known['exact_match']:.1%} of the questions it was trained for.")
     print(f"Everything is in {out}: emulator, adapters, answers, summary.json, samples.png.")
     print(

@@ -1,7 +1,7 @@
 """easy-VQA (Victor Zhou, 2019): small pictures of one shape and questions about them, from PyPI.
 
-The base model knows one part of the questions: colours, and whether a shape is or is not in the
-picture. What it has never been asked is to name the shape; that is the other part.
+The base model knows one part of the questions: which shape it is, and whether a shape is or is not in
+the picture. What it has never been asked about is colour; naming it is the other part.
 """
 
 import json
@@ -21,6 +21,8 @@ from emloc.demos.wheel import cache_folder, download_wheel
 WHEEL = "easy-vqa==1.0"
 WHEEL_SHA256 = "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"
 SHAPES = ("circle", "rectangle", "triangle")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+WORDS = SHAPES + COLORS
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,24 @@ class Question:
     image: Path
 
     @property
-    def names_a_shape(self) -> bool:
-        """Whether it belongs to the part that the base model does not know."""
-        return self.answer in SHAPES
+    def about_shape(self) -> bool:
+        """Whether it belongs to the part that the base model knows."""
+        return self.fact[0] in SHAPES
+
+    @property
+    def names_a_color(self) -> bool:
+        """Whether it belongs to the part that the base model has never been asked."""
+        return self.answer in COLORS
+
+    @property
+    def fact(self) -> tuple[str, bool]:
+        """A word of `WORDS`, and whether the picture shows it."""
+        if self.answer in WORDS:
+            return self.answer, True
+        asked = re.findall(r"\w+", self.text)
+        (word,) = (word for word in asked if word in WORDS)
+        denied = not {"no", "not"}.isdisjoint(asked)
+        return word, (self.answer == "yes") != denied
 
 
 def easy_vqa() -> Path:
