@@ -261,3 +261,51 @@ def test_opengvlab_layout_through_all_stages(tiny, tmp_path, language):
         for model, adapter in ((original, str(made["original"][1])), (made["original"][2], None))
     ]  # fmt: skip
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+
+
+def test_calibration_until_there_are_so_many_tokens(tiny):
+    options = {**tiny.common, "num_calibration_tokens": 150, "calibration_batch_size": 1}
+    lengths = [int(batch["attention_mask"].sum()) for batch in batches_of(tiny.base, options)]
+    assert sum(lengths[:-1]) < 150 <= sum(lengths)
+
+
+def test_shares_evaluation_while_training_and_eva(tiny, tmp_path):
+    """Options that the families share hold for images too."""
+    folder = emloc.train(
+        output_dir=tmp_path / "a",
+        **{
+            **tiny.train_options, "dataset": f"{tiny.data},{tiny.test}", "dataset_weights": [3, 1],
+            "eval_dataset": str(tiny.test), "eval_steps": 2, "lora_init": "eva",
+        },
+    )  # fmt: skip
+    log = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [2, 4]
+    found = load_file(folder / "adapter_model.safetensors")
+    ranks = {tensor.shape[0] for key, tensor in found.items() if "lora_A" in key}
+    assert len(ranks) > 1  # EVA hands ranks to where the activations vary most
+
+
+def test_an_answer_that_is_cut_is_said(tiny, capsys):
+    """The prompt must fit; what the answer loses is said."""
+    whole = batches_of(tiny.base, {**tiny.common, "calibration_batch_size": 24})[0]
+    longest = int(whole["attention_mask"].sum(1).max())
+    options = {**tiny.common, "calibration_batch_size": 24, "max_length": longest - 1}
+    cut = batches_of(tiny.base, options)[0]
+    assert cut["input_ids"].shape[1] == longest - 1
+    assert f"its answer is cut at max_length={longest - 1}" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_generation_stops_where_the_chat_closes_an_answer(tiny):
+    """Even if the model's own configuration names another end."""
+    from emloc_vlm.encode import end_tokens
+    from emloc_vlm.rows import load_examples
+
+    options = with_plugin_options(CompressConfig)(
+        model_name_or_path=str(tiny.base), output_dir="unused", **tiny.common
+    )
+    processor = load_processor(tiny.base)
+    [example, *_] = load_examples(options, str(tiny.data))
+    ends = {processor.tokenizer.decode(token) for token in end_tokens(example, processor, options)}
+    assert ends == {"<|im_end|>"}

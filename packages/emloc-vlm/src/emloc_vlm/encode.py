@@ -6,6 +6,7 @@ opened when a micro-batch is made, not before.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from emloc.config import DataOptions
 from emloc.errors import DataError
 from emloc.integrations.transformers.chat import cut_chat
 from emloc.integrations.transformers.loss import IGNORED
+from emloc.progress import console
 from emloc_vlm.examples import Example
 
 
@@ -56,6 +58,8 @@ def collate(
                 f"of max_length={options.max_length} for the answer; raise max_length or lower "
                 f"max_dynamic_patch."
             )
+        if len(head) + len(tail) > options.max_length:
+            _say_cut(options.max_length, example.where)
         rows.append(((head + tail)[: options.max_length], labels[: options.max_length]))
     pad = processor.tokenizer.pad_token_id
     longest = max(len(ids) for ids, _ in rows)
@@ -82,6 +86,19 @@ def collate(
             )
         batch[name] = tensor
     return batch
+
+
+def end_tokens(example: Example, processor: Any, options: DataOptions) -> set[int]:
+    """The special tokens that close an answer in this chat: where generation stops, besides the model's
+    own end of text (checkpoints of OpenGVLab name only that one)."""
+    tail = _tokens(processor, _pieces(example, processor, options.assistant_only_loss)[-1][0])
+    return set(tail) & set(processor.tokenizer.all_special_ids)
+
+
+@cache
+def _say_cut(max_length: int, where: str) -> None:
+    """Once per sample."""
+    console.print(f"[yellow]warning:[/] {where}: its answer is cut at max_length={max_length}")
 
 
 def _pieces(example: Example, processor: Any, every: bool) -> list[tuple[str, bool]]:

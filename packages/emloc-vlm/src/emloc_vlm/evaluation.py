@@ -12,7 +12,7 @@ from emloc.integrations.peft.attach import attach
 from emloc.integrations.transformers.loss import next_token_loss
 from emloc.memory import PeakMemory
 from emloc.progress import progress_bar
-from emloc_vlm.encode import collate
+from emloc_vlm.encode import collate, end_tokens
 from emloc_vlm.examples import Example
 from emloc_vlm.loading import load_vlm
 from emloc_vlm.processor import load_processor
@@ -95,6 +95,7 @@ def _answers(
         return answers
     size = config.per_device_eval_batch_size
     tokenizer = processor.tokenizer
+    ends = end_tokens(examples[0], processor, config) | _own_ends(model)
     with progress_bar("answers", len(examples)) as advance:
         for start in range(0, len(examples), size):
             part = examples[start : start + size]
@@ -108,6 +109,7 @@ def _answers(
                 top_p=None,
                 top_k=None,
                 pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=sorted(ends) or None,
             )
             texts = tokenizer.batch_decode(
                 generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
@@ -116,6 +118,11 @@ def _answers(
                 answers.append(_answered(example, prediction.strip()))
             advance(len(part))
     return answers
+
+
+def _own_ends(model: Any) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    return set(ends) if isinstance(ends, list) else {ends} - {None}
 
 
 def _answered(example: Example, prediction: str) -> dict[str, Any]:
