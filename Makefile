@@ -14,7 +14,8 @@ $(INSTALLED): constraints.txt requirements-dev.txt $(wildcard packages/*/pyproje
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
 		-c constraints.txt -r requirements-dev.txt \
 		-e packages/emloc -e "packages/emloc-llm[demo,tensorboard]" \
-		-e "packages/emloc-vlm[sentencepiece]"
+		-e "packages/emloc-vlm[sentencepiece]" \
+		-e packages/emloc-diffusion
 	touch $@
 
 demo: $(INSTALLED)

@@ -8,7 +8,7 @@ from llm_reference import load, logits
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from emloc.integrations.transformers.low_rank_linear import LowRankLinear
+from emloc.layers.low_rank_linear import LowRankLinear
 
 
 def group(sizes=(7, 5), d_in=6, rank=3):

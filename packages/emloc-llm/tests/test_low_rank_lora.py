@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import emloc
 from emloc.integrations.peft.low_rank_lora import LowRankLora, fuse_lora
 from emloc.integrations.transformers import lora_training
-from emloc.integrations.transformers.low_rank_linear import LowRankLinear
+from emloc.layers.low_rank_linear import LowRankLinear
 
 NAMES = ("q", "k", "v")
 

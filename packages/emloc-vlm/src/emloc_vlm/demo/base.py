@@ -20,9 +20,9 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
+from emloc.demos.easy_vqa import WHEEL_SHA256, WORDS, Question, easy_vqa, questions
 from emloc.demos.wheel import cache_folder
 from emloc.progress import progress_bar
-from emloc_vlm.demo.easy_vqa import WHEEL_SHA256, WORDS, Question, easy_vqa, questions
 from emloc_vlm.demo.small_internvl import (
     IMAGE_TOKENS_PER_TILE,
     Shape,

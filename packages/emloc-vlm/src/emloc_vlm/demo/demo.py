@@ -6,13 +6,13 @@ from typing import Any
 
 import emloc
 from emloc.config import DemoConfig
+from emloc.demos.easy_vqa import draw, easy_vqa, questions, write_table
 from emloc.demos.four_ways import FourWays
 from emloc.demos.report import plot, print_table, write_summary
 from emloc_vlm.demo.base import trained_base
-from emloc_vlm.demo.easy_vqa import draw, easy_vqa, questions, write_table
 from emloc_vlm.demo.picture import draw_samples
 
-KEEP_RATIO = 0.5
+KEEP_RATIO = 0.6
 MAX_STEPS = 200
 NUM_SAMPLES = 300
 BATCH = 16

@@ -24,7 +24,7 @@ from emloc.config import TrainConfig, nearest
 from emloc.errors import ConfigError, DataError
 from emloc.family import Batch
 from emloc.integrations.peft.targets import linear_targets
-from emloc.integrations.transformers.low_rank_linear import LowRankLinear
+from emloc.layers.low_rank_linear import LowRankLinear
 
 Start = dict[str, tuple[Tensor, Tensor]]
 """A₀ and B₀ by layer."""

@@ -11,8 +11,8 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from emloc.integrations.transformers.low_rank_linear import LowRankLinear
-from emloc.integrations.transformers.low_rank_products import Expand
+from emloc.layers.low_rank_linear import LowRankLinear
+from emloc.layers.low_rank_products import Expand
 
 
 class LowRankLora(LoraLinear):

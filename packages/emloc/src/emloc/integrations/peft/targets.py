@@ -7,8 +7,8 @@ from peft import LoraConfig
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from emloc.integrations.transformers.low_rank_linear import LowRankLinear
 from emloc.integrations.transformers.skeleton import is_linear
+from emloc.layers.low_rank_linear import LowRankLinear
 from emloc.progress import console
 
 READ_NOT_CALLED = {

@@ -16,8 +16,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from emloc.checkpoint import Checkpoint
 from emloc.family import EmulatorLayers
-from emloc.integrations.transformers.low_rank_linear import LowRankLinear
 from emloc.integrations.transformers.skeleton import is_linear
+from emloc.layers.low_rank_linear import LowRankLinear
 
 METHOD = "emloc"
 

@@ -30,7 +30,7 @@ class Project(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Of `x` and the downs."""
         x, right, *downs = ctx.saved_tensors
         projected, lora = _rows(gradients[0]), _rows(_joined(gradients[1:], -1))
@@ -67,7 +67,7 @@ class Expand(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Of `h`, `z` and `up`."""
         z, left, up = ctx.saved_tensors
         shape, of_y = gradient.shape[:-1], _rows(gradient)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from emloc.integrations.transformers.low_rank_products import Project
+from emloc.layers.low_rank_products import Project
 
 READ_ONLY = (
     "This layer belongs to an emulator: its weight is computed from two factors and cannot be written. "

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from emloc_vlm.demo.easy_vqa import Question
+from emloc.demos.easy_vqa import Question
 
 
 @pytest.mark.parametrize(

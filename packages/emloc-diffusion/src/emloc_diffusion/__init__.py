@@ -1,0 +1,1 @@
+"""EMLoC for diffusion models of diffusers."""

@@ -1,0 +1,1 @@
+"""Options of the stages that only diffusion models have; imports nothing heavy."""
