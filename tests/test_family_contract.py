@@ -80,7 +80,7 @@ def test_blocks_and_layers(family, checkpoint):
     for group in groups:
         modules = [model.get_submodule(name) for name in group]
         assert len({module.weight.shape[1] for module in modules}) == 1
-        assert all(any(name.startswith(f"{block}.") for block in blocks) for name in group)
+        assert all(any(f"{name}.".startswith(f"{block}.") for block in blocks) for name in group)
 
 
 def test_groups_really_share_their_input(family, checkpoint, batches):

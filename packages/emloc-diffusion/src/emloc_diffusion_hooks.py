@@ -1,12 +1,34 @@
 """The plugin's entry point: says what it offers and imports nothing heavy."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import emloc
+from emloc.config import DataOptions, EvaluateConfig, TrainConfig
 from emloc.family import FamilyEntry
+from emloc_diffusion_options import DreamBoothOptions, NoiseOptions, PictureOptions
+
+CLASSES = ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel")
+
+
+def is_denoiser(config: Mapping[str, Any]) -> bool:
+    """Whether a parsed `config.json` is of a denoiser that we can call."""
+    return config.get("_class_name") in CLASSES
 
 
 @emloc.hookimpl
 def emloc_register_families() -> Sequence[FamilyEntry]:
     """Diffusion models."""
-    return []
+    return [
+        FamilyEntry(
+            name="diffusion",
+            summary="pipelines of diffusers: Stable Diffusion 1, 2, XL and 3, FLUX.1",
+            target="emloc_diffusion.family:DiffusionFamily",
+            recognises=is_denoiser,
+            options={
+                DataOptions: PictureOptions,
+                TrainConfig: DreamBoothOptions,
+                EvaluateConfig: NoiseOptions,
+            },
+        )
+    ]

@@ -1,1 +1,67 @@
-"""Options of the stages that only diffusion models have; imports nothing heavy."""
+"""Options of the stages that only diffusion models have; imports nothing heavy.
+
+They bear the names of diffusers' DreamBooth scripts. Where core has an option of the same meaning under
+transformers' name, either may be used.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from emloc.config import StageConfig
+
+ALIASES = {
+    "instance_data_dir": "dataset",
+    "train_batch_size": "per_device_train_batch_size",
+    "max_train_steps": "max_steps",
+}
+"""diffusers' names and core's."""
+
+
+class _Aliased(StageConfig):
+    @model_validator(mode="before")
+    @classmethod
+    def _use_core_names(cls, values: dict[str, Any]) -> dict[str, Any]:
+        given = dict(values)
+        for alias, name in ALIASES.items():
+            if given.get(alias) is None:
+                continue
+            if name in given and str(given[name]) != str(given[alias]):
+                raise ValueError(f"{alias} and {name} mean the same; give one of them")
+            given[name] = str(given[alias]) if name == "dataset" else given[alias]
+        return given
+
+
+class PictureOptions(_Aliased):
+    """Which pictures, and what they are said to show."""
+
+    instance_data_dir: Path | None = Field(None, description="folder of pictures; same as dataset")
+    instance_prompt: str | None = Field(
+        None, description="caption of every picture; by default name.txt beside name.png"
+    )
+    class_data_dir: Path | None = Field(None, description="pictures of the class, to preserve it")
+    class_prompt: str | None = Field(None, description="caption of those")
+    resolution: int = Field(512, ge=8, description="side of the square that pictures become")
+    random_flip: bool = Field(False, description="train on mirrored pictures as well")
+
+
+class DreamBoothOptions(_Aliased):
+    """How a LoRA learns a subject."""
+
+    train_batch_size: int | None = Field(None, description="same as per_device_train_batch_size")
+    max_train_steps: int | None = Field(None, description="same as max_steps")
+    prior_loss_weight: float = Field(1.0, ge=0, description="of the loss on pictures of the class")
+    lora_conv: bool = Field(False, description="all-linear takes convolutions as well")
+    validation_prompt: str | None = Field(None, description="drawn while training")
+    num_validation_images: int = Field(4, ge=1, description="pictures per validation")
+    validation_steps: int = Field(100, ge=1, description="steps between validations")
+    num_inference_steps: int = Field(25, ge=1, description="steps of drawing a picture")
+
+
+class NoiseOptions(StageConfig):
+    """What evaluate measures the loss on."""
+
+    num_noise_samples: int = Field(
+        64, ge=1, description="held-out noises that the loss is taken on"
+    )

@@ -14,6 +14,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from emloc.checkpoint import Checkpoint, read_json
+from emloc.convolution import as_matrix, matrix_shape
 from emloc.errors import CheckpointError, MismatchError
 from emloc.family import StoredParameter
 from emloc.finite import is_finite
@@ -116,6 +117,14 @@ class Adapter:
         """A tensor of the adapter."""
         return self.tensors.read(key)
 
+    def matrix(self, key: str) -> Tensor:
+        """A or B as a matrix, whatever the layer (`as_matrix`)."""
+        return as_matrix(self.read(key))
+
+    def magnitude(self, key: str) -> Tensor:
+        """DoRA's magnitude, one number per output."""
+        return self.read(key).reshape(-1)
+
     def require_finite(self, fail: Callable[[str], Exception]) -> None:
         """Raise `fail(key)` for the first tensor with NaN or infinity."""
         for key in self.tensors.tensors:
@@ -217,8 +226,12 @@ def base_weights(
         weights[layer.name] = stored
         if stored.plain_name is None:
             continue  # part of a fused tensor, whose shape tells nothing about the layer
-        down, up = (adapter.tensors.tensors[key].shape for key in (layer.down_key, layer.up_key))
-        shape = base.tensors[stored.plain_name].shape[:: -1 if stored.transposed else 1]
+        down, up = (
+            matrix_shape(adapter.tensors.tensors[key].shape)
+            for key in (layer.down_key, layer.up_key)
+        )
+        shape = matrix_shape(base.tensors[stored.plain_name].shape)
+        shape = shape[:: -1 if stored.transposed else 1]
         if shape != (up[0], down[1]):
             raise MismatchError(
                 f"Adapter {adapter.path}: {layer.name} is {up[0]}x{down[1]}, but in {base.name} it is "

@@ -15,6 +15,7 @@ from torch import Tensor
 from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, LoraLayer, base_weights
 from emloc.checkpoint import Checkpoint
 from emloc.config import CorrectConfig
+from emloc.convolution import as_matrix
 from emloc.correction import Mismatch, correct_up, dora_magnitude, measure, residual
 from emloc.errors import MismatchError, NumericalError
 from emloc.family import Batch
@@ -77,7 +78,8 @@ class AdapterCorrection:
             return self.stream.weight_name(name).removesuffix("weight")
 
         left = self.emulator.read(f"{stem(layer)}left")
-        return left, self.emulator.read(f"{stem(self.owners[layer])}right")
+        right = self.emulator.read(f"{stem(self.owners[layer])}right")
+        return as_matrix(left), as_matrix(right)
 
     def _measure(self, layer: LoraLayer) -> Mismatch | None:
         """What base and emulator do differently where the LoRA reads; None for a dense layer."""
@@ -85,7 +87,7 @@ class AdapterCorrection:
             return None
         weight = self.weights[layer.name].layer_weight(self.base.read)
         left, right = self._factors(layer.name)
-        down, up = self.adapter.read(layer.down_key), self.adapter.read(layer.up_key)
+        down, up = self.adapter.matrix(layer.down_key), self.adapter.matrix(layer.up_key)
 
         def on_device(tensor: Tensor) -> Tensor:
             return tensor.to(self.stream.device)
@@ -131,7 +133,7 @@ class AdapterCorrection:
 
     def _candidates(self, layer: LoraLayer, limits: Sequence[Limit]) -> CandidateLora:
         mismatch = self._measure(layer)
-        original = self.adapter.read(layer.up_key)
+        original = self.adapter.matrix(layer.up_key)
         ups = [
             original
             if mismatch is None
@@ -150,18 +152,18 @@ class AdapterCorrection:
         """`W + s·B·A` in float32 or better; `weight` stands in for the base's."""
         weight = self.weights[layer.name].layer_weight(self.base.read) if weight is None else weight
         high = moment_dtype(weight.dtype)
-        down = self.adapter.read(layer.down_key).to(high)
+        down = self.adapter.matrix(layer.down_key).to(high)
         return torch.addmm(weight.to(high), up.to(high), down, alpha=layer.scaling)
 
     def _magnitude(self, layer: LoraLayer, up: Tensor, limit: Limit) -> Tensor:
         """DoRA's magnitude for the base beside B = `up`; limit 0 leaves the adapter as it was."""
         assert layer.magnitude_key is not None
-        magnitude = self.adapter.read(layer.magnitude_key)
+        magnitude = self.adapter.magnitude(layer.magnitude_key)
         if layer.name not in self.owners or limit == 0.0:
             return magnitude
         left, right = self._factors(layer.name)
         high = moment_dtype(self.base.tensors[self.weights[layer.name].names[0]].dtype)
-        original = self.adapter.read(layer.up_key)
+        original = self.adapter.matrix(layer.up_key)
         emulated = self._sum(layer, original, left.to(high) @ right.to(high))
         return dora_magnitude(magnitude, self._sum(layer, up), emulated)
 
@@ -186,7 +188,8 @@ class AdapterCorrection:
                     last = (layer.name, up)
                     advance(note=layer.name)
                 up = last[1]
-                shard.write(key, up if key == layer.up_key else self._magnitude(layer, up, limit))
+                changed = up if key == layer.up_key else self._magnitude(layer, up, limit)
+                shard.write(key, changed.reshape(infos[key].shape))
         config = {
             **self.adapter.config,
             "base_model_name_or_path": self.base.reference_name(),

@@ -18,9 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from emloc.errors import CheckpointError
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+from emloc.layout import PIPELINE_NAME, Layout, layout_of
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -41,6 +39,9 @@ DTYPES: Mapping[str, torch.dtype] = {
 SAMPLE_BYTES = 4096
 """How much of each end of a tensor goes into a checkpoint's digest."""
 
+LARGE_BYTES = 64 << 20
+"""Files beside the weights that are larger (a pipeline's other models) are known by size and ends."""
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -58,12 +59,12 @@ class TensorInfo:
 
 @dataclass
 class Checkpoint:
-    """A local folder with `config.json` and safetensors shards.
+    """A local folder with a config and safetensors shards.
 
     Attributes:
         name: what the user called it, a path or a hub id.
-        path: the local folder.
-        config: the parsed `config.json`.
+        path: the local folder; of a pipeline, the pipeline's.
+        config: the parsed `config.json`; of a pipeline, the denoiser's.
         tensors: every tensor by name, in name order.
         translated: whether config and tensors are of another layout than the files'.
     """
@@ -88,7 +89,13 @@ class Checkpoint:
         """
         name = os.fspath(model_name_or_path)
         path = locate(name)
-        return cls.from_files(name, path, read_json(path / "config.json"), _shards(path))
+        layout = layout_of(path)
+        return cls.from_files(name, path, read_json(path / layout.config), _shards(path, layout))
+
+    @property
+    def layout(self) -> Layout:
+        """How the files are named."""
+        return layout_of(self.path)
 
     @classmethod
     def from_files(
@@ -182,15 +189,20 @@ class Checkpoint:
         return sha.hexdigest()
 
     def companions_digest(self) -> str:
-        """SHA-256 of `config.json` and of the files beside the weights."""
+        """SHA-256 of the config and of the files beside the weights; of large ones, of size and ends."""
         sha = hashlib.sha256()
-        for name in ["config.json", *self.companions()]:
+        for name in [self.layout.config, *self.companions()]:
             if (self.path / name).is_file():
-                sha.update(name.encode() + hashlib.sha256((self.path / name).read_bytes()).digest())
+                sha.update(name.encode() + _file_identity(self.path / name))
         return sha.hexdigest()
 
     def companions(self) -> list[str]:
-        """Files that belong to the model beside weights and config: tokenizer, generation config, …"""
+        """Files that belong to the model beside weights and config: tokenizer, generation config, …
+
+        Of a pipeline, all of its other models' files.
+        """
+        if self.layout.folder:
+            return _pipeline_companions(self.path, self.layout)
         suffixes = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
         skipped = {"config.json", "emloc.json"}
         return sorted(
@@ -212,6 +224,29 @@ class Checkpoint:
                     f"it is incomplete or corrupt, download it again."
                 ) from problem
         return self._files[file]
+
+
+def _pipeline_companions(path: Path, layout: Layout) -> list[str]:
+    """What the pipeline's index names, and no training output or single-file copy beside it."""
+    found = [PIPELINE_NAME]
+    for component in read_json(path / PIPELINE_NAME):
+        folder = path / component
+        if component.startswith("_") or not folder.is_dir() or f"{component}/" == layout.folder:
+            continue
+        files = (entry for entry in folder.rglob("*") if entry.is_file())
+        kept = (file for file in files if file.suffix not in {".bin", ".ckpt", ".msgpack", ".onnx"})
+        found += [file.relative_to(path).as_posix() for file in kept]
+    return sorted(found)
+
+
+def _file_identity(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size <= LARGE_BYTES:
+        return hashlib.sha256(path.read_bytes()).digest()
+    with path.open("rb") as file:
+        head = file.read(LARGE_BYTES // 2)
+        file.seek(size - LARGE_BYTES // 2)
+        return hashlib.sha256(f"{size}|".encode() + head + file.read()).digest()
 
 
 def locate(name: str) -> Path:
@@ -259,9 +294,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", content)
 
 
-def _shards(path: Path) -> dict[str, set[str] | None]:
+def _shards(path: Path, layout: Layout) -> dict[str, set[str] | None]:
     """Shard files of a folder, each with the tensor names that the index promises (None: no index)."""
-    index_path = path / INDEX_NAME
+    index_path = path / layout.index
     if index_path.exists():
         weight_map = read_json(index_path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -271,22 +306,23 @@ def _shards(path: Path) -> dict[str, set[str] | None]:
             # A shard named ../../x would make us read, and copy, files outside of the checkpoint.
             if Path(file).name != file:
                 raise CheckpointError(f"{index_path} names a shard outside of its folder: {file}.")
-            names = promised.setdefault(file, set())
+            names = promised.setdefault(layout.folder + file, set())
             if names is not None:
                 names.add(tensor)
         for file in promised:
             if not (path / file).is_file():
                 raise CheckpointError(
-                    f"Shard {path / file} is missing though {INDEX_NAME} lists it; "
+                    f"Shard {path / file} is missing though {Path(layout.index).name} lists it; "
                     f"download the checkpoint again."
                 )
         return promised
-    if (path / SINGLE_NAME).is_file():
-        return {SINGLE_NAME: None}
-    pickled = sorted(entry.name for entry in path.glob("*.bin"))
+    if (path / layout.single).is_file():
+        return {layout.single: None}
+    folder = path / layout.folder
+    pickled = sorted(entry.name for entry in folder.glob("*.bin"))
     hint = (
         f"only {pickled[0]} (pickle, which can run code); save it with safe_serialization first"
         if pickled
-        else f"expected {SINGLE_NAME} or {INDEX_NAME}"
+        else f"expected {Path(layout.single).name} or {Path(layout.index).name}"
     )
-    raise CheckpointError(f"{path} holds no safetensors weights: {hint}.")
+    raise CheckpointError(f"{folder} holds no safetensors weights: {hint}.")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emloc.convolution import channels_last
 from emloc.emulator import EmulatorFolder
 from emloc.errors import ConfigError
 from emloc.family import Batch
@@ -70,7 +71,7 @@ def _compress_block(stream: UnitStream, folder: EmulatorFolder, block: str) -> I
     """Fold moments while the caller runs the micro-batches, then factorise and write."""
     started = time.monotonic()
     groups = folder.plan.within(block)
-    moments = {group.owner: Moments(_side(group), group.owner) for group in groups}
+    moments = {group.owner: Moments(_side(stream, group), group.owner) for group in groups}
     handles = [
         stream.model.get_submodule(group.owner).register_forward_hook(
             _folding(stream, group, moments[group.owner])
@@ -99,11 +100,20 @@ def _compress_block(stream: UnitStream, folder: EmulatorFolder, block: str) -> I
     folder.write_block(block, factors, report)
 
 
-def _side(group: Group) -> Side:
-    """Outputs of several layers would have to be computed once more, so they must be few to pay."""
+def _side(stream: UnitStream, group: Group) -> Side:
+    """Outputs of several layers would have to be computed once more, so they must be few to pay.
+
+    A convolution's inputs overlap and would have to be cut into patches; its outputs are there.
+    """
+    if _is_convolution(stream, group):
+        return "output"
     if len(group.layers) > 1:
         return "output" if 2 * sum(group.d_out) < group.d_in else "input"
     return smaller_side(group.d_out[0], group.d_in)
+
+
+def _is_convolution(stream: UnitStream, group: Group) -> bool:
+    return isinstance(stream.model.get_submodule(group.owner), nn.Conv2d)
 
 
 def _folding(stream: UnitStream, group: Group, moments: Moments) -> Any:
@@ -121,7 +131,8 @@ def _folding(stream: UnitStream, group: Group, moments: Moments) -> Any:
         if moments.side == "input":
             moments.fold(real(inputs[0].reshape(-1, group.d_in)))
         elif len(group.layers) == 1:
-            y = real(output.reshape(-1, group.d_out[0]))
+            rows = channels_last(output) if _is_convolution(stream, group) else output
+            y = real(rows.reshape(-1, group.d_out[0]))
             bias = dict(module.named_parameters()).get("bias")
             moments.fold(y if bias is None else y - bias)
         else:

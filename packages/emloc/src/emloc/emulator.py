@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emloc.checkpoint import INDEX_NAME, Checkpoint
+from emloc.checkpoint import Checkpoint, TensorInfo
 from emloc.config import Dtype
+from emloc.convolution import left_shape, right_shape
 from emloc.family import EmulatorLayers
+from emloc.layout import Layout
 from emloc.output import ShardWriter, copy_file, write_json
 from emloc.plan import Plan
 from emloc.stream import UnitStream
@@ -47,8 +49,12 @@ class EmulatorFolder:
     @property
     def shards(self) -> list[str]:
         """File names: a shard per block in forward order, and the rest last."""
-        count = len(self.stream.blocks) + 1
-        return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        return self.layout.shards(len(self.stream.blocks) + 1)
+
+    @property
+    def layout(self) -> Layout:
+        """Names of the emulator's files: as the base's."""
+        return self.base.layout
 
     def report_path(self, block: str) -> Path:
         """The file that says a block is done."""
@@ -77,9 +83,9 @@ class EmulatorFolder:
             if group.owner not in factors:
                 continue
             right, lefts = factors[group.owner]
-            tensors[self._factor(group.owner, "right")] = self._converted(group.owner, right)
+            tensors[self._factor(group.owner, "right")] = self._right(group.owner, right)
             for name, left in zip(group.layers, lefts):
-                tensors[self._factor(name, "left")] = self._converted(group.owner, left)
+                tensors[self._factor(name, "left")] = self._left(name, left)
                 replaced.add(self.stream.weight_name(name))
         for name in self._block_tensors(block):
             if name not in replaced:
@@ -103,10 +109,9 @@ class EmulatorFolder:
             str(self.work), self.work, {}, dict.fromkeys(self.shards, None)
         )
         total = sum(info.nbytes for info in written.tensors.values())
-        weight_map = {name: info.file for name, info in written.tensors.items()}
-        write_json(
-            self.work / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
+        weight_map = {name: self.layout.inside(info.file) for name, info in written.tensors.items()}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(self.work / self.layout.index, index)
         reports = [
             json.loads(self.report_path(block).read_text("utf-8")) for block in self.stream.blocks
         ]
@@ -115,7 +120,8 @@ class EmulatorFolder:
             [(group.layers, group.rank) for group in self.plan.groups if group.owner in compressed],
             None if self.dtype == "auto" else self.dtype,
         )
-        write_json(self.work / "config.json", self.stream.family.emulator_config(self.base, layers))
+        config = self.stream.family.emulator_config(self.base, layers)
+        write_json(self.work / self.layout.config, config)
         for name in self.base.companions():
             copy_file(self.base.path / name, self.work / name)
         digests: dict[str, str] = {}
@@ -152,9 +158,18 @@ class EmulatorFolder:
     def _factor(self, layer: str, kind: str) -> str:
         return self.stream.weight_name(layer).removesuffix("weight") + kind
 
-    def _converted(self, owner: str, factor: Tensor) -> Tensor:
-        stored = self.base.tensors[self.stream.weight_name(owner)].dtype
-        return factor.to(self._target_dtype(stored))
+    def _stored_weight(self, layer: str) -> TensorInfo:
+        return self.base.tensors[self.stream.weight_name(layer)]
+
+    def _right(self, layer: str, factor: Tensor) -> Tensor:
+        info = self._stored_weight(layer)
+        shape = factor.shape if len(info.shape) == 2 else right_shape(info.shape, factor.shape[0])
+        return factor.to(self._target_dtype(info.dtype)).reshape(shape)
+
+    def _left(self, layer: str, factor: Tensor) -> Tensor:
+        info = self._stored_weight(layer)
+        shape = factor.shape if len(info.shape) == 2 else left_shape(info.shape, factor.shape[1])
+        return factor.to(self._target_dtype(info.dtype)).reshape(shape)
 
     def _target_dtype(self, stored: torch.dtype) -> torch.dtype:
         keep = self.dtype == "auto" or not stored.is_floating_point

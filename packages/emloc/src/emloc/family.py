@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from emloc.checkpoint import Checkpoint
 from emloc.config import CalibrationOptions, DemoConfig, EvaluateConfig, TrainConfig
+from emloc.convolution import as_matrix
 
 Batch = Mapping[str, Tensor]
 """One micro-batch, as the family's forward takes it."""
@@ -46,8 +47,8 @@ class StoredParameter:
         return read(self.names[0]) if self.assemble is None else self.assemble(read)
 
     def layer_weight(self, read: Callable[[str], Tensor]) -> Tensor:
-        """The parameter, a layer's weight, as d_out × d_in."""
-        weight = self.read(read)
+        """The parameter, a layer's weight, as d_out × d_in (`as_matrix`)."""
+        weight = as_matrix(self.read(read))
         return weight.T if self.transposed else weight
 
 

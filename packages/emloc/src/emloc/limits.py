@@ -27,7 +27,7 @@ class CandidateLora:
     """One layer's LoRA under every candidate.
 
     Attributes:
-        down: A, shared.
+        down: A, shared, as it is stored.
         ups: B per candidate.
         scaling: of B·A.
         gains: DoRA's `m / ‖W + s·B·A‖` per candidate, or None.
@@ -109,6 +109,15 @@ def losses(
     return means
 
 
+def _delta(module: nn.Module, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """`B·A·x`; on a convolution, A reads the patches that it reads."""
+    if not isinstance(module, nn.Conv2d):
+        return torch.nn.functional.linear(x @ down.T, up)
+    # A padding_mode other than zeros is the convolution's own business, so ask it.
+    z = module._conv_forward(x, down, None)  # pyright: ignore[reportPrivateUsage]
+    return torch.nn.functional.conv2d(z, up[:, :, None, None])
+
+
 def _adding(lora: CandidateLora) -> Any:
     def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         call = current_call()
@@ -116,10 +125,13 @@ def _adding(lora: CandidateLora) -> Any:
             return output
         candidate: int = call.context
         x = inputs[0].to(lora.down.dtype)
-        delta = torch.nn.functional.linear(x @ lora.down.T, lora.ups[candidate]) * lora.scaling
+        delta = _delta(module, x, lora.down, lora.ups[candidate]) * lora.scaling
         if lora.gains is None:
             return output + delta
-        bias = dict(module.named_parameters()).get("bias", torch.zeros(()))
-        return lora.gains[candidate] * (output - bias + delta) + bias
+        bias = dict(module.named_parameters()).get("bias", torch.zeros(1))
+        gain = lora.gains[candidate]
+        if isinstance(module, nn.Conv2d):
+            bias, gain = bias.view(-1, 1, 1), gain.view(-1, 1, 1)
+        return gain * (output - bias + delta) + bias
 
     return add

@@ -101,6 +101,7 @@ def copy_file(source: Path, target: Path) -> None:
     """Copy a file atomically."""
     temporary = target.with_name(target.name + ".tmp")
     with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -133,6 +134,7 @@ class ShardWriter:
 
     def __enter__(self) -> "ShardWriter":
         with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._temporary.open("wb", buffering=0)
         self._put(self._header)
         return self

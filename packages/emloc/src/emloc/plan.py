@@ -39,7 +39,7 @@ class Plan:
 
     def within(self, block: str) -> list[Group]:
         """The groups of one block."""
-        return [group for group in self.groups if group.owner.startswith(f"{block}.")]
+        return [group for group in self.groups if f"{group.owner}.".startswith(f"{block}.")]
 
 
 def make_plan(

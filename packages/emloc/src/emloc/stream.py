@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from emloc.checkpoint import Checkpoint
+from emloc.convolution import as_matrix, matrix_shape
 from emloc.errors import CheckpointError
 from emloc.family import ModelFamily, StoredParameter
 from emloc.gram import moment_dtype
@@ -71,11 +72,11 @@ class UnitStream:
         return found
 
     def layer_shape(self, layer: str) -> tuple[int, int] | None:
-        """`(d_out, d_in)` of a layer's weight; None if the checkpoint does not hold it as one tensor."""
+        """`(d_out, d_in)` of a layer's weight as a matrix; None if it is not stored as one tensor."""
         stored = self.stored(f"{layer}.weight")
         if stored.plain_name is None:
             return None
-        rows, columns = self.model.get_parameter(f"{layer}.weight").shape
+        rows, columns = matrix_shape(self.model.get_parameter(f"{layer}.weight").shape)
         return (columns, rows) if stored.transposed else (rows, columns)
 
     def weight_name(self, layer: str) -> str:
@@ -86,7 +87,7 @@ class UnitStream:
 
     def weight(self, layer: str) -> Tensor:
         """A filled layer's weight, d_out × d_in."""
-        weight = self.model.get_parameter(f"{layer}.weight").detach()
+        weight = as_matrix(self.model.get_parameter(f"{layer}.weight").detach())
         return weight.T if self.stored(f"{layer}.weight").transposed else weight
 
     def tensor(self, parameter: str) -> Tensor:

@@ -8,64 +8,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from emloc.layers.low_rank_products import Project
-
-READ_ONLY = (
-    "This layer belongs to an emulator: its weight is computed from two factors and cannot be written. "
-    "To merge, correct the adapter (emloc correct) and merge it into the original model; for PiSSA or "
-    "OLoRA, train with emloc (lora_init)."
-)
-
-
-class ReadOnlyWeight(torch.Tensor):
-    """`left @ right` with shape, dtype and device, multiplied when an operation needs its values.
-
-    PEFT asks weights for their dtype and device many times per layer; at the size of a large model each
-    product would take a second. Writing to it would be lost without a word, so it is refused.
-    """
-
-    left: Tensor
-    right: Tensor
-
-    @staticmethod
-    def __new__(cls: Any, left: Tensor, right: Tensor) -> "ReadOnlyWeight":
-        """A tensor without values: `left` is d_out × rank, `right` rank × d_in."""
-        made: ReadOnlyWeight = torch.Tensor._make_wrapper_subclass(
-            cls, (left.shape[0], right.shape[1]), dtype=left.dtype, device=left.device
-        )
-        made.left, made.right = left, right
-        # By this transformers knows, also in the parent's initialisation, not to draw values.
-        made._is_hf_initialized = True  # pyright: ignore
-        return made
-
-    @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func._schema.is_mutable and isinstance(args[0], cls):
-            raise RuntimeError(READ_ONLY)
-
-        def product(value: Any) -> Any:
-            return value.left @ value.right if isinstance(value, cls) else value
-
-        if func is torch.ops.aten.detach.default:
-            return cls(args[0].left, args[0].right)
-        return func(*tree_map(product, args), **tree_map(product, kwargs or {}))
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"ReadOnlyWeight({tuple(self.shape)}, rank={self.right.shape[0]})"
-
-    @property
-    def data(self) -> Tensor:  # type: ignore[override]
-        """A plain copy, for reading."""
-        with torch.no_grad():
-            return self.left @ self.right
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        raise RuntimeError(READ_ONLY)
+from emloc.layers.read_only_weight import ReadOnlyWeight
 
 
 class SharedProjection:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from emloc.adapter import Adapter, LoraLayer, base_weights
-from emloc.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from emloc.checkpoint import Checkpoint
 from emloc.config import MergeConfig
 from emloc.errors import ConfigError, MismatchError, NumericalError
 from emloc.family import StoredParameter
@@ -82,18 +82,19 @@ def _write_beside(base: Checkpoint, work: Path) -> None:
     """Config, index and tokenizer; of a base in another layout, those of the layout written."""
     for name in base.companions():
         copy_file(base.path / name, work / name)
+    layout = base.layout
     if not base.translated:
-        for name in ("config.json", INDEX_NAME):
+        for name in (layout.config, layout.index):
             if (base.path / name).is_file():
                 copy_file(base.path / name, work / name)
         return
-    write_json(work / "config.json", base.config)
+    write_json(work / layout.config, base.config)
     index = {
         "metadata": {"total_size": sum(info.nbytes for info in base.tensors.values())},
-        "weight_map": {name: info.file for name, info in base.tensors.items()},
+        "weight_map": {name: layout.inside(info.file) for name, info in base.tensors.items()},
     }
-    if index["weight_map"].keys() and set(index["weight_map"].values()) != {SINGLE_NAME}:
-        write_json(work / INDEX_NAME, index)
+    if index["weight_map"].keys() and {i.file for i in base.tensors.values()} != {layout.single}:
+        write_json(work / layout.index, index)
 
 
 def _base_name(config: MergeConfig, adapter: Adapter, origin: Manifest | None) -> str:
@@ -180,12 +181,12 @@ def _merged(
         return base.read(name)
     layer, place = found
     weight = place.layer_weight(base.read)
-    magnitude = adapter.read(layer.magnitude_key) if layer.magnitude_key else None
-    down, up = adapter.read(layer.down_key), adapter.read(layer.up_key)
+    magnitude = adapter.magnitude(layer.magnitude_key) if layer.magnitude_key else None
+    down, up = adapter.matrix(layer.down_key), adapter.matrix(layer.up_key)
     merged = merged_weight(weight, down, up, layer.scaling, magnitude)
     if not is_finite(merged):
         raise NumericalError(
             f"Merging {name} gives NaN or infinity; check {base.name} and {adapter.path} with emloc "
             f"verify."
         )
-    return merged.T if place.transposed else merged
+    return (merged.T if place.transposed else merged).reshape(base.tensors[name].shape)

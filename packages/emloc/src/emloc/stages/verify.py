@@ -8,6 +8,7 @@ import torch
 from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, base_weights
 from emloc.checkpoint import Checkpoint
 from emloc.config import VerifyConfig
+from emloc.convolution import matrix_shape
 from emloc.errors import CheckpointError, EmlocError, MismatchError, NumericalError
 from emloc.family import ModelFamily
 from emloc.finite import is_finite
@@ -96,8 +97,8 @@ def _verify_emulator(checkpoint: Checkpoint, manifest: Manifest, family: ModelFa
         # Factors bear the names of the weights in the checkpoint, which may not be the module's.
         renamed = family.stored(model, name, checkpoint)
         info = checkpoint.tensors[renamed.names[0]] if renamed else stored.get(name)
-        if info is None or info.shape != shape:
-            found = info.shape if info else "missing"
+        found = matrix_shape(info.shape) if info else "missing"
+        if found != shape:
             raise CheckpointError(f"{name} of {checkpoint.path} should be {shape}, is {found}.")
     for name, _ in model.named_parameters():
         layer = name.rpartition(".")[0]

@@ -19,6 +19,7 @@ from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from emloc.config import TrainConfig, nearest
 from emloc.errors import ConfigError, DataError
@@ -73,7 +74,7 @@ def new_lora(
 def _config(config: TrainConfig, model: Any, excluded: Container[str]) -> LoraConfig:
     start: Any = {"default": True, "gaussian": "gaussian", "eva": "eva"}.get(config.lora_init, True)
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if isinstance(model, PreTrainedModel) else None,
         r=config.lora_r,
         lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType] (PEFT takes both)
         lora_dropout=config.lora_dropout,

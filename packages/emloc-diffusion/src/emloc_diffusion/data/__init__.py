@@ -1,0 +1,1 @@
+"""Pictures and their captions: what a diffusion model is fine-tuned on."""

@@ -1,0 +1,213 @@
+"""The pictures of a new subject, with those of its class if any, and how one is cut to a square.
+
+A folder of pictures is read once at the start, each picture decoded, so that a broken file is known
+before the model is loaded and not an hour later.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from rich.markup import escape
+from torch import Tensor
+
+from emloc.errors import ConfigError, DataError
+from emloc.progress import console
+from emloc_diffusion.data.prompts import read_caption
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FEW = 3
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture file and what it shows.
+
+    Attributes:
+        path: the file.
+        caption: the prompt that it is trained with.
+        is_prior: of the class, for prior preservation, and not of the subject.
+    """
+
+    path: Path
+    caption: str
+    is_prior: bool = False
+
+
+@dataclass(frozen=True)
+class Square:
+    """A picture as a model takes it, with what SDXL is told of its making.
+
+    Attributes:
+        pixels: float32 in [-1, 1], (3, resolution, resolution).
+        original_size: height and width of the upright file.
+        crop_top_left: top and left of the square, in the resized picture.
+    """
+
+    pixels: Tensor
+    original_size: tuple[int, int]
+    crop_top_left: tuple[int, int]
+
+
+def load_pictures(
+    instance_data_dir: str | Path,
+    instance_prompt: str | None = None,
+    class_data_dir: str | Path | None = None,
+    class_prompt: str | None = None,
+    resolution: int | None = None,
+) -> list[Picture]:
+    """All pictures, by name: the subject's, then those of its class.
+
+    Args:
+        instance_data_dir: folder of the subject's pictures; folders in it are not looked into.
+        instance_prompt: the caption of all of them; None reads `name.txt` beside `name.png`.
+        class_data_dir: folder of pictures of the class, for prior preservation.
+        class_prompt: the caption of all of those.
+        resolution: that they will be cut to; pictures that are smaller bring a warning.
+
+    Raises:
+        DataError: a folder is missing or has no pictures; a picture is unreadable; a caption is missing.
+        ConfigError: only one of `class_data_dir` and `class_prompt`, or both folders are one.
+    """
+    instance_dir = Path(instance_data_dir)
+    if (class_data_dir is None) != (class_prompt is None):
+        given, other = "class_data_dir", "class_prompt"
+        if class_data_dir is None:
+            given, other = other, given
+        raise ConfigError(f"{given} is set without {other}; prior preservation needs both.")
+    if class_data_dir is not None and Path(class_data_dir).resolve() == instance_dir.resolve():
+        raise ConfigError(
+            f"class_data_dir and instance_data_dir are both {instance_dir}; the pictures of the class "
+            f"must be others than those of the subject."
+        )
+    files = _files(instance_dir, "instance_data_dir")
+    pictures = [
+        Picture(path, read_caption(path) if instance_prompt is None else instance_prompt)
+        for path in files
+    ]
+    if len(files) < FEW:
+        console.print(
+            f"[yellow]warning:[/] {escape(str(instance_dir))} has only {len(files)} picture"
+            f"{'s' * (len(files) > 1)}; three to five from different sides teach a subject better"
+        )
+    blank = [picture.path.name for picture in pictures if not picture.caption.strip()]
+    if blank:
+        console.print(f"[yellow]warning:[/] {len(blank)} captions are empty: {_some(blank)}")
+    if class_data_dir is not None and class_prompt is not None:
+        pictures += [
+            Picture(path, class_prompt, is_prior=True)
+            for path in _files(Path(class_data_dir), "class_data_dir")
+        ]
+    sizes = {picture.path: _upright(picture.path).size for picture in pictures}
+    _say_sizes(sizes, resolution)
+    return pictures
+
+
+def open_picture(
+    picture: Picture,
+    resolution: int,
+    center_crop: bool = True,
+    random_flip: bool = False,
+    generator: random.Random | None = None,
+) -> Square:
+    """Resize the shorter side to `resolution` (Lanczos) and crop the longer one.
+
+    Args:
+        picture: upright by its EXIF rotation; what is transparent becomes white.
+        resolution: side of the square in pixels.
+        center_crop: the middle; otherwise a random place.
+        random_flip: mirror left and right, half the times.
+        generator: of the random place and flip; None takes Python's own.
+
+    Raises:
+        DataError: the file is missing or broken; names it.
+    """
+    draw: Any = generator or random
+    image = _upright(picture.path)
+    width, height = image.size
+    scale = resolution / min(width, height)
+    resized = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+    if resized != image.size:
+        image = image.resize(resized, Image.Resampling.LANCZOS)
+    if random_flip and draw.random() < 0.5:
+        image = ImageOps.mirror(image)
+    spare = (resized[0] - resolution, resized[1] - resolution)
+    left, top = (side // 2 if center_crop else draw.randint(0, side) for side in spare)
+    image = image.crop((left, top, left + resolution, top + resolution))
+    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1.0)
+    return Square(pixels.permute(2, 0, 1).contiguous(), (height, width), (top, left))
+
+
+def _files(folder: Path, option: str) -> list[Path]:
+    """The picture files of a folder, by name."""
+    if not folder.is_dir():
+        raise DataError(f"{option}: there is no folder {folder}; correct the path.")
+    try:
+        visible = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    except OSError as problem:
+        raise DataError(
+            f"{option}: the folder {folder} cannot be read ({problem.strerror}); correct its permissions."
+        ) from problem
+    if not visible:
+        raise DataError(f"{option}: the folder {folder} is empty; put pictures into it.")
+    files = [path for path in visible if path.suffix.lower() in SUFFIXES and path.is_file()]
+    if not files:
+        raise DataError(
+            f"{option}: the folder {folder} has no pictures but {_some([p.name for p in visible])}; "
+            f"{', '.join(suffix[1:] for suffix in SUFFIXES)} files are read."
+        )
+    return files
+
+
+def _upright(path: Path) -> Image.Image:
+    """The decoded picture in RGB."""
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):  # 16 bits of grey; PIL would clip instead of scale
+                grey = np.asarray(image).astype(np.float32) / 257.0
+                image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
+            return image.convert("RGB")
+    except FileNotFoundError as problem:
+        raise DataError(f"{path}: there is no such picture any more.") from problem
+    except (
+        OSError, ValueError, SyntaxError, EOFError, UnidentifiedImageError, Image.DecompressionBombError
+    ) as problem:  # fmt: skip
+        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        raise DataError(
+            f"{path}: the picture cannot be read ({reason}); replace it or take it out of the folder."
+        ) from problem
+
+
+def _say_sizes(sizes: Mapping[Path, tuple[int, int]], resolution: int | None) -> None:
+    """One line on pictures that will be enlarged, one on mixed sizes."""
+    if resolution is not None:
+        small = {path: size for path, size in sizes.items() if min(size) < resolution}
+        if small:
+            path, (width, height) = min(small.items(), key=lambda item: min(item[1]))
+            others = f" (and {len(small) - 1} more)" if len(small) > 1 else ""
+            console.print(
+                f"[yellow]warning:[/] {escape(path.name)} is {width} × {height}{others}, "
+                f"{resolution - min(width, height)} pixels short of resolution={resolution}; it will be "
+                f"enlarged and look soft"
+            )
+    if len(set(sizes.values())) > 1:
+        console.print(
+            f"the pictures have {len(set(sizes.values()))} different sizes; each is resized by its "
+            f"shorter side and cut to a square"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names."""
+    return escape(", ".join(names[:3]) + (", …" if len(names) > 3 else ""))

@@ -1,0 +1,84 @@
+"""Parts of a diffusers pipeline folder, by what its `model_index.json` says; never the whole pipeline."""
+
+import gc
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+
+from emloc.errors import CheckpointError
+
+# Parts are imported by the name that the folder gives: nothing but these two is.
+LIBRARIES = ("diffusers", "transformers")
+
+
+def read_model_index(folder: str | Path) -> Mapping[str, Any]:
+    """`model_index.json`: the pipeline's `_class_name`, and per component its library and class, both None
+    when it is left out.
+
+    Raises:
+        CheckpointError: it is missing or is not a JSON object.
+    """
+    path = Path(folder) / "model_index.json"
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(index, dict):
+            raise ValueError("not an object")
+    except FileNotFoundError as problem:
+        raise CheckpointError(
+            f"{folder} has no model_index.json; pass the folder of a diffusers pipeline."
+        ) from problem
+    except (OSError, ValueError) as problem:
+        raise CheckpointError(f"{path} cannot be read as JSON; download it again.") from problem
+    return cast(Mapping[str, Any], index)
+
+
+def check_libraries(folder: str | Path, index: Mapping[str, Any], parts: tuple[str, ...]) -> None:
+    """Components whose names begin with one of `parts` are of known libraries, or left out.
+
+    Raises:
+        CheckpointError: names the one that is not.
+    """
+    for name, value in index.items():
+        if name.startswith(parts) and value[0] is not None and value[0] not in LIBRARIES:
+            raise CheckpointError(
+                f"{folder}: the component {name} is of {value[0]}, which is not loaded; components of "
+                f"{' and '.join(LIBRARIES)} are."
+            )
+
+
+@contextmanager
+def load_errors(folder: str | Path, what: str) -> Iterator[None]:
+    """What the libraries raise while they load, as one sentence.
+
+    Raises:
+        CheckpointError: instead of any of theirs.
+    """
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        AttributeError,
+        SafetensorError,
+    ) as problem:
+        if isinstance(problem, torch.OutOfMemoryError):
+            raise
+        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{folder}: its {what} cannot be loaded ({reason}); see that the folder is complete and has "
+            f"safetensors files."
+        ) from problem
+
+
+def release() -> None:
+    """Give back what a part held, once the last name for it is gone."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

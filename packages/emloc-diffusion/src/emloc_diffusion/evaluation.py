@@ -1,0 +1,65 @@
+"""The loss of a denoiser, with or without a LoRA, on pictures under noise that training did not see."""
+
+from typing import Any, cast
+
+import torch
+
+from emloc.checkpoint import Checkpoint, locate
+from emloc.config import EvaluateConfig
+from emloc.errors import ConfigError
+from emloc.family import ModelFamily
+from emloc.integrations.peft.attach import attach
+from emloc.memory import PeakMemory
+from emloc.progress import progress_bar
+from emloc_diffusion.denoisers import denoiser_of
+from emloc_diffusion.loading import load_denoiser
+from emloc_diffusion.objective import objective_of
+from emloc_diffusion.samples import Options, encode_samples
+from emloc_diffusion_options import NoiseOptions, PictureOptions
+
+HELD_OUT_SEED = 0x5EED
+"""Of noise and timesteps; training's depend on its own seed and never begin here."""
+
+
+class DenoiserEvaluateConfig(EvaluateConfig, PictureOptions, NoiseOptions):
+    """The options of evaluating, for annotations."""
+
+
+def evaluate_model(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any]:
+    """Scores of a denoiser with or without an adapter.
+
+    Returns:
+        `loss` (mean squared error over latents' elements), `exact_match` (None), `samples` and
+        `peak_bytes`.
+    """
+    with PeakMemory(config.device, mapped=True) as peak:
+        scores = _evaluate(cast(DenoiserEvaluateConfig, config), family)
+    return {**scores, **peak.figures()}
+
+
+def _evaluate(config: DenoiserEvaluateConfig, family: ModelFamily) -> dict[str, Any]:
+    if config.tasks:
+        raise ConfigError("evaluate: tasks are lm-eval's, for language models; pass pictures.")
+    checkpoint = Checkpoint.open(locate(config.model_name_or_path))
+    samples = encode_samples(checkpoint.path, cast(Options, config), config.device)
+    objective = objective_of(checkpoint.path)
+    model = load_denoiser(checkpoint, config.dtype, config.device)
+    if config.adapter:
+        model = attach(model, config.adapter, checkpoint, family)
+    base = model.get_base_model() if config.adapter else model
+    predict = denoiser_of(checkpoint).predict
+    generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+    chosen = samples.indices(prior=False)[: config.num_samples]
+    order = [chosen[i % len(chosen)] for i in range(config.num_noise_samples)]
+    total, terms, size = 0.0, 0, config.per_device_eval_batch_size
+    with torch.inference_mode(), progress_bar("loss", len(order)) as advance:
+        for start in range(0, len(order), size):
+            part = order[start : start + size]
+            batch = {
+                name: tensor.to(base.device, base.dtype)
+                for name, tensor in samples.batch(part, objective, generator).items()
+            }
+            error = predict(model, batch).float() - batch["target"].float()
+            total, terms = total + float(error.square().sum()), terms + error.numel()
+            advance(len(part))
+    return {"loss": total / terms, "exact_match": None, "samples": len(chosen)}

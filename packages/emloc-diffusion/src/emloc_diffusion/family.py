@@ -1,0 +1,138 @@
+"""Diffusion models: the denoiser of a pipeline of diffusers, its linear layers and convolutions."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from emloc.checkpoint import Checkpoint
+from emloc.config import CalibrationOptions, DemoConfig, EvaluateConfig, TrainConfig
+from emloc.errors import ConfigError
+from emloc.family import Batch, EmulatorLayers, LossSum, StoredParameter
+from emloc.integrations.diffusers.quantizer import emulator_config
+from emloc.integrations.diffusers.skeleton import Trace, empty_model, is_layer, trace, units
+from emloc_diffusion.denoisers import DENOISERS, denoiser_of
+from emloc_diffusion.objective import objective_of
+from emloc_diffusion.samples import Options, encode_samples
+
+MODULATION = ("time_emb_proj", "linear", "emb_proj")
+"""Layers within a block that read the timestep's embedding and not the picture."""
+
+
+class DiffusionFamily:
+    """`ModelFamily` for diffusion models."""
+
+    name = "diffusion"
+    adapter_formats: tuple[str, ...] = ("peft", "diffusers", "kohya")
+
+    def native(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Itself: diffusers has one layout."""
+        return checkpoint
+
+    def skeleton(self, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+        """See `ModelFamily`."""
+        return empty_model(checkpoint, denoiser_of(checkpoint).model_class, dtype)
+
+    def stored(
+        self, model: nn.Module, parameter: str, checkpoint: Checkpoint
+    ) -> StoredParameter | None:
+        """See `ModelFamily`; diffusers stores every parameter under its own name."""
+        return StoredParameter((parameter,)) if parameter in checkpoint.tensors else None
+
+    def blocks(self, model: nn.Module) -> Sequence[str]:
+        """Resnets and transformer blocks, and the layers between them, in the order of the forward."""
+        return self._trace(model).order
+
+    def layer_groups(self, model: nn.Module) -> Sequence[Sequence[str]]:
+        """Linear layers of a block that read the same tensor form a group; a convolution is alone."""
+        found = self._trace(model)
+        groups: dict[object, list[str]] = {}
+        for block in found.order:
+            for name, module in model.get_submodule(block).named_modules(prefix=block):
+                if not is_layer(module) or name.rpartition(".")[2] in MODULATION:
+                    continue
+                key = (block, found.inputs[name]) if name in found.inputs else name
+                groups.setdefault(key if isinstance(module, nn.Linear) else name, []).append(name)
+        return list(groups.values())
+
+    def _trace(self, model: Any) -> Trace:
+        known = getattr(model, "_emloc_trace", None)
+        if known is None:
+            within = units(model)
+            layers = [n for n, m in model.named_modules() if n and is_layer(m)]
+            inside = [n for n in layers if any(n.startswith(f"{unit}.") for unit in within)]
+            between = [n for n in layers if n not in inside and _beside_a_list(model, n)]
+            denoiser = DENOISERS[type(model).__name__]
+            linear = [n for n in inside if isinstance(model.get_submodule(n), nn.Linear)]
+            known = trace(
+                model,
+                [*within, *between],
+                linear,
+                lambda fake: denoiser.predict(fake, denoiser.example(model.config)),
+            )
+            object.__setattr__(model, "_emloc_trace", known)
+        return known
+
+    def calibration_batches(
+        self, checkpoint: Checkpoint, options: CalibrationOptions
+    ) -> Sequence[Batch]:
+        """The pictures in turn, each time with other noise at another timestep, as training draws them."""
+        samples = encode_samples(checkpoint.path, cast(Options, options))
+        objective = objective_of(checkpoint.path)
+        generator = torch.Generator().manual_seed(options.seed)
+        count, size = options.num_calibration_samples, options.calibration_batch_size
+        order = [i % len(samples.pictures) for i in range(count)]
+        return [
+            samples.batch(order[start : start + size], objective, generator)
+            for start in range(0, count, size)
+        ]
+
+    def token_mask(self, batch: Batch, layer: str | None = None) -> Tensor | None:
+        """Every latent counts, and every token of a prompt: the denoiser reads padding too."""
+        if layer is not None:
+            return None
+        sample = batch["sample"]
+        return torch.ones(sample.shape[0], *sample.shape[2:], dtype=torch.bool)
+
+    def forward_loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        """Squared error of the prediction, summed over latents' elements."""
+        predicted = DENOISERS[type(model).__name__].predict(model, batch)
+        error = (predicted.float() - batch["target"].float()).square().sum()
+        return LossSum(float(error), batch["target"].numel())
+
+    def emulator_config(self, checkpoint: Checkpoint, layers: EmulatorLayers) -> dict[str, Any]:
+        """See `ModelFamily`."""
+        return emulator_config(checkpoint.config, layers)
+
+    def train(self, config: TrainConfig, work: Path) -> dict[str, Any]:
+        """See `ModelFamily`; `emloc_diffusion.training`."""
+        from emloc_diffusion.training import train_lora
+
+        return train_lora(config, work)
+
+    def evaluate(self, config: EvaluateConfig) -> dict[str, Any]:
+        """See `ModelFamily`; `emloc_diffusion.evaluation`."""
+        from emloc_diffusion.evaluation import evaluate_model
+
+        return evaluate_model(config, self)
+
+    def demo(self, config: DemoConfig) -> Path:
+        """See `ModelFamily`; refused, there is none yet."""
+        raise ConfigError("The family diffusion has no demo yet; use --family llm or vlm.")
+
+    def write_example(self, folder: Path, seed: int) -> Mapping[str, Any]:
+        """See `ModelFamily`; `emloc_diffusion.example`."""
+        from emloc_diffusion.example import write_example
+
+        return write_example(folder, seed)
+
+
+def _beside_a_list(model: nn.Module, layer: str) -> bool:
+    """Whether a layer leads into or out of a list of blocks, such as an attention's projections; those
+    of the model itself read pixels or timesteps and stay dense."""
+    parent = layer.rpartition(".")[0]
+    if not parent:
+        return False
+    return any(isinstance(child, nn.ModuleList) for child in model.get_submodule(parent).children())

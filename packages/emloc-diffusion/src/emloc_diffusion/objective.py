@@ -1,0 +1,89 @@
+"""What a denoiser learns: which noise at which timestep, and what it should predict.
+
+Diffusion (SD, SDXL; DDPM, Ho et al. 2020): `x_t = √ᾱ_t x + √(1 − ᾱ_t) ε`, t uniform, target ε, or
+`v = √ᾱ_t ε − √(1 − ᾱ_t) x`, or x, by the scheduler's `prediction_type`. Flow matching (SD3, FLUX; Esser et
+al. 2024): `x_σ = (1 − σ) x + σ ε`, target ε − x; σ logit-normal, then shifted as the scheduler says, where
+its shift does not depend on the picture's size. Calibration and training draw from the same objective.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from emloc.checkpoint import read_json
+from emloc.errors import CheckpointError
+
+TRAIN_TIMESTEPS = 1000
+
+
+@dataclass(frozen=True)
+class Noised:
+    """`sample` and `target` (samples × channels × height × width), `timestep` (samples, 0 to 1000)."""
+
+    sample: Tensor
+    timestep: Tensor
+    target: Tensor
+
+
+class Diffusion:
+    """Noise of the pipeline's own schedule, timesteps uniform."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        known = {key: value for key, value in config.items() if not key.startswith("_")}
+        self._scheduler: Any = DDPMScheduler.from_config(known)
+        self._kind = str(known.get("prediction_type", "epsilon"))
+        if self._kind not in ("epsilon", "v_prediction", "sample"):
+            raise CheckpointError(
+                f"The pipeline's scheduler has prediction_type {self._kind}; expected epsilon, "
+                f"v_prediction or sample."
+            )
+
+    def draw(self, latents: Tensor, generator: torch.Generator) -> Noised:
+        """One timestep and one noise per sample."""
+        count = len(latents)
+        steps = int(self._scheduler.config.num_train_timesteps)
+        timestep = torch.randint(steps, (count,), generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        noisy = self._scheduler.add_noise(latents, noise, timestep)
+        if self._kind == "epsilon":
+            target = noise
+        elif self._kind == "sample":
+            target = latents
+        else:
+            target = self._scheduler.get_velocity(latents, noise, timestep)
+        return Noised(noisy, timestep.float(), target)
+
+
+class FlowMatching:
+    """A straight line from the picture to noise."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        dynamic = bool(config.get("use_dynamic_shifting"))
+        self._shift = 1.0 if dynamic else float(config.get("shift", 1.0))
+
+    def draw(self, latents: Tensor, generator: torch.Generator) -> Noised:
+        """One σ and one noise per sample."""
+        noise = torch.randn(latents.shape, generator=generator)
+        u = torch.sigmoid(torch.randn(len(latents), generator=generator))
+        sigma = self._shift * u / (1 + (self._shift - 1) * u)
+        wide = sigma.view(-1, 1, 1, 1)
+        return Noised((1 - wide) * latents + wide * noise, sigma * TRAIN_TIMESTEPS, noise - latents)
+
+
+Objective: TypeAlias = Diffusion | FlowMatching
+
+
+def objective_of(pipeline: Path) -> Objective:
+    """By the pipeline's scheduler.
+
+    Raises:
+        CheckpointError: it has none, or one that trains otherwise.
+    """
+    config = read_json(pipeline / "scheduler" / "scheduler_config.json")
+    if str(config.get("_class_name", "")).startswith("FlowMatch"):
+        return FlowMatching(config)
+    return Diffusion(config)

@@ -1,0 +1,103 @@
+"""Pictures and prompts, encoded once; micro-batches of them with noise.
+
+VAE and text encoders are loaded, used and freed before the denoiser is: what stays in memory is a few
+latents and prompt embeddings.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from emloc.errors import ConfigError
+from emloc_diffusion.data.images import Picture, Square, load_pictures, open_picture
+from emloc_diffusion.encode.latents import LatentMoments, encode_latents
+from emloc_diffusion.encode.text import encode_prompts
+from emloc_diffusion.objective import Objective
+
+
+class Options(Protocol):
+    """What a stage's options say of pictures (`PictureOptions` with core's `dataset`)."""
+
+    dataset: str | None
+    instance_prompt: str | None
+    class_data_dir: Path | None
+    class_prompt: str | None
+    resolution: int
+    random_flip: bool
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Encoded pictures.
+
+    Attributes:
+        pictures: their files and captions; mirrored ones appear twice.
+        moments: of their latents.
+        conditions: by name, what the denoiser is told of each (`emloc_diffusion.denoisers`).
+    """
+
+    pictures: Sequence[Picture]
+    moments: LatentMoments
+    conditions: dict[str, Tensor]
+
+    def indices(self, prior: bool) -> list[int]:
+        """Positions of the pictures of the subject, or of its class."""
+        return [i for i, picture in enumerate(self.pictures) if picture.is_prior == prior]
+
+    def conditions_of(self, chosen: Sequence[int]) -> dict[str, Tensor]:
+        """What the denoiser is told of some."""
+        return {name: tensor[list(chosen)] for name, tensor in self.conditions.items()}
+
+    def latents(self, chosen: Sequence[int], generator: torch.Generator | None) -> Tensor:
+        """Drawn from their moments."""
+        part = LatentMoments(self.moments.mean[list(chosen)], self.moments.std[list(chosen)])
+        return part.sample(generator)
+
+    def batch(
+        self, chosen: Sequence[int], objective: Objective, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """A micro-batch with noise, as `emloc_diffusion.denoisers` describes it."""
+        noised = objective.draw(self.latents(chosen, generator), generator)
+        return {
+            "sample": noised.sample,
+            "timestep": noised.timestep,
+            "target": noised.target,
+            **self.conditions_of(chosen),
+        }
+
+
+def encode_samples(pipeline: Path, options: Options, device: str = "cpu") -> Samples:
+    """Read and encode the pictures that the options name.
+
+    Raises:
+        ConfigError: no folder of pictures is named.
+        DataError: one cannot be read.
+    """
+    if options.dataset is None:
+        raise ConfigError("instance_data_dir is required (a folder of pictures).")
+    pictures = load_pictures(
+        options.dataset,
+        options.instance_prompt,
+        options.class_data_dir,
+        options.class_prompt,
+        options.resolution,
+    )
+    squares = [open_picture(picture, options.resolution) for picture in pictures]
+    pixels = torch.stack([square.pixels for square in squares])
+    if options.random_flip:
+        pictures, squares = pictures * 2, squares * 2
+        pixels = torch.cat([pixels, pixels.flip(-1)])
+    encoded = encode_prompts(pipeline, [picture.caption for picture in pictures], device=device)
+    conditions = {name: torch.stack([one[name] for one in encoded]) for name in encoded[0]}
+    conditions["time_ids"] = torch.stack([_time_ids(square) for square in squares])
+    return Samples(pictures, encode_latents(pipeline, pixels, device=device), conditions)
+
+
+def _time_ids(square: Square) -> Tensor:
+    """SDXL's: original height and width, top and left of the crop, height and width it becomes."""
+    side = square.pixels.shape[-1]
+    return torch.tensor([*square.original_size, *square.crop_top_left, side, side]).float()

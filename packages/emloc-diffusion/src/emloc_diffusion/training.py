@@ -1,0 +1,149 @@
+"""Train a LoRA on pictures, DreamBooth's way (Ruiz et al. 2023), with transformers' `Trainer`.
+
+The Trainer brings what it has for text: accelerate, schedules, exact resuming, trackers. What is of
+diffusion is here: a step draws latents, noise and timesteps, and with pictures of the class adds the
+prior-preservation loss.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from emloc.checkpoint import Checkpoint, locate
+from emloc.config import TrainConfig
+from emloc.errors import ConfigError
+from emloc.integrations.transformers.lora_training import train_lora as train_with
+from emloc.integrations.transformers.lora_training import training_arguments
+from emloc.memory import PeakMemory, return_large_blocks
+from emloc_diffusion.data.prompts import check_unique_token
+from emloc_diffusion.denoisers import denoiser_of
+from emloc_diffusion.family import DiffusionFamily
+from emloc_diffusion.loading import load_denoiser
+from emloc_diffusion.objective import Objective, objective_of
+from emloc_diffusion.samples import Options, Samples, encode_samples
+from emloc_diffusion_options import DreamBoothOptions, PictureOptions
+
+TEXT_ONLY = ("packing", "streaming", "eval_dataset", "assistant_only_loss", "dataset_weights")
+
+
+class DreamBoothConfig(TrainConfig, PictureOptions, DreamBoothOptions):
+    """The options of training, for annotations."""
+
+
+class Indices(Dataset[int]):
+    """Positions of the subject's pictures."""
+
+    def __init__(self, positions: Sequence[int]) -> None:
+        self.positions = positions
+
+    def __len__(self) -> int:
+        """Their number."""
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> int:
+        """One of them."""
+        return self.positions[index]
+
+
+class DenoiserTrainer(Trainer):
+    """The Trainer with a denoiser's loss.
+
+    Args:
+        samples: the encoded pictures.
+        objective: what noise, and what to predict.
+        predict: the denoiser's output for a micro-batch.
+        prior_weight: of the loss on pictures of the class.
+    """
+
+    def __init__(
+        self, samples: Samples, objective: Objective, predict: Any, prior_weight: float, **more: Any
+    ) -> None:
+        super().__init__(**more)
+        self._samples, self._objective, self._predict = samples, objective, predict
+        self._prior, self._prior_weight = samples.indices(prior=True), prior_weight
+
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+        """Mean squared error; noise comes from torch's own generator, whose state is resumed."""
+        chosen = [int(position) for position in inputs["position"]]
+        if self._prior:
+            chosen += [self._prior[position % len(self._prior)] for position in chosen]
+        count = len(inputs["position"])
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        batch = {
+            name: tensor.to(base.device, base.dtype)
+            for name, tensor in self._samples.batch(
+                chosen, self._objective, torch.default_generator
+            ).items()
+        }
+        error = self._predict(model, batch).float() - batch["target"].float()
+        losses = error.square().flatten(1).mean(1)
+        prior = losses[count:].mean() * self._prior_weight if self._prior else 0.0
+        return losses[:count].mean() + prior
+
+
+def train_lora(config: TrainConfig, work: Path) -> dict[str, Any]:
+    """Train into `work`; returns figures for the manifest.
+
+    Raises:
+        DataError, ConfigError, NumericalError: see their messages.
+    """
+    return_large_blocks()
+    with PeakMemory(config.device, mapped=True) as peak:
+        figures = _train(cast(DreamBoothConfig, config), work)
+    return {**figures, **peak.figures()}
+
+
+def _train(config: DreamBoothConfig, work: Path) -> dict[str, Any]:
+    for name in TEXT_ONLY:
+        if getattr(config, name):
+            raise ConfigError(f"train: {name} is for text; leave it out with pictures.")
+    if config.instance_prompt is not None:
+        check_unique_token(config.instance_prompt, config.class_prompt)
+    checkpoint = Checkpoint.open(locate(config.emulator or str(config.model_name_or_path)))
+    samples = encode_samples(checkpoint.path, cast(Options, config), config.device)
+    denoiser = denoiser_of(checkpoint)
+    torch.manual_seed(config.seed)
+    model = load_denoiser(checkpoint, config.dtype, config.device)
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    config = config.model_copy(
+        update={
+            "lora_target_modules": _targets(checkpoint, config),
+            "gradient_checkpointing": False,  # by diffusers' own switch, above
+        }
+    )
+    arguments = training_arguments(TrainingArguments, config, work, remove_unused_columns=False)
+    make_trainer = partial(
+        DenoiserTrainer,
+        samples,
+        objective_of(checkpoint.path),
+        denoiser.predict,
+        config.prior_loss_weight,
+        args=arguments,
+        train_dataset=Indices(samples.indices(prior=False)),
+        data_collator=_collate,
+    )
+    figures = train_with(config, work, model, make_trainer, ())
+    figures["summary"] |= {"samples": len(samples.pictures)}
+    return figures
+
+
+def _collate(positions: Sequence[int]) -> dict[str, Tensor]:
+    return {"position": torch.tensor(positions)}
+
+
+def _targets(checkpoint: Checkpoint, config: DreamBoothConfig) -> list[str]:
+    """Names as given; for `all-linear`, the linear layers of the blocks, and their convolutions if asked."""
+    if config.lora_target_modules != ["all-linear"]:
+        return config.lora_target_modules
+    family = DiffusionFamily()
+    model = family.skeleton(checkpoint, torch.float32)  # an emulator's too has the dense layers
+    kinds = (nn.Linear, nn.Conv2d) if config.lora_conv else nn.Linear
+    names = [name for group in family.layer_groups(model) for name in group]
+    return [name for name in names if isinstance(model.get_submodule(name), kinds)]

@@ -1,0 +1,1 @@
+"""What plugins for diffusers models share. Needs `emloc[diffusers]`."""
