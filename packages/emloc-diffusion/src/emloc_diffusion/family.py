@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from emloc.adapter import Adapter
 from emloc.checkpoint import Checkpoint
 from emloc.config import CalibrationOptions, DemoConfig, EvaluateConfig, TrainConfig
 from emloc.errors import ConfigError
@@ -111,6 +112,18 @@ class DiffusionFamily:
         from emloc_diffusion.training import train_lora
 
         return train_lora(config, work)
+
+    def export_adapter(self, checkpoint: Checkpoint, folder: Path) -> Sequence[str]:
+        """`pytorch_lora_weights.safetensors` for diffusers and, of UNets, kohya's file.
+
+        Neither can hold modules that were trained whole; of such an adapter there is PEFT's format alone.
+        """
+        from emloc_diffusion.export import export_adapter
+
+        if Adapter.open(str(folder)).saved:
+            return ()
+        component = checkpoint.layout.folder.rstrip("/")
+        return [path.name for path in export_adapter(folder, component)]
 
     def evaluate(self, config: EvaluateConfig) -> dict[str, Any]:
         """See `ModelFamily`; `emloc_diffusion.evaluation`."""

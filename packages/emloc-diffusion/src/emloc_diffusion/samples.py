@@ -91,10 +91,23 @@ def encode_samples(pipeline: Path, options: Options, device: str = "cpu") -> Sam
     if options.random_flip:
         pictures, squares = pictures * 2, squares * 2
         pixels = torch.cat([pixels, pixels.flip(-1)])
+    moments = encode_latents(pipeline, pixels, device=device)
+    _require_whole_patches(pipeline, moments, options.resolution)
     encoded = encode_prompts(pipeline, [picture.caption for picture in pictures], device=device)
     conditions = {name: torch.stack([one[name] for one in encoded]) for name in encoded[0]}
     conditions["time_ids"] = torch.stack([_time_ids(square) for square in squares])
-    return Samples(pictures, encode_latents(pipeline, pixels, device=device), conditions)
+    return Samples(pictures, moments, conditions)
+
+
+def _require_whole_patches(pipeline: Path, moments: LatentMoments, resolution: int) -> None:
+    """Transformers read latents two by two."""
+    side = moments.mean.shape[-1]
+    if side % 2 and (pipeline / "transformer").is_dir():
+        step = 2 * resolution // side
+        raise ConfigError(
+            f"resolution={resolution} gives latents of {side} × {side}, and the transformer of {pipeline} "
+            f"reads them two by two; use a multiple of {step}."
+        )
 
 
 def _time_ids(square: Square) -> Tensor:

@@ -89,6 +89,10 @@ class LLMFamily:
 
         return train_lora(config, work)
 
+    def export_adapter(self, checkpoint: Checkpoint, folder: Path) -> Sequence[str]:
+        """See `ModelFamily`; PEFT's format is the one that everybody reads."""
+        return ()
+
     def evaluate(self, config: EvaluateConfig) -> dict[str, Any]:
         """See `ModelFamily`; `emloc_llm.evaluation`."""
         from emloc_llm.evaluation import evaluate_model

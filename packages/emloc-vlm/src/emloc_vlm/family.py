@@ -94,6 +94,10 @@ class VLMFamily:
 
         return train_lora(config, work)
 
+    def export_adapter(self, checkpoint: Checkpoint, folder: Path) -> Sequence[str]:
+        """See `ModelFamily`; PEFT's format is the one that everybody reads."""
+        return ()
+
     def evaluate(self, config: EvaluateConfig) -> dict[str, Any]:
         """See `ModelFamily`; `emloc_vlm.evaluation`."""
         from emloc_vlm.evaluation import evaluate_model

@@ -130,6 +130,17 @@ class ModelFamily(Protocol):
         """
         ...
 
+    def export_adapter(self, checkpoint: Checkpoint, folder: Path) -> Sequence[str]:
+        """Write the PEFT adapter in `folder` in the family's other formats beside it.
+
+        Args:
+            checkpoint: the model that the adapter runs on.
+
+        Returns:
+            The files' names; none where PEFT's format is the only one.
+        """
+        ...
+
     def evaluate(self, config: EvaluateConfig) -> dict[str, Any]:
         """Scores of a model, with or without an adapter; keys at least `loss` and `peak_bytes`."""
         ...

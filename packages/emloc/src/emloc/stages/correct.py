@@ -62,6 +62,7 @@ def correct(config: CorrectConfig) -> Path:
             )
             chosen, summary = correction.choose(batches)
             layers = correction.write(work, chosen)
+            exported = family.export_adapter(base, work)
         Manifest(
             kind="corrected_adapter",
             family=family.name,
@@ -75,7 +76,9 @@ def correct(config: CorrectConfig) -> Path:
             settings=settings,
             layers=layers,
             summary=summary,
-            files={name: file_sha256(work / name) for name in (CONFIG_NAME, WEIGHTS_NAME)},
+            files={
+                name: file_sha256(work / name) for name in (CONFIG_NAME, WEIGHTS_NAME, *exported)
+            },
             versions=versions("emloc", "torch", "safetensors"),
             measured={"seconds": round(time.monotonic() - started, 3), **peak.figures()},
         ).write(work)

@@ -38,7 +38,9 @@ def train(config: TrainConfig) -> Path:
     if (config.emulator is None) == (config.model_name_or_path is None):
         raise ConfigError("train: pass either emulator, or model_name_or_path to train on a model.")
     if config.dataset is None:
-        raise ConfigError("train: dataset is required (a JSONL, CSV or parquet file, or a hub id).")
+        raise ConfigError(
+            "train: dataset is required (a JSONL, CSV or parquet file, a folder, or a hub id)."
+        )
     model, family = open_model(config.emulator or str(config.model_name_or_path))
     emulator = Manifest.read(model.path) if config.emulator else None
     if emulator is not None and emulator.kind != "emulator":
@@ -60,6 +62,7 @@ def train(config: TrainConfig) -> Path:
         with others_writing(work):
             figures = family.train(config, work)
         Adapter.open(str(work)).require_finite(_diverged)
+        exported = family.export_adapter(model, work)
         Manifest(
             kind="adapter",
             family=family.name,
@@ -67,7 +70,9 @@ def train(config: TrainConfig) -> Path:
             emulator=reference if emulator else None,
             settings=settings,
             summary=figures.pop("summary", {}),
-            files={name: file_sha256(work / name) for name in (CONFIG_NAME, WEIGHTS_NAME)},
+            files={
+                name: file_sha256(work / name) for name in (CONFIG_NAME, WEIGHTS_NAME, *exported)
+            },
             versions=versions("emloc", "torch", "transformers", "peft", "trl", "accelerate"),
             measured={
                 "seconds": round(time.monotonic() - started, 3),
