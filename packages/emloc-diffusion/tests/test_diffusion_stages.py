@@ -274,3 +274,20 @@ def test_an_adapter_of_another_unet_is_refused(tiny, tmp_path):
         emloc.merge(
             adapter=str(adapter), model_name_or_path=str(tiny.base), output_dir=tmp_path / "m"
         )
+
+
+def test_validation_pictures_do_not_change_training(tiny, tmp_path):
+    options = {
+        "model_name_or_path": str(tiny.base), "instance_data_dir": str(tiny.pictures),
+        "instance_prompt": PROMPT, "resolution": RESOLUTION, "max_train_steps": 3,
+    }  # fmt: skip
+    plain = emloc.train(output_dir=tmp_path / "plain", **options)
+    drawn = emloc.train(
+        output_dir=tmp_path / "drawn", validation_prompt=PROMPT, validation_steps=2,
+        num_validation_images=2, num_inference_steps=2, report_to=["tensorboard"], **options,
+    )  # fmt: skip
+    names = sorted(path.name for path in (drawn / "validation").iterdir())
+    assert names == ["step-2-0.png", "step-2-1.png", "step-3-0.png", "step-3-1.png"]
+    assert list((drawn / "runs" / "validation").glob("events*"))
+    first, second = (load_file(f / "adapter_model.safetensors") for f in (plain, drawn))
+    assert all(torch.equal(first[key], second[key]) for key in first)

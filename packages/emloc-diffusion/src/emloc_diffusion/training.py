@@ -5,12 +5,14 @@ diffusion is here: a step draws latents, noise and timesteps, and with pictures 
 prior-preservation loss.
 """
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
@@ -27,6 +29,7 @@ from emloc_diffusion.family import DiffusionFamily
 from emloc_diffusion.loading import load_denoiser
 from emloc_diffusion.objective import Objective, objective_of
 from emloc_diffusion.samples import Options, Samples, encode_samples
+from emloc_diffusion.validation import DrawValidation
 from emloc_diffusion_options import DreamBoothOptions, PictureOptions
 
 TEXT_ONLY = ("packing", "streaming", "eval_dataset", "assistant_only_loss", "dataset_weights")
@@ -49,6 +52,18 @@ class Indices(Dataset[int]):
     def __getitem__(self, index: int) -> int:
         """One of them."""
         return self.positions[index]
+
+
+class TrackedConfig(FrozenDict):
+    """diffusers' config with the two methods by which the Trainer's trackers log one of transformers."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain copy."""
+        return dict(self)
+
+    def to_json_string(self) -> str:
+        """For logs."""
+        return json.dumps(dict(self), default=str)
 
 
 class DenoiserTrainer(Trainer):
@@ -110,6 +125,7 @@ def _train(config: DreamBoothConfig, work: Path) -> dict[str, Any]:
     denoiser = denoiser_of(checkpoint)
     torch.manual_seed(config.seed)
     model = load_denoiser(checkpoint, config.dtype, config.device)
+    model._internal_dict = TrackedConfig(model.config)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     config = config.model_copy(
@@ -120,11 +136,12 @@ def _train(config: DreamBoothConfig, work: Path) -> dict[str, Any]:
     )
     arguments = training_arguments(TrainingArguments, config, work, remove_unused_columns=False)
     make_trainer = partial(
-        DenoiserTrainer,
-        samples,
-        objective_of(checkpoint.path),
-        denoiser.predict,
-        config.prior_loss_weight,
+        _make_trainer,
+        _validation(checkpoint, config, work),
+        samples=samples,
+        objective=objective_of(checkpoint.path),
+        predict=denoiser.predict,
+        prior_weight=config.prior_loss_weight,
         args=arguments,
         train_dataset=Indices(samples.indices(prior=False)),
         data_collator=_collate,
@@ -132,6 +149,28 @@ def _train(config: DreamBoothConfig, work: Path) -> dict[str, Any]:
     figures = train_with(config, work, model, make_trainer, ())
     figures["summary"] |= {"samples": len(samples.pictures)}
     return figures
+
+
+def _make_trainer(more: list[Any], callbacks: list[Any], **options: Any) -> DenoiserTrainer:
+    return DenoiserTrainer(callbacks=[*callbacks, *more], **options)
+
+
+def _validation(checkpoint: Checkpoint, config: DreamBoothConfig, work: Path) -> list[Any]:
+    if config.validation_prompt is None:
+        return []
+    return [
+        DrawValidation(
+            checkpoint.path,
+            checkpoint.layout.folder.rstrip("/"),
+            config.validation_prompt,
+            config.num_validation_images,
+            config.resolution,
+            config.num_inference_steps,
+            config.validation_steps,
+            work,
+            "tensorboard" in config.report_to,
+        )
+    ]
 
 
 def _collate(positions: Sequence[int]) -> dict[str, Tensor]:

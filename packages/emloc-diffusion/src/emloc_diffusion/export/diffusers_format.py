@@ -48,7 +48,8 @@ def diffusers_file(parts: Mapping[str, Adapter]) -> tuple[dict[str, Tensor], dic
             tensors[f"{key}.lora_A.weight"] = adapter.read(layer.down_key)
             tensors[f"{key}.lora_B.weight"] = up
             if layer.magnitude_key:
-                tensors[f"{key}.lora_magnitude_vector"] = adapter.read(layer.magnitude_key)
+                # With .weight, which PEFT leaves out: without it, transformers finds no place for it.
+                tensors[f"{key}.lora_magnitude_vector.weight"] = adapter.read(layer.magnitude_key)
             ranks[name], alphas[name] = layer.rank, scaling * layer.rank
         # Patterns are regular expressions for the end of a name. A denoiser's begin with ^, as its
         # proj_out must not match those of its blocks; a text encoder's names may have text_model before.
