@@ -291,3 +291,23 @@ def test_validation_pictures_do_not_change_training(tiny, tmp_path):
     assert list((drawn / "runs" / "validation").glob("events*"))
     first, second = (load_file(f / "adapter_model.safetensors") for f in (plain, drawn))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_layers_kept_dense_are_named_and_may_be_included(tiny, tmp_path):
+    options = {
+        "model_name_or_path": str(tiny.base), "instance_data_dir": str(tiny.pictures),
+        "instance_prompt": PROMPT, "resolution": RESOLUTION, "num_calibration_samples": 4,
+    }  # fmt: skip
+    plain = Manifest.read(emloc.compress(output_dir=tmp_path / "plain", **options))
+    assert plain.kept_dense["conv_in"] == "it embeds pixels, time or text, or makes the output"
+    modulation = "down_blocks.0.resnets.0.time_emb_proj"
+    assert plain.kept_dense[modulation] == "it reads the timestep alone"
+    whole = Manifest.read(
+        emloc.compress(output_dir=tmp_path / "all", include=["time_emb_proj"], **options)
+    )
+    assert modulation in whole.layers
+    assert modulation not in whole.kept_dense
+    with pytest.raises(ConfigError, match="conv_in lies in no block"):
+        emloc.compress(output_dir=tmp_path / "x", include=["conv_in"], **options)
+    with pytest.raises(ConfigError, match="include: 'nothing' matches no layer"):
+        emloc.compress(output_dir=tmp_path / "x", include=["nothing"], **options)

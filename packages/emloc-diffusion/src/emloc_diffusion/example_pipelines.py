@@ -155,14 +155,15 @@ def _lively(model: Any) -> Any:
 
 def _stable_diffusion(overrides: Mapping[str, Any]) -> Any:
     tokenizer = clip_tokenizer()
+    width = int(overrides.get("cross_attention_dim", CLIP_WIDTH))
     shape: dict[str, Any] = {
-        **UNET, "cross_attention_dim": CLIP_WIDTH,
+        **UNET, "cross_attention_dim": width,
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     }  # fmt: skip
     return StableDiffusionPipeline(
         vae=_vae(CHANNELS_UNET, scaling_factor=0.18215),
-        text_encoder=_clip(tokenizer, CLIP_WIDTH, CLIP_WIDTH, False),
+        text_encoder=_clip(tokenizer, width, width, False),
         tokenizer=tokenizer,
         unet=_lively(UNet2DConditionModel(**{**shape, **overrides})),
         scheduler=cast(Any, PNDMScheduler(**NOISE, skip_prk_steps=True, set_alpha_to_one=False)),

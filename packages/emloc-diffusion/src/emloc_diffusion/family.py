@@ -58,6 +58,18 @@ class DiffusionFamily:
                 groups.setdefault(key if isinstance(module, nn.Linear) else name, []).append(name)
         return list(groups.values())
 
+    def kept_dense(self, model: nn.Module) -> Mapping[str, str]:
+        """Modulation, and the model's own ends."""
+        compressed = {name for group in self.layer_groups(model) for name in group}
+        blocks = self._trace(model).order
+        return {
+            name: "it reads the timestep alone"
+            if any(name.startswith(f"{block}.") for block in blocks)
+            else "it embeds pixels, time or text, or makes the output"
+            for name, module in model.named_modules()
+            if is_layer(module) and name not in compressed
+        }
+
     def _trace(self, model: Any) -> Trace:
         known = getattr(model, "_emloc_trace", None)
         if known is None:

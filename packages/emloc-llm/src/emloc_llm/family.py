@@ -58,6 +58,10 @@ class LLMFamily:
         layers = linears_within(model, self.blocks(model))
         return shared_input_groups(model, layers, forward)
 
+    def kept_dense(self, model: nn.Module) -> Mapping[str, str]:
+        """See `ModelFamily`; linear layers of blocks are all compressed."""
+        return {}
+
     def calibration_batches(
         self, checkpoint: Checkpoint, options: CalibrationOptions
     ) -> Sequence[Batch]:

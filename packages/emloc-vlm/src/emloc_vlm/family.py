@@ -67,6 +67,10 @@ class VLMFamily:
 
         return shared_input_groups(model, linears_within(model, self.blocks(model)), read, look)
 
+    def kept_dense(self, model: nn.Module) -> Mapping[str, str]:
+        """See `ModelFamily`; linear layers of blocks are all compressed."""
+        return {}
+
     def calibration_batches(
         self, checkpoint: Checkpoint, options: CalibrationOptions
     ) -> Sequence[Batch]:

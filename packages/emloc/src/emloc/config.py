@@ -96,6 +96,9 @@ class CompressConfig(CalibrationOptions):
     rank_pattern: CountMap = Field({}, description="regular expression=rank, per layer")
     share_factors: bool = Field(True, description="one right factor for layers of one input")
     exclude: Names = Field([], description="regular expressions of layers to keep dense")
+    include: Names = Field(
+        [], description="regular expressions of layers to compress that are kept dense by default"
+    )
     dtype: Dtype = Field("auto", description="of the emulator's weights; auto: the base's")
     device: str = Field("cpu", description="cpu, cuda, cuda:1, …")
 

@@ -100,6 +100,10 @@ class ModelFamily(Protocol):
         """Compressible layers; those that always read the same input form a group."""
         ...
 
+    def kept_dense(self, model: nn.Module) -> Mapping[str, str]:
+        """Other layers, which stay dense unless `include` names them, each with the reason."""
+        ...
+
     def calibration_batches(
         self, checkpoint: Checkpoint, options: CalibrationOptions
     ) -> Sequence[Batch]:

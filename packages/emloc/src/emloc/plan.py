@@ -53,7 +53,8 @@ def make_plan(
         shape_of: `(d_out, d_in)` of a layer; None if its weight is not one tensor of the checkpoint.
     """
     excluded = dict.fromkeys(config.exclude, True)
-    _refuse_idle_patterns([name for group in layer_groups for name in group], config)
+    names = [name for group in layer_groups for name in group]
+    refuse_idle_patterns(names, config, ("exclude", "keep_ratio_pattern", "rank_pattern"))
     groups: list[Group] = []
     dense: dict[str, str] = {}
     shapes: dict[str, tuple[int, int]] = {}
@@ -91,9 +92,15 @@ def make_plan(
     return Plan(tuple(groups), dense)
 
 
-def _refuse_idle_patterns(layers: Sequence[str], config: CompressConfig) -> None:
-    """A pattern that matches nothing is a typo, and would be found out hours later."""
-    for option in ("exclude", "keep_ratio_pattern", "rank_pattern"):
+def refuse_idle_patterns(
+    layers: Sequence[str], config: CompressConfig, options: Sequence[str]
+) -> None:
+    """A pattern that matches nothing is a typo, and would be found out hours later.
+
+    Raises:
+        ConfigError: names the option, the pattern and a layer that there is.
+    """
+    for option in options:
         patterns: Sequence[str] = list(getattr(config, option))
         for pattern in patterns:
             if not any(match_pattern({pattern: True}, name) for name in layers):

@@ -14,10 +14,11 @@ from emloc.family import Batch, ModelFamily
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
 from emloc.memory import PeakMemory, return_large_blocks
 from emloc.output import stage_folder
-from emloc.plan import Plan, make_plan
+from emloc.plan import Plan, make_plan, refuse_idle_patterns
 from emloc.plugin_options import own_options
 from emloc.plugins import open_model
 from emloc.progress import console
+from emloc.rank import match_pattern
 from emloc.stage import stage
 from emloc.stream import UnitStream
 
@@ -60,7 +61,12 @@ def compress(config: CompressConfig) -> Path:
 
 def _plan(stream: UnitStream, config: CompressConfig) -> Plan:
     """Ranks of all layers; says which stay dense, and refuses if all do."""
-    plan = make_plan(stream.family.layer_groups(stream.model), stream.layer_shape, config)
+    kept = dict(stream.family.kept_dense(stream.model))
+    included = [[name] for name in _included(stream, kept, config)]
+    groups = [*stream.family.layer_groups(stream.model), *included]
+    plan = make_plan(groups, stream.layer_shape, config)
+    chosen = {name for [name] in included}
+    plan.kept_dense.update({name: why for name, why in kept.items() if name not in chosen})
     plan.kept_dense.update(_other_weights(stream, plan))
     reasons = sorted(set(plan.kept_dense.values()))
     if not plan.groups:
@@ -68,6 +74,20 @@ def _plan(stream: UnitStream, config: CompressConfig) -> Plan:
         raise ConfigError(f"No layer of {stream.checkpoint.name} can be compressed: {why}.")
     _say_dense(plan.kept_dense)
     return plan
+
+
+def _included(stream: UnitStream, kept: Mapping[str, str], config: CompressConfig) -> Sequence[str]:
+    """Layers that the family keeps dense and the options want compressed."""
+    refuse_idle_patterns(list(kept), config, ("include",))
+    wanted = dict.fromkeys(config.include, True)
+    names = [name for name in kept if match_pattern(wanted, name)]
+    for name in names:
+        if not any(name.startswith(f"{block}.") for block in stream.blocks):
+            raise ConfigError(
+                f"include: {name} lies in no block of {stream.checkpoint.name} ({kept[name]}), so it "
+                f"stays dense; leave it out."
+            )
+    return names
 
 
 def _tokens(family: ModelFamily, batches: Sequence[Batch]) -> int:
