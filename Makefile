@@ -16,6 +16,9 @@ $(INSTALLED): constraints.txt requirements-dev.txt $(wildcard packages/*/pyproje
 		-e packages/emloc -e "packages/emloc-llm[demo,tensorboard]" \
 		-e "packages/emloc-vlm[sentencepiece]" \
 		-e packages/emloc-diffusion
+	# Apart from the others: torchvision beside a torch of another build breaks transformers.
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --no-deps \
+		-c constraints.txt --upgrade --target $(VENV)/timm timm torchvision
 	touch $@
 
 demo: $(INSTALLED)

@@ -2,10 +2,13 @@
 
 import json
 import math
+import os
+import re
 import shutil
 import socket
+import subprocess
 import sys
-from importlib.util import find_spec
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -405,10 +408,24 @@ def test_texts_do_not_depend_on_those_beside_them_and_long_ones_are_cut(clip_fol
 
 # ---- timm
 
-needs_timm = pytest.mark.skipif(
-    find_spec("timm") is None or find_spec("torchvision") is None,
-    reason="timm or its torchvision is not installed",
-)
+TIMM_FOLDER = Path(sys.prefix) / "timm"
+"""timm and torchvision, where `make` puts them: beside a torch of another build torchvision breaks
+transformers, so they are not among the other packages."""
+
+with_timm = pytest.mark.skipif("EMLOC_WITH_TIMM" not in os.environ, reason="run by the test below")
+
+
+def test_with_timm(tmp_path):
+    """The tests marked `with_timm`, in a process that has it."""
+    environment = {**os.environ, "PYTHONPATH": str(TIMM_FOLDER), "EMLOC_WITH_TIMM": "1"}
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-o", f"cache_dir={tmp_path}", __file__,
+         "-k", "timm and not with_timm"],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert re.search(r"\b(\d+) passed", run.stdout).group(1) not in ("0", "1")
+    assert "skipped" not in run.stdout
 
 
 def to_timm(model):
@@ -457,7 +474,7 @@ TINY = {
 }  # fmt: skip
 
 
-@needs_timm
+@with_timm
 def test_the_same_weights_in_timm_give_the_same_embeddings(dino_folder, tmp_path):
     write_timm(tmp_path, weights=to_timm(vit()), **TINY)
     images = [picture(seed, (47, 61)) for seed in range(3)]
@@ -472,7 +489,7 @@ def test_the_same_weights_in_timm_give_the_same_embeddings(dino_folder, tmp_path
     assert torch.equal(again, found)
 
 
-@needs_timm
+@with_timm
 @pytest.mark.parametrize(
     "name",
     ["vit_small_patch16_224.dino", "timm/vit_small_patch16_224.dino",
@@ -486,7 +503,7 @@ def test_timm_names_are_found_in_the_hubs_cache(hub_cache, dino_folder, tmp_path
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
 
 
-@needs_timm
+@with_timm
 def test_timm_models_that_cannot_serve_are_refused(tmp_path):
     write_timm(tmp_path / "resnet", "test_resnet")
     with pytest.raises(CheckpointError, match="without a class token"):
