@@ -77,7 +77,39 @@ def measure_vlm(root: Path) -> dict:
     }
 
 
-MEASURES = {"llm": measure_llm, "vlm": measure_vlm}
+def measure_diffusion(root: Path) -> dict:
+    """The same for a UNet: linear layers and convolutions."""
+    from emloc_diffusion.example import write_pictures
+    from emloc_diffusion.example_pipelines import RESOLUTION, write_pipeline
+
+    root.mkdir(parents=True, exist_ok=True)
+    base = write_pipeline(root / "base", "sd", dtype=torch.float64, seed=7)
+    data = {
+        "dataset": str(write_pictures(root / "pictures", 3, seed=7)), "resolution": RESOLUTION,
+        "instance_prompt": "a sks square", "num_calibration_samples": 6,
+    }  # fmt: skip
+    folder = emloc.compress(
+        model_name_or_path=str(base), output_dir=root / "e", keep_ratio=0.45, **data
+    )
+    layers = Manifest.read(folder).layers
+    family = load_plugins().families["diffusion"].load()
+    stream = UnitStream(family, Checkpoint.open(base))
+    config = with_plugin_options(CorrectConfig)(adapter="a", emulator="e", output_dir="o", **data)
+    batches = family.calibration_batches(Checkpoint.open(base), config)
+    draw = torch.Generator().manual_seed(7)
+    name = "down_blocks.0.resnets.0.conv1"
+    down = torch.randn(3, 24, 3, 3, generator=draw, dtype=torch.float64)
+    up = torch.randn(24, 3, generator=draw, dtype=torch.float64)
+    lora = CandidateLora(down, [up * 0, up], 0.01, None)
+    return {
+        "ranks": {name: entry["rank"] for name, entry in layers.items()},
+        "relative_errors": {name: entry["relative_error"] for name, entry in layers.items()},
+        "losses": losses(stream, batches, [name], lambda _: lora, 2),
+        "tokens": next(entry["tokens"] for entry in layers.values()),
+    }
+
+
+MEASURES = {"llm": measure_llm, "vlm": measure_vlm, "diffusion": measure_diffusion}
 
 
 @pytest.mark.parametrize("family", MEASURES)

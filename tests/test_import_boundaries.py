@@ -21,6 +21,8 @@ MODALITIES = {"transformers", "peft", "trl", "diffusers", "timm", "datasets", "a
 ALLOWED = {
     "emloc-llm": {"transformers", "peft", "trl", "datasets", "accelerate", "gguf"},
     "emloc-vlm": {"transformers", "peft", "datasets", "accelerate", "PIL"},
+    # timm is an extra, imported where it is asked for.
+    "emloc-diffusion": {"diffusers", "transformers", "peft", "accelerate", "PIL", "timm"},
 }
 
 
@@ -74,6 +76,7 @@ def test_requirements_pull_no_other_modality():
     assert not names("emloc") & MODALITIES
     assert not names("emloc-llm") & {"diffusers", "timm", "torchvision", "bitsandbytes", "pillow"}
     assert not names("emloc-vlm") & {"diffusers", "timm", "torchvision", "bitsandbytes", "trl"}
+    assert not names("emloc-diffusion") & {"datasets", "timm", "torchvision", "bitsandbytes", "trl"}
 
 
 def test_wheels_hold_what_they_promise(tmp_path):
@@ -96,6 +99,15 @@ def test_wheels_hold_what_they_promise(tmp_path):
                 "emloc_vlm/demo/base.py",
                 "emloc_vlm_hooks.py",
                 "emloc_vlm_options.py",
+            },
+        ),
+        (
+            "emloc-diffusion",
+            {
+                "emloc_diffusion/family.py",
+                "emloc_diffusion/export/kohya_format.py",
+                "emloc_diffusion_hooks.py",
+                "emloc_diffusion_options.py",
             },
         ),
     ):

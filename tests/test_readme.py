@@ -148,6 +148,37 @@ def test_the_example_script_runs(each_example, tmp_path):
     assert (tmp_path / "merged/config.json").is_file()
 
 
+def test_the_diffusion_example_runs(tmp_path):
+    """Script and YAML, whose data are a folder of pictures and a prompt."""
+    from emloc.plugins import family_named
+
+    example = family_named("diffusion").write_example(tmp_path / "data", seed=0)
+    model, pictures, prompt = (
+        example[key] for key in ("model_name_or_path", "dataset", "instance_prompt")
+    )
+    size = str(example["resolution"])
+    script = subprocess.run(
+        [sys.executable, str(ROOT / "examples/diffusion.py"), model, pictures, prompt,
+         str(tmp_path / "script"), "2", size],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert script.returncode == 0, script.stderr[-3000:]
+    assert script.stdout.count("denoising loss") == 3
+    assert (tmp_path / "script/merged/unet/config.json").is_file()
+    assert (tmp_path / "script/corrected/pytorch_lora_weights.safetensors").is_file()
+    overrides = [
+        f"model_name_or_path={model}", f"instance_data_dir={pictures}",
+        f"instance_prompt={prompt}", f"resolution={size}", f"output_dir={tmp_path / 'yaml'}",
+        "train.max_train_steps=1",
+    ]  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-m", "emloc", "run", str(ROOT / "examples/diffusion.yaml"), *overrides],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert set(json.loads(run.stdout)) == {"compress", "train", "correct", "merge", "evaluate"}
+
+
 def test_the_example_yaml_runs(each_example, tmp_path):
     name, example = each_example
     overrides = [

@@ -111,8 +111,14 @@ class DiffusionFamily:
 
     def forward_loss(self, model: nn.Module, batch: Batch) -> LossSum:
         """Squared error of the prediction, summed over latents' elements."""
-        predicted = DENOISERS[type(model).__name__].predict(model, batch)
-        error = (predicted.float() - batch["target"].float()).square().sum()
+        dtype = next(model.parameters()).dtype
+        given = {name: tensor.to(dtype) for name, tensor in batch.items()}
+        predicted = DENOISERS[type(model).__name__].predict(model, given)
+        error = (
+            (predicted - given["target"])
+            .square()
+            .sum(dtype=torch.promote_types(dtype, torch.float32))
+        )
         return LossSum(float(error), batch["target"].numel())
 
     def emulator_config(self, checkpoint: Checkpoint, layers: EmulatorLayers) -> dict[str, Any]:

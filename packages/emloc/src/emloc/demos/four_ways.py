@@ -79,8 +79,10 @@ class FourWays:
             )
         return scores
 
-    def rows(self, scores: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-        """The table's rows."""
+    def rows(
+        self, scores: Mapping[str, Mapping[str, Any]], measure: str = "exact_match"
+    ) -> list[Row]:
+        """The table's rows; `measure` is the score's key in `scores`."""
         measured = {
             name: Manifest.read(folder)
             for name, folder in {**self.adapters, "emulator": self.out / "emulator"}.items()
@@ -100,7 +102,8 @@ class FourWays:
             rows.append(
                 Row(
                     name=name,
-                    exact_match=scores[name]["exact_match"],
+                    score=scores[name][measure],
+                    measure=measure,
                     loss=scores[name]["loss"],
                     train_weight_bytes=manifest.summary["train_weight_bytes"] if manifest else 0,
                     peak_bytes=peaks[name],

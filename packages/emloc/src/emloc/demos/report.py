@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from rich.console import Console
@@ -24,7 +25,7 @@ class Row:
     """One line of the table.
 
     Attributes:
-        exact_match: share of unseen examples that are answered right.
+        score: between 0 and 1, on unseen examples; `Row.measure` says of what.
         loss: per answer token on unseen examples.
         train_weight_bytes: parameters held while training, LoRA included; 0: not trained.
         peak_bytes: peak memory over the process's start; for `base` of running it, for `lora` of
@@ -33,24 +34,37 @@ class Row:
     """
 
     name: str
-    exact_match: float
+    score: float
     loss: float
     train_weight_bytes: int
     peak_bytes: int
     seconds_per_step: float | None
+    measure: str = "exact_match"
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields, the score under the name of what it measures."""
+        fields = asdict(self)
+        name, score, measure = (fields.pop(key) for key in ("name", "score", "measure"))
+        return {"name": name, measure: score, **fields}
 
 
 def print_table(rows: Sequence[Row], title: str) -> None:
     """The rows on standard output."""
     table = Table(title=title)
     table.add_column("")
-    for column in ("exact match", "loss", "weights in training", "peak memory", "s / step"):
+    for column in (
+        _shown(rows[0].measure),
+        "loss",
+        "weights in training",
+        "peak memory",
+        "s / step",
+    ):
         table.add_column(column, justify="right")
     for row in rows:
         trained = row.seconds_per_step is not None
         table.add_row(
             TITLES[row.name],
-            f"{row.exact_match:.0%}",
+            f"{row.score:.0%}",
             f"{row.loss:.4f}",
             format_bytes(row.train_weight_bytes) if trained else "–",
             format_bytes(row.peak_bytes) + ("" if trained else " (running)"),
@@ -59,9 +73,13 @@ def print_table(rows: Sequence[Row], title: str) -> None:
     Console().print(table)
 
 
+def _shown(measure: str) -> str:
+    return measure.replace("_", " ")
+
+
 def write_summary(rows: Sequence[Row], path: Path, **more: object) -> None:
     """`rows` and what else belongs to the run, as JSON."""
-    write_json(path, {"rows": [asdict(row) for row in rows], **more})
+    write_json(path, {"rows": [row.as_json() for row in rows], **more})
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -70,7 +88,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     panels = (
-        ("exact match (%)", [100 * row.exact_match for row in rows]),
+        (f"{_shown(rows[0].measure)} (%)", [100 * row.score for row in rows]),
         ("loss on unseen examples", [row.loss for row in rows]),
         ("weights held in training (MiB)", [row.train_weight_bytes / 2**20 for row in rows]),
         ("peak memory (MiB)", [row.peak_bytes / 2**20 for row in rows]),
