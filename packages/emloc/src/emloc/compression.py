@@ -21,9 +21,9 @@ from emloc.emulator import EmulatorFolder
 from emloc.errors import ConfigError
 from emloc.family import Batch
 from emloc.gram import Moments, Side, smaller_side
+from emloc.groups import Group
 from emloc.lockstep import Call, current_call, lockstep
 from emloc.lowrank import factorise
-from emloc.plan import Group
 from emloc.progress import progress_bar
 from emloc.stream import UnitStream
 

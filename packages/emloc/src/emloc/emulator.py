@@ -17,9 +17,9 @@ from emloc.checkpoint import Checkpoint, TensorInfo
 from emloc.config import Dtype
 from emloc.convolution import left_shape, right_shape
 from emloc.family import EmulatorLayers
+from emloc.groups import Plan
 from emloc.layout import Layout
 from emloc.output import ShardWriter, copy_file, write_json
-from emloc.plan import Plan
 from emloc.stream import UnitStream
 
 Declared = dict[str, tuple[torch.dtype, tuple[int, ...]]]

@@ -11,10 +11,10 @@ from emloc.digest import batches_digest
 from emloc.emulator import EmulatorFolder
 from emloc.errors import CheckpointError, ConfigError
 from emloc.family import Batch, ModelFamily
+from emloc.groups import Plan, make_plan, refuse_idle_patterns
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
 from emloc.memory import PeakMemory, return_large_blocks
 from emloc.output import stage_folder
-from emloc.plan import Plan, make_plan, refuse_idle_patterns
 from emloc.plugin_options import own_options
 from emloc.plugins import open_model
 from emloc.progress import console
