@@ -10,7 +10,8 @@ import emloc
 from emloc import hookspecs
 from emloc.errors import PluginError
 from emloc.family import FamilyEntry
-from emloc.plugins import Plugins, add_plugin, family_named, load_plugins
+from emloc.methods import Method, MethodEntry
+from emloc.plugins import Plugins, add_plugin, family_named, load_plugins, method_named
 
 
 def plugin(family="toy", hook="emloc_register_families"):
@@ -70,3 +71,39 @@ def test_a_broken_plugin_is_reported_by_name(monkeypatch):
 def test_an_unknown_family_says_what_to_install():
     with pytest.raises(PluginError, match="pip install emloc-audio"):
         family_named("audio")
+
+
+def test_methods_are_collected_after_those_of_core(found):
+    module = types.ModuleType("plugin_method")
+
+    def emloc_register_methods():
+        return [MethodEntry("toy-method", "a toy", "emloc.methods:Emloc")]
+
+    module.emloc_register_methods = emloc.hookimpl(emloc_register_methods)
+    add_plugin(found, "one", module)
+    assert list(found.methods) == ["emloc", "emloc-uncorrected", "toy-method"]
+    assert found.methods["toy-method"].plugin == "one"
+    assert isinstance(found.methods["toy-method"].load(), Method)
+
+
+def test_a_method_name_is_taken_once_and_nothing_of_the_plugin_stays(found):
+    module = plugin("toy")
+    module.emloc_register_methods = emloc.hookimpl(_claims_emloc)
+    with pytest.raises(PluginError, match="method 'emloc' is already registered by emloc"):
+        add_plugin(found, "one", module)
+    assert found.families == {}
+    assert not found.manager.has_plugin("one")
+
+
+def emloc_register_methods():
+    return [MethodEntry("emloc", "another", "emloc.methods:Emloc")]
+
+
+_claims_emloc = emloc_register_methods
+
+
+def test_an_unknown_method_says_where_the_others_are():
+    with pytest.raises(PluginError, match="Did you mean emloc"):
+        method_named("emlock")
+    with pytest.raises(PluginError, match="emloc-baselines"):
+        method_named("zzz")

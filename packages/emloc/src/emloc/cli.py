@@ -58,7 +58,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def build_app(found: Plugins) -> None:
-    """Add the stages, `run`, `families` and the plugins' own commands."""
+    """Add the stages, `run`, `families`, `methods` and the plugins' own commands."""
     for name in emloc.STAGES:
         if name != "run":
             app.command(name)(_command(name))
@@ -73,6 +73,16 @@ def build_app(found: Plugins) -> None:
         Console().print(table)
         for name, why in found.broken.items():
             print(f"plugin {name} is broken and was left out: {why}", file=sys.stderr)
+
+    @app.command("methods")
+    def methods() -> None:  # pyright: ignore[reportUnusedFunction]
+        """List the installed methods: EMLoC and those that it is compared with."""
+        table = Table("method", "plugin", "families", "what it does")
+        for entry in found.methods.values():
+            table.add_row(
+                entry.name, entry.plugin, ", ".join(entry.families) or "all", entry.summary
+            )
+        Console().print(table)
 
     for name, plugin in found.manager.list_name_plugin():
         others = [other for other in found.manager.get_plugins() if other is not plugin]

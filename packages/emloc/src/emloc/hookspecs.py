@@ -1,4 +1,6 @@
-"""The hooks by which plugins are discovered; behaviour is in typed protocols (`emloc.family`).
+"""The hooks by which plugins are discovered; behaviour is in typed protocols.
+
+Those are `emloc.family.ModelFamily` and `emloc.methods.Method`.
 
 A plugin is a module named by an entry point of the group `emloc`. It implements any of these with
 `@emloc.hookimpl` and imports nothing heavy at its top, so that `emloc --help` stays fast.
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     import typer
 
     from emloc.family import FamilyEntry
+    from emloc.methods import MethodEntry
 
 hookspec = pluggy.HookspecMarker("emloc")
 hookimpl = pluggy.HookimplMarker("emloc")
@@ -21,6 +24,11 @@ hookimpl = pluggy.HookimplMarker("emloc")
 @hookspec
 def emloc_register_families() -> "Sequence[FamilyEntry]":  # type: ignore[empty-body]
     """The model families that the plugin adds."""
+
+
+@hookspec
+def emloc_register_methods() -> "Sequence[MethodEntry]":  # type: ignore[empty-body]
+    """The methods that the plugin adds, to be compared with EMLoC or used instead of it."""
 
 
 @hookspec

@@ -41,6 +41,8 @@ class Manifest(BaseModel):
         kept_dense: layers left as they are, with the reason.
         summary: figures of the whole that follow from the inputs.
         files: SHA-256 of the files written.
+        method: which method's light model it is, or is trained on; None for EMLoC's own, and for a LoRA
+            trained on the base.
         measured: `seconds`, `peak_bytes` (anonymous memory over the stage's start) and the like.
     """
 
@@ -57,6 +59,7 @@ class Manifest(BaseModel):
     summary: dict[str, Any] = {}
     files: dict[str, str] = {}
     versions: dict[str, str] = {}
+    method: str | None = None
     measured: dict[str, Any] = {}
 
     def write(self, folder: Path) -> None:

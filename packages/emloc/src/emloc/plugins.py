@@ -1,12 +1,12 @@
-"""Find the installed plugins and the families that they offer.
+"""Find the installed plugins, and the families and methods that they offer.
 
-A plugin that cannot be imported, or that claims a family name that is taken, is reported by name and
-left out; the others go on working.
+A plugin that cannot be imported, or that claims a name that is taken, is reported by name and left out;
+the others go on working.
 """
 
 import importlib.metadata
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,11 @@ import pluggy
 
 from emloc import hookspecs
 from emloc.checkpoint import Checkpoint
+from emloc.config import nearest
 from emloc.errors import PluginError
 from emloc.family import FamilyEntry, ModelFamily
+from emloc.manifest import Manifest
+from emloc.methods import CORE_METHODS, MethodEntry
 
 GROUP = "emloc"
 
@@ -27,16 +30,20 @@ class Plugins:
     Attributes:
         manager: pluggy's manager, for hooks other than the families.
         families: by name.
+        methods: by name, core's own first.
         broken: plugin name to one sentence on why it was left out.
     """
 
     manager: pluggy.PluginManager
     families: dict[str, FamilyEntry] = field(default_factory=dict[str, FamilyEntry])
+    methods: dict[str, MethodEntry] = field(
+        default_factory=lambda: {entry.name: entry.owned_by("emloc") for entry in CORE_METHODS}
+    )
     broken: dict[str, str] = field(default_factory=dict[str, str])
 
 
 def load_plugins() -> Plugins:
-    """Import every plugin module of the entry-point group and collect its families."""
+    """Import every plugin module of the entry-point group and collect what it offers."""
     found = Plugins(pluggy.PluginManager(GROUP))
     found.manager.add_hookspecs(hookspecs)
     entries = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: entry.name)
@@ -52,37 +59,50 @@ def add_plugin(found: Plugins, name: str, module: Any) -> None:
     """Register one plugin module.
 
     Raises:
-        PluginError: a hook that does not exist, a family name that is taken, or a name registered
-            twice.
+        PluginError: a hook that does not exist, a name of a family or method that is taken, or a plugin
+            registered twice.
     """
     manager = found.manager
     try:
         manager.register(module, name=name)
         manager.check_pending()
-        [families] = manager.subset_hook_caller(
-            "emloc_register_families",
-            [other for other in manager.get_plugins() if other is not module],
-        )() or [[]]
-        for family in families:
-            if family.name in found.families:
-                owner = found.families[family.name].plugin
-                raise PluginError(f"family {family.name!r} is already registered by {owner}")
-        for family in families:
-            found.families[family.name] = family.owned_by(name)
+        others = [other for other in manager.get_plugins() if other is not module]
+        [families] = manager.subset_hook_caller("emloc_register_families", others)() or [[]]
+        [methods] = manager.subset_hook_caller("emloc_register_methods", others)() or [[]]
+        _refuse_taken("family", families, found.families)
+        _refuse_taken("method", methods, found.methods)
+        found.families.update({entry.name: entry.owned_by(name) for entry in families})
+        found.methods.update({entry.name: entry.owned_by(name) for entry in methods})
     except Exception:
         if manager.get_plugin(name) is module:
             manager.unregister(module)
         raise
 
 
+def _refuse_taken(
+    kind: str,
+    entries: Sequence[FamilyEntry | MethodEntry],
+    taken: Mapping[str, FamilyEntry | MethodEntry],
+) -> None:
+    for entry in entries:
+        if entry.name in taken:
+            owner = taken[entry.name].plugin
+            raise PluginError(f"{kind} {entry.name!r} is already registered by {owner}")
+
+
 def open_model(model_name_or_path: str | os.PathLike[str]) -> tuple[Checkpoint, ModelFamily]:
     """A checkpoint in its family's layout, and the family.
 
+    A light model of another method is of a format that its plugin teaches the libraries; it is imported.
+
     Raises:
         CheckpointError: it cannot be read.
-        PluginError: no family recognises it, or several do.
+        PluginError: no family recognises it, or several do, or its method is not installed.
     """
     checkpoint = Checkpoint.open(model_name_or_path)
+    manifest = Manifest.find(checkpoint.path)
+    if manifest is not None and manifest.method is not None:
+        method_named(manifest.method).load()
     family = family_of(checkpoint)
     return family.native(checkpoint), family
 
@@ -100,6 +120,21 @@ def family_named(name: str, families: Mapping[str, FamilyEntry] | None = None) -
             f"{', '.join(known) or 'none'}); install its plugin, for example pip install emloc-{name}."
         )
     return known[name].load()
+
+
+def method_named(name: str) -> MethodEntry:
+    """The method of that name.
+
+    Raises:
+        PluginError: no installed plugin offers it.
+    """
+    known = load_plugins().methods
+    if name not in known:
+        raise PluginError(
+            f"No installed plugin offers the method {name!r} (installed: {', '.join(known)})."
+            f"{nearest(name, list(known)) or ' Compared methods are in emloc-baselines.'}"
+        )
+    return known[name]
 
 
 def family_of(checkpoint: Checkpoint) -> ModelFamily:

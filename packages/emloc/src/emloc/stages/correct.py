@@ -89,6 +89,11 @@ def _emulator_manifest(emulator: str) -> Manifest:
     manifest = Manifest.read(Path(emulator))
     if manifest.kind != "emulator":
         raise MismatchError(f"{emulator} is not an emulator but a {manifest.kind}.")
+    if manifest.method is not None:
+        raise MismatchError(
+            f"{emulator} is the light model of the method {manifest.method}, whose adapters go back to "
+            f"the original in their own way and not by correction; use Method.recover, or emloc bench."
+        )
     return manifest
 
 

@@ -74,6 +74,7 @@ def train(config: TrainConfig) -> Path:
                 name: file_sha256(work / name) for name in (CONFIG_NAME, WEIGHTS_NAME, *exported)
             },
             versions=versions("emloc", "torch", "transformers", "peft", "trl", "accelerate"),
+            method=emulator.method if emulator else None,
             measured={
                 "seconds": round(time.monotonic() - started, 3),
                 **figures,
