@@ -5,7 +5,7 @@ transformers' name, either may be used.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -30,7 +30,23 @@ class _Aliased(StageConfig):
             if name in given and str(given[name]) != str(given[alias]):
                 raise ValueError(f"{alias} and {name} mean the same; give one of them")
             given[name] = str(given[alias]) if name == "dataset" else given[alias]
+        return _with_optim(given)
+
+
+def _with_optim(given: dict[str, Any]) -> dict[str, Any]:
+    """diffusers' two options for the optimiser as the one of core."""
+    optimizer, eight_bits = given.get("optimizer"), given.get("use_8bit_adam")
+    if optimizer == "prodigy" and eight_bits:
+        raise ValueError("use_8bit_adam is of AdamW, not of Prodigy; leave one of them out")
+    name = {"prodigy": "prodigy", "adamw": "adamw_torch_fused"}.get(str(optimizer))
+    name = "adamw_8bit" if eight_bits else name
+    if name is None:
         return given
+    if given.get("optim", name) != name:
+        raise ValueError(
+            f"optim = {given['optim']} and optimizer or use_8bit_adam say different things; give one"
+        )
+    return {**given, "optim": name}
 
 
 class PictureOptions(_Aliased):
@@ -51,6 +67,10 @@ class DreamBoothOptions(_Aliased):
 
     train_batch_size: int | None = Field(None, description="same as per_device_train_batch_size")
     max_train_steps: int | None = Field(None, description="same as max_steps")
+    optimizer: Literal["adamw", "prodigy"] | None = Field(
+        None, description="optim under diffusers' name"
+    )
+    use_8bit_adam: bool = Field(False, description="same as optim=adamw_8bit")
     prior_loss_weight: float = Field(1.0, ge=0, description="of the loss on pictures of the class")
     lora_conv: bool = Field(False, description="all-linear takes convolutions as well")
     validation_prompt: str | None = Field(None, description="drawn while training")

@@ -311,3 +311,25 @@ def test_layers_kept_dense_are_named_and_may_be_included(tiny, tmp_path):
         emloc.compress(output_dir=tmp_path / "x", include=["conv_in"], **options)
     with pytest.raises(ConfigError, match="include: 'nothing' matches no layer"):
         emloc.compress(output_dir=tmp_path / "x", include=["nothing"], **options)
+
+
+def test_optimisers_go_by_the_names_of_diffusers(tiny, tmp_path):
+    options = {
+        "model_name_or_path": str(tiny.base), "instance_data_dir": str(tiny.pictures),
+        "instance_prompt": PROMPT, "resolution": RESOLUTION, "max_train_steps": 2,
+        "learning_rate": 1.0,
+    }  # fmt: skip
+    ours = emloc.train(output_dir=tmp_path / "a", optim="prodigy", **options)
+    theirs = emloc.train(output_dir=tmp_path / "b", optimizer="prodigy", **options)
+    name = "adapter_model.safetensors"
+    assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+    assert Manifest.read(theirs).settings["optim"] == "prodigy"
+
+    def refused(match, **more):
+        with pytest.raises(ConfigError, match=match):
+            emloc.train(output_dir=tmp_path / "x", **{**options, **more})
+
+    refused("adamw_8bit needs a GPU", optimizer="adamw", use_8bit_adam=True)
+    refused("of AdamW, not of Prodigy", optimizer="prodigy", use_8bit_adam=True)
+    refused("say different things", optimizer="adamw", optim="prodigy")
+    refused("optimizer = 'sgd'", optimizer="sgd")

@@ -120,6 +120,9 @@ def _train(config: DreamBoothConfig, work: Path) -> dict[str, Any]:
             raise ConfigError(f"train: {name} is for text; leave it out with pictures.")
     if config.instance_prompt is not None:
         check_unique_token(config.instance_prompt, config.class_prompt)
+    # Gradients are checkpointed by diffusers' own switch, below.
+    plain = config.model_copy(update={"gradient_checkpointing": False})
+    arguments = training_arguments(TrainingArguments, plain, work, remove_unused_columns=False)
     checkpoint = Checkpoint.open(locate(config.emulator or str(config.model_name_or_path)))
     samples = encode_samples(checkpoint.path, cast(Options, config), config.device)
     denoiser = denoiser_of(checkpoint)
@@ -128,13 +131,7 @@ def _train(config: DreamBoothConfig, work: Path) -> dict[str, Any]:
     model._internal_dict = TrackedConfig(model.config)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    config = config.model_copy(
-        update={
-            "lora_target_modules": _targets(checkpoint, config),
-            "gradient_checkpointing": False,  # by diffusers' own switch, above
-        }
-    )
-    arguments = training_arguments(TrainingArguments, config, work, remove_unused_columns=False)
+    plain = plain.model_copy(update={"lora_target_modules": _targets(checkpoint, config)})
     make_trainer = partial(
         _make_trainer,
         _validation(checkpoint, config, work),
@@ -146,7 +143,7 @@ def _train(config: DreamBoothConfig, work: Path) -> dict[str, Any]:
         train_dataset=Indices(samples.indices(prior=False)),
         data_collator=_collate,
     )
-    figures = train_with(config, work, model, make_trainer, ())
+    figures = train_with(plain, work, model, make_trainer, ())
     figures["summary"] |= {"samples": len(samples.pictures)}
     return figures
 

@@ -47,6 +47,10 @@ TextMap = Annotated[dict[str, str], BeforeValidator(_pairs)]
 RatioMap = Annotated[dict[str, Annotated[float, Field(gt=0, le=1)]], BeforeValidator(_pairs)]
 CountMap = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(_pairs)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+Optimizer = Literal[
+    "adamw_torch_fused", "adamw_torch", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit",
+    "paged_adamw_32bit", "adafactor", "sgd", "prodigy",
+]  # fmt: skip
 Limit = Annotated[Annotated[float, Field(ge=0)] | Literal["auto", "none"], BeforeValidator(_limit)]
 
 
@@ -144,6 +148,9 @@ class TrainConfig(DataOptions, LoraOptions):
     per_device_train_batch_size: int = Field(8, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     learning_rate: float = Field(2e-4, gt=0)
+    optim: Optimizer = Field(
+        "adamw_torch_fused", description="transformers' names; 8 bits need a GPU; prodigy"
+    )
     lr_scheduler_type: str = Field("cosine", description="any of transformers'")
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.optimizers import create_loraplus_optimizer
 from transformers import ProgressCallback
 from transformers.trainer_callback import PrinterCallback
 
@@ -19,6 +18,11 @@ from emloc.errors import CheckpointError, ConfigError, DependencyError
 from emloc.family import Batch
 from emloc.integrations.peft.lora import new_lora, save_as_plain_lora
 from emloc.integrations.peft.low_rank_lora import fuse_lora
+from emloc.integrations.transformers.optimizers import (
+    check_optimizer,
+    set_optimizer,
+    trainers_name,
+)
 from emloc.integrations.transformers.training import (
     PLOT_NAME,
     Progression,
@@ -39,8 +43,7 @@ def train_lora(
     """Train a LoRA on `model` into `work`; returns figures for the manifest.
 
     Args:
-        make_trainer: builds the trainer of the model with its LoRA, given `model=`, `callbacks=` and
-            `optimizers=`.
+        make_trainer: builds the trainer of the model with its LoRA, given `model=` and `callbacks=`.
         batches: training batches, for beginnings of the LoRA that look at data.
         excluded: modules that are not adapted, whatever targets say.
 
@@ -54,9 +57,8 @@ def train_lora(
         model.enable_input_require_grads()
     trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     progression = Progression(work)
-    trainer = make_trainer(
-        model=model, callbacks=[progression], optimizers=(_optimizer(model, config), None)
-    )
+    trainer = make_trainer(model=model, callbacks=[progression])
+    set_optimizer(trainer, config)
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     try:
@@ -81,9 +83,10 @@ def training_arguments(kind: Any, config: TrainConfig, work: Path, **more: Any) 
     """The options as `kind`, transformers' `TrainingArguments` or a subclass; `more` are its own.
 
     Raises:
-        ConfigError: a value that transformers refuses.
-        DependencyError: a tracker that is not installed.
+        ConfigError: a value that transformers refuses, or an optimiser that cannot run here.
+        DependencyError: a tracker or an optimiser that is not installed.
     """
+    check_optimizer(config)
     on_gpu = config.device.startswith("cuda")
     for backend in config.report_to:
         _require(backend)
@@ -98,6 +101,7 @@ def training_arguments(kind: Any, config: TrainConfig, work: Path, **more: Any) 
             warmup_steps=config.warmup_ratio,
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
+            **trainers_name(config),
             max_steps=config.max_steps,
             num_train_epochs=config.num_train_epochs,
             gradient_checkpointing=config.gradient_checkpointing,
@@ -118,19 +122,6 @@ def training_arguments(kind: Any, config: TrainConfig, work: Path, **more: Any) 
         )
     except (ValueError, TypeError) as problem:
         raise ConfigError(f"train: {str(problem).strip().splitlines()[0]}") from problem
-
-
-def _optimizer(model: Any, config: TrainConfig) -> Any:
-    """LoRA+ (Hayou et al. 2024) where asked for, or None for the trainer's own."""
-    if config.loraplus_lr_ratio is None:
-        return None
-    return create_loraplus_optimizer(
-        model,
-        torch.optim.AdamW,
-        lr=config.learning_rate,
-        loraplus_lr_ratio=config.loraplus_lr_ratio,
-        weight_decay=config.weight_decay,
-    )
 
 
 def _require(backend: str) -> None:
