@@ -23,6 +23,8 @@ ALLOWED = {
     "emloc-vlm": {"transformers", "peft", "datasets", "accelerate", "PIL"},
     # timm is an extra, imported where it is asked for.
     "emloc-diffusion": {"diffusers", "transformers", "peft", "accelerate", "PIL", "timm"},
+    # bitsandbytes is an extra.
+    "emloc-baselines": {"transformers", "peft", "accelerate", "bitsandbytes"},
 }
 
 
@@ -77,6 +79,7 @@ def test_requirements_pull_no_other_modality():
     assert not names("emloc-llm") & {"diffusers", "timm", "torchvision", "bitsandbytes", "pillow"}
     assert not names("emloc-vlm") & {"diffusers", "timm", "torchvision", "bitsandbytes", "trl"}
     assert not names("emloc-diffusion") & {"datasets", "timm", "torchvision", "bitsandbytes", "trl"}
+    assert not names("emloc-baselines") & {"trl", "datasets", "diffusers", "pillow", "bitsandbytes"}
 
 
 def test_wheels_hold_what_they_promise(tmp_path):
@@ -108,6 +111,14 @@ def test_wheels_hold_what_they_promise(tmp_path):
                 "emloc_diffusion/export/kohya_format.py",
                 "emloc_diffusion_hooks.py",
                 "emloc_diffusion_options.py",
+            },
+        ),
+        (
+            "emloc-baselines",
+            {
+                "emloc_baselines/lora.py",
+                "emloc_baselines/bench/harness.py",
+                "emloc_baselines_hooks.py",
             },
         ),
     ):

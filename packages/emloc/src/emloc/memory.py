@@ -111,7 +111,7 @@ class PeakMemory:
         self.host_bytes = max(self.host_bytes, self._measure() - self.start_bytes)
 
 
-def format_bytes(count: float) -> str:
+def format_bytes(count: int | float) -> str:
     """`1536` as `1.5 KiB`; binary units."""
     for unit in ("B", "KiB", "MiB"):
         if abs(count) < 1024:

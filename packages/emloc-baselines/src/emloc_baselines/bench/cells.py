@@ -1,0 +1,190 @@
+"""Cells of a bench, and what each is made of.
+
+A cell is one score: a row of the table (a method with its options), a data set, a budget, a seed, a
+learning rate, on test or on validation data. It is made in steps, each known by a digest of all that
+goes into it; cells that have a step in common (the emulator of EMLoC with and without correction, one
+LoRA for every budget) find it made.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from emloc.methods import MethodEntry, Task
+from emloc_baselines.bench.config import BASE, BenchConfig, Section
+from emloc_baselines.bench.identity import content_of, digest, model_digest
+from emloc_baselines.bench.split import split_rows
+
+SHOWN_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set, its training rows split.
+
+    Attributes:
+        training: options that replace the data set's own in compress, train and correct.
+        validation: options that replace those of evaluate; None: there are no validation data.
+    """
+
+    training: Section
+    validation: Section | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One score to be had.
+
+    Attributes:
+        label: the row.
+        method: its method; None for the base model.
+        keep_ratio: None where the budget does not matter.
+        learning_rate: None for the base model.
+        validation: whether it is scored on validation data, to choose a learning rate.
+        task: what the method is run on.
+        evaluate: keywords of the scoring.
+        measure: which score is shown.
+        steps: digests of `light`, `adapter`, `recovered` and the whole cell, `score`.
+        inputs: what the last digest is of.
+    """
+
+    dataset: str
+    label: str
+    method: str | None
+    keep_ratio: float | None
+    seed: int
+    learning_rate: float | None
+    validation: bool
+    task: Task
+    evaluate: Section
+    measure: str
+    steps: Mapping[str, str]
+    inputs: Section
+
+    @property
+    def digest(self) -> str:
+        """Identity of the cell."""
+        return self.steps["score"]
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        parts = [self.dataset, self.label]
+        parts += [] if self.keep_ratio is None else [f"keep {self.keep_ratio:g}"]
+        parts += [] if self.method is None else [f"seed {self.seed}"]
+        parts += [f"learning rate {self.learning_rate:g} (validation)"] if self.validation else []
+        return ", ".join(parts)
+
+    def folder(self, root: Path, step: str) -> Path:
+        """Where a step's artefact lies."""
+        return root / "artefacts" / f"{step}-{self.steps[step][:SHOWN_DIGITS]}"
+
+    def record(self, root: Path) -> Path:
+        """Where the cell's record lies."""
+        return root / "cells" / f"{self.digest[:SHOWN_DIGITS]}.json"
+
+
+def prepare_data(config: BenchConfig, dataset: str) -> Data:
+    """Split a data set's training file; see `split_rows`.
+
+    Raises:
+        ConfigError, DataError: it cannot be split though validation data are wanted.
+    """
+    section = config.datasets[dataset]
+    given: Section | None = section.get("validation")
+    tuned = any(len(config.learning_rates(dataset, label)) > 1 for label in config.methods)
+    source = config.stage_options("train", dataset).get("dataset")
+    count = config.validation_samples if given is None and tuned else 0
+    if source is None or (count == 0 and config.max_train_samples is None):
+        return Data({}, given)
+    train, validation = split_rows(
+        Path(str(source)), config.output_dir / "data", count, config.max_train_samples
+    )
+    split = None if validation is None else {"dataset": str(validation), "num_samples": None}
+    return Data({"dataset": str(train)}, given or split)
+
+
+def base_cell(config: BenchConfig, dataset: str) -> Cell:
+    """The model without a LoRA."""
+    evaluate = config.stage_options("evaluate", dataset)
+    task = Task(config.model_name_or_path, 1.0, config.seeds[0], {}, {}, {})
+    inputs: Section = {
+        "base": model_digest(config.model_name_or_path), "evaluate": content_of(evaluate),
+    }  # fmt: skip
+    return Cell(
+        dataset=dataset, label=BASE, method=None, keep_ratio=None, seed=config.seeds[0],
+        learning_rate=None, validation=False, task=task, evaluate=evaluate,
+        measure=_measure(config, dataset), steps={"score": digest(inputs)}, inputs=inputs,
+    )  # fmt: skip
+
+
+def method_cell(
+    config: BenchConfig,
+    data: Data,
+    dataset: str,
+    label: str,
+    keep_ratio: float,
+    seed: int,
+    learning_rate: float,
+    validation: bool = False,
+) -> Cell:
+    """One row's score."""
+    entry = config.entry(label)
+    stages = {
+        stage: {**config.stage_options(stage, dataset, label), **data.training}
+        for stage in ("compress", "train", "correct")
+    }
+    stages["train"]["learning_rate"] = learning_rate
+    evaluate = config.stage_options("evaluate", dataset, label)
+    if validation:
+        # The loss chooses; answers would take most of the time.
+        evaluate = {**evaluate, **(data.validation or {}), "max_new_tokens": 0}
+    own = config.own_options(label)
+    task = Task(config.model_name_or_path, keep_ratio, seed, **stages, options=own)
+    steps, inputs = _steps(config, entry, task, evaluate)
+    return Cell(
+        dataset=dataset, label=label, method=entry.name,
+        keep_ratio=keep_ratio if entry.uses_budget else None, seed=seed,
+        learning_rate=learning_rate, validation=validation, task=task, evaluate=evaluate,
+        measure=_measure(config, dataset), steps=steps, inputs=inputs,
+    )  # fmt: skip
+
+
+def _measure(config: BenchConfig, dataset: str) -> str:
+    return str(config.datasets[dataset].get("measure", config.measure))
+
+
+def _steps(
+    config: BenchConfig, entry: MethodEntry, task: Task, evaluate: Section
+) -> tuple[dict[str, str], Section]:
+    light: Section = {
+        "base": model_digest(config.model_name_or_path),
+        "method": entry.trains_as or entry.name,
+        "options": content_of(task.options),
+        "keep_ratio": task.keep_ratio if entry.uses_budget else None,
+        "compress": content_of(task.compress),
+        "seed": task.seed,
+    }
+    adapter: Section = {**light, "train": content_of(task.train)}
+    recovered: Section = {**adapter, "recovers_as": entry.name, "correct": content_of(task.correct)}
+    score: Section = {**recovered, "evaluate": content_of(evaluate)}
+    found = {"light": light, "adapter": adapter, "recovered": recovered, "score": score}
+    return {name: digest(inputs) for name, inputs in found.items()}, score
+
+
+def measured_cells(
+    config: BenchConfig, data: Data, dataset: str, rates: Mapping[str, float]
+) -> Sequence[Cell]:
+    """All cells of a data set that the tables show, those that share a light model side by side.
+
+    Args:
+        rates: the learning rate of each row that is run.
+    """
+    cells = [base_cell(config, dataset)]
+    for ratio in config.keep_ratio:
+        for seed in config.seeds:
+            for label, rate in rates.items():
+                cell = method_cell(config, data, dataset, label, ratio, seed, rate)
+                if all(cell.digest != other.digest for other in cells):
+                    cells.append(cell)
+    return cells

@@ -1,0 +1,220 @@
+"""What a bench runs: a YAML file whose keys are the stages' own.
+
+    model_name_or_path: someone/some-model
+    output_dir: outputs/bench
+    seeds: [0, 1, 2]
+    keep_ratio: [0.4, 0.6]
+    max_length: 384                       # goes to every stage that knows it
+    compress: {num_calibration_samples: 64}
+    train: {max_steps: 60, learning_rate: [3e-4, 1e-3]}
+    datasets:
+      gsm8k:
+        dataset: train.jsonl
+        evaluate: {dataset: test.jsonl}
+    methods:
+      lora:
+      emloc:
+      emloc at 3: {method: emloc, correct: {limit: 3}}
+
+Of two places that name an option the later one of this list wins: top, stage section, data set, its
+stage section, method's stage section. Several learning rates are tried on validation data, for every
+method alike.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import yaml
+from pydantic import BeforeValidator, Field
+
+from emloc.config import (
+    CompressConfig,
+    CorrectConfig,
+    EvaluateConfig,
+    StageConfig,
+    TrainConfig,
+    build,
+    nearest,
+)
+from emloc.errors import ConfigError
+from emloc.methods import MethodEntry
+from emloc.plugin_options import with_plugin_options
+from emloc.plugins import method_named
+
+Section = dict[str, Any]
+
+STAGES: Mapping[str, type[StageConfig]] = {
+    "compress": CompressConfig,
+    "train": TrainConfig,
+    "correct": CorrectConfig,
+    "evaluate": EvaluateConfig,
+}
+
+GIVEN = {
+    "compress": {"model_name_or_path", "output_dir", "keep_ratio", "seed"},
+    "train": {"model_name_or_path", "emulator", "output_dir", "seed"},
+    "correct": {"model_name_or_path", "adapter", "emulator", "output_dir", "seed"},
+    "evaluate": {"model_name_or_path", "adapter", "output_dir"},
+}
+"""Options that the bench or the method sets."""
+
+BASE = "base"
+"""The row of the model without a LoRA; always there."""
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+def _sections(value: Any) -> Any:
+    """A list of names, or a mapping whose values may be missing, as a mapping of mappings."""
+    if isinstance(value, list):
+        value = {str(name): None for name in cast("list[Any]", value)}
+    if isinstance(value, Mapping):
+        return {str(k): v or {} for k, v in cast("Mapping[Any, Any]", value).items()}
+    return value
+
+
+Sections = Annotated[dict[str, Section], BeforeValidator(_sections)]
+
+
+class BenchConfig(StageConfig):
+    """A grid of methods, budgets, seeds and data sets."""
+
+    output_dir: Path = Field(description="where results, tables, plots and all artefacts go")
+    model_name_or_path: str = Field(description="the base model")
+    datasets: Sections = Field(description="name: options of its stages")
+    methods: Sections = Field(description="row: its method, stage options, own options")
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_listed)] = Field(
+        [0], min_length=1, description="every cell is run once for each"
+    )
+    keep_ratio: Annotated[list[Annotated[float, Field(gt=0, le=1)]], BeforeValidator(_listed)] = (
+        Field([0.4], min_length=1, description="budgets: parameter bytes of EMLoC at this ratio")
+    )
+    measure: str = Field("exact_match", description="which of evaluate's scores the tables show")
+    validation_samples: int = Field(
+        64, ge=0, description="rows of the training file that choose the learning rate instead"
+    )
+    max_train_samples: int | None = Field(
+        None, ge=1, description="rows of the training file that are used; by default all"
+    )
+    published: Sections = Field(
+        {}, description="row: what others report, by data set; shown beside the scores"
+    )
+    keep_light_models: bool = Field(False, description="leave light models on disk after their use")
+    compress: Section = Field({}, description="options of compress")
+    train: Section = Field({}, description="options of train; learning_rate may be a list")
+    correct: Section = Field({}, description="options of correct")
+    evaluate: Section = Field({}, description="options of evaluate")
+    shared: Section = Field({}, description="options for every stage that knows them")
+
+    def entry(self, label: str) -> MethodEntry:
+        """The method behind a row."""
+        return method_named(str(self.methods[label].get("method", label)))
+
+    def stage_options(self, stage: str, dataset: str, label: str = "") -> Section:
+        """Keywords of a stage for one data set and row."""
+        known = with_plugin_options(STAGES[stage]).model_fields
+        data = self.datasets[dataset]
+        row = self.methods.get(label, {})
+        layers: Sequence[Section] = (
+            {name: value for name, value in self.shared.items() if name in known},
+            getattr(self, stage),
+            {name: value for name, value in data.items() if name in known},
+            data.get(stage) or {},
+            row.get(stage) or {},
+        )
+        return {name: value for layer in layers for name, value in layer.items()}
+
+    def own_options(self, label: str) -> Section:
+        """A row's options of its method."""
+        return {
+            name: value
+            for name, value in self.methods[label].items()
+            if name != "method" and name not in STAGES
+        }
+
+    def learning_rates(self, dataset: str, label: str) -> list[float]:
+        """What is tried; one is not tried but used."""
+        given = self.stage_options("train", dataset, label).get("learning_rate")
+        default = TrainConfig.model_fields["learning_rate"].default
+        return [float(rate) for rate in _listed(default if given is None else given)]
+
+
+def read_config(source: str | Path | Mapping[str, Any], *overrides: str) -> BenchConfig:
+    """A bench's YAML file (or mapping) with `key=value` or `section.key=value` overrides, checked whole.
+
+    Raises:
+        ConfigError: an unknown key, method or value anywhere, in one sentence.
+    """
+    where = "bench" if isinstance(source, Mapping) else str(source)
+    options = dict(source) if isinstance(source, Mapping) else _load(Path(source))
+    for override in overrides:
+        _override(options, override)
+    own = set(BenchConfig.model_fields) - {"shared"}
+    shared = {name: options.pop(name) for name in list(options) if name not in own}
+    config = build(BenchConfig, {**options, "shared": shared}, where)
+    _refuse_unknown(shared, where, [*own])
+    for name, section in config.datasets.items():
+        _refuse_unknown(section, f"{where}: datasets.{name}", ["measure", "validation", *STAGES])
+    _check_rows(config, where)
+    return config
+
+
+def _check_rows(config: BenchConfig, where: str) -> None:
+    for label in config.methods:
+        if label == BASE:
+            raise ConfigError(f"{where}: methods: the row {BASE} is always there; leave it out.")
+        place = f"{where}: methods.{label}"
+        try:
+            method = config.entry(label).load()
+        except ImportError as problem:
+            raise ConfigError(f"{place}: {problem}.") from problem
+        build(method.options, config.own_options(label), place)
+        for dataset in config.datasets:
+            for stage, kind in STAGES.items():
+                options = config.stage_options(stage, dataset, label)
+                for name in sorted(GIVEN[stage] & options.keys()):
+                    raise ConfigError(f"{place}: {stage}.{name} is set by the bench; leave it out.")
+                options.pop("learning_rate", None)
+                required = {
+                    name: "given" for name in GIVEN[stage] if kind.model_fields[name].is_required()
+                }
+                build(with_plugin_options(kind), {**options, **required}, f"{place}: {stage}")
+
+
+def _refuse_unknown(section: Mapping[str, Any], where: str, more: list[str]) -> None:
+    known = {field for kind in STAGES.values() for field in with_plugin_options(kind).model_fields}
+    for key in section:
+        if key not in known and key not in more:
+            hint = nearest(key, [*sorted(known), *more])
+            raise ConfigError(f"{where}: unknown key {key}.{hint}")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content: Any = yaml.safe_load(path.read_text("utf-8"))
+    except FileNotFoundError as problem:
+        raise ConfigError(f"No file {path}.") from problem
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        first = str(problem).replace("\n", " ")
+        raise ConfigError(f"{path} is not valid YAML: {first}.") from problem
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} should hold keys and values.")
+    return cast("dict[str, Any]", content)
+
+
+def _override(options: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"Override {override!r} should read key=value or section.key=value.")
+    *path, last = key.split(".")
+    target = options
+    for part in path:
+        inner = target.get(part)
+        if isinstance(inner, list):  # methods given by name alone
+            inner = {str(name): None for name in cast("list[Any]", inner)}
+        target[part] = dict(cast("Mapping[str, Any]", inner or {}))
+        target = target[part]
+    target[last] = yaml.safe_load(text)

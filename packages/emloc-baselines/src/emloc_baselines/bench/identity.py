@@ -1,0 +1,46 @@
+"""Digests of everything that goes into a result: options, and the content of whatever they name on disk."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+from emloc.checkpoint import Checkpoint
+from emloc.digest import dataset_digest
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of JSON content."""
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def content_of(options: Any) -> Any:
+    """Options as JSON, with a digest instead of every path: what is there counts, not where."""
+    if isinstance(options, Mapping):
+        given = cast("Mapping[str, Any]", options)
+        return {str(name): content_of(value) for name, value in sorted(given.items())}
+    if isinstance(options, list | tuple):
+        return [content_of(value) for value in cast("list[Any]", options)]
+    if isinstance(options, str | Path) and str(options):
+        parts = str(options).split(",")
+        if all(part and Path(part).exists() for part in parts):
+            return [_path_digest(part) for part in parts]
+        return str(options)
+    return options
+
+
+@cache
+def model_digest(model_name_or_path: str) -> str:
+    """Weights, config and tokenizer of a model."""
+    model = Checkpoint.open(model_name_or_path)
+    return digest([model.digest(), model.companions_digest()])
+
+
+@cache
+def _path_digest(path: str) -> str:
+    if (Path(path) / "config.json").is_file() or (Path(path) / "model_index.json").is_file():
+        return model_digest(path)
+    return str(dataset_digest(path))

@@ -1,0 +1,164 @@
+"""A bench's records as Markdown: rows are methods, columns data sets, one table per measure and budget.
+
+Where there are several seeds, a number is their mean and, in brackets, the spread: largest minus smallest.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from emloc.memory import format_bytes
+from emloc.output import write_text
+from emloc_baselines.bench.config import BASE
+
+Record = Mapping[str, Any]
+Rows = list[list[str]]
+
+REFERENCE = "lora"
+"""The method that the gain is measured against."""
+
+
+def write_tables(
+    records: Sequence[Record], path: Path, published: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """All tables of a bench.
+
+    Args:
+        published: row to data set to what others report, shown beside.
+    """
+    parts: list[str] = []
+    for measure in dict.fromkeys(record["measure"] for record in records):
+        known = [r for r in records if r["measure"] == measure and r["score"] is not None]
+        if known:
+            shown = measure.replace("_", " ")
+            parts += _by_budget(known, shown, "{:.1%}", lambda r: r["score"], published)
+    parts += _by_budget(records, "loss", "{:.4f}", lambda r: r["loss"], None)
+    gains = gains_recovered(records)
+    if gains:
+        parts += _by_budget(gains, "gain recovered", "{:.0%}", lambda r: r["gain"], None)
+    parts.append(_costs(records))
+    write_text(path, "\n\n".join(parts) + "\n")
+
+
+def budgets(records: Sequence[Record]) -> list[float | None]:
+    """The budgets that occur; None alone where none does."""
+    found = sorted({r["keep_ratio"] for r in records if r["keep_ratio"] is not None})
+    return list(found) or [None]
+
+
+def labels(records: Sequence[Record]) -> list[str]:
+    """Rows in their order."""
+    return list(dict.fromkeys(record["label"] for record in records))
+
+
+def matching(records: Sequence[Record], **wanted: Any) -> list[Record]:
+    """Records with these values; a record without a budget matches every budget."""
+    return [
+        record
+        for record in records
+        if all(
+            record[key] == value or (key == "keep_ratio" and record[key] is None)
+            for key, value in wanted.items()
+        )
+    ]
+
+
+def gains_recovered(records: Sequence[Record]) -> list[Record]:
+    """Records with `gain`: what share of the loss that LoRA on the base takes off, a method takes off.
+
+    `(base − method) / (base − LoRA)` on the loss, against the LoRA of the same seed and data set.
+    """
+    found: list[Record] = []
+    for record in records:
+        base = matching(records, dataset=record["dataset"], label=BASE)
+        lora = matching(records, dataset=record["dataset"], method=REFERENCE, seed=record["seed"])
+        if record["label"] == BASE or not base or not lora:
+            continue
+        possible = base[0]["loss"] - lora[0]["loss"]
+        if possible:
+            found.append({**record, "gain": (base[0]["loss"] - record["loss"]) / possible})
+    return found
+
+
+def summarise(values: Sequence[float], form: str) -> str:
+    """Mean, and spread where there are several; nothing for nothing."""
+    if not values:
+        return "–"
+    mean = form.format(sum(values) / len(values))
+    spread = form.format(max(values) - min(values))
+    return mean if len(values) == 1 else f"{mean} ({spread})"
+
+
+def _by_budget(
+    records: Sequence[Record],
+    title: str,
+    form: str,
+    value: Callable[[Record], float],
+    published: Mapping[str, Mapping[str, Any]] | None,
+) -> list[str]:
+    datasets = list(dict.fromkeys(record["dataset"] for record in records))
+    beside = [name for name in datasets if any(name in row for row in (published or {}).values())]
+    head = ["", "held in training", *datasets, *(f"{name}, published" for name in beside)]
+    parts: list[str] = []
+    for budget in budgets(records):
+        rows: Rows = []
+        for label in labels(records):
+            own = matching(records, label=label, keep_ratio=budget)
+            if not own:
+                continue
+            cells = [
+                summarise([value(r) for r in matching(own, dataset=name)], form)
+                for name in datasets
+            ]
+            reported = [str((published or {}).get(label, {}).get(name, "–")) for name in beside]
+            rows.append([label, _held(own), *cells, *reported])
+        suffix = "" if budget is None else f", keep_ratio {budget:g}"
+        parts.append(f"### {title}{suffix}\n\n{_table(head, rows)}")
+    return parts
+
+
+def _held(records: Sequence[Record]) -> str:
+    sizes = [record["held_bytes"] for record in records if "held_bytes" in record]
+    return format_bytes(max(sizes)) if sizes else "–"
+
+
+def _costs(records: Sequence[Record]) -> str:
+    """What every row took: bytes, seconds, and the learning rate that was chosen."""
+    head = ["", "keep_ratio", "held in training", "LoRA", "peak memory", "building", "alignment",
+            "training", "recovery", "overall", "s / step", "learning rate"]  # fmt: skip
+    rows: Rows = []
+    for budget in budgets(records):
+        for label in labels(records):
+            own = [r for r in matching(records, label=label, keep_ratio=budget) if r["method"]]
+            free = own and own[0]["keep_ratio"] is None
+            if not own or (free and any(row[0] == label for row in rows)):
+                continue
+            rows.append(
+                [
+                    label,
+                    "–" if free or budget is None else f"{budget:g}",
+                    _held(own),
+                    format_bytes(max(r["trainable_bytes"] for r in own)),
+                    format_bytes(max(max(_making(r).values()) for r in own)),
+                    *(_seconds(own, step) for step in ("build", "align", "train", "recover")),
+                    summarise([sum(r["seconds"].values()) for r in own], "{:.1f} s").split(" (")[0],
+                    summarise([r["seconds_per_step"] for r in own], "{:.2f}").split(" (")[0],
+                    ", ".join(dict.fromkeys(f"{r['learning_rate']:g}" for r in own)),
+                ]
+            )
+    return f"### cost\n\n{_table(head, rows)}"
+
+
+def _making(record: Record) -> dict[str, int]:
+    """Peaks of building, training and recovering; scoring runs the original model for all alike."""
+    return {step: peak for step, peak in record["peak_bytes"].items() if step != "evaluate"}
+
+
+def _seconds(records: Sequence[Record], step: str) -> str:
+    values = [r["seconds"][step] for r in records if step in r["seconds"]]
+    return summarise(values, "{:.1f} s").split(" (")[0]
+
+
+def _table(head: Sequence[str], rows: Rows) -> str:
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

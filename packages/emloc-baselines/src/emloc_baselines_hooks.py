@@ -1,0 +1,44 @@
+"""The plugin's entry point: says what it offers and imports nothing heavy."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import emloc
+from emloc.methods import MethodEntry
+
+if TYPE_CHECKING:
+    import typer
+
+
+@emloc.hookimpl
+def emloc_register_methods() -> Sequence[MethodEntry]:
+    """What EMLoC is compared with."""
+    return [
+        MethodEntry(
+            "lora",
+            "LoRA on the base model, as a reference",
+            "emloc_baselines.lora:Lora",
+            uses_budget=False,
+        ),
+    ]
+
+
+@emloc.hookimpl
+def emloc_register_commands(app: "typer.Typer") -> None:
+    """`emloc bench`."""
+    import typer
+
+    @app.command("bench")
+    def bench(  # pyright: ignore[reportUnusedFunction]
+        config: Annotated[
+            Path, typer.Argument(help="YAML file: methods, budgets, seeds, data sets")
+        ],
+        overrides: Annotated[
+            list[str] | None, typer.Argument(help="key=value or section.key=value, …")
+        ] = None,
+    ) -> None:
+        """Compare methods on the same data, budget and seeds; finished cells are not run again."""
+        from emloc_baselines.bench.harness import run_bench
+
+        print(run_bench(config, *(overrides or [])))

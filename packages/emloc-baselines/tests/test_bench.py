@@ -1,0 +1,299 @@
+"""The bench: what is shared, what is skipped, what a killed run leaves, and what its tables say."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+import emloc
+from emloc.errors import ConfigError, EmlocError, NumericalError
+from emloc_baselines.bench import cell as cell_module
+from emloc_baselines.bench.config import read_config
+from emloc_baselines.bench.harness import run_bench
+from emloc_baselines.bench.split import split_rows
+
+
+@pytest.fixture(scope="module")
+def options(tiny):
+    """Two budgets, two learning rates, one seed, three rows."""
+    return {
+        "model_name_or_path": str(tiny.base),
+        "seeds": [0],
+        "keep_ratio": [0.4, 0.7],
+        "max_length": 96,
+        "validation_samples": 8,
+        "compress": {"num_calibration_samples": 8},
+        "train": {"max_steps": 3, "lora_r": 2, "learning_rate": [1e-4, 1e-2],
+                  "per_device_train_batch_size": 4},
+        "correct": {"num_calibration_samples": 8},
+        "evaluate": {"max_new_tokens": 2},
+        "datasets": {
+            "words": {"dataset": str(tiny.data), "evaluate": {"dataset": str(tiny.test)}}
+        },
+        "methods": ["lora", "emloc", "emloc-uncorrected"],
+    }  # fmt: skip
+
+
+class Counting:
+    """Runs cells in this process and says which stages were run."""
+
+    def __init__(self, monkeypatch, only=None):
+        self.cells, self.stages, self.only = [], [], only
+        for name in ("compress", "train", "correct"):
+            stage = getattr(emloc, name)
+            monkeypatch.setattr(stage, "function", self._counted(name, stage.function))
+
+    def _counted(self, name, function):
+        def call(config):
+            self.stages.append(name)
+            return function(config)
+
+        return call
+
+    def __call__(self, cell, root):
+        if self.only is not None and len(self.cells) == self.only:
+            raise KeyboardInterrupt
+        self.cells.append(cell.title)
+        cell_module.run_cell(cell, root)
+
+
+@pytest.fixture
+def run(monkeypatch):
+    with monkeypatch.context() as patch:
+        yield Counting(patch)
+
+
+@pytest.fixture(scope="module")
+def whole(options, tmp_path_factory):
+    """One finished bench, run in this process, and what it ran."""
+    out = tmp_path_factory.mktemp("bench") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        counting = Counting(patch)
+        run_bench({**options, "output_dir": str(out)}, run=counting)
+    return out, counting
+
+
+def records(out):
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_every_cell_is_there_once_and_work_is_shared(whole):
+    out, counting = whole
+    found = [(r["label"], r["keep_ratio"]) for r in records(out)]
+    assert found == [
+        ("base", None), ("lora", None), ("emloc", 0.4), ("emloc-uncorrected", 0.4),
+        ("emloc", 0.7), ("emloc-uncorrected", 0.7),
+    ]  # fmt: skip
+    # Per budget one emulator; per budget and learning rate one LoRA for both rows of EMLoC; the LoRA on
+    # the base is one for all budgets. The first budget is run at both learning rates, the second at
+    # the chosen ones.
+    assert counting.stages.count("compress") == 2
+    chosen = {r["label"]: r["learning_rate"] for r in records(out) if r["method"]}
+    second_budget = len({chosen["emloc"], chosen["emloc-uncorrected"]})
+    assert counting.stages.count("train") == 2 + 2 + second_budget
+
+
+def test_a_record_says_what_went_in_and_what_it_took(whole, tiny):
+    [record] = [r for r in records(whole[0]) if (r["label"], r["keep_ratio"]) == ("emloc", 0.4)]
+    [lora] = [r for r in records(whole[0]) if r["label"] == "lora"]
+    assert 0 < record["held_bytes"] < lora["held_bytes"]
+    assert lora["held_bytes"] == sum(
+        f.stat().st_size for f in tiny.base.glob("*.safetensors")
+    ) - 8 - header_bytes(tiny.base / "model.safetensors")  # fmt: skip
+    assert set(record["seconds"]) == {"build", "train", "recover"}
+    assert record["overhead_seconds"] == pytest.approx(
+        record["seconds"]["build"] + record["seconds"]["recover"]
+    )
+    assert set(record["peak_bytes"]) == {"build", "train", "recover", "evaluate"}
+    assert record["recovery"]["limit"] in record["recovery"]["calibration_loss"]
+    assert record["inputs"]["train"]["max_steps"] == 3
+    assert str(tiny.root) not in json.dumps(record["inputs"]), "content counts, not where it lies"
+    assert len(record["digest"]) == 64
+    assert 0 <= record["score"] <= 1
+
+
+def header_bytes(path):
+    return int.from_bytes(path.read_bytes()[:8], "little")
+
+
+def test_loss_is_what_evaluate_finds(whole, options, tiny):
+    found = emloc.evaluate(
+        model_name_or_path=str(tiny.base), dataset=str(tiny.test), max_length=96, max_new_tokens=0
+    )
+    [base] = [r for r in records(whole[0]) if r["label"] == "base"]
+    assert base["loss"] == pytest.approx(found["loss"], rel=1e-6)
+
+
+def test_the_learning_rate_is_the_best_on_validation_rows_which_are_not_trained_on(whole, tiny):
+    out, _ = whole
+    chosen = json.loads((out / "learning_rates.json").read_text())["words"]
+    for record in records(out):
+        if record["method"] is None:
+            continue
+        losses = chosen[record["label"]]
+        assert set(losses) == {"0.0001", "0.01"}
+        assert f"{record['learning_rate']:g}" == min(losses, key=losses.get)
+        assert record["learning_rate_losses"] == losses
+    [train] = (out / "data").glob("*-train.jsonl")
+    [held_out] = (out / "data").glob("*-validation.jsonl")
+    both = train.read_text().splitlines() + held_out.read_text().splitlines()
+    assert sorted(both) == sorted(tiny.data.read_text().splitlines())
+    assert len(held_out.read_text().splitlines()) == 8
+
+
+def test_light_models_are_gone_and_what_they_were_is_kept(whole):
+    out, _ = whole
+    assert not [path for path in (out / "artefacts").glob("light-*") if path.is_dir()]
+    assert all(r["light"]["emulator_bytes"] > 0 for r in records(out) if "emloc" in r["label"])
+
+
+def test_a_finished_bench_runs_nothing(whole, options, run):
+    out, _ = whole
+    before = (out / "results.jsonl").read_bytes()
+    run_bench({**options, "output_dir": str(out)}, run=run)
+    assert (run.cells, run.stages) == ([], [])
+    assert (out / "results.jsonl").read_bytes() == before
+
+
+def test_a_changed_option_runs_only_what_it_changes(whole, options, run):
+    out, _ = whole
+    run_bench({**options, "output_dir": str(out)}, "evaluate.num_samples=3", run=run)
+    assert "compress" not in run.stages
+    assert "train" not in run.stages
+    assert len(run.cells) == 6
+
+
+def test_tables_and_plots(whole):
+    out, _ = whole
+    text = (out / "tables.md").read_text()
+    titles = re.findall(r"^### (.+)$", text, re.MULTILINE)
+    assert titles == [
+        "exact match, keep_ratio 0.4", "exact match, keep_ratio 0.7", "loss, keep_ratio 0.4",
+        "loss, keep_ratio 0.7", "gain recovered, keep_ratio 0.4", "gain recovered, keep_ratio 0.7",
+        "cost",
+    ]  # fmt: skip
+    by = {(r["label"], r["keep_ratio"]): r for r in records(out)}
+    loss = text.split("### loss, keep_ratio 0.4")[1].split("###")[0]
+    for label, ratio in (("base", None), ("lora", None), ("emloc", 0.4)):
+        [row] = [line for line in loss.splitlines() if line.startswith(f"| {label} |")]
+        assert row.endswith(f"| {by[label, ratio]['loss']:.4f} |")
+    gain = text.split("### gain recovered, keep_ratio 0.4")[1].split("###")[0]
+    base, lora = by["base", None]["loss"], by["lora", None]["loss"]
+    expected = (base - by["emloc", 0.4]["loss"]) / (base - lora)
+    assert f"| {expected:.0%} |" in gain
+    assert "| lora | " in gain
+    assert "| 100% |" in gain
+    for name in ("score.png", "loss.png", "gain.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_published_numbers_stand_beside_ours(whole, options, run):
+    out, _ = whole
+    run_bench(
+        {**options, "output_dir": str(out), "published": {"lora": {"words": "76.2"}}}, run=run
+    )
+    text = (out / "tables.md").read_text()
+    assert "words, published" in text
+    assert re.search(r"\| lora \|.*\| 76.2 \|", text)
+
+
+def test_a_killed_bench_goes_on(options, tmp_path, monkeypatch):
+    out = {**options, "output_dir": str(tmp_path / "out"), "keep_ratio": 0.4}
+    out["train"] = {**options["train"], "learning_rate": 1e-3}
+    with monkeypatch.context() as patch:
+        stopped = Counting(patch, only=2)
+        with pytest.raises(KeyboardInterrupt):
+            run_bench(out, run=stopped)
+    with monkeypatch.context() as patch:
+        resumed = Counting(patch)
+        run_bench(out, run=resumed)
+    assert len(stopped.cells) == 2
+    assert len(stopped.cells) + len(resumed.cells) == 4
+    assert not set(stopped.cells) & set(resumed.cells)
+    assert len(records(tmp_path / "out")) == 4
+
+
+def test_cells_run_in_processes_from_the_command_line(options, tmp_path):
+    import yaml
+
+    config = tmp_path / "bench.yaml"
+    config.write_text(yaml.safe_dump({**options, "methods": ["lora"]}))
+    run = subprocess.run(
+        [sys.executable, "-m", "emloc", "bench", str(config), f"output_dir={tmp_path / 'out'}",
+         "keep_ratio=0.4", "train.learning_rate=0.001", "train.max_steps=2"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == str(tmp_path / "out")
+    assert [r["label"] for r in records(tmp_path / "out")] == ["base", "lora"]
+    assert len(list((tmp_path / "out/logs").glob("*.log"))) == 2
+
+
+def test_a_cell_that_fails_is_named_and_the_others_are_there(options, tmp_path, monkeypatch):
+    def fail(cell, root):
+        if cell.label == "emloc":
+            raise EmlocError("no luck")
+        cell_module.run_cell(cell, root)
+
+    one = {**options, "output_dir": str(tmp_path / "out"), "keep_ratio": 0.4}
+    one["train"] = {**options["train"], "learning_rate": 1e-3}
+    with pytest.raises(EmlocError, match=r"1 cells failed, the first is words, emloc.*\(no luck\)"):
+        run_bench(one, run=fail)
+    assert [r["label"] for r in records(tmp_path / "out")] == ["base", "lora", "emloc-uncorrected"]
+
+
+def test_a_learning_rate_that_diverges_is_not_chosen(options, tmp_path):
+    def diverge(cell, root):
+        if cell.learning_rate == 1e-2:
+            raise NumericalError("NaN")
+        cell_module.run_cell(cell, root)
+
+    one = {**options, "output_dir": str(tmp_path / "out"), "keep_ratio": 0.4, "methods": ["lora"]}
+    run_bench(one, run=diverge)
+    assert [r["learning_rate"] for r in records(tmp_path / "out")] == [None, 1e-4]
+
+
+REFUSALS = [
+    ({"methods": ["lorra"]}, "offers the method 'lorra'"),
+    ({"methods": {"lora": {"rank": 3}}}, r"methods.lora: unknown option rank"),
+    ({"methods": {"base": {}}}, "always there"),
+    ({"max_lenght": 3}, "unknown key max_lenght. Did you mean max_length"),
+    ({"train": {"lora_rank": 3}}, "train: unknown option lora_rank"),
+    ({"train": {"seed": 3}}, "train.seed is set by the bench"),
+    ({"keep_ratio": [2]}, "keep_ratio"),
+    ({"datasets": {"words": {"datset": "x"}}}, "datasets.words: unknown key datset"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSALS)
+def test_mistakes_are_found_before_anything_runs(options, tmp_path, change, message, run):
+    with pytest.raises(EmlocError, match=message):
+        run_bench({**options, "output_dir": str(tmp_path / "out"), **change}, run=run)
+    assert run.cells == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_later_places_win(options, tmp_path):
+    config = read_config(
+        {
+            **options, "output_dir": "x", "learning_rate": 1.0,
+            "methods": {"short": {"method": "lora", "train": {"max_steps": 1}}, "lora": None},
+        },
+        "datasets.words.max_length=48", "train.learning_rate=0.5",
+    )  # fmt: skip
+    assert config.stage_options("train", "words", "short")["max_steps"] == 1
+    assert config.stage_options("train", "words", "lora")["max_steps"] == 3
+    assert config.stage_options("evaluate", "words")["max_length"] == 48
+    assert config.learning_rates("words", "lora") == [0.5]
+
+
+def test_validation_rows_do_not_depend_on_how_many_are_trained_on(tiny, tmp_path):
+    _, all_of = split_rows(tiny.data, tmp_path, 5, None)
+    few, some = split_rows(tiny.data, tmp_path, 5, 4)
+    assert all_of.read_text() == some.read_text()
+    assert len(few.read_text().splitlines()) == 4
+    assert not set(few.read_text().splitlines()) & set(some.read_text().splitlines())
+    with pytest.raises(ConfigError, match="no JSONL"):
+        split_rows(tmp_path, tmp_path, 5, 4)
