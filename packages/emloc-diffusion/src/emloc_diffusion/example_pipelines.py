@@ -68,7 +68,8 @@ def write_pipeline(
         kind: `sd`, `sdxl`, `sd3` or `flux`.
         seed: of all weights; the caller's random state is left as it was.
         dtype: of all weights.
-        unet_overrides: options of the denoiser's configuration, be it a UNet or a transformer.
+        unet_overrides: options of the denoiser's configuration, be it a UNet or a transformer; text encoders
+            and VAE become as wide as it reads.
 
     Raises:
         KeyError: no such kind.
@@ -124,9 +125,9 @@ def _clip(tokenizer: Any, width: int, pooled: int, projected: bool) -> Any:
     return _lively(CLIPTextModelWithProjection(config) if projected else CLIPTextModel(config))
 
 
-def _t5(tokenizer: Any) -> T5EncoderModel:
+def _t5(tokenizer: Any, width: int = T5_WIDTH) -> T5EncoderModel:
     config = T5Config(
-        vocab_size=len(tokenizer), d_model=T5_WIDTH, d_kv=12, d_ff=72, num_layers=2, num_heads=4,
+        vocab_size=len(tokenizer), d_model=width, d_kv=12, d_ff=72, num_layers=2, num_heads=4,
         feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
     )  # fmt: skip
     return T5EncoderModel(config).eval()  # its own initial weights are of unit variance
@@ -175,18 +176,22 @@ def _stable_diffusion(overrides: Mapping[str, Any]) -> Any:
 
 def _stable_diffusion_xl(overrides: Mapping[str, Any]) -> Any:
     tokenizer, tokenizer_2 = clip_tokenizer(), clip_tokenizer(pad_token="!")
+    read = int(overrides.get("cross_attention_dim", CLIP_WIDTH + CLIP_2_WIDTH))
+    width = read - CLIP_2_WIDTH  # of the first text encoder; the second's is fixed
+    ids = 6 * int(overrides.get("addition_time_embed_dim", 8))
+    pooled = int(overrides.get("projection_class_embeddings_input_dim", CLIP_2_POOLED + ids)) - ids
     shape: dict[str, Any] = {
-        **UNET, "cross_attention_dim": CLIP_WIDTH + CLIP_2_WIDTH,
+        **UNET, "cross_attention_dim": read,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
         "transformer_layers_per_block": (1, 2), "use_linear_projection": True,
         "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": CLIP_2_POOLED + 6 * 8,
+        "projection_class_embeddings_input_dim": pooled + ids,
     }  # fmt: skip
     return StableDiffusionXLPipeline(
         vae=_vae(CHANNELS_UNET, scaling_factor=0.13025, force_upcast=True),
-        text_encoder=_clip(tokenizer, CLIP_WIDTH, CLIP_WIDTH, False),
-        text_encoder_2=_clip(tokenizer_2, CLIP_2_WIDTH, CLIP_2_POOLED, True),
+        text_encoder=_clip(tokenizer, width, width, False),
+        text_encoder_2=_clip(tokenizer_2, CLIP_2_WIDTH, pooled, True),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
         unet=_lively(UNet2DConditionModel(**{**shape, **overrides})),
@@ -225,22 +230,23 @@ def _flux(overrides: Mapping[str, Any]) -> Any:
         "patch_size": 1, "in_channels": 4 * CHANNELS_TRANSFORMER, "num_layers": 2,
         "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 3,
         "joint_attention_dim": T5_WIDTH, "pooled_projection_dim": CLIP_WIDTH,
-        "guidance_embeds": True, "axes_dims_rope": (4, 6, 6),
+        "guidance_embeds": True, "axes_dims_rope": (4, 6, 6), **overrides,
     }  # fmt: skip
+    pooled = int(shape["pooled_projection_dim"])
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
             shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,
             base_image_seq_len=256, max_image_seq_len=4096,
         ),
         vae=_vae(
-            CHANNELS_TRANSFORMER, scaling_factor=0.3611, shift_factor=0.1159,
+            int(shape["in_channels"]) // 4, scaling_factor=0.3611, shift_factor=0.1159,
             use_quant_conv=False, use_post_quant_conv=False,
         ),
-        text_encoder=_clip(tokenizer, CLIP_WIDTH, CLIP_WIDTH, False),
+        text_encoder=_clip(tokenizer, pooled, pooled, False),
         tokenizer=tokenizer,
-        text_encoder_2=_t5(tokenizer_2),
+        text_encoder_2=_t5(tokenizer_2, int(shape["joint_attention_dim"])),
         tokenizer_2=tokenizer_2,
-        transformer=_lively(FluxTransformer2DModel(**{**shape, **overrides})),
+        transformer=_lively(FluxTransformer2DModel(**shape)),
     )  # fmt: skip
 
 
