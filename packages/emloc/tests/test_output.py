@@ -123,3 +123,19 @@ def test_an_output_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError), stage_folder(tmp_path / "file" / "out", {}):
         pass
+
+
+def test_a_run_that_could_not_even_begin_is_in_nobodys_way(tmp_path, monkeypatch):
+    """Its settings were never written: neither the same run nor another finds an interrupted one."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("emloc.output.os.fsync", full)
+        with pytest.raises(OutputError, match="disk is full"), stage_folder(tmp_path / "out", {}):
+            pass
+    (tmp_path / "out.partial" / "stage_settings.json.tmp").write_text('{"a": ')  # as a kill leaves it
+    with stage_folder(tmp_path / "out", {"a": 1}) as work:
+        (work / "file").write_text("whole")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]

@@ -2,9 +2,12 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from emloc.family import Batch
 from emloc.output import file_sha256
@@ -32,3 +35,22 @@ def dataset_digest(dataset: str | None) -> str | None:
     for path in sorted(path for path in Path(dataset).rglob("*") if path.is_file()):
         sha.update(f"{path.relative_to(dataset)}|{file_sha256(path)}|".encode())
     return sha.hexdigest()
+
+
+@dataclass(frozen=True)
+class NamesFiles:
+    """Marks an option that names local files, or may: `Annotated[str | None, NamesFiles()]`.
+
+    What the files hold belongs to the settings then, as that of models, adapters and data sets does.
+    """
+
+
+def named_digests(options: BaseModel) -> dict[str, str]:
+    """By option, the digests of what the marked ones name; those that are not set are left out."""
+    found: dict[str, str] = {}
+    for name, field in type(options).model_fields.items():
+        value: Any = getattr(options, name)
+        if value and any(isinstance(mark, NamesFiles) for mark in field.metadata):
+            named: list[Any] = value if isinstance(value, list) else [value]
+            found[name] = ",".join(str(dataset_digest(str(one))) for one in named)
+    return found

@@ -28,6 +28,9 @@ from emloc.checkpoint import DTYPES
 from emloc.errors import OutputError
 
 SETTINGS_NAME = "stage_settings.json"
+_UNFINISHED = SETTINGS_NAME + ".tmp"
+"""All that is left of a run that was killed before it had begun."""
+
 SYNC_BYTES = 64 << 20
 """After so many bytes a shard that is being written is synced."""
 
@@ -83,13 +86,21 @@ def existing_parent(path: Path) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file atomically."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file that is in memory atomically."""
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -284,7 +295,8 @@ def _make_way(output_dir: Path) -> None:
 
 def _prepare(work: Path, settings: str) -> str:
     """Make the working folder, or check that it is this run's own."""
-    if work.exists() and any(work.iterdir()):
+    begun = [path for path in work.iterdir() if path.name != _UNFINISHED] if work.exists() else []
+    if begun:
         recorded = work / SETTINGS_NAME
         if not (recorded.is_file() and recorded.read_text("utf-8") == settings):
             raise OutputError(

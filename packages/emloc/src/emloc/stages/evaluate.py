@@ -7,7 +7,7 @@ from typing import Any
 from emloc.adapter import Adapter
 from emloc.checkpoint import Checkpoint
 from emloc.config import EvaluateConfig
-from emloc.digest import dataset_digest
+from emloc.digest import dataset_digest, named_digests
 from emloc.errors import ConfigError, OutputError
 from emloc.family import ModelFamily
 from emloc.manifest import Manifest
@@ -47,12 +47,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def _settings(config: EvaluateConfig, model: Checkpoint, family: ModelFamily) -> dict[str, Any]:
     """The options, and the identity of what their paths hold now."""
+    named = named_digests(config)
     return {
         **own_options(config, family, {"output_dir"}),
         "model_digest": model.digest(),
         "adapter_digest": Adapter.open(config.adapter).digest() if config.adapter else None,
         "companions_digest": model.companions_digest(),
         "data_digest": dataset_digest(config.dataset),
+        **({"named_digests": named} if named else {}),
     }
 
 
