@@ -6,7 +6,7 @@ from typing import Any
 import emloc
 from emloc.config import DataOptions, EvaluateConfig, TrainConfig
 from emloc.family import FamilyEntry
-from emloc_diffusion_options import DreamBoothOptions, NoiseOptions, PictureOptions
+from emloc_diffusion_options import DreamBoothOptions, EvaluationOptions, PictureOptions
 
 CLASSES = ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel")
 
@@ -28,7 +28,7 @@ def emloc_register_families() -> Sequence[FamilyEntry]:
             options={
                 DataOptions: PictureOptions,
                 TrainConfig: DreamBoothOptions,
-                EvaluateConfig: NoiseOptions,
+                EvaluateConfig: EvaluationOptions,
             },
         )
     ]

@@ -5,11 +5,12 @@ transformers' name, either may be used.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from emloc.config import StageConfig
+from emloc.config import Names, StageConfig
+from emloc.digest import NamesFiles
 
 ALIASES = {
     "instance_data_dir": "dataset",
@@ -84,4 +85,37 @@ class NoiseOptions(StageConfig):
 
     num_noise_samples: int = Field(
         64, ge=1, description="held-out noises that the loss is taken on"
+    )
+
+
+class EvaluationOptions(NoiseOptions):
+    """What evaluate draws, if anything: pictures of a subject that are scored, a contact sheet."""
+
+    dino_model: Annotated[str | None, NamesFiles()] = Field(
+        None,
+        description="scores fidelity to the subject: a DINO of timm or transformers, or a folder",
+    )
+    clip_model: Annotated[str | None, NamesFiles()] = Field(
+        None,
+        description="scores fidelity to subject and prompt: a CLIP of transformers, or a folder",
+    )
+    subject_token: str | None = Field(None, description="the rare word that names the subject: sks")
+    class_name: str | None = Field(None, description="what the subject is: dog, backpack, …")
+    subject_kind: Literal["object", "live"] = Field(
+        "object", description="which of DreamBooth's two lists of prompts is drawn"
+    )
+    prompts_file: Annotated[Path | None, NamesFiles()] = Field(
+        None, description="drawn instead: one prompt per line, the subject_token in each"
+    )
+    contact_sheet_adapters: Annotated[Names, NamesFiles()] = Field(
+        [], description="rows of contact_sheet.png, between the base and the adapter"
+    )
+    validation_prompt: str | None = Field(
+        None, description="drawn on contact_sheet.png; by default, each of the scored prompts once"
+    )
+    num_images_per_prompt: int = Field(4, ge=1, description="pictures of each, seed by seed")
+    drawing_seed: int = Field(0, ge=0, description="of the first picture of each prompt")
+    guidance_scale: float | None = Field(None, ge=0, description="by default the pipeline's own")
+    num_inference_steps: int | None = Field(
+        None, ge=1, description="steps of drawing a picture; by default the pipeline's own"
     )

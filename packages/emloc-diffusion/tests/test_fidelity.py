@@ -1,6 +1,5 @@
 """DreamBooth's scores: the arithmetic, tiny encoders of both libraries, prompts and wrong inputs."""
 
-import json
 import math
 import os
 import re
@@ -18,19 +17,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import pre_tokenizers
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTextConfig,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-    ViTConfig,
-    ViTModel,
+from tiny_encoders import (
+    DEPTH,
+    HEADS,
+    PATCH,
+    SIDE,
+    WIDTH,
+    picture,
+    vit,
+    write_clip,
+    write_dino,
 )
+from transformers import CLIPModel, CLIPProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+import emloc
 from emloc.errors import (
     CheckpointError,
     ConfigError,
@@ -39,6 +40,7 @@ from emloc.errors import (
     EmlocError,
     MismatchError,
 )
+from emloc_diffusion.example import write_example
 from emloc_diffusion.scoring import (
     LIVE_PROMPTS,
     OBJECT_PROMPTS,
@@ -53,7 +55,6 @@ from emloc_diffusion.scoring import (
     subject_fidelity,
 )
 
-SIDE, PATCH, WIDTH, DEPTH, HEADS = 32, 8, 24, 3, 3
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -209,10 +210,10 @@ def test_plain_prompts_are_the_same_without_the_token(token, noun, live):
 
 
 def test_empty_words_are_refused():
-    with pytest.raises(ConfigError, match="unique_token is empty"):
+    with pytest.raises(ConfigError, match="subject_token is empty"):
         evaluation_prompts(" ", "dog", True)
     for call in (lambda: evaluation_prompts("sks", "", True), lambda: plain_prompts(" ", False)):
-        with pytest.raises(ConfigError, match="class_noun is empty"):
+        with pytest.raises(ConfigError, match="class_name is empty"):
             call()
 
 
@@ -231,75 +232,14 @@ def _no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def picture(seed, size=(48, 40), mode="RGB"):
-    noise = torch.randint(0, 256, (6, 5, 3), generator=torch.Generator().manual_seed(seed))
-    small = Image.fromarray(noise.to(torch.uint8).numpy())
-    return small.resize(size, Image.Resampling.BICUBIC).convert(mode)
-
-
-def lively(model):
-    """The same weights each time, large enough for pictures to differ in their embeddings."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim > 1:
-                parameter.copy_(noise * parameter[0].numel() ** -0.5)
-            elif parameter.ndim:
-                parameter.copy_(1 + 0.3 * noise)
-    return model.eval()
-
-
-def vit():
-    config = ViTConfig(
-        hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=DEPTH,
-        num_attention_heads=HEADS, image_size=SIDE, patch_size=PATCH, layer_norm_eps=1e-6,  # timm's
-    )  # fmt: skip
-    return lively(ViTModel(config, add_pooling_layer=False))
-
-
 @pytest.fixture(scope="module")
 def dino_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dino")
-    vit().save_pretrained(folder)
-    return folder
+    return write_dino(tmp_path_factory.mktemp("dino"))
 
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*alphabet, *(f"{a}</w>" for a in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(
-        vocab={token: index for index, token in enumerate(dict.fromkeys(tokens))},
-        merges=[],
-        model_max_length=24,
-    )
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=20, intermediate_size=44, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=24, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=28, intermediate_size=60, num_hidden_layers=2, num_attention_heads=4,
-        image_size=SIDE, patch_size=PATCH,
-    )  # fmt: skip
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=18)
-    lively(CLIPModel(config)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    write_old_image_config(folder)
-    return folder
-
-
-def write_old_image_config(folder):
-    """As OpenAI's repository has it, with bare numbers for the sizes."""
-    content = {
-        "feature_extractor_type": "CLIPFeatureExtractor", "crop_size": SIDE, "size": SIDE,
-        "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-    }  # fmt: skip
-    (folder / "preprocessor_config.json").write_text(json.dumps(content))
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 def pixels_by_hand(image, shorter, side, mean, deviation):
@@ -501,6 +441,24 @@ def test_timm_names_are_found_in_the_hubs_cache(hub_cache, dino_folder, tmp_path
     found = load_dino(name).images([picture(0)])
     expected = load_dino(str(dino_folder)).images([picture(0)])
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+
+
+@with_timm
+def test_evaluate_asks_timm(tmp_path):
+    """The same score from the same weights, whichever library has them."""
+    write_timm(tmp_path / "timm", weights=to_timm(vit()), **TINY)
+    example = write_example(tmp_path, seed=0)
+    (tmp_path / "prompts.txt").write_text("a sks square\na red sks square\n")
+    dino = {
+        name: emloc.evaluate(
+            output_dir=tmp_path / name, dino_model=str(folder), subject_token="sks",
+            prompts_file=tmp_path / "prompts.txt", num_images_per_prompt=1, num_inference_steps=1,
+            num_noise_samples=1, **example,
+        )["dino"]
+        for name, folder in {"a": tmp_path / "timm", "b": write_dino(tmp_path / "vit")}.items()
+    }  # fmt: skip
+    assert dino["a"] == pytest.approx(dino["b"], abs=2e-5)
+    assert -1 <= dino["a"] < 0.999
 
 
 @with_timm

@@ -1,5 +1,7 @@
 """Draw pictures with a pipeline, the same prompts and seeds with and without a LoRA; sheets of them."""
 
+import io
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,12 +11,15 @@ import matplotlib
 import torch
 from PIL import Image
 
+from emloc.output import write_bytes
 from emloc.progress import progress_bar
 from emloc_diffusion.encode.components import load_errors
+from emloc_diffusion.loaded_lora import put_on
 
 
 def load_pipeline(folder: Path, device: str = "cpu", **components: Any) -> Any:
-    """The stock pipeline of a folder; `components` take the place of its own.
+    """The stock pipeline of a folder; `components` take the place of its own, and are what else
+    `from_pretrained` takes, such as `dtype`.
 
     Raises:
         CheckpointError: diffusers cannot load it.
@@ -34,45 +39,60 @@ def draw(
     prompts: Sequence[str],
     per_prompt: int,
     resolution: int,
-    steps: int,
+    steps: int | None,
     guidance_scale: float | None = None,
     seed: int = 0,
 ) -> list[Image.Image]:
-    """`per_prompt` pictures of each prompt in turn; picture i of a prompt has seed `seed + i`.
-
-    Every picture is drawn by itself, so that it does not depend on what else is drawn.
-    """
-    more = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    """`per_prompt` pictures of each prompt in turn; picture i of a prompt has seed `seed + i`."""
     drawn: list[Image.Image] = []
-    with (
-        torch.random.fork_rng(),
-        torch.inference_mode(),
-        progress_bar("draw", len(prompts) * per_prompt) as advance,
-    ):
+    with progress_bar("draw", len(prompts) * per_prompt) as advance:
         for prompt in prompts:
             for index in range(per_prompt):
-                found = pipeline(
-                    prompt,
-                    num_inference_steps=steps,
-                    height=resolution,
-                    width=resolution,
-                    generator=torch.Generator().manual_seed(seed + index),
-                    **more,
+                drawn.append(
+                    draw_one(pipeline, prompt, seed + index, resolution, steps, guidance_scale)
                 )
-                drawn.append(found.images[0])
                 advance()
     return drawn
 
 
+def draw_one(
+    pipeline: Any,
+    prompt: str,
+    seed: int,
+    resolution: int,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+) -> Image.Image:
+    """One picture, which depends on nothing that was drawn before; steps and guidance by default the
+    pipeline's own."""
+    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    with torch.random.fork_rng(), torch.inference_mode():
+        found = pipeline(
+            prompt,
+            height=resolution,
+            width=resolution,
+            generator=torch.Generator().manual_seed(seed),
+            **{name: value for name, value in options.items() if value is not None},
+        )
+    return found.images[0]
+
+
 @contextmanager
 def with_lora(pipeline: Any, adapter: Path | None) -> Iterator[Any]:
-    """The pipeline with a LoRA in diffusers' format, which is taken off again."""
+    """The pipeline with a LoRA, put on as anybody would by `load_lora_weights`, and taken off again.
+
+    Args:
+        adapter: a folder with diffusers' file, or with PEFT's alone; None puts nothing on.
+
+    Raises:
+        CheckpointError: it is no LoRA.
+        MismatchError: the pipeline cannot load it, or does not use all of it.
+    """
     if adapter is None:
         yield pipeline
         return
-    with load_errors(adapter, "LoRA"):
-        pipeline.load_lora_weights(str(adapter))
     try:
+        put_on(pipeline, adapter)
         yield pipeline
     finally:
         pipeline.unload_lora_weights()
@@ -84,28 +104,36 @@ def contact_sheet(
     """One row per model, one column per picture, as PNG.
 
     Args:
-        rows: pictures by the row's name, as many in each.
-        captions: above the columns.
+        rows: pictures by the row's name; a row may have fewer.
+        captions: above the columns; one that all have is written once.
     """
+    write_bytes(path, contact_sheet_png(rows, captions))
+
+
+def contact_sheet_png(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[str]) -> bytes:
+    """The file's content: of the same pictures it is the same."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     count = max(len(pictures) for pictures in rows.values())
     figure, axes = plt.subplots(
-        len(rows), count, figsize=(1.6 * count + 1, 1.75 * len(rows)), squeeze=False
+        len(rows), count, figsize=(1.6 * count + 1, 1.75 * len(rows) + 0.4), squeeze=False
     )
     for line, (name, pictures) in zip(axes, rows.items()):
-        line[0].set_ylabel(name, fontsize=9)
+        line[0].set_ylabel(textwrap.fill(name, 20), fontsize=9, parse_math=False)
         for axis, picture in zip(line, pictures):
             axis.imshow(picture)
         for axis in line:
             axis.set_xticks([])
             axis.set_yticks([])
             axis.set_frame_on(False)
-    for axis, caption in zip(axes[0], captions):
-        axis.set_title(caption, fontsize=8, wrap=True)
+    if len(set(captions)) == 1:
+        figure.suptitle(textwrap.fill(captions[0], 26 * count), fontsize=9, parse_math=False)
+    else:
+        for axis, caption in zip(axes[0], captions):
+            axis.set_title(textwrap.fill(caption, 24), fontsize=8, parse_math=False)
     figure.tight_layout()
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, dpi=100, format="png")
+    content = io.BytesIO()
+    figure.savefig(content, dpi=100, format="png")
     plt.close(figure)
-    temporary.rename(path)
+    return content.getvalue()

@@ -1,4 +1,8 @@
-"""The loss of a denoiser, with or without a LoRA, on pictures under noise that training did not see."""
+"""What a denoiser, with or without a LoRA, is worth: its loss, its pictures' scores, a contact sheet.
+
+The loss is on pictures under noise that training did not see. Pictures are drawn, by the stock pipeline,
+only where the options ask for scores (`emloc_diffusion.scoring`) or a sheet (`emloc_diffusion.picture_plan`).
+"""
 
 from typing import Any, cast
 
@@ -12,17 +16,15 @@ from emloc.integrations.peft.attach import attach
 from emloc.memory import PeakMemory
 from emloc.progress import progress_bar
 from emloc_diffusion.denoisers import denoiser_of
+from emloc_diffusion.encode.components import release
+from emloc_diffusion.evaluated_pictures import check_encoders, draw_and_score
 from emloc_diffusion.loading import load_denoiser
 from emloc_diffusion.objective import objective_of
-from emloc_diffusion.samples import Options, encode_samples
-from emloc_diffusion_options import NoiseOptions, PictureOptions
+from emloc_diffusion.picture_plan import DenoiserEvaluateConfig, plan_pictures
+from emloc_diffusion.samples import Options, Samples, encode_samples
 
 HELD_OUT_SEED = 0x5EED
 """Of noise and timesteps; training's depend on its own seed and never begin here."""
-
-
-class DenoiserEvaluateConfig(EvaluateConfig, PictureOptions, NoiseOptions):
-    """The options of evaluating, for annotations."""
 
 
 def evaluate_model(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any]:
@@ -30,7 +32,11 @@ def evaluate_model(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any
 
     Returns:
         `loss` (mean squared error over latents' elements), `exact_match` (None), `samples` and
-        `peak_bytes`.
+        `peak_bytes`; where asked for, `dino`, `clip_i`, `clip_t` with `generated_pictures` and
+        `real_pictures`, and `contact_sheet`.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, MismatchError, DependencyError: see their messages.
     """
     with PeakMemory(config.device, mapped=True) as peak:
         scores = _evaluate(cast(DenoiserEvaluateConfig, config), family)
@@ -41,13 +47,31 @@ def _evaluate(config: DenoiserEvaluateConfig, family: ModelFamily) -> dict[str, 
     if config.tasks:
         raise ConfigError("evaluate: tasks are lm-eval's, for language models; pass pictures.")
     checkpoint = Checkpoint.open(locate(config.model_name_or_path))
+    plan = plan_pictures(config, checkpoint)
+    if plan is not None:
+        check_encoders(config)
     samples = encode_samples(checkpoint.path, cast(Options, config), config.device)
-    objective = objective_of(checkpoint.path)
     model = load_denoiser(checkpoint, config.dtype, config.device)
     if config.adapter:
         model = attach(model, config.adapter, checkpoint, family)
+    dtype = next(model.parameters()).dtype
+    scores = _loss(config, checkpoint, model, samples)
+    if plan is None:
+        return scores
+    del model  # the pipeline brings its own
+    release()
+    chosen = samples.indices(prior=False)
+    real = list(
+        dict.fromkeys(samples.pictures[i].path for i in chosen)
+    )  # mirrored ones are no others
+    return scores | draw_and_score(plan, config, checkpoint, real, dtype)
+
+
+def _loss(
+    config: DenoiserEvaluateConfig, checkpoint: Checkpoint, model: Any, samples: Samples
+) -> dict[str, Any]:
     base = model.get_base_model() if config.adapter else model
-    predict = denoiser_of(checkpoint).predict
+    objective, predict = objective_of(checkpoint.path), denoiser_of(checkpoint).predict
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     chosen = samples.indices(prior=False)[: config.num_samples]
     order = [chosen[i % len(chosen)] for i in range(config.num_noise_samples)]

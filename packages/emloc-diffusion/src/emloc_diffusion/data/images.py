@@ -103,7 +103,7 @@ def load_pictures(
             Picture(path, class_prompt, is_prior=True)
             for path in _files(Path(class_data_dir), "class_data_dir")
         ]
-    sizes = {picture.path: _upright(picture.path).size for picture in pictures}
+    sizes = {picture.path: read_upright(picture.path).size for picture in pictures}
     _say_sizes(sizes, resolution)
     return pictures
 
@@ -128,7 +128,7 @@ def open_picture(
         DataError: the file is missing or broken; names it.
     """
     draw: Any = generator or random
-    image = _upright(picture.path)
+    image = read_upright(picture.path)
     width, height = image.size
     scale = resolution / min(width, height)
     resized = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
@@ -143,29 +143,12 @@ def open_picture(
     return Square(pixels.permute(2, 0, 1).contiguous(), (height, width), (top, left))
 
 
-def _files(folder: Path, option: str) -> list[Path]:
-    """The picture files of a folder, by name."""
-    if not folder.is_dir():
-        raise DataError(f"{option}: there is no folder {folder}; correct the path.")
-    try:
-        visible = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-    except OSError as problem:
-        raise DataError(
-            f"{option}: the folder {folder} cannot be read ({problem.strerror}); correct its permissions."
-        ) from problem
-    if not visible:
-        raise DataError(f"{option}: the folder {folder} is empty; put pictures into it.")
-    files = [path for path in visible if path.suffix.lower() in SUFFIXES and path.is_file()]
-    if not files:
-        raise DataError(
-            f"{option}: the folder {folder} has no pictures but {_some([p.name for p in visible])}; "
-            f"{', '.join(suffix[1:] for suffix in SUFFIXES)} files are read."
-        )
-    return files
+def read_upright(path: Path) -> Image.Image:
+    """The decoded picture in RGB, turned as its EXIF says; what is transparent becomes white.
 
-
-def _upright(path: Path) -> Image.Image:
-    """The decoded picture in RGB."""
+    Raises:
+        DataError: the file is missing or broken; names it.
+    """
     try:
         with Image.open(path) as opened:
             opened.load()
@@ -187,6 +170,27 @@ def _upright(path: Path) -> Image.Image:
         raise DataError(
             f"{path}: the picture cannot be read ({reason}); replace it or take it out of the folder."
         ) from problem
+
+
+def _files(folder: Path, option: str) -> list[Path]:
+    """The picture files of a folder, by name."""
+    if not folder.is_dir():
+        raise DataError(f"{option}: there is no folder {folder}; correct the path.")
+    try:
+        visible = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    except OSError as problem:
+        raise DataError(
+            f"{option}: the folder {folder} cannot be read ({problem.strerror}); correct its permissions."
+        ) from problem
+    if not visible:
+        raise DataError(f"{option}: the folder {folder} is empty; put pictures into it.")
+    files = [path for path in visible if path.suffix.lower() in SUFFIXES and path.is_file()]
+    if not files:
+        raise DataError(
+            f"{option}: the folder {folder} has no pictures but {_some([p.name for p in visible])}; "
+            f"{', '.join(suffix[1:] for suffix in SUFFIXES)} files are read."
+        )
+    return files
 
 
 def _say_sizes(sizes: Mapping[Path, tuple[int, int]], resolution: int | None) -> None:

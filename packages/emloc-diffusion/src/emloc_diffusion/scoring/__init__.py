@@ -16,6 +16,7 @@ from emloc_diffusion.scoring.prompts import (
     LIVE_PROMPTS,
     OBJECT_PROMPTS,
     evaluation_prompts,
+    own_prompts,
     plain_prompts,
 )
 
@@ -30,6 +31,7 @@ __all__ = [
     "evaluation_prompts",
     "load_clip",
     "load_dino",
+    "own_prompts",
     "plain_prompts",
     "prompt_fidelity",
     "score",

@@ -39,7 +39,8 @@ class ImageTextEncoder(ImageEncoder, Protocol):
 
 @dataclass(frozen=True)
 class FidelityScores:
-    """What DreamBooth reports of one subject; each score is from -1 to 1, and higher is better.
+    """What DreamBooth reports of one subject; each score is from -1 to 1, and higher is better; None is one
+    whose encoder was not asked.
 
     Attributes:
         dino: subject fidelity by DINO, which tells two subjects of one class apart.
@@ -49,9 +50,9 @@ class FidelityScores:
         real_count: real pictures; every generated one was compared with all of them.
     """
 
-    dino: float
-    clip_i: float
-    clip_t: float
+    dino: float | None
+    clip_i: float | None
+    clip_t: float | None
     generated_count: int
     real_count: int
 
@@ -99,17 +100,17 @@ def prompt_fidelity(images: Tensor, texts: Tensor) -> float:
 def score(
     generated: Sequence[tuple[str, Image.Image]],
     real: Sequence[Image.Image],
-    dino: ImageEncoder,
-    clip: ImageTextEncoder,
+    dino: ImageEncoder | None,
+    clip: ImageTextEncoder | None,
 ) -> FidelityScores:
-    """DreamBooth's three scores of the generated pictures of one subject.
+    """DreamBooth's scores of the generated pictures of one subject.
 
     Args:
         generated: each picture with the prompt that it is measured against. That is the prompt without
             the unique token (`plain_prompts`), which CLIP would read as a word that it does not know.
         real: all real pictures of the subject.
-        dino: for DINO.
-        clip: for CLIP-I and CLIP-T.
+        dino: for DINO; None leaves it out.
+        clip: for CLIP-I and CLIP-T; None leaves them out.
 
     Raises:
         DataError: nothing generated, no real pictures, or an encoder gives no usable embedding.
@@ -118,18 +119,18 @@ def score(
         raise DataError("There are no generated pictures to score; generate some from each prompt.")
     if not real:
         raise DataError("There are no real pictures of the subject to compare the generated with.")
-    prompts = [prompt for prompt, _ in generated]
     pictures = [picture for _, picture in generated]
-    unique = list(dict.fromkeys(prompts))  # usually several pictures of each
-    of_prompt = {prompt: row for row, prompt in enumerate(unique)}
-    in_clip = clip.images(pictures)
-    return FidelityScores(
-        dino=subject_fidelity(dino.images(pictures), dino.images(real)),
-        clip_i=subject_fidelity(in_clip, clip.images(real)),
-        clip_t=prompt_fidelity(in_clip, clip.texts(unique)[[of_prompt[text] for text in prompts]]),
-        generated_count=len(pictures),
-        real_count=len(real),
-    )
+    of_dino = clip_i = clip_t = None
+    if dino is not None:
+        of_dino = subject_fidelity(dino.images(pictures), dino.images(real))
+    if clip is not None:
+        prompts = [prompt for prompt, _ in generated]
+        unique = list(dict.fromkeys(prompts))  # usually several pictures of each
+        of_prompt = {prompt: row for row, prompt in enumerate(unique)}
+        in_clip = clip.images(pictures)
+        clip_i = subject_fidelity(in_clip, clip.images(real))
+        clip_t = prompt_fidelity(in_clip, clip.texts(unique)[[of_prompt[text] for text in prompts]])
+    return FidelityScores(of_dino, clip_i, clip_t, len(pictures), len(real))
 
 
 def _unit(what: str, vectors: Tensor) -> Tensor:

@@ -1,10 +1,14 @@
 """The prompts of the DreamBooth data set (github.com/google/dreambooth, prompts_and_classes.txt).
 
 25 for things and 25 for live subjects; they share the ten scenes at the start and the five changes of
-look at the end. `{0}` is the unique token of the subject, `{1}` the noun of its class.
+look at the end. `{0}` is the unique token of the subject, `{1}` the noun of its class. Or prompts of one's
+own, out of a file.
 """
 
-from emloc.errors import ConfigError
+import re
+from pathlib import Path
+
+from emloc.errors import ConfigError, DataError
 
 _SCENES = (
     "a {0} {1} in the jungle",
@@ -71,8 +75,8 @@ def evaluation_prompts(unique_token: str, class_noun: str, live: bool) -> list[s
     Raises:
         ConfigError: token or noun is empty.
     """
-    token = _words("unique_token", unique_token)
-    noun = _words("class_noun", class_noun)
+    token = _words("subject_token", unique_token)
+    noun = _words("class_name", class_noun)
     return [template.format(token, noun) for template in _templates(live)]
 
 
@@ -84,8 +88,41 @@ def plain_prompts(class_noun: str, live: bool) -> list[str]:
     Raises:
         ConfigError: the noun is empty.
     """
-    noun = _words("class_noun", class_noun)
+    noun = _words("class_name", class_noun)
     return [template.replace("{0} ", "").format("", noun) for template in _templates(live)]
+
+
+def own_prompts(path: Path, unique_token: str) -> dict[str, str]:
+    """The prompts of a text file, one per line, each with what it says without the unique token.
+
+    Raises:
+        ConfigError: the token is empty.
+        DataError: the file cannot be read or has no prompts; a line does not name the subject, or says
+            nothing else, or is there twice; says which.
+    """
+    token = _words("subject_token", unique_token)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise DataError(f"prompts_file: {path} cannot be read as UTF-8 text.") from problem
+    word = re.compile(rf"(?<!\w){re.escape(token)}(?!\w)")
+    found: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        prompt = " ".join(line.split())
+        if not prompt:
+            continue
+        plain = " ".join(word.sub(" ", prompt).split())
+        if plain == prompt:
+            raise DataError(
+                f"{path}, line {number}: {prompt!r} does not name the subject; put {token!r} into it."
+            )
+        if not plain or prompt in found:
+            reason = "is there twice" if plain else f"says nothing beside {token!r}"
+            raise DataError(f"{path}, line {number}: {prompt!r} {reason}; change it.")
+        found[prompt] = plain
+    if not found:
+        raise DataError(f"prompts_file: {path} has no prompts; write one per line.")
+    return found
 
 
 def _templates(live: bool) -> tuple[str, ...]:
