@@ -21,6 +21,13 @@ def emloc_register_methods() -> Sequence[MethodEntry]:
             "emloc_baselines.lora:Lora",
             uses_budget=False,
         ),
+        MethodEntry(
+            "qlora",
+            "LoRA beside the base in NF4, put on the original weights",
+            "emloc_baselines.qlora:Qlora",
+            families=("llm", "vlm"),
+            uses_budget=False,
+        ),
     ]
 
 

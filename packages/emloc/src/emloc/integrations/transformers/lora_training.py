@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import prepare_model_for_kbit_training
 from transformers import ProgressCallback
 from transformers.trainer_callback import PrinterCallback
 
@@ -50,7 +51,9 @@ def train_lora(
     Raises:
         DataError, ConfigError, NumericalError: see their messages.
     """
-    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        model = prepare_model_for_kbit_training(model, config.gradient_checkpointing)
+    weight_bytes = sum(map(_held, model.parameters()))
     model, start = new_lora(model, config, batches, excluded)
     fuse_lora(model)
     if config.gradient_checkpointing:
@@ -77,6 +80,13 @@ def train_lora(
         },
         "seconds_per_step": progression.seconds_per_step,
     }
+
+
+def _held(parameter: Any) -> int:
+    """Bytes of a parameter; of one in few bits, with the scales that belong to it."""
+    state = getattr(parameter, "quant_state", None)
+    scales = [] if state is None else state.as_dict(packed=True).values()
+    return sum(t.numel() * t.element_size() for t in (parameter, *scales))
 
 
 def training_arguments(kind: Any, config: TrainConfig, work: Path, **more: Any) -> Any:

@@ -1,0 +1,205 @@
+"""A light model's folder, written straight from the base's shards into shards of the same names.
+
+A method says what becomes of each tensor: it stays, it is left out, or others take its place. Nothing
+larger than one tensor is held, a shard is there whole or not at all, and a build that was interrupted
+goes on with the next one.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emloc.checkpoint import Checkpoint
+from emloc.config import CompressConfig, StageConfig, build
+from emloc.digest import batches_digest
+from emloc.errors import CheckpointError, ConfigError
+from emloc.family import Batch, ModelFamily
+from emloc.manifest import Manifest, ModelReference, same_settings, versions
+from emloc.memory import PeakMemory, return_large_blocks
+from emloc.methods import Task
+from emloc.output import ShardWriter, copy_file, file_sha256, stage_folder, write_json
+from emloc.plugin_options import own_options, with_plugin_options
+from emloc.plugins import method_named, open_model
+from emloc.progress import progress_bar
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of the light model.
+
+    Attributes:
+        make: its values, computed when its turn has come.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a light model is made from.
+
+    Attributes:
+        base: the original model, in its family's layout.
+        config: compress's options: the budget, the calibration data, what EMLoC would have kept dense.
+        batches: calibration micro-batches; none for a method that does not look at data.
+    """
+
+    base: Checkpoint
+    family: ModelFamily
+    config: CompressConfig
+    batches: Sequence[Batch]
+
+
+@dataclass(frozen=True)
+class LightModel:
+    """What becomes of the base.
+
+    Attributes:
+        config: its `config.json`.
+        pieces: by a base tensor's name what is in its place; a tensor that is not in it stays.
+        summary: figures for the manifest.
+        layers: what its adapters need on their way back, for the manifest.
+        finish: works on the written folder before it is complete; returns more of `measured`.
+    """
+
+    config: Mapping[str, Any]
+    pieces: Mapping[str, Sequence[Piece]]
+    summary: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    layers: Mapping[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    finish: Callable[[Path], Mapping[str, Any]] | None = None
+
+
+def build_light(
+    method: str,
+    task: Task,
+    out: Path,
+    options: StageConfig,
+    make: Callable[[Source], LightModel],
+    calibrated: bool,
+) -> Path:
+    """Write a light model; returns its folder.
+
+    Args:
+        method: its name, as registered.
+        options: the method's own.
+        make: decides what becomes of the base.
+        calibrated: whether it looks at calibration data.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: see their messages.
+    """
+    base, family = open_model(task.model_name_or_path)
+    if "quantization_config" in base.config:
+        raise CheckpointError(
+            f"{base.name} is quantised or an emulator already; start from the full-precision original."
+        )
+    entry = method_named(method)
+    if entry.families and family.name not in entry.families:
+        raise ConfigError(
+            f"{method} works for {', '.join(entry.families)}, and {base.name} is of {family.name}."
+        )
+    given = {**task.compress, "keep_ratio": task.keep_ratio, "seed": task.seed}
+    kind: type[CompressConfig] = with_plugin_options(CompressConfig)
+    config = build(kind, {**given, "model_name_or_path": base.name, "output_dir": out}, method)
+    batches = family.calibration_batches(base, config) if calibrated else []
+    paths = {"output_dir", "model_name_or_path", "dataset"}
+    settings: dict[str, Any] = {
+        **own_options(config, family, paths),
+        "method": method,
+        "options": options.model_dump(mode="json"),
+        "base_digest": base.digest(),
+        "companions_digest": base.companions_digest(),
+        "data_digest": batches_digest(batches),
+    }
+    if same_settings(Manifest.find(out), settings):
+        return out
+    started = time.monotonic()
+    return_large_blocks()
+    with stage_folder(out, settings) as work:
+        with PeakMemory(config.device) as peak:
+            light = make(Source(base, family, config, batches))
+            written = _write(base, light, work)
+            extra = light.finish(work) if light.finish else {}
+        Manifest(
+            kind="emulator",
+            family=family.name,
+            method=method,
+            base_model=ModelReference(
+                name_or_path=base.reference_name(), digest=settings["base_digest"]
+            ),
+            settings=settings,
+            layers=dict(light.layers),
+            summary={
+                "base_bytes": _bytes(base),
+                "emulator_bytes": _bytes(written),
+                "emulator_digest": Checkpoint.open(work).digest(),
+                **light.summary,
+            },
+            files={
+                name: file_sha256(work / name) for name in sorted(written_files(work))
+            },
+            versions=versions("emloc", "emloc-baselines", "torch", "transformers", "safetensors"),
+            measured={
+                "seconds": round(time.monotonic() - started, 3), **peak.figures(), **extra,
+            },
+        ).write(work)  # fmt: skip
+    return out
+
+
+def _bytes(checkpoint: Checkpoint) -> int:
+    return sum(info.nbytes for info in checkpoint.tensors.values())
+
+
+def written_files(folder: Path) -> list[str]:
+    """The shards of a folder."""
+    return [path.name for path in folder.glob("*.safetensors")]
+
+
+def _write(base: Checkpoint, light: LightModel, work: Path) -> Checkpoint:
+    """Shards, index, config and the files beside them; returns the light model, opened."""
+    by_file: dict[str, list[Piece]] = {}
+    for name, info in base.tensors.items():
+        pieces = light.pieces.get(name)
+        if pieces is None:
+            pieces = [Piece(name, info.dtype, info.shape, _reading(base, name))]
+        by_file.setdefault(info.file, []).extend(pieces)
+    by_file = {file: pieces for file, pieces in by_file.items() if pieces}
+    with progress_bar("build", sum(map(len, by_file.values()))) as advance:
+        for file, pieces in by_file.items():
+            if (work / file).is_file():  # an interrupted build had finished it
+                advance(len(pieces))
+                continue
+            declared = {piece.name: (piece.dtype, piece.shape) for piece in pieces}
+            with ShardWriter(work / file, declared) as shard:
+                for piece in pieces:
+                    shard.write(piece.name, piece.make())
+                    advance(note=piece.name)
+    layout = base.layout
+    write_json(work / layout.config, light.config)
+    if list(by_file) != [layout.single]:
+        write_json(
+            work / layout.index,
+            {
+                "metadata": {},
+                "weight_map": {
+                    piece.name: layout.inside(file)
+                    for file, pieces in by_file.items()
+                    for piece in pieces
+                },
+            },
+        )
+    for name in base.companions():
+        copy_file(base.path / name, work / name)
+    return Checkpoint.from_files(str(work), work, {}, dict.fromkeys(by_file, None))
+
+
+def _reading(base: Checkpoint, name: str) -> Callable[[], Tensor]:
+    return lambda: base.read(name)

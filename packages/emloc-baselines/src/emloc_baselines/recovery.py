@@ -1,0 +1,167 @@
+"""An adapter of a light model as one of the original: its LoRA tensors renamed, scattered, or as they are.
+
+A method says, layer by layer, what name, A (r × d_in) and B (d_out × r) the LoRA has in the original;
+rank and scaling stay. What comes out is an ordinary PEFT adapter whose config names its layers one by
+one, with a manifest like that of a corrected adapter.
+"""
+
+import math
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from emloc.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, Adapter, LoraLayer, base_weights
+from emloc.errors import MismatchError
+from emloc.manifest import Manifest, ModelReference, same_settings, versions
+from emloc.memory import PeakMemory
+from emloc.output import ShardWriter, file_sha256, stage_folder, write_json
+from emloc.plugins import open_model
+
+
+class Recovered(NamedTuple):
+    """A layer's LoRA in the original model.
+
+    Attributes:
+        name: the layer's module name.
+        down: A, r × d_in.
+        up: B, d_out × r.
+        magnitude: DoRA's, one number per output, or None.
+    """
+
+    name: str
+    down: Tensor
+    up: Tensor
+    magnitude: Tensor | None
+
+
+Recover = Callable[[LoraLayer, Recovered], Recovered]
+"""From a layer and its LoRA on the light model to its LoRA on the original."""
+
+
+def as_it_is(layer: LoraLayer, trained: Recovered) -> Recovered:
+    """The layer has the same name and shape in both."""
+    return trained
+
+
+def recover_adapter(
+    adapter: Path,
+    light: Path,
+    out: Path,
+    recover: Recover = as_it_is,
+    rename: Callable[[str], str] = str,
+) -> Path:
+    """Write the original model's adapter; returns its folder.
+
+    Args:
+        adapter: as trained on the light model.
+        light: the light model, for its manifest.
+        rename: the original's name of a parameter that was trained whole.
+
+    Raises:
+        MismatchError: it was trained on something else, or does not fit the original.
+    """
+    started = time.monotonic()
+    origin, built = Manifest.read(adapter), Manifest.read(light)
+    if origin.kind == "corrected_adapter":
+        raise MismatchError(
+            f"Adapter {adapter} is one of the original already; nothing is to be done."
+        )
+    digest = origin.emulator.digest if origin.emulator else None
+    if digest != built.summary["emulator_digest"]:
+        raise MismatchError(
+            f"Adapter {adapter} was not trained on {light}; pass what it was trained on."
+        )
+    base, family = open_model(built.base_model.name_or_path)
+    if base.digest() != built.base_model.digest:
+        raise MismatchError(f"{light} was built from other weights than those of {base.name}.")
+    trained = Adapter.open(str(adapter))
+    settings: dict[str, Any] = {
+        "method": built.method,
+        "base_digest": built.base_model.digest,
+        "emulator_digest": digest,
+        "adapter_digest": trained.digest(),
+    }
+    if same_settings(Manifest.find(out), settings):
+        return out
+    with stage_folder(out, settings) as work:
+        with PeakMemory() as peak:
+            tensors, names = _tensors(trained, recover, rename)
+            declared = {key: (value.dtype, tuple(value.shape)) for key, value in tensors.items()}
+            with ShardWriter(work / WEIGHTS_NAME, declared) as shard:
+                for key, value in tensors.items():
+                    shard.write(key, value)
+            write_json(work / CONFIG_NAME, _config(trained, names, base.reference_name()))
+            _require_fit(work, family, base)
+            exported = family.export_adapter(base, work)
+        Manifest(
+            kind="corrected_adapter",
+            family=family.name,
+            method=built.method,
+            base_model=built.base_model,
+            emulator=ModelReference(name_or_path=str(light.absolute()), digest=str(digest)),
+            settings=settings,
+            files={
+                name: file_sha256(work / name) for name in (CONFIG_NAME, WEIGHTS_NAME, *exported)
+            },
+            versions=versions("emloc", "emloc-baselines", "torch", "safetensors"),
+            measured={"seconds": round(time.monotonic() - started, 3), **peak.figures()},
+        ).write(work)
+    return out
+
+
+def _tensors(
+    trained: Adapter, recover: Recover, rename: Callable[[str], str]
+) -> tuple[dict[str, Tensor], Mapping[str, LoraLayer]]:
+    """What the new file holds, and each trained layer by its name in the original."""
+    found: dict[str, Tensor] = {}
+    names: dict[str, LoraLayer] = {}
+    for layer in trained.layers:
+        magnitude = trained.magnitude(layer.magnitude_key) if layer.magnitude_key else None
+        down, up = trained.read(layer.down_key), trained.read(layer.up_key)
+        new = recover(layer, Recovered(layer.name, down, up, magnitude))
+        stem = f"{PREFIX}{new.name}"
+        found[f"{stem}.lora_A.weight"] = new.down.contiguous()
+        found[f"{stem}.lora_B.weight"] = new.up.contiguous()
+        if new.magnitude is not None:
+            found[f"{stem}.lora_magnitude_vector"] = new.magnitude.contiguous()
+        names[new.name] = layer
+    for name, key in trained.saved.items():
+        found[f"{PREFIX}{rename(name)}"] = trained.read(key)
+    return dict(sorted(found.items())), names
+
+
+def _config(trained: Adapter, names: Mapping[str, LoraLayer], base_name: str) -> dict[str, Any]:
+    """The adapter's config with every layer named in full; patterns where they differ from r and alpha."""
+    rank, root = trained.config["r"], bool(trained.config.get("use_rslora"))
+    alpha = trained.config.get("lora_alpha", 8)
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name, layer in names.items():
+        own = layer.scaling * (math.sqrt(layer.rank) if root else layer.rank)
+        pattern = f"^{re.escape(name)}"
+        if layer.rank != rank:
+            ranks[pattern] = layer.rank
+        if not math.isclose(own, alpha):
+            alphas[pattern] = own
+    return {
+        **trained.config,
+        "base_model_name_or_path": base_name,
+        "target_modules": sorted(names),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+    }
+
+
+def _require_fit(work: Path, family: Any, base: Any) -> None:
+    """Every layer is one of the original's, of its shape."""
+    import torch
+
+    skeleton = family.skeleton(base, torch.float32)
+    base_weights(Adapter.open(str(work)), lambda name: family.stored(skeleton, name, base), base)
