@@ -124,7 +124,11 @@ def run_stage(name: str, output_dir: Path, **options: Any) -> None:
         EmlocError: the command failed, with its exit code.
     """
     command = [sys.executable, "-m", "emloc", name, "--output_dir", str(output_dir)]
-    command += [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    for key, value in options.items():
+        if isinstance(value, bool):  # a flag of the command line
+            command.append(f"--{key}" if value else f"--no_{key}")
+        else:
+            command += [f"--{key}", str(value)]
     console.rule(f"[bold]{name}[/] → {output_dir.name}", align="left")
     code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
     if code:
