@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from emloc.adapter import Adapter
 from emloc.checkpoint import Checkpoint
+from emloc.digest import dataset_digest
 from emloc.errors import OutputError
 from emloc.output import file_sha256, write_bytes
 from emloc_diffusion.album import Album, Wanted
@@ -87,7 +87,7 @@ def _digest(adapter: Path | None) -> str | None:
     if adapter is None:
         return None
     file = adapter / DIFFUSERS_NAME
-    return file_sha256(file) if file.is_file() else Adapter.open(str(adapter)).digest()
+    return file_sha256(file) if file.is_file() else dataset_digest(str(adapter))
 
 
 def _draw(
