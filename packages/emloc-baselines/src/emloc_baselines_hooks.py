@@ -28,6 +28,18 @@ def emloc_register_methods() -> Sequence[MethodEntry]:
             families=("llm", "vlm"),
             uses_budget=False,
         ),
+        MethodEntry(
+            "loram-rand",
+            "LoRA on a model without random heads and neurons, scattered back",
+            "emloc_baselines.loram:LoramRand",
+            families=("llm", "vlm"),
+        ),
+        MethodEntry(
+            "loram-stru",
+            "the same without the least important ones, to first order",
+            "emloc_baselines.loram:LoramStru",
+            families=("llm", "vlm"),
+        ),
     ]
 
 

@@ -1,0 +1,192 @@
+"""Gradients of a whole model, with one block's weights and gradients in memory at a time.
+
+Forward, all micro-batches go through the model in lockstep (`emloc.lockstep`), without a graph inside
+blocks; what enters each block is kept. Between blocks (residual glue, a projector, the head) autograd
+records as usual, from a block's output, made a leaf, to the inputs of the next. Backward, from the last
+block to the first, a block's weights are loaded again, it is run once more with a graph on what entered it,
+and the gradient of its output becomes those of its weights and of its inputs, which the glue carries to
+the leaves before it. This is gradient checkpointing whose checkpoints are blocks and whose weights come
+from disk.
+
+Memory: one block with its gradients, and per micro-batch the inputs of every block and the glue's graph.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from emloc.family import Batch
+from emloc.integrations.transformers.loss import IGNORED
+from emloc.lockstep import Call, current_call, lockstep
+from emloc.progress import progress_bar
+from emloc.stream import UnitStream
+
+Visit = Callable[[str, nn.Module], AbstractContextManager[None]]
+"""Entered with a block's weights loaded, left when all micro-batches went back through it."""
+
+
+@dataclass
+class _Passage:
+    """One micro-batch on its way: what entered every block, and the leaves that left it."""
+
+    entered: dict[str, tuple[Any, Any]] = field(default_factory=dict[str, tuple[Any, Any]])
+    left: dict[str, list[Tensor]] = field(default_factory=dict[str, list[Tensor]])
+    logits: Tensor | None = None
+
+
+def backward_by_block(stream: UnitStream, batches: Sequence[Batch], visit: Visit) -> float:
+    """Back-propagate the summed loss of all labelled tokens; returns their mean loss.
+
+    Gradients are of the sum over all micro-batches. `visit(block, module)` decides what gets one, by
+    `requires_grad_` when entered, and reads `.grad` when left; whatever else requires a gradient inside
+    a block, such as a mask in a hook, gets its own.
+    """
+    passages = [_Passage() for _ in batches]
+    terms = _forward(stream, batches, passages)
+    blocks = list(stream.blocks)
+    with progress_bar("gradients", len(blocks)) as advance:
+        for block in reversed(blocks):
+            module = stream.model.get_submodule(block)
+            with stream.filled(block), torch.enable_grad(), visit(block, module):
+                for passage in passages:
+                    _back_through(module, block, passage)
+            advance(note=block)
+    return sum(loss for loss, _ in terms) / max(1, sum(count for _, count in terms))
+
+
+def _forward(
+    stream: UnitStream, batches: Sequence[Batch], passages: Sequence[_Passage]
+) -> list[tuple[float, int]]:
+    """Run all micro-batches to their loss, and its gradient to the last leaves."""
+
+    def run(batch: Batch, passage: _Passage) -> tuple[float, int]:
+        here = {name: tensor.to(stream.device) for name, tensor in batch.items()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad")
+            stream.family.forward_loss(stream.model, here)
+        logits, passage.logits = cast(Tensor, passage.logits), None
+        loss, count = _summed_loss(logits, here["labels"])
+        if loss.requires_grad:
+            loss.backward()
+        return float(loss.detach()), count
+
+    calls = [
+        Call(lambda b=batch, p=passage: run(b, p), context=passage)
+        for batch, passage in zip(batches, passages)
+    ]
+    with _hooks(stream), _stray_units(stream) as visit:
+        return lockstep(stream.model, stream.units, calls, visit)
+
+
+def _summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """Cross-entropy of the next token, as `next_token_loss`, with its graph."""
+    wanted = labels[:, 1:]
+    kept = wanted != IGNORED
+    high = torch.promote_types(logits.dtype, torch.float32)
+    loss = nn.functional.cross_entropy(logits[:, :-1][kept].to(high), wanted[kept], reduction="sum")
+    return loss, int(kept.sum())
+
+
+@contextmanager
+def _stray_units(stream: UnitStream) -> Iterator[Callable[[str], AbstractContextManager[None]]]:
+    with progress_bar("forward", len(stream.units)) as advance:
+
+        @contextmanager
+        def visit(unit: str) -> Iterator[None]:
+            with stream.filled(unit):
+                yield
+            advance(note=unit)
+
+        yield visit
+
+
+@contextmanager
+def _hooks(stream: UnitStream) -> Iterator[None]:
+    """Record what enters blocks; a graph outside of them only, and leaves where they end."""
+
+    def enter(block: str) -> Any:
+        def before(_: nn.Module, inputs: Any, named: Any) -> None:
+            _passage().entered[block] = (inputs, named)
+            torch.set_grad_enabled(False)
+
+        return before
+
+    def leave(block: str) -> Any:
+        def after(_: nn.Module, __: Any, ___: Any, output: Any) -> Any:
+            torch.set_grad_enabled(True)
+            parts, form = tree_flatten(output)
+            leaves = [_as_leaf(part) for part in parts]
+            _passage().left[block] = [part for part in leaves if _is_float(part)]
+            return tree_unflatten(leaves, form)
+
+        return after
+
+    def finish(_: nn.Module, __: Any, output: Any) -> None:
+        _passage().logits = output.logits
+
+    before = torch.is_grad_enabled()
+    handles: list[Any] = [stream.model.register_forward_hook(finish)]
+    for block in stream.blocks:
+        module = stream.model.get_submodule(block)
+        handles.append(module.register_forward_pre_hook(enter(block), with_kwargs=True))
+        handles.append(module.register_forward_hook(leave(block), with_kwargs=True))
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(before)
+        for handle in handles:
+            handle.remove()
+
+
+def _passage() -> _Passage:
+    call = current_call()
+    assert call is not None
+    return cast(_Passage, call.context)
+
+
+def _is_float(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.is_floating_point()
+
+
+def _as_leaf(part: Any) -> Any:
+    return part.detach().requires_grad_() if _is_float(part) else part
+
+
+def _back_through(module: nn.Module, block: str, passage: _Passage) -> None:
+    """Once more forward with a graph, then back; gradients of the inputs go on through the glue."""
+    if block not in passage.entered:  # an image tower that this micro-batch did not need
+        return
+    entered, leaves = passage.entered.pop(block), passage.left.pop(block)
+    gradients = [leaf.grad for leaf in leaves]
+    if all(gradient is None for gradient in gradients):
+        return
+    parts, form = tree_flatten(entered)
+    # A block that stands before all others reads nothing that has a graph, and needs one all the same
+    # if something inside requires a gradient; autograd sees to that.
+    fresh = [
+        part.detach().requires_grad_() if _is_float(part) and part.requires_grad else part
+        for part in parts
+    ]
+    inputs, named = tree_unflatten(fresh, form)
+    output = module(*inputs, **named)
+    outputs = [part for part in tree_flatten(output)[0] if _is_float(part)]
+    torch.autograd.backward(
+        [part for part, g in zip(outputs, gradients) if g is not None and part.requires_grad],
+        [g for part, g in zip(outputs, gradients) if g is not None and part.requires_grad],
+    )
+    glued = [
+        (part, new.grad)
+        for part, new in zip(parts, fresh)
+        if new is not part and new.grad is not None
+    ]
+    if glued:
+        # Kept: what one block read may have been read by others as well.
+        torch.autograd.backward(
+            [part for part, _ in glued], [gradient for _, gradient in glued], retain_graph=True
+        )

@@ -1,0 +1,187 @@
+"""What can be taken out of a transformer block as a whole: key-value heads, head dimensions, neurons.
+
+A key-value head goes with the query heads that read it: rows of q, k and v and columns of the output
+projection. A head dimension goes from all heads of a layer; under rotary positions i and i + d/2 turn
+together and so go together. A neuron of an MLP goes with its rows of gate and up (or of the one input
+layer) and its column of down. What is left is a smaller dense block that computes what the block would
+with those parts at zero.
+"""
+
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emloc.errors import ConfigError
+
+OUTPUTS = ("o_proj", "out_proj", "projection_layer", "dense")
+"""Names that architectures give the layer behind the heads."""
+
+MLPS = (
+    (("gate_proj", "up_proj"), "down_proj"),
+    (("fc1",), "fc2"),
+    (("up_proj",), "down_proj"),
+    (("c_fc",), "c_proj"),
+)
+"""Names of an MLP's layers: those that write the neurons, and the one that reads them."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of a block.
+
+    Attributes:
+        name: module name.
+        query, key, value, output: the layers' names.
+        groups: key-value heads.
+        queries: query heads that read each.
+        head_dim: dimensions of a head.
+        paired: whether dimension i goes with i + head_dim/2.
+        norms: modules that normalise queries and keys and have a weight per dimension, with the layer
+            whose outputs they read.
+    """
+
+    name: str
+    query: str
+    key: str
+    value: str
+    output: str
+    groups: int
+    queries: int
+    head_dim: int
+    paired: bool
+    norms: tuple[tuple[str, str], ...]
+
+    @property
+    def units(self) -> int:
+        """Head dimensions that can go, a pair counted once."""
+        return self.head_dim // 2 if self.paired else self.head_dim
+
+    def dims_of(self, units: Tensor) -> Tensor:
+        """The head dimensions of units, in order."""
+        return torch.cat([units, units + self.units]) if self.paired else units
+
+    def query_rows(self, groups: Tensor, dims: Tensor) -> Tensor:
+        """Rows of q, which are the columns of the output projection."""
+        heads = (groups[:, None] * self.queries + torch.arange(self.queries)).reshape(-1)
+        return (heads[:, None] * self.head_dim + dims).reshape(-1)
+
+    def key_rows(self, groups: Tensor, dims: Tensor) -> Tensor:
+        """Rows of k and v."""
+        return (groups[:, None] * self.head_dim + dims).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """The MLP of a block.
+
+    Attributes:
+        name: module name.
+        inputs: the layers whose rows are neurons; the last of them is the one that is not gated.
+        output: the layer whose columns are neurons.
+        neurons: how many there are.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    output: str
+    neurons: int
+
+
+@dataclass(frozen=True)
+class Structures:
+    """What a block has."""
+
+    block: str
+    attention: Attention
+    mlp: Mlp
+
+
+def find_structures(model: nn.Module, blocks: Sequence[str]) -> list[Structures]:
+    """The structures of every block.
+
+    Raises:
+        ConfigError: a block has no attention or MLP of a form that is known.
+    """
+    found: list[Structures] = []
+    for block in blocks:
+        attentions = [a for name in _inside(model, block) if (a := attention_at(model, name))]
+        mlps = [m for name in _inside(model, block) if (m := mlp_at(model, name))]
+        if len(attentions) != 1 or len(mlps) != 1:
+            kind = type(model.get_submodule(block)).__name__
+            raise ConfigError(
+                f"Heads and neurons of {block} ({kind}) cannot be taken out: needed are one attention with "
+                f"q_proj, k_proj and v_proj and one MLP such as gate_proj, up_proj, down_proj."
+            )
+        found.append(Structures(block, attentions[0], mlps[0]))
+    return found
+
+
+def attention_at(model: nn.Module, name: str) -> Attention | None:
+    """The attention that a module is, or None."""
+    module: Any = model.get_submodule(name)
+    children = dict(module.named_children())
+    output = next((child for child in OUTPUTS if child in children), None)
+    wanted = ("q_proj", "k_proj", "v_proj")
+    if output is None or not all(_is_plain(children.get(child)) for child in (*wanted, output)):
+        return None
+    head_dim: int = module.head_dim
+    groups = children["k_proj"].out_features // head_dim
+    norms = tuple(
+        (f"{name}.{child}", f"{name}.{layer}")
+        for child, layer in (("q_norm", "q_proj"), ("k_norm", "k_proj"))
+        if getattr(children.get(child), "weight", None) is not None
+    )
+    return Attention(
+        name,
+        *(f"{name}.{child}" for child in (*wanted, output)),
+        groups=groups,
+        queries=children["q_proj"].out_features // head_dim // groups,
+        head_dim=head_dim,
+        # The language models' attentions are given their positions as rotations.
+        paired="position_embeddings" in inspect.signature(type(module).forward).parameters,
+        norms=norms,
+    )
+
+
+def mlp_at(model: nn.Module, name: str) -> Mlp | None:
+    """The MLP that a module is, or None."""
+    children = dict(model.get_submodule(name).named_children())
+    for inputs, output in MLPS:
+        if all(_is_plain(children.get(child)) for child in (*inputs, output)):
+            neurons: int = children[output].in_features  # pyright: ignore[reportAssignmentType]
+            return Mlp(name, tuple(f"{name}.{i}" for i in inputs), f"{name}.{output}", neurons)
+    return None
+
+
+def require_known_rotation(model: nn.Module, attention: Attention) -> None:
+    """Dimensions can go in pairs only if they turn in pairs (i, i + d/2), all of them.
+
+    Raises:
+        ConfigError: the model rotates otherwise.
+    """
+    if not attention.paired:
+        return
+    kind = type(model.get_submodule(attention.name))
+    rotate = getattr(sys.modules[kind.__module__], "rotate_half", None)
+    probe = torch.arange(1.0, attention.head_dim + 1)
+    first, second = probe.chunk(2)
+    halves = rotate is not None and torch.equal(rotate(probe), torch.cat([-second, first]))
+    frequencies = [b.numel() for n, b in model.named_buffers() if n.endswith("inv_freq")]
+    if not halves or any(2 * count != attention.head_dim for count in frequencies):
+        raise ConfigError(
+            f"The head dimensions of {kind.__name__} do not turn in pairs of i and i + d/2, so they cannot "
+            f"be taken out; compare with a method that takes whole heads."
+        )
+
+
+def _is_plain(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _inside(model: nn.Module, block: str) -> Iterator[str]:
+    return (f"{block}.{name}" for name, _ in model.get_submodule(block).named_modules() if name)
