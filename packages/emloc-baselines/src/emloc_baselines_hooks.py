@@ -40,6 +40,12 @@ def emloc_register_methods() -> Sequence[MethodEntry]:
             "emloc_baselines.loram:LoramStru",
             families=("llm", "vlm"),
         ),
+        MethodEntry(
+            "offsite-tuning",
+            "LoRA in the first and last blocks around a thinned middle",
+            "emloc_baselines.offsite:OffsiteTuning",
+            families=("llm", "vlm"),
+        ),
     ]
 
 

@@ -20,8 +20,8 @@ from emloc_baselines.budget import emulator_bytes, held_bytes
 from emloc_baselines.importance import first_order
 from emloc_baselines.kept import as_text, from_text
 from emloc_baselines.light import Source
-from emloc_baselines.loram import LoramRand, LoramStru
 from emloc_baselines.lora import Lora
+from emloc_baselines.loram import LoramRand, LoramStru
 from emloc_baselines.pruning import fit, prices
 from emloc_baselines.structures import find_structures
 from emloc_llm.example import write_model
@@ -132,7 +132,7 @@ def test_importance_is_the_sum_over_coupled_weights(base, tiny):
 
 
 def test_the_least_important_go(made):
-    base, task, light, *_ = made
+    _, task, light, *_ = made
     source = source_of(task)
     stream = UnitStream(source.family, source.base)
     structures = find_structures(stream.model, stream.blocks[1:3])
@@ -308,3 +308,62 @@ def test_indices_as_text():
     for found in ([0], [0, 1, 2, 7], [3, 5, 6], list(range(100)), []):
         assert from_text(as_text(torch.tensor(found))).tolist() == found
     assert as_text(torch.tensor([0, 1, 2, 7])) == "0-2,7"
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_alignment_lowers_the_loss_of_the_pruned_model_and_is_said(base, tiny, tmp_path):
+    own = {**OWN, "alignment": {"steps": 12, "batch_size": 4, "learning_rate": 3e-3,
+                                "dataset": str(tiny.data), "max_length": 64}}  # fmt: skip
+    task = task_of(base, tiny.data, options=own)
+    light = LoramRand().build(task, tmp_path / "aligned")
+    plain = LoramRand().build(task_of(base, tiny.data), tmp_path / "plain")
+    data = {"dataset": str(tiny.data), "max_length": 96, "max_new_tokens": 0}
+    aligned, before = (
+        emloc.evaluate(model_name_or_path=str(folder), completion_only_loss=False, **data)["loss"]
+        for folder in (light, plain)
+    )
+    assert aligned < before - 0.1
+    measured = Manifest.read(light).measured
+    assert measured["alignment_steps"] == 12  # twice the 24 samples in micro-batches of 4
+    assert 0 < measured["alignment_seconds"] < measured["seconds"]
+    assert measured["alignment_tokens"] > 2 * 24 * 10
+    assert measured["alignment_loss"][1] < measured["alignment_loss"][0]
+    assert sorted(p.name for p in light.iterdir()) == sorted(p.name for p in plain.iterdir())
+    head, other = load(light), load(plain)
+    assert torch.equal(head.lm_head.weight, other.lm_head.weight)
+    assert not torch.equal(
+        head.get_submodule("model.layers.0.mlp.up_proj").weight,
+        other.get_submodule("model.layers.0.mlp.up_proj").weight,
+    )
+    assert emloc.verify(path=light)["kind"] == "emulator"
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_an_alignment_that_is_killed_begins_or_ends_where_it_was(base, tiny, tmp_path, monkeypatch):
+    from emloc_baselines import continued
+
+    own = {**OWN, "alignment": {"steps": 3, "batch_size": 4, "max_length": 64}}
+    task = task_of(base, tiny.data, options=own)
+    whole = LoramRand().build(task, tmp_path / "whole")
+    out = tmp_path / "killed"
+    calls = []
+
+    def killed_after(write):
+        def call(*given):
+            calls.append(1)
+            if len(calls) == 2:  # the second time, when all new weights are written
+                write(*given)
+            raise KeyboardInterrupt
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(continued, "_write_beside", killed_after(continued._write_beside))
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                LoramRand().build(task, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(continued, "train_further", None)  # is not done again
+        LoramRand().build(task, out)
+    for path in whole.glob("*.safetensors"):
+        assert path.read_bytes() == (out / path.name).read_bytes()

@@ -11,10 +11,10 @@ from disk.
 Memory: one block with its gradients, and per micro-batch the inputs of every block and the glue's graph.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from emloc.family import Batch
-from emloc.integrations.transformers.loss import IGNORED
 from emloc.lockstep import Call, current_call, lockstep
 from emloc.progress import progress_bar
 from emloc.stream import UnitStream
+from emloc_baselines.differentiable_loss import summed_loss
 
 Visit = Callable[[str, nn.Module], AbstractContextManager[None]]
 """Entered with a block's weights loaded, left when all micro-batches went back through it."""
@@ -37,7 +37,6 @@ class _Passage:
 
     entered: dict[str, tuple[Any, Any]] = field(default_factory=dict[str, tuple[Any, Any]])
     left: dict[str, list[Tensor]] = field(default_factory=dict[str, list[Tensor]])
-    logits: Tensor | None = None
 
 
 def backward_by_block(stream: UnitStream, batches: Sequence[Batch], visit: Visit) -> float:
@@ -65,32 +64,18 @@ def _forward(
 ) -> list[tuple[float, int]]:
     """Run all micro-batches to their loss, and its gradient to the last leaves."""
 
-    def run(batch: Batch, passage: _Passage) -> tuple[float, int]:
+    def run(batch: Batch) -> tuple[float, int]:
         here = {name: tensor.to(stream.device) for name, tensor in batch.items()}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad")
-            stream.family.forward_loss(stream.model, here)
-        logits, passage.logits = cast(Tensor, passage.logits), None
-        loss, count = _summed_loss(logits, here["labels"])
+        loss, count = summed_loss(stream.family, stream.model, here)
         if loss.requires_grad:
             loss.backward()
         return float(loss.detach()), count
 
     calls = [
-        Call(lambda b=batch, p=passage: run(b, p), context=passage)
-        for batch, passage in zip(batches, passages)
+        Call(partial(run, batch), context=passage) for batch, passage in zip(batches, passages)
     ]
     with _hooks(stream), _stray_units(stream) as visit:
         return lockstep(stream.model, stream.units, calls, visit)
-
-
-def _summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """Cross-entropy of the next token, as `next_token_loss`, with its graph."""
-    wanted = labels[:, 1:]
-    kept = wanted != IGNORED
-    high = torch.promote_types(logits.dtype, torch.float32)
-    loss = nn.functional.cross_entropy(logits[:, :-1][kept].to(high), wanted[kept], reduction="sum")
-    return loss, int(kept.sum())
 
 
 @contextmanager
@@ -127,11 +112,8 @@ def _hooks(stream: UnitStream) -> Iterator[None]:
 
         return after
 
-    def finish(_: nn.Module, __: Any, output: Any) -> None:
-        _passage().logits = output.logits
-
     before = torch.is_grad_enabled()
-    handles: list[Any] = [stream.model.register_forward_hook(finish)]
+    handles: list[Any] = []
     for block in stream.blocks:
         module = stream.model.get_submodule(block)
         handles.append(module.register_forward_pre_hook(enter(block), with_kwargs=True))

@@ -26,6 +26,10 @@ from emloc.output import ShardWriter, copy_file, file_sha256, stage_folder, writ
 from emloc.plugin_options import own_options, with_plugin_options
 from emloc.plugins import method_named, open_model
 from emloc.progress import progress_bar
+from emloc_baselines.identity import content_of
+
+NOTES_NAME = "build_notes.json"
+"""What `LightModel.finish` may leave for a continuation; gone when the folder is complete."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def build_light(
     settings: dict[str, Any] = {
         **own_options(config, family, paths),
         "method": method,
-        "options": options.model_dump(mode="json"),
+        "options": content_of(options.model_dump(mode="json")),
         "base_digest": base.digest(),
         "companions_digest": base.companions_digest(),
         "data_digest": batches_digest(batches),
@@ -143,24 +147,20 @@ def build_light(
                 "emulator_digest": Checkpoint.open(work).digest(),
                 **light.summary,
             },
-            files={
-                name: file_sha256(work / name) for name in sorted(written_files(work))
-            },
+            files={path.name: file_sha256(path) for path in sorted(work.glob("*.safetensors"))},
             versions=versions("emloc", "emloc-baselines", "torch", "transformers", "safetensors"),
             measured={
-                "seconds": round(time.monotonic() - started, 3), **peak.figures(), **extra,
+                "seconds": round(time.monotonic() - started, 3),
+                **peak.figures(),
+                **extra,
             },
-        ).write(work)  # fmt: skip
+        ).write(work)
+        (work / NOTES_NAME).unlink(missing_ok=True)
     return out
 
 
 def _bytes(checkpoint: Checkpoint) -> int:
     return sum(info.nbytes for info in checkpoint.tensors.values())
-
-
-def written_files(folder: Path) -> list[str]:
-    """The shards of a folder."""
-    return [path.name for path in folder.glob("*.safetensors")]
 
 
 def _write(base: Checkpoint, light: LightModel, work: Path) -> Checkpoint:

@@ -11,6 +11,7 @@ is optional (`alignment`); where it was done, tables say so.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,9 @@ from emloc.config import StageConfig, build
 from emloc.errors import ConfigError
 from emloc.methods import Task, train_light
 from emloc.stream import UnitStream
+from emloc_baselines.alignment import alignment
 from emloc_baselines.budget import emulator_bytes, held_bytes
+from emloc_baselines.continued import ContinuedOptions
 from emloc_baselines.importance import Importance, first_order
 from emloc_baselines.kept import Kept, best
 from emloc_baselines.language_model import decoder_blocks
@@ -35,6 +38,9 @@ class LoramOptions(StageConfig):
 
     protected_first: int = Field(4, ge=0, description="blocks at the beginning that stay whole")
     protected_last: int = Field(2, ge=0, description="blocks at the end that stay whole")
+    alignment: ContinuedOptions = Field(
+        ContinuedOptions(), description="continued pre-training of the pruned model"
+    )
 
 
 class LoramStru:
@@ -78,7 +84,8 @@ class LoramStru:
             )
             for found, size in zip(structures, sizes)
         ]
-        return pruned_model(source, stream, kept, budget_bytes=target)
+        light = pruned_model(source, stream, kept, budget_bytes=target)
+        return replace(light, finish=alignment(source, options.alignment))
 
     def _scores(
         self,

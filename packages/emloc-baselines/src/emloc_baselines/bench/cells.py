@@ -12,8 +12,8 @@ from pathlib import Path
 
 from emloc.methods import MethodEntry, Task
 from emloc_baselines.bench.config import BASE, BenchConfig, Section
-from emloc_baselines.bench.identity import content_of, digest, model_digest
 from emloc_baselines.bench.split import split_rows
+from emloc_baselines.identity import content_of, digest, model_digest
 
 SHOWN_DIGITS = 16
 

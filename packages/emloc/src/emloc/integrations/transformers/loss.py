@@ -23,4 +23,4 @@ def next_token_loss(model: Any, batch: Batch) -> LossSum:
     kept = labels != IGNORED
     high = torch.promote_types(logits.dtype, torch.float32)
     loss = nn.functional.cross_entropy(logits[:, :-1][kept].to(high), labels[kept], reduction="sum")
-    return LossSum(float(loss), int(kept.sum()))
+    return LossSum(float(loss.detach()), int(kept.sum()))

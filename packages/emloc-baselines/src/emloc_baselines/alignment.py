@@ -1,0 +1,39 @@
+"""LoRAM's alignment: continued pre-training of the whole pruned model, on general text, by its publisher.
+
+The authors' script trains every weight but the output head's, in batches of 128 sequences of 512 tokens of
+FineWeb and OpenWebMath, at 5e-5 under a cosine; so the defaults here but for the batch.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from emloc_baselines.continued import ContinuedOptions, continued, load_whole, train_further
+from emloc_baselines.differentiable_loss import summed_loss
+from emloc_baselines.light import Source
+
+
+def alignment(
+    source: Source, options: ContinuedOptions
+) -> Callable[[Path], Mapping[str, Any]] | None:
+    """What aligns a pruned model in its folder; None for no steps."""
+
+    def train(work: Path) -> dict[str, Any]:
+        model = cast(Any, load_whole(work, source))
+        head, table = model.get_output_embeddings(), model.get_input_embeddings()
+        tied = head.weight is table.weight
+        trained = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if tied or parameter is not head.weight
+        }
+        return train_further(
+            source,
+            work,
+            model,
+            trained,
+            lambda batch: summed_loss(source.family, model, batch),
+            options,
+        )
+
+    return continued(train, options)

@@ -1,0 +1,192 @@
+"""Train a light model's own weights further: LoRAM's alignment, Offsite-Tuning's distillation.
+
+This is done once, by whoever has the memory: the light model is loaded whole, with gradients and AdamW's
+moments of what is trained. Warm-up over a tenth of the steps at most, then a cosine to zero.
+
+The new weights are written beside the old ones and take their place together: a run that is killed
+begins again with the old ones, or ends what it had finished.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+from pydantic import Field
+from torch import Tensor, nn
+
+from emloc.checkpoint import Checkpoint
+from emloc.config import CompressConfig, StageConfig
+from emloc.errors import NumericalError
+from emloc.family import Batch
+from emloc.output import ShardWriter, write_json
+from emloc.progress import progress_bar
+from emloc_baselines.light import NOTES_NAME, Source
+
+Loss = Callable[[Batch], tuple[Tensor, int]]
+"""A micro-batch's summed loss with its graph, and how many terms it sums."""
+
+BESIDE = "continued"
+"""Where new weights lie until all of them are there."""
+
+
+class ContinuedOptions(StageConfig):
+    """Of training a light model further; 0 steps: as it is."""
+
+    steps: Annotated[int, Field(ge=0)] = 0
+    dataset: str | None = None
+    """By default the calibration data."""
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    max_length: Annotated[int, Field(ge=2)] = 512
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+
+
+def load_whole(folder: Path, source: Source) -> nn.Module:
+    """A model or light model of the source's architecture, all weights loaded, in float32."""
+    name = source.base.config["architectures"][0]
+    return getattr(transformers, name).from_pretrained(
+        folder, dtype=torch.float32, device_map={"": source.config.device}
+    )
+
+
+def batches_for(source: Source, options: ContinuedOptions) -> Sequence[Batch]:
+    """A micro-batch per step, drawn by seed, as long as there are samples; the loss is on every token."""
+    config: Any = source.config
+    given: dict[str, Any] = {
+        "num_calibration_samples": options.steps * options.batch_size,
+        "num_calibration_tokens": None,
+        "calibration_batch_size": options.batch_size,
+        "max_length": options.max_length,
+        "completion_only_loss": False,
+    }
+    if options.dataset is not None:
+        given |= {"dataset": options.dataset, "column_map": {}, "dataset_weights": []}
+    chosen: CompressConfig = config.model_copy(update=given)
+    found = list(source.family.calibration_batches(source.base, chosen))
+    # Families sort samples by length; training should not see them in that order.
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(config.seed))
+    return [found[index] for index in order.tolist()]
+
+
+def train_further(
+    source: Source,
+    work: Path,
+    model: nn.Module,
+    trained: Mapping[str, nn.Parameter],
+    loss_of: Loss,
+    options: ContinuedOptions,
+) -> dict[str, Any]:
+    """Train some parameters of a loaded light model and write them into its folder.
+
+    Args:
+        trained: by their names.
+
+    Returns:
+        Figures for the manifest's `measured`.
+
+    Raises:
+        NumericalError: the loss is not a number.
+    """
+    started, batches = time.monotonic(), batches_for(source, options)
+    model.train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained.values(), lr=options.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(options.steps))
+    losses: list[float] = []
+    tokens = 0
+    with progress_bar("continue", options.steps) as advance, torch.enable_grad():
+        for batch in _on(source.config.device, islice(cycle(batches), options.steps)):
+            total, terms = loss_of(batch)
+            loss = total / max(1, terms)
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                raise NumericalError(
+                    f"The loss of training the light model further is {losses[-1]} at step {len(losses)}; "
+                    f"use a lower learning rate."
+                )
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained.values(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            mask = source.family.token_mask(batch)
+            tokens += next(iter(batch.values())).numel() if mask is None else int(mask.sum())
+            advance(note=f"loss {losses[-1]:.4f}")
+    figures: dict[str, Any] = {
+        "alignment_steps": options.steps,
+        "alignment_tokens": tokens,
+        "alignment_loss": [losses[0], losses[-1]],
+        "alignment_seconds": round(time.monotonic() - started, 3),
+    }
+    _write_beside(source, work, trained, figures)
+    return figures
+
+
+def _on(device: str, batches: Iterable[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _cosine(steps: int) -> Callable[[int], float]:
+    warm = max(1, min(100, steps // 10))
+
+    def factor(step: int) -> float:
+        rise = min(1.0, (step + 1) / warm)
+        return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
+
+    return factor
+
+
+def _write_beside(
+    source: Source, work: Path, trained: Mapping[str, nn.Parameter], figures: Mapping[str, Any]
+) -> None:
+    """The folder's shards with the new weights, in a folder of their own; the notes come last."""
+    beside = work / BESIDE
+    shutil.rmtree(beside, ignore_errors=True)
+    old = Checkpoint.open(work)
+    skeleton = source.family.skeleton(old, torch.float32)  # for the names alone
+    places = {
+        name: parameter
+        for path, parameter in trained.items()
+        if (stored := source.family.stored(skeleton, path, old)) is not None
+        for name in stored.names
+    }
+    by_file: dict[str, list[str]] = {}
+    for name, info in old.tensors.items():
+        by_file.setdefault(info.file, []).append(name)
+    for file, names in by_file.items():
+        declared = {name: (old.tensors[name].dtype, old.tensors[name].shape) for name in names}
+        with ShardWriter(beside / file, declared) as shard:
+            for name in names:
+                new = places.get(name)
+                value = old.read(name) if new is None else new.detach().cpu()
+                shard.write(name, value.to(old.tensors[name].dtype))
+    write_json(work / NOTES_NAME, figures)
+
+
+def continued(
+    train: Callable[[Path], dict[str, Any]], options: ContinuedOptions
+) -> Callable[[Path], Mapping[str, Any]] | None:
+    """`LightModel.finish` of a light model that is trained further by `train`; None for no steps."""
+
+    def finish(work: Path) -> Mapping[str, Any]:
+        notes, beside = work / NOTES_NAME, work / BESIDE
+        if not notes.is_file():  # else an interrupted build had trained it
+            train(work)
+        if beside.is_dir():
+            for file in sorted(beside.iterdir()):
+                file.rename(work / file.name)
+            beside.rmdir()
+        found: dict[str, Any] = json.loads(notes.read_text("utf-8"))
+        return found
+
+    return finish if options.steps else None

@@ -1,0 +1,40 @@
+"""The loss of a family's own forward, with its graph.
+
+Families report losses as numbers, to be added up; here the logits of their forward are caught on the way
+and the same loss is taken again, so that it can be differentiated.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emloc.family import ModelFamily
+from emloc.integrations.transformers.loss import IGNORED
+
+
+def summed_loss(
+    family: ModelFamily, model: nn.Module, batch: Mapping[str, Tensor]
+) -> tuple[Tensor, int]:
+    """Cross-entropy of the next token summed over labelled tokens, and their number.
+
+    Args:
+        batch: on the model's device, with labels.
+    """
+    caught: list[Tensor] = []
+
+    def catch(_: nn.Module, __: Any, output: Any) -> None:
+        # In lockstep, calls that are suspended see those of others that finish; their own come last.
+        caught[:] = [output.logits]
+
+    handle = model.register_forward_hook(catch)
+    try:
+        family.forward_loss(model, batch)
+    finally:
+        handle.remove()
+    logits, wanted = caught[0], batch["labels"][:, 1:]
+    kept = wanted != IGNORED
+    high = torch.promote_types(logits.dtype, torch.float32)
+    loss = nn.functional.cross_entropy(logits[:, :-1][kept].to(high), wanted[kept], reduction="sum")
+    return loss, int(kept.sum())

@@ -1,0 +1,114 @@
+"""Offsite-Tuning's distillation: the thinned middle learns to do what the full middle does.
+
+`loss = lm_weight · L_LM + kd_weight · mean(((T − S) / rms(T))²)`, where S leaves the thinned middle, T the
+full middle on the same input, and L_LM is the light model's own loss per token. Only the middle's weights
+are trained. The authors' script: weights 1 and 30, 1e-4, sequences of 512 tokens; it holds the full model.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from emloc.errors import ConfigError
+from emloc.family import Batch
+from emloc_baselines.continued import ContinuedOptions, continued, load_whole, train_further
+from emloc_baselines.differentiable_loss import summed_loss
+from emloc_baselines.light import Source
+
+
+class DistillationOptions(ContinuedOptions):
+    """Of distilling the middle; 0 steps: it is merely thinned."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    lm_weight: Annotated[float, Field(ge=0)] = 1.0
+    kd_weight: Annotated[float, Field(ge=0)] = 30.0
+
+
+def distillation(
+    source: Source,
+    options: DistillationOptions,
+    blocks: Sequence[str],
+    between: Sequence[int],
+    ends: int,
+) -> Callable[[Path], Mapping[str, Any]] | None:
+    """What distils a thinned model in its folder; None for no steps.
+
+    Args:
+        blocks: the full model's.
+        between: which of them are the thinned middle.
+        ends: how many are at each end.
+    """
+    stack = blocks[0].rpartition(".")[0]
+    thinned = [f"{stack}.{ends + index}" for index in range(len(between))]
+    full = blocks[ends : len(blocks) - ends]
+
+    def train(work: Path) -> dict[str, Any]:
+        if source.base.translated:
+            raise ConfigError(
+                f"Distillation loads the whole of {source.base.name}, which transformers cannot in its "
+                f"layout; convert it to transformers' own first, or leave distillation out."
+            )
+        teacher = load_whole(source.base.path, source).eval().requires_grad_(False)
+        student = load_whole(work, source)
+        middle = tuple(f"{name}." for name in thinned)
+        trained = {n: p for n, p in student.named_parameters() if n.startswith(middle)}
+
+        def loss_of(batch: Batch) -> tuple[Tensor, int]:
+            with _Middle(student, thinned) as seen:
+                total, terms = summed_loss(source.family, student, batch)
+            assert seen.entered is not None
+            assert seen.left is not None
+            target = _through(teacher, full, seen.entered)
+            distance = (target - seen.left) / target.square().mean().sqrt()
+            language = total / max(1, terms)
+            return (
+                options.lm_weight * language + options.kd_weight * distance.square().mean(), 1
+            )  # fmt: skip
+
+        return train_further(source, work, student, trained, loss_of, options)
+
+    return continued(train, options)
+
+
+class _Middle:
+    """What enters the first of some blocks and what leaves the last, while the context is open."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str]) -> None:
+        self._first, self._last = (model.get_submodule(blocks[i]) for i in (0, -1))
+        self._handles: list[Any] = []
+        self.entered: tuple[Any, Any] | None = None
+        self.left: Tensor | None = None
+
+    def __enter__(self) -> "_Middle":
+        def enter(_: nn.Module, inputs: Any, named: Any) -> None:
+            self.entered = (inputs, named)
+
+        def leave(_: nn.Module, __: Any, output: Any) -> None:
+            self.left = _hidden(output)
+
+        self._handles = [
+            self._first.register_forward_pre_hook(enter, with_kwargs=True),
+            self._last.register_forward_hook(leave),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _hidden(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def _through(teacher: nn.Module, blocks: Sequence[str], entered: tuple[Any, Any]) -> Tensor:
+    """The hidden state behind the full middle, given what entered the thinned one."""
+    (hidden, *more), named = entered
+    for block in blocks:
+        hidden = _hidden(teacher.get_submodule(block)(hidden, *more, **named))
+    return hidden

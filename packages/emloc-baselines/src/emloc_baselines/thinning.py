@@ -1,0 +1,97 @@
+"""A language model with fewer blocks: which stay, its config, and its tensors under their new numbers.
+
+The light model is an ordinary checkpoint of the base's architecture: blocks are numbered anew from 0, so
+that layer indices, and with them the key-value cache, are those of a model of that depth; lists of the
+config that say something per block keep the entries of those that stay.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from emloc.errors import CheckpointError
+from emloc.stream import UnitStream
+from emloc_baselines.light import Piece
+
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""What architectures call their number of blocks."""
+
+
+def uniform(count: int, kept: int) -> list[int]:
+    """Which of `count` blocks stay: `round(i · (count − 1) / (kept − 1))`; of one, the middle."""
+    if kept == 1:
+        return [(count - 1) // 2]
+    return [round(i * (count - 1) / (kept - 1)) for i in range(kept)]
+
+
+def thinned_config(config: Mapping[str, Any], depth: int, kept: Sequence[int]) -> dict[str, Any]:
+    """A base's `config.json` for the blocks `kept` of its language model's `depth`.
+
+    Raises:
+        CheckpointError: it does not say its depth by a name that is known.
+    """
+    inner = config.get("text_config")
+    if isinstance(inner, Mapping):
+        text = cast("Mapping[str, Any]", inner)
+        return {**config, "text_config": thinned_config(text, depth, kept)}
+    if not any(config.get(name) == depth for name in DEPTHS):
+        raise CheckpointError(
+            f"The config of {config.get('model_type')} gives {depth} blocks under none of "
+            f"{', '.join(DEPTHS)}; its blocks cannot be taken out."
+        )
+
+    def thinned(name: str, value: Any) -> Any:
+        if name in DEPTHS and value == depth:
+            return len(kept)
+        if isinstance(value, list) and len(cast("list[Any]", value)) == depth:
+            return [value[index] for index in kept]
+        return value
+
+    return {name: thinned(name, value) for name, value in config.items()}
+
+
+def block_tensors(stream: UnitStream, block: str) -> list[str]:
+    """The checkpoint's tensors of a block."""
+    module = stream.model.get_submodule(block)
+    names = {
+        name
+        for path, _ in module.named_parameters()
+        for name in stream.stored(f"{block}.{path}").names
+    }
+    return sorted(names)
+
+
+def block_bytes(stream: UnitStream, block: str) -> int:
+    """Bytes of a block's tensors."""
+    return sum(stream.checkpoint.tensors[name].nbytes for name in block_tensors(stream, block))
+
+
+def thinned_pieces(
+    stream: UnitStream, blocks: Sequence[str], kept: Sequence[int]
+) -> dict[str, Sequence[Piece]]:
+    """What becomes of the tensors of a language model's blocks."""
+    numbers = {old: new for new, old in enumerate(kept)}
+    base = stream.checkpoint
+    pieces: dict[str, Sequence[Piece]] = {}
+    for old, block in enumerate(blocks):
+        for name in block_tensors(stream, block):
+            if old not in numbers:
+                pieces[name] = []
+                continue
+            info = base.tensors[name]
+            renamed = _renumbered(name, block, numbers[old])
+            pieces[name] = [
+                Piece(renamed, info.dtype, info.shape, lambda name=name: base.read(name))
+            ]
+    return pieces
+
+
+def _renumbered(tensor: str, block: str, number: int) -> str:
+    """A tensor's name with its block's number replaced, whatever comes before the list of blocks."""
+    stack, old = block.split(".")[-2:]
+    found, count = re.subn(
+        rf"(^|\.){re.escape(stack)}\.{old}\.", rf"\g<1>{stack}.{number}.", tensor
+    )
+    if count != 1:
+        raise CheckpointError(f"{tensor} does not say the number of its block {block} once.")
+    return found
