@@ -1,6 +1,6 @@
 """The plugin's entry point: says what it offers and imports nothing heavy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import emloc
@@ -16,6 +16,15 @@ def is_denoiser(config: Mapping[str, Any]) -> bool:
     return config.get("_class_name") in CLASSES
 
 
+ORIGINAL_NAMES = ("model.diffusion_model.", "double_blocks.")
+"""How tensors of denoisers begin in files of the original layouts."""
+
+
+def is_original(names: Collection[str]) -> bool:
+    """Whether a file with tensors of these names is a model in its original layout."""
+    return any(name.startswith(ORIGINAL_NAMES) for name in names)
+
+
 @emloc.hookimpl
 def emloc_register_families() -> Sequence[FamilyEntry]:
     """Diffusion models."""
@@ -25,6 +34,8 @@ def emloc_register_families() -> Sequence[FamilyEntry]:
             summary="pipelines of diffusers: Stable Diffusion 1, 2, XL and 3, FLUX.1",
             target="emloc_diffusion.family:DiffusionFamily",
             recognises=is_denoiser,
+            single_file="emloc_diffusion.single_file:OriginalLayout",
+            recognises_file=is_original,
             options={
                 DataOptions: PictureOptions,
                 TrainConfig: DreamBoothOptions,

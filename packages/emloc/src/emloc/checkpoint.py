@@ -66,6 +66,7 @@ class Checkpoint:
         path: the local folder; of a pipeline, the pipeline's.
         config: the parsed `config.json`; of a pipeline, the denoiser's.
         tensors: every tensor by name, in name order.
+        single_file_config: what was named as the configuration of a model in one file, if it was one.
         translated: whether config and tensors are of another layout than the files'.
     """
 
@@ -75,6 +76,7 @@ class Checkpoint:
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    single_file_config: str | None = None
     _files: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)
     _offsets: dict[str, dict[str, tuple[int, int]]] = field(
         default_factory=dict[str, dict[str, tuple[int, int]]], repr=False
@@ -117,6 +119,8 @@ class Checkpoint:
 
     def reference_name(self) -> str:
         """How another artefact should name this model: an absolute path, or the hub id."""
+        if Path(self.name).is_file():
+            return str(Path(self.name).absolute())
         return str(self.path.absolute()) if Path(self.name).is_dir() else self.name
 
     def headers(self, file: str) -> Iterator[tuple[str, TensorInfo]]:
@@ -193,7 +197,7 @@ class Checkpoint:
         sha = hashlib.sha256()
         for name in [self.layout.config, *self.companions()]:
             if (self.path / name).is_file():
-                sha.update(name.encode() + _file_identity(self.path / name))
+                sha.update(name.encode() + file_identity(self.path / name))
         return sha.hexdigest()
 
     def companions(self) -> list[str]:
@@ -239,7 +243,8 @@ def _pipeline_companions(path: Path, layout: Layout) -> list[str]:
     return sorted(found)
 
 
-def _file_identity(path: Path) -> bytes:
+def file_identity(path: Path) -> bytes:
+    """SHA-256 of a file; of a large one, of its size and both ends."""
     size = path.stat().st_size
     if size <= LARGE_BYTES:
         return hashlib.sha256(path.read_bytes()).digest()

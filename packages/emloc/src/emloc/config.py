@@ -60,6 +60,15 @@ class StageConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class ModelOptions(StageConfig):
+    """How the model's files are read."""
+
+    single_file_config: str | None = Field(
+        None,
+        description="of a model in one file: a folder or hub id with its configuration; by default a guess",
+    )
+
+
 class DataOptions(StageConfig):
     """Which data, and how its columns are read."""
 
@@ -90,10 +99,12 @@ class CalibrationOptions(DataOptions):
     seed: int = Field(0, ge=0, description="draws calibration samples; seeds training")
 
 
-class CompressConfig(CalibrationOptions):
+class CompressConfig(CalibrationOptions, ModelOptions):
     """Stage 1: write a low-rank emulator of a model."""
 
-    model_name_or_path: str = Field(description="local folder or hub id of the base model")
+    model_name_or_path: str = Field(
+        description="local folder or hub id of the base model, or its one file"
+    )
     output_dir: Path = Field(description="where the emulator goes; must not exist")
     keep_ratio: float = Field(0.4, gt=0, le=1, description="share of each layer's parameters kept")
     keep_ratio_pattern: RatioMap = Field({}, description="regular expression=ratio, per layer")
@@ -132,7 +143,7 @@ class LoraOptions(StageConfig):
     )
 
 
-class TrainConfig(DataOptions, LoraOptions):
+class TrainConfig(DataOptions, LoraOptions, ModelOptions):
     """Stage 2: train a LoRA on an emulator (or, as a reference, on the model itself)."""
 
     emulator: str | None = Field(None, description="folder that compress wrote")
@@ -169,7 +180,7 @@ class TrainConfig(DataOptions, LoraOptions):
     report_to: Names = Field([], description="tensorboard, wandb, …; none by default")
 
 
-class CorrectConfig(CalibrationOptions):
+class CorrectConfig(CalibrationOptions, ModelOptions):
     """Stage 3: fit the LoRA to the original model."""
 
     adapter: str = Field(description="PEFT adapter trained on the emulator")
@@ -188,7 +199,7 @@ class CorrectConfig(CalibrationOptions):
     device: str = Field("cpu", description="cpu, cuda, …")
 
 
-class MergeConfig(StageConfig):
+class MergeConfig(ModelOptions):
     """Write base + adapter as a full checkpoint."""
 
     adapter: str = Field(description="PEFT adapter of the base model")
@@ -198,7 +209,7 @@ class MergeConfig(StageConfig):
     )
 
 
-class EvaluateConfig(DataOptions):
+class EvaluateConfig(DataOptions, ModelOptions):
     """Loss and exact match of a model, with or without an adapter."""
 
     model_name_or_path: str = Field(description="model or emulator")
@@ -215,7 +226,7 @@ class EvaluateConfig(DataOptions):
     device: str = Field("cpu", description="cpu, cuda, …")
 
 
-class VerifyConfig(StageConfig):
+class VerifyConfig(ModelOptions):
     """Check an emulator, adapter or merged model."""
 
     path: Path = Field(description="folder to check")

@@ -5,7 +5,7 @@ reads (text, images, latents) is behind `ModelFamily`.
 """
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
@@ -169,6 +169,9 @@ class FamilyEntry:
         recognises: decides from a parsed `config.json` alone.
         options: fields that stages take for this family: those of the value, for every stage whose
             options derive from the key, for example `{DataOptions: ImageOptions}`.
+        single_file: `module:attribute` of the `emloc.single_file.SingleFileReader` object or class, if
+            the family reads models that are one file.
+        recognises_file: decides from the names of such a file's tensors.
         plugin: filled in by core.
     """
 
@@ -179,14 +182,24 @@ class FamilyEntry:
     options: Mapping[type[BaseModel], type[BaseModel]] = field(
         default_factory=dict[type[BaseModel], type[BaseModel]]
     )
+    single_file: str = ""
+    recognises_file: Callable[[Collection[str]], bool] = lambda names: False
     plugin: str = ""
 
     def load(self) -> ModelFamily:
         """Import the family."""
-        module, _, attribute = self.target.partition(":")
-        found = getattr(importlib.import_module(module), attribute)
-        return cast(ModelFamily, found() if isinstance(found, type) else found)
+        return cast(ModelFamily, _imported(self.target))
+
+    def load_single_file(self) -> Any:
+        """Import its `SingleFileReader`."""
+        return _imported(self.single_file)
 
     def owned_by(self, plugin: str) -> "FamilyEntry":
         """The same entry with its plugin's name."""
         return replace(self, plugin=plugin)
+
+
+def _imported(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    found = getattr(importlib.import_module(module), attribute)
+    return found() if isinstance(found, type) else found

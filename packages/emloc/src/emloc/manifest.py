@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from emloc.checkpoint import read_json
+from emloc.checkpoint import Checkpoint, read_json
 from emloc.errors import CheckpointError
 from emloc.output import write_json
 
@@ -22,12 +22,29 @@ Kind = Literal["emulator", "adapter", "corrected_adapter", "merged_model", "eval
 
 
 class ModelReference(BaseModel):
-    """Which weights an artefact was made from."""
+    """Which weights an artefact was made from.
+
+    Attributes:
+        name_or_path: an absolute path or hub id.
+        digest: of the weights.
+        single_file_config: where the configuration of a model in one file is, if it was named.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name_or_path: str
     digest: str
+    single_file_config: str | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, digest: str) -> "ModelReference":
+        """To a checkpoint whose digest is known."""
+        config = checkpoint.single_file_config
+        if config is not None and Path(config).is_dir():
+            config = str(Path(config).absolute())
+        return cls(
+            name_or_path=checkpoint.reference_name(), digest=digest, single_file_config=config
+        )
 
 
 class Manifest(BaseModel):

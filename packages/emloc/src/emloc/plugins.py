@@ -8,9 +8,11 @@ import importlib.metadata
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import pluggy
+from pydantic import BaseModel
 
 from emloc import hookspecs
 from emloc.checkpoint import Checkpoint
@@ -19,7 +21,9 @@ from emloc.errors import PluginError
 from emloc.family import FamilyEntry, ModelFamily
 from emloc.manifest import Manifest
 from emloc.methods import CORE_METHODS, MethodEntry
+from emloc.single_file import model_folder
 
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
 GROUP = "emloc"
 
 
@@ -90,21 +94,40 @@ def _refuse_taken(
             raise PluginError(f"{kind} {entry.name!r} is already registered by {owner}")
 
 
-def open_model(model_name_or_path: str | os.PathLike[str]) -> tuple[Checkpoint, ModelFamily]:
+def open_model(
+    model_name_or_path: str | os.PathLike[str], single_file_config: str | None = None
+) -> tuple[Checkpoint, ModelFamily]:
     """A checkpoint in its family's layout, and the family.
 
     A light model of another method is of a format that its plugin teaches the libraries; it is imported.
+
+    Args:
+        single_file_config: where the configuration is if the model is one file; else it is not looked at.
 
     Raises:
         CheckpointError: it cannot be read.
         PluginError: no family recognises it, or several do, or its method is not installed.
     """
-    checkpoint = Checkpoint.open(model_name_or_path)
+    path, folder = Path(model_name_or_path), model_name_or_path
+    if path.is_file():
+        folder = model_folder(path, single_file_config, load_plugins().families)
+    checkpoint = Checkpoint.open(folder)
     manifest = Manifest.find(checkpoint.path)
     if manifest is not None and manifest.method is not None:
         method_named(manifest.method).load()
     family = family_of(checkpoint)
-    return family.native(checkpoint), family
+    native = family.native(checkpoint)
+    if path.is_file():
+        native.name, native.single_file_config = str(path), single_file_config
+    return native, family
+
+
+def of_folder(config: ConfigT, model: Checkpoint) -> ConfigT:
+    """A stage's options with a model's folder in place of its one file: what families work on."""
+    named: str | None = getattr(config, "model_name_or_path", None)
+    if named is None or not Path(named).is_file():
+        return config
+    return config.model_copy(update={"model_name_or_path": str(model.path)})
 
 
 def family_named(name: str, families: Mapping[str, FamilyEntry] | None = None) -> ModelFamily:

@@ -22,8 +22,8 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
+from emloc.cache import cache_folder
 from emloc.demos.easy_vqa import WHEEL_SHA256, easy_vqa, questions
-from emloc.demos.wheel import cache_folder
 from emloc.progress import progress_bar
 from emloc_diffusion.demo.captions import VOCABULARY, caption, described
 from emloc_diffusion.demo.small_stable_diffusion import Shape, small_pipeline

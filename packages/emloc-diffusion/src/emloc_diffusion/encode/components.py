@@ -52,8 +52,17 @@ def check_libraries(folder: str | Path, index: Mapping[str, Any], parts: tuple[s
 
 
 @contextmanager
-def load_errors(folder: str | Path, what: str) -> Iterator[None]:
+def load_errors(
+    folder: str | Path,
+    what: str,
+    hint: str = "see that the folder is complete and has safetensors files",
+) -> Iterator[None]:
     """What the libraries raise while they load, as one sentence.
+
+    Args:
+        folder: what is loaded from.
+        what: a part of it.
+        hint: what to do.
 
     Raises:
         CheckpointError: instead of any of theirs.
@@ -68,12 +77,11 @@ def load_errors(folder: str | Path, what: str) -> Iterator[None]:
         AttributeError,
         SafetensorError,
     ) as problem:
-        if isinstance(problem, torch.OutOfMemoryError):
+        if isinstance(problem, (torch.OutOfMemoryError, CheckpointError)):
             raise
         reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{folder}: its {what} cannot be loaded ({reason}); see that the folder is complete and has "
-            f"safetensors files."
+            f"{folder}: its {what} cannot be loaded ({reason}); {hint}."
         ) from problem
 
 

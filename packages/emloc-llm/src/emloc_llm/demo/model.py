@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from emloc.demos.wheel import cache_folder, download_wheel
+from emloc.cache import cache_folder
+from emloc.demos.wheel import download_wheel
 from emloc.errors import DependencyError
 from emloc.progress import console
 

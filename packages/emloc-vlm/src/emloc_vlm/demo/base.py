@@ -20,8 +20,8 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
+from emloc.cache import cache_folder
 from emloc.demos.easy_vqa import WHEEL_SHA256, WORDS, Question, easy_vqa, questions
-from emloc.demos.wheel import cache_folder
 from emloc.progress import progress_bar
 from emloc_vlm.demo.small_internvl import (
     IMAGE_TOKENS_PER_TILE,

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from emloc.demos.wheel import cache_folder, download_wheel
+from emloc.cache import cache_folder
+from emloc.demos.wheel import download_wheel
 
 WHEEL = "easy-vqa==1.0"
 WHEEL_SHA256 = "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"

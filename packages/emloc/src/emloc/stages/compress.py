@@ -22,20 +22,23 @@ from emloc.rank import match_pattern
 from emloc.stage import stage
 from emloc.stream import UnitStream
 
+PATHS = {"output_dir", "model_name_or_path", "single_file_config", "dataset"}
+"""Options whose meaning is in a digest instead."""
+
 NO_TOKEN = "no calibration token reached it"
 
 
 @stage(CompressConfig)
 def compress(config: CompressConfig) -> Path:
     """Compress a model into an emulator; returns its folder."""
-    base, family = open_model(config.model_name_or_path)
+    base, family = open_model(config.model_name_or_path, config.single_file_config)
     if "quantization_config" in base.config:
         raise CheckpointError(
             f"{base.name} is quantised or an emulator already; compress the full-precision original."
         )
     batches = family.calibration_batches(base, config)
     settings = {
-        **own_options(config, family, {"output_dir", "model_name_or_path", "dataset"}),
+        **own_options(config, family, PATHS),
         "base_digest": base.digest(),
         "companions_digest": base.companions_digest(),
         "data_digest": batches_digest(batches),
@@ -136,9 +139,7 @@ def _manifest(
     return Manifest(
         kind="emulator",
         family=family.name,
-        base_model=ModelReference(
-            name_or_path=base.reference_name(), digest=settings["base_digest"]
-        ),
+        base_model=ModelReference.of(base, settings["base_digest"]),
         settings=settings,
         layers={name: entry for report in reports for name, entry in report["layers"].items()},
         kept_dense=kept_dense,

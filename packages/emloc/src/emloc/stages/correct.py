@@ -24,6 +24,16 @@ from emloc.progress import console
 from emloc.stage import stage
 from emloc.stream import UnitStream
 
+PATHS = {
+    "adapter",
+    "emulator",
+    "output_dir",
+    "model_name_or_path",
+    "single_file_config",
+    "dataset",
+}
+"""Options whose meaning is in a digest instead."""
+
 
 @stage(CorrectConfig)
 def correct(config: CorrectConfig) -> Path:
@@ -31,19 +41,20 @@ def correct(config: CorrectConfig) -> Path:
     emulator_manifest = _emulator_manifest(config.emulator)
     adapter = Adapter.open(config.adapter)
     _refuse_foreign_adapter(adapter, config.emulator, emulator_manifest)
-    named = config.model_name_or_path or emulator_manifest.base_model.name_or_path
-    base, family = open_model(named)
-    if base.digest() != emulator_manifest.base_model.digest:
+    origin = emulator_manifest.base_model
+    base, family = open_model(
+        config.model_name_or_path or origin.name_or_path,
+        config.single_file_config or origin.single_file_config,
+    )
+    if base.digest() != origin.digest:
         raise MismatchError(
             f"Emulator {config.emulator} was built from another model than {base.name} (it names "
-            f"{emulator_manifest.base_model.name_or_path}); pass that one."
+            f"{origin.name_or_path}); pass that one."
         )
     batches = _batches(config, family, base)
     settings = {
-        **own_options(
-            config, family, {"adapter", "emulator", "output_dir", "model_name_or_path", "dataset"}
-        ),
-        "base_digest": emulator_manifest.base_model.digest,
+        **own_options(config, family, PATHS),
+        "base_digest": origin.digest,
         "emulator_digest": emulator_manifest.summary["emulator_digest"],
         "adapter_digest": adapter.digest(),
         "data_digest": batches_digest(batches),
@@ -66,9 +77,7 @@ def correct(config: CorrectConfig) -> Path:
         Manifest(
             kind="corrected_adapter",
             family=family.name,
-            base_model=ModelReference(
-                name_or_path=base.reference_name(), digest=emulator_manifest.base_model.digest
-            ),
+            base_model=ModelReference.of(base, origin.digest),
             emulator=ModelReference(
                 name_or_path=str(Path(config.emulator).absolute()),
                 digest=emulator_manifest.summary["emulator_digest"],

@@ -13,7 +13,7 @@ from emloc.family import ModelFamily
 from emloc.manifest import Manifest
 from emloc.output import write_json, writing
 from emloc.plugin_options import own_options
-from emloc.plugins import open_model
+from emloc.plugins import of_folder, open_model
 from emloc.progress import console
 from emloc.stage import stage
 
@@ -25,7 +25,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate; returns the scores, and writes them to `output_dir/evaluation.json` if given."""
     if config.dataset is None and not config.tasks:
         raise ConfigError("evaluate: dataset is required (or tasks, with the lm-eval extra).")
-    model, family = open_model(config.model_name_or_path)
+    model, family = open_model(config.model_name_or_path, config.single_file_config)
     _refuse_emulator_adapter(config, Manifest.find(model.path))
     settings = _settings(config, model, family)
     target = config.output_dir / RESULT_NAME if config.output_dir else None
@@ -37,7 +37,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise OutputError(
             f"{target} exists and is of another evaluation; choose another output_dir or remove it."
         )
-    result = {**family.evaluate(config), "settings": settings}
+    result = {**family.evaluate(of_folder(config, model)), "settings": settings}
     if target is not None:
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,10 @@ def merge(config: MergeConfig) -> Path:
     """Merge an adapter into its base model; returns the merged model's folder."""
     adapter = Adapter.open(config.adapter)
     origin = Manifest.find(adapter.path)
-    base, family = open_model(_base_name(config, adapter, origin))
+    origin_config = origin.base_model.single_file_config if origin else None
+    base, family = open_model(
+        _base_name(config, adapter, origin), config.single_file_config or origin_config
+    )
     digest = base.digest()
     if origin is not None and origin.base_model.digest != digest:
         raise MismatchError(
@@ -68,7 +71,7 @@ def merge(config: MergeConfig) -> Path:
         Manifest(
             kind="merged_model",
             family=family.name,
-            base_model=ModelReference(name_or_path=base.reference_name(), digest=digest),
+            base_model=ModelReference.of(base, digest),
             settings=settings,
             summary={"merged_layers": len(by_tensor)},
             files=files,
@@ -105,7 +108,9 @@ def _base_name(config: MergeConfig, adapter: Adapter, origin: Manifest | None) -
             f"Adapter {adapter.path} was trained on an emulator and is not corrected; run emloc "
             f"correct on it first."
         )
-    name = config.model_name_or_path or adapter.config.get("base_model_name_or_path")
+    named_by_peft = adapter.config.get("base_model_name_or_path")
+    named_by_us = origin.base_model.name_or_path if origin else None
+    name = config.model_name_or_path or named_by_peft or named_by_us
     if not name:
         raise ConfigError("merge: the adapter names no base model; pass model_name_or_path.")
     return str(name)

@@ -15,11 +15,18 @@ from emloc.errors import ConfigError, NumericalError
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
 from emloc.output import file_sha256, others_writing, stage_folder
 from emloc.plugin_options import own_options
-from emloc.plugins import open_model
+from emloc.plugins import of_folder, open_model
 from emloc.progress import console
 from emloc.stage import stage
 
-PATHS = {"output_dir", "emulator", "model_name_or_path", "dataset", "eval_dataset"}
+PATHS = {
+    "output_dir",
+    "emulator",
+    "model_name_or_path",
+    "single_file_config",
+    "dataset",
+    "eval_dataset",
+}
 """Options whose meaning is in a digest instead."""
 
 WITHOUT_EFFECT = {
@@ -41,7 +48,9 @@ def train(config: TrainConfig) -> Path:
         raise ConfigError(
             "train: dataset is required (a JSONL, CSV or parquet file, a folder, or a hub id)."
         )
-    model, family = open_model(config.emulator or str(config.model_name_or_path))
+    model, family = open_model(
+        config.emulator or str(config.model_name_or_path), config.single_file_config
+    )
     emulator = Manifest.read(model.path) if config.emulator else None
     if emulator is not None and emulator.kind != "emulator":
         raise ConfigError(f"train: {config.emulator} is not an emulator but a {emulator.kind}.")
@@ -57,10 +66,10 @@ def train(config: TrainConfig) -> Path:
         console.print(f"train: {config.output_dir} is complete already")
         return config.output_dir
     started = time.monotonic()
-    reference = ModelReference(name_or_path=model.reference_name(), digest=digest)
+    reference = ModelReference.of(model, digest)
     with stage_folder(config.output_dir, settings) as work:
         with others_writing(work):
-            figures = family.train(config, work)
+            figures = family.train(of_folder(config, model), work)
         Adapter.open(str(work)).require_finite(_diverged)
         exported = family.export_adapter(model, work)
         Manifest(

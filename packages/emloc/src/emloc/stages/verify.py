@@ -118,10 +118,12 @@ def _prefix(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> str
 
 
 def _verify_base(config: VerifyConfig, manifest: Manifest) -> None:
-    name = config.model_name_or_path or manifest.base_model.name_or_path
-    if config.model_name_or_path is None and not Path(name).is_dir():
+    origin = manifest.base_model
+    name = config.model_name_or_path or origin.name_or_path
+    if config.model_name_or_path is None and not Path(name).exists():
         return  # the base is elsewhere, and nobody asked for it
-    if Checkpoint.open(name).digest() != manifest.base_model.digest:
+    base, _ = open_model(name, config.single_file_config or origin.single_file_config)
+    if base.digest() != origin.digest:
         raise MismatchError(f"{config.path} was made from other weights than those of {name}.")
 
 
@@ -137,8 +139,9 @@ def _verify_adapter(config: VerifyConfig, manifest: Manifest | None) -> dict[str
         _verify_base(config, manifest)
     name = config.model_name_or_path or adapter.config.get("base_model_name_or_path")
     against = None
-    if name and (config.model_name_or_path or Path(str(name)).is_dir()):
-        base, family = open_model(str(name))
+    if name and (config.model_name_or_path or Path(str(name)).exists()):
+        named = manifest.base_model.single_file_config if manifest else None
+        base, family = open_model(str(name), config.single_file_config or named)
         if "quantization_config" not in base.config:
             model = family.skeleton(base, torch.float32)
             base_weights(adapter, lambda key: family.stored(model, key, base), base)
