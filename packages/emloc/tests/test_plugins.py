@@ -65,7 +65,8 @@ def test_a_broken_plugin_is_reported_by_name(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [*real, Broken()])
     found = load_plugins()
     assert found.broken == {"broken": "ImportError: no module named nothing"}
-    assert set(found.families) == {entry.name for entry in real}
+    assert set(found.families) <= {entry.name for entry in real}  # some offer methods only
+    assert found.families
 
 
 def test_an_unknown_family_says_what_to_install():
