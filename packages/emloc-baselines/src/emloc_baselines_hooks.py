@@ -46,6 +46,12 @@ def emloc_register_methods() -> Sequence[MethodEntry]:
             "emloc_baselines.offsite:OffsiteTuning",
             families=("llm", "vlm"),
         ),
+        MethodEntry(
+            "upop",
+            "LoRA on a model without head dimensions and neurons that masks close, scattered back",
+            "emloc_baselines.upop:Upop",
+            families=("llm", "vlm"),
+        ),
     ]
 
 

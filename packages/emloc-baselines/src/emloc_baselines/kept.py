@@ -105,11 +105,16 @@ def as_text(indices: Tensor) -> str:
 
 def from_text(text: str) -> Tensor:
     """What `as_text` wrote."""
+    return torch.tensor(numbers(text), dtype=torch.int64)
+
+
+def numbers(text: str) -> list[int]:
+    """The same as a list."""
     found: list[int] = []
     for run in filter(None, text.split(",")):
         first, _, last = run.partition("-")
         found += range(int(first), int(last or first) + 1)
-    return torch.tensor(found, dtype=torch.int64)
+    return found
 
 
 def all_slices(kept: Iterable[Kept]) -> dict[str, Slice]:

@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from emloc.errors import ConfigError
-from emloc_baselines.kept import Kept, as_text, from_text
+from emloc_baselines.kept import Kept, as_text, numbers
 from emloc_baselines.structures import Attention, Mlp, attention_at, mlp_at
 
 METHOD = "emloc_pruned"
@@ -90,7 +90,7 @@ def shrink(model: nn.Module, config: PrunedConfig) -> None:
         attention = attention_at(model, name)
         if attention is None:
             raise ValueError(_foreign(model, name))
-        _shrink_attention(model, attention, int(left["groups"]), from_text(left["dims"]))
+        _shrink_attention(model, attention, int(left["groups"]), numbers(left["dims"]))
     for name, neurons in config.mlps.items():
         mlp = mlp_at(model, name)
         if mlp is None:
@@ -105,7 +105,7 @@ def _foreign(model: nn.Module, name: str) -> str:
     )
 
 
-def _shrink_attention(model: nn.Module, attention: Attention, groups: int, dims: Tensor) -> None:
+def _shrink_attention(model: nn.Module, attention: Attention, groups: int, dims: list[int]) -> None:
     heads, size = groups * attention.queries, len(dims)
     _resize(model, attention.query, rows=heads * size)
     for layer in (attention.key, attention.value):
@@ -178,12 +178,13 @@ class ShrunkRMSNorm(nn.Module):
         return self.weight * (high * scale).to(x.dtype)
 
 
-def _with_own_positions(dims: Tensor) -> Any:
+def _with_own_positions(dims: list[int]) -> Any:
     """Give an attention the angles of the dimensions that it has left."""
+    # A list: models are built under a device that holds no values.
 
     def choose(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
         def own(rotation: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return tuple(part[..., dims.to(part.device)] for part in rotation)
+            return tuple(part[..., dims] for part in rotation)
 
         if named.get("position_embeddings") is not None:
             named = {**named, "position_embeddings": own(named["position_embeddings"])}
