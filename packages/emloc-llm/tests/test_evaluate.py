@@ -28,6 +28,10 @@ from emloc_llm.example import write_model
         ("[1] see", "[1] see", "auto", True),
         ("yes", "Yes", "text", False),
         ("12", "it is 12", "number", True),
+        ("half of 6\n#### c", "a, then\n#### C)", "auto", True),
+        ("half of 6\n#### c", "#### c at first\n#### d", "auto", False),
+        ("#### c", "c", "auto", False),
+        ("#### A heading", "#### A title", "auto", False),
     ],
 )
 def test_matches(reference, prediction, answer, same):
@@ -104,3 +108,12 @@ def test_emulators_with_and_without_their_adapter(tiny):
             assert answer["prediction"] == said
     adapted = emloc.evaluate(adapter=str(tiny.adapter), max_new_tokens=0, **options)
     assert adapted["loss"] < plain["loss"]
+
+
+def test_answers_may_be_fewer_than_samples(tiny):
+    data = {"dataset": str(tiny.test), "max_length": 96, "max_new_tokens": 2}
+    every = emloc.evaluate(model_name_or_path=str(tiny.base), **data)
+    some = emloc.evaluate(model_name_or_path=str(tiny.base), num_answers=3, **data)
+    assert some["answers"] == every["answers"][:3]
+    assert len(every["answers"]) == some["samples"] == 8
+    assert some["loss"] == every["loss"]

@@ -20,6 +20,8 @@ from emloc_llm.data import Sample, encode_all, in_batches, pad, say_truncated
 from emloc_llm.rows import load_rows
 
 FINAL_NUMBER = re.compile(r"####\s*([-+]?[\d,]*\.?\d+)")
+MARKED_OPTION = re.compile(r"####\s*\(?([a-h])\b", re.IGNORECASE)
+FINAL_OPTION = re.compile(MARKED_OPTION.pattern + r"[).]*\s*$", re.IGNORECASE)
 ANY_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
 
 
@@ -74,7 +76,7 @@ def _loss(model: Any, samples: list[Sample], tokenizer: Any, config: EvaluateCon
 def _answers(
     model: Any, samples: list[Sample], tokenizer: Any, config: EvaluateConfig
 ) -> list[dict[str, Any]]:
-    asked = [sample for sample in samples if sample.reference is not None]
+    asked = [sample for sample in samples if sample.reference is not None][: config.num_answers]
     answers: list[dict[str, Any]] = []
     if config.max_new_tokens == 0:
         return answers
@@ -119,16 +121,19 @@ def _scored(sample: Sample, prediction: str, tokenizer: Any, answer: str) -> dic
 
 
 def matches(reference: str, prediction: str, answer: str = "auto") -> bool:
-    """Whether a prediction is the reference: as text, as JSON, or by its final number.
+    """Whether a prediction is the reference: as text, as JSON, by its final number or option.
 
-    `auto` compares numbers where the reference ends in GSM8K's `#### number`, JSON where it parses
-    as an object or list, and text otherwise. The final number of a prediction without `####` is its
-    last number.
+    `auto` compares numbers where the reference ends in GSM8K's `#### number`, letters where it ends in
+    `#### letter`, JSON where it parses as an object or list, and text otherwise. The final number of a
+    prediction without `####` is its last number; a letter has to be marked.
     """
     kind = _kind(reference) if answer == "auto" else answer
     if kind == "number":
         wanted, found = _final_number(reference), _final_number(prediction)
         return wanted is not None and wanted == found
+    if kind == "option":
+        letters, given = FINAL_OPTION.findall(reference), MARKED_OPTION.findall(prediction)
+        return bool(letters and given) and letters[-1].lower() == given[-1].lower()
     if kind == "json":
         try:
             return bool(json.loads(reference) == json.loads(prediction))
@@ -140,6 +145,8 @@ def matches(reference: str, prediction: str, answer: str = "auto") -> bool:
 def _kind(reference: str) -> str:
     if FINAL_NUMBER.search(reference):
         return "number"
+    if FINAL_OPTION.search(reference):
+        return "option"
     try:
         parsed = json.loads(reference)
     except ValueError:

@@ -93,6 +93,7 @@ def _answers(
     answers: list[dict[str, Any]] = []
     if config.max_new_tokens == 0:
         return answers
+    examples = examples[: config.num_answers]
     size = config.per_device_eval_batch_size
     tokenizer = processor.tokenizer
     ends = end_tokens(examples[0], processor, config) | _own_ends(model)
