@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from emloc.adapter import Adapter
 from emloc.checkpoint import Checkpoint
 from emloc.config import CalibrationOptions, DemoConfig, EvaluateConfig, TrainConfig
-from emloc.errors import ConfigError
 from emloc.family import Batch, EmulatorLayers, LossSum, StoredParameter
 from emloc.integrations.diffusers.quantizer import emulator_config
 from emloc.integrations.diffusers.skeleton import Trace, empty_model, is_layer, trace, units
@@ -150,8 +149,10 @@ class DiffusionFamily:
         return evaluate_model(config, self)
 
     def demo(self, config: DemoConfig) -> Path:
-        """See `ModelFamily`; refused, there is none yet."""
-        raise ConfigError("The family diffusion has no demo yet; use --family llm or vlm.")
+        """See `ModelFamily`; `emloc_diffusion.demo`."""
+        from emloc_diffusion.demo.demo import run_demo
+
+        return run_demo(config)
 
     def write_example(self, folder: Path, seed: int) -> Mapping[str, Any]:
         """See `ModelFamily`; `emloc_diffusion.example`."""

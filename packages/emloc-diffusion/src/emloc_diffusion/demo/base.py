@@ -10,22 +10,20 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image
 from torch import Tensor
 
 from emloc.cache import cache_folder
 from emloc.demos.easy_vqa import WHEEL_SHA256, easy_vqa, questions
 from emloc.progress import progress_bar
 from emloc_diffusion.demo.captions import VOCABULARY, caption, described
+from emloc_diffusion.demo.pictures import close_ups
 from emloc_diffusion.demo.small_stable_diffusion import Shape, small_pipeline
 
 Loss = Callable[[], Tensor]
@@ -46,7 +44,8 @@ class Recipe:
 
     Attributes:
         shape: widths and depths.
-        vae_steps: of the autoencoder on parts of pictures; a quarter as many follow on whole ones.
+        cuts: of every picture.
+        vae_steps: of the autoencoder.
         vae_batch: pictures in each of them.
         vae_rate: learning rate of the autoencoder, at its highest.
         steps: of text encoder and UNet.
@@ -56,11 +55,12 @@ class Recipe:
     """
 
     shape: Shape = field(default_factory=Shape)
-    vae_steps: int = 1500
-    vae_batch: int = 8
+    cuts: int = 2
+    vae_steps: int = 700
+    vae_batch: int = 16
     vae_rate: float = 2e-3
-    steps: int = 1400
-    batch: int = 32
+    steps: int = 1200
+    batch: int = 64
     learning_rate: float = 1e-3
     seed: int = 0
 
@@ -72,7 +72,7 @@ def trained_base(recipe: Recipe | None = None) -> Path:
         CheckpointError: easy-VQA cannot be had.
     """
     recipe = recipe or Recipe()
-    identity = json.dumps({**asdict(recipe), "data": WHEEL_SHA256, "format": 1}, sort_keys=True)
+    identity = json.dumps({**asdict(recipe), "data": WHEEL_SHA256, "format": 2}, sort_keys=True)
     name = f"easy-vqa-diffusion-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     target = cache_folder() / name
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def trained_base(recipe: Recipe | None = None) -> Path:
 
 def _train(recipe: Recipe, folder: Path) -> None:
     shown = described(questions(easy_vqa(), "train"))
-    pictures = _pictures(shown)
+    pictures, origins = close_ups(shown, recipe.cuts, recipe.seed)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         pipeline = small_pipeline(recipe.shape, VOCABULARY)
@@ -94,25 +94,21 @@ def _train(recipe: Recipe, folder: Path) -> None:
         latents = _centred_latents(pipeline.vae, pictures)
         pipeline.vae.register_to_config(scaling_factor=1 / float(latents.std()))
         _teach_to_draw(
-            pipeline, latents * pipeline.vae.config.scaling_factor, list(shown.values()), recipe
+            pipeline,
+            latents * pipeline.vae.config.scaling_factor,
+            [shown[path] for path in origins],
+            recipe,
         )
     pipeline.save_pretrained(folder)
 
 
-def _pictures(paths: Iterable[Path]) -> Tensor:
-    """`pictures × 3 × height × width`, float32 from -1 to 1."""
-    loaded = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
-    return torch.from_numpy(loaded).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 def _teach_to_carry(vae: Any, pictures: Tensor, recipe: Recipe) -> None:
-    """The autoencoder: pictures through latents and back; first parts of pictures, which cost less."""
+    """The autoencoder: pictures through latents and back."""
 
-    def loss(pixels: int) -> Tensor:
+    def loss() -> Tensor:
         batch = pictures[torch.randint(len(pictures), (recipe.vae_batch,))]
-        top, left = torch.randint(pictures.shape[-1] - pixels + 1, (2,)).tolist()
         # With red, green and blue exchanged, so that no mixture of them is taken for granted.
-        batch = batch[:, torch.randperm(3), top : top + pixels, left : left + pixels]
+        batch = batch[:, torch.randperm(3)]
         carried = vae.encode(batch).latent_dist
         wrong = vae.decode(carried.sample()).sample - batch
         # Absolute for sharp edges; squared, since a small shape's colour is few pixels, far off.
@@ -122,12 +118,7 @@ def _teach_to_carry(vae: Any, pictures: Tensor, recipe: Recipe) -> None:
         off = off + (carried.mean[:, :3] - small).square().mean()
         return off + KL_WEIGHT * carried.kl().mean() / carried.mean[0].numel()
 
-    whole = pictures.shape[-1]
-    for name, pixels, steps, rate in (
-        ("parts", whole // 2, recipe.vae_steps, recipe.vae_rate),
-        ("pictures", whole, max(1, recipe.vae_steps // 4), recipe.vae_rate / 3),
-    ):
-        _fit(f"carry {name}", partial(loss, pixels), [vae], steps, rate)
+    _fit("autoencoder", loss, [vae], recipe.vae_steps, recipe.vae_rate)
 
 
 @torch.no_grad()
@@ -195,8 +186,7 @@ def _fit(name: str, loss: Loss, models: list[Any], steps: int, rate: float) -> N
             optimizer.zero_grad()
             # Shorter at first, or the random weights would count for long.
             share = 1 - min(AVERAGING, (step + 1) / (step + 10))
-            for average, parameter in zip(averages, parameters):
-                average.lerp_(parameter.detach(), share)
+            torch._foreach_lerp_(averages, [p.detach() for p in parameters], share)  # pyright: ignore
             advance(note=f"loss {float(found.detach()):.3f}")
     with torch.no_grad():
         for average, parameter in zip(averages, parameters):

@@ -10,7 +10,8 @@ from emloc.config import DemoConfig
 from emloc.demos.four_ways import FourWays
 from emloc.demos.report import plot, print_table, write_summary
 from emloc_diffusion.demo.base import trained_base
-from emloc_diffusion.demo.subject import MEASURE, PIXELS, draw_subject, fidelity
+from emloc_diffusion.demo.small_stable_diffusion import PIXELS
+from emloc_diffusion.demo.subject import MEASURE, draw_subject, fidelity
 from emloc_diffusion.drawing import contact_sheet, draw, load_pipeline, with_lora
 
 KEEP_RATIO = 0.5
@@ -18,6 +19,9 @@ MAX_STEPS = 400
 BATCH = 5
 DRAWN = 16
 INFERENCE_STEPS = 25
+GUIDANCE = 2.0
+"""The usual 7.5 is for models that have seen more; on this one it bends shapes."""
+
 PROMPT = "a sks star"
 
 LORA = {
@@ -59,7 +63,9 @@ def run_demo(config: DemoConfig) -> Path:
     drawn: dict[str, list[Image.Image]] = {}
     for name, adapter in ways.adapters.items():
         with with_lora(pipeline, adapter) as tuned:
-            drawn[name] = draw(tuned, [PROMPT], count, PIXELS, INFERENCE_STEPS, seed=config.seed)
+            drawn[name] = draw(
+                tuned, [PROMPT], count, PIXELS, INFERENCE_STEPS, GUIDANCE, config.seed
+            )
         scores[name]["fidelity"] = fidelity(drawn[name], subject)
     rows = ways.rows(scores, "fidelity")
     more: dict[str, Any] = {"correction": ways.correction(), "measure": MEASURE}

@@ -1,6 +1,6 @@
 """The shape of the demo's base model: a small Stable Diffusion, every part of it diffusers' own.
 
-Pictures of 64 × 64 pixels have latents of 8 × 8. The UNet has what the large ones have: residual
+Pictures of 32 × 32 pixels have latents of 8 × 8. The UNet has what the large ones have: residual
 blocks of 3 × 3 convolutions, skips, self- and cross-attention. Weights are random; `base.py` trains them.
 """
 
@@ -19,9 +19,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from emloc_diffusion.example_pipelines import clip_tokenizer
 
-PIXELS = 64
-# 4 in the first large ones, 16 in later ones; more of them are learnt in fewer steps.
-LATENT_CHANNELS = 8
+PIXELS = 32
+LATENT_CHANNELS = 4
 # 77 in the large ones, most of it padding that every cross-attention reads.
 TOKENS = 24
 
@@ -38,7 +37,7 @@ class Shape:
         text_layers: depth of the text encoder.
     """
 
-    vae_widths: tuple[int, ...] = (16, 16, 32, 64)
+    vae_widths: tuple[int, ...] = (16, 32, 64)
     widths: tuple[int, ...] = (48, 96)
     layers: int = 1
     text_width: int = 64

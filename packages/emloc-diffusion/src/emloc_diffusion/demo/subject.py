@@ -1,6 +1,6 @@
 """The demo's new subject: a purple star with a yellow core, which the base model has never drawn.
 
-And how like it a picture is. Published encoders (DINO, CLIP) see little in 64 pixels, so the measure is
+And how like it a picture is. Published encoders (DINO, CLIP) see little in 32 pixels, so the measure is
 plain: what stands out from the background is cut out, scaled to one size, and correlated with each picture
 of the subject, treated the same. Place and size do not count; shape and colours do.
 """
@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-PIXELS = 64
+from emloc_diffusion.demo.small_stable_diffusion import PIXELS
+
 SIDE = 16
 STANDS_OUT = 0.25
 """Distance from the border's colour, of at most √3, from which a pixel belongs to the subject."""
@@ -32,8 +33,8 @@ def draw_subject(folder: Path, count: int, seed: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(seed)
     for index in range(count):
-        radius = draw.uniform(12, 20)
-        x, y = (draw.uniform(radius + 2, PIXELS - radius - 2) for _ in "xy")
+        radius = PIXELS * draw.uniform(0.27, 0.38)
+        x, y = (draw.uniform(radius + 1, PIXELS - radius - 1) for _ in "xy")
         ground = tuple(draw.randint(232, 252) for _ in "rgb")
         picture = Image.new("RGB", (4 * PIXELS, 4 * PIXELS), ground)
         points = [
