@@ -18,6 +18,14 @@ READ_NOT_CALLED = {
 """Layers of state-space models whose weight a kernel reads; PEFT refuses to adapt them."""
 
 
+IN_FEW_BITS = ("Linear4bit", "Linear8bitLt")
+"""bitsandbytes' linear layers, which need not be installed."""
+
+
+def _in_few_bits(module: Any) -> bool:
+    return type(module).__name__ in IN_FEW_BITS
+
+
 def linear_targets(model: Any, excluded: Container[str] = ()) -> list[str]:
     """Names of all linear layers that PEFT adapts as such, the output head left out.
 
@@ -33,7 +41,7 @@ def linear_targets(model: Any, excluded: Container[str] = ()) -> list[str]:
     names = [
         name
         for name, module in model.named_modules()
-        if (is_linear(module) or isinstance(module, LowRankLinear))
+        if (is_linear(module) or isinstance(module, LowRankLinear) or _in_few_bits(module))
         and module is not head
         and name.rpartition(".")[2] not in refused
         and name not in excluded
