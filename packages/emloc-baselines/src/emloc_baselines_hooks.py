@@ -52,6 +52,25 @@ def emloc_register_methods() -> Sequence[MethodEntry]:
             "emloc_baselines.upop:Upop",
             families=("llm", "vlm"),
         ),
+        MethodEntry(
+            "smaller-model",
+            "LoRA on a smaller model of the same kind, used on that",
+            "emloc_baselines.smaller:SmallerModel",
+            uses_budget=False,
+        ),
+        MethodEntry(
+            "svd",
+            "EMLoC with an emulator by plain singular values, without calibration",
+            "emloc_baselines.plain_svd:PlainSvd",
+            families=("llm", "vlm"),
+        ),
+        MethodEntry(
+            "svd-uncorrected",
+            "the same without correction",
+            "emloc_baselines.plain_svd:PlainSvdUncorrected",
+            families=("llm", "vlm"),
+            trains_as="svd",
+        ),
     ]
 
 

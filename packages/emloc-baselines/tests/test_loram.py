@@ -324,10 +324,10 @@ def test_alignment_lowers_the_loss_of_the_pruned_model_and_is_said(base, tiny, t
     )
     assert aligned < before - 0.1
     measured = Manifest.read(light).measured
-    assert measured["alignment_steps"] == 12  # twice the 24 samples in micro-batches of 4
-    assert 0 < measured["alignment_seconds"] < measured["seconds"]
-    assert measured["alignment_tokens"] > 2 * 24 * 10
-    assert measured["alignment_loss"][1] < measured["alignment_loss"][0]
+    assert measured["continued_steps"] == 12  # twice the 24 samples in micro-batches of 4
+    assert 0 < measured["continued_seconds"] < measured["seconds"]
+    assert measured["continued_tokens"] > 2 * 24 * 10
+    assert measured["continued_loss"][1] < measured["continued_loss"][0]
     assert sorted(p.name for p in light.iterdir()) == sorted(p.name for p in plain.iterdir())
     head, other = load(light), load(plain)
     assert torch.equal(head.lm_head.weight, other.lm_head.weight)

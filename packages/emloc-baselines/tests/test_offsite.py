@@ -185,7 +185,7 @@ def test_distillation_brings_the_thinned_middle_to_the_full_one(base, tiny, tmp_
                             "lm_weight": 0.0}}  # fmt: skip
     distilled = OffsiteTuning().build(task_of(base, tiny.data, options=own), tmp_path / "distilled")
     plain = OffsiteTuning().build(task_of(base, tiny.data), tmp_path / "plain")
-    first, last = Manifest.read(distilled).measured["alignment_loss"]
+    first, last = Manifest.read(distilled).measured["continued_loss"]
     assert last < 0.9 * first
     one, other, whole = load(distilled), load(plain), load(base)
     numbers = kept(plain)

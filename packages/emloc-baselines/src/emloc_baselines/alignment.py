@@ -34,6 +34,7 @@ def alignment(
             trained,
             lambda batch: summed_loss(source.family, model, batch),
             options,
+            "alignment",
         )
 
     return continued(train, options)

@@ -81,11 +81,13 @@ def train_further(
     trained: Mapping[str, nn.Parameter],
     loss_of: Loss,
     options: ContinuedOptions,
+    what: str,
 ) -> dict[str, Any]:
     """Train some parameters of a loaded light model and write them into its folder.
 
     Args:
         trained: by their names.
+        what: what it is called, `alignment` or `distillation`.
 
     Returns:
         Figures for the manifest's `measured`.
@@ -122,10 +124,11 @@ def train_further(
             tokens += next(iter(batch.values())).numel() if mask is None else int(mask.sum())
             advance(note=f"loss {losses[-1]:.4f}")
     figures: dict[str, Any] = {
-        "alignment_steps": options.steps,
-        "alignment_tokens": tokens,
-        "alignment_loss": [losses[0], losses[-1]],
-        "alignment_seconds": round(time.monotonic() - started, 3),
+        "continued_as": what,
+        "continued_steps": options.steps,
+        "continued_tokens": tokens,
+        "continued_loss": [losses[0], losses[-1]],
+        "continued_seconds": round(time.monotonic() - started, 3),
     }
     _write_beside(source, work, trained, figures)
     return figures

@@ -69,7 +69,7 @@ def distillation(
                 options.lm_weight * language + options.kd_weight * distance.square().mean(), 1
             )  # fmt: skip
 
-        return train_further(source, work, student, trained, loss_of, options)
+        return train_further(source, work, student, trained, loss_of, options, "distillation")
 
     return continued(train, options)
 

@@ -88,6 +88,7 @@ def build_light(
     options: StageConfig,
     make: Callable[[Source], LightModel],
     calibrated: bool,
+    own_format: bool = True,
 ) -> Path:
     """Write a light model; returns its folder.
 
@@ -96,6 +97,7 @@ def build_light(
         options: the method's own.
         make: decides what becomes of the base.
         calibrated: whether it looks at calibration data.
+        own_format: whether the light model is of the method's own kind, or an emulator of EMLoC's.
 
     Raises:
         ConfigError, CheckpointError, DataError: see their messages.
@@ -135,7 +137,7 @@ def build_light(
         Manifest(
             kind="emulator",
             family=family.name,
-            method=method,
+            method=method if own_format else None,
             base_model=ModelReference(
                 name_or_path=base.reference_name(), digest=settings["base_digest"]
             ),

@@ -16,7 +16,7 @@ from emloc.methods import Task
 from emloc.output import write_json
 from emloc.plugins import method_named
 from emloc.stages.evaluate import evaluate
-from emloc_baselines.bench.cells import Cell
+from emloc_baselines.bench.cells import SHOWN_DIGITS, Cell
 
 PACKAGES = (
     "emloc",
@@ -47,7 +47,10 @@ def run_cell(cell: Cell, root: Path) -> dict[str, Any]:
         record.update(figures)
         model = Manifest.read(adapter).base_model.name_or_path
     scores = evaluate(
-        **cell.evaluate, model_name_or_path=model, adapter=None if adapter is None else str(adapter)
+        **cell.evaluate,
+        model_name_or_path=model,
+        adapter=None if adapter is None else str(adapter),
+        output_dir=root / "evaluations" / cell.digest[:SHOWN_DIGITS],
     )
     record["loss"] = scores["loss"]
     record["score"] = scores.get(cell.measure)
@@ -105,9 +108,9 @@ def _figures(manifests: dict[str, Manifest]) -> dict[str, Any]:
     """Bytes held, memory and time of every step, from their manifests."""
     train, build = manifests["train"], manifests.get("build")
     seconds = {step: manifest.measured["seconds"] for step, manifest in manifests.items()}
-    extra = build.measured.get("alignment_seconds") if build else None
+    extra = build.measured.get("continued_seconds") if build else None
     if extra is not None:
-        seconds["align"] = extra
+        seconds["continue"] = extra
         seconds["build"] = round(seconds["build"] - extra, 3)
     overhead = sum(value for step, value in seconds.items() if step != "train")
     held = train.summary["train_weight_bytes"] - train.summary["trainable_bytes"]
@@ -121,7 +124,18 @@ def _figures(manifests: dict[str, Manifest]) -> dict[str, Any]:
         "seconds_per_step": train.measured["seconds_per_step"],
         "steps": train.summary["steps"],
         "light": build.summary if build else {},
+        "continued": _continued(build),
         "recovery": recover.summary if recover else {},
+    }
+
+
+def _continued(build: Manifest | None) -> dict[str, Any]:
+    """What training the light model's own weights further was, where it was done."""
+    measured = build.measured if build else {}
+    return {
+        name.removeprefix("continued_"): value
+        for name, value in measured.items()
+        if name.startswith("continued_")
     }
 
 

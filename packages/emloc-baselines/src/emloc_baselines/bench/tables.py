@@ -111,10 +111,19 @@ def _by_budget(
                 for name in datasets
             ]
             reported = [str((published or {}).get(label, {}).get(name, "–")) for name in beside]
-            rows.append([label, _held(own), *cells, *reported])
+            rows.append([_name(label, own), _held(own), *cells, *reported])
         suffix = "" if budget is None else f", keep_ratio {budget:g}"
         parts.append(f"### {title}{suffix}\n\n{_table(head, rows)}")
     return parts
+
+
+def _name(label: str, records: Sequence[Record]) -> str:
+    """The row's label, and whether its light model was trained further before."""
+    for record in records:
+        done = record.get("continued")
+        if done:
+            return f"{label} ({done['steps']} steps of {done['as']})"
+    return label
 
 
 def _held(records: Sequence[Record]) -> str:
@@ -124,29 +133,33 @@ def _held(records: Sequence[Record]) -> str:
 
 def _costs(records: Sequence[Record]) -> str:
     """What every row took: bytes, seconds, and the learning rate that was chosen."""
-    head = ["", "keep_ratio", "held in training", "LoRA", "peak memory", "building", "alignment",
+    head = ["", "keep_ratio", "held in training", "LoRA", "peak memory", "building", "trained further",
             "training", "recovery", "overall", "s / step", "learning rate"]  # fmt: skip
     rows: Rows = []
     for budget in budgets(records):
         for label in labels(records):
             own = [r for r in matching(records, label=label, keep_ratio=budget) if r["method"]]
             free = own and own[0]["keep_ratio"] is None
-            if not own or (free and any(row[0] == label for row in rows)):
+            if not own or (free and any(row[0] == _name(label, own) for row in rows)):
                 continue
             rows.append(
                 [
-                    label,
+                    _name(label, own),
                     "–" if free or budget is None else f"{budget:g}",
                     _held(own),
                     format_bytes(max(r["trainable_bytes"] for r in own)),
                     format_bytes(max(max(_making(r).values()) for r in own)),
-                    *(_seconds(own, step) for step in ("build", "align", "train", "recover")),
+                    *(_seconds(own, step) for step in ("build", "continue", "train", "recover")),
                     summarise([sum(r["seconds"].values()) for r in own], "{:.1f} s").split(" (")[0],
-                    summarise([r["seconds_per_step"] for r in own], "{:.2f}").split(" (")[0],
+                    summarise(_known(own, "seconds_per_step"), "{:.2f}").split(" (")[0],
                     ", ".join(dict.fromkeys(f"{r['learning_rate']:g}" for r in own)),
                 ]
             )
     return f"### cost\n\n{_table(head, rows)}"
+
+
+def _known(records: Sequence[Record], key: str) -> list[float]:
+    return [record[key] for record in records if record[key] is not None]
 
 
 def _making(record: Record) -> dict[str, int]:

@@ -1,0 +1,79 @@
+"""The reproduction's configurations are valid, and its converters do what they say."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from emloc_baselines.bench.config import read_config
+from emloc_llm.evaluation import matches
+
+FOLDER = Path(__file__).parents[3] / "tools/reproduce"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_is_valid(path):
+    config = read_config(path)
+    for dataset in config.datasets:
+        for label in config.methods:
+            rates = config.learning_rates(dataset, label)
+            assert rates == config.learning_rates(dataset, "lora"), "one grid for all"
+            assert (
+                config.stage_options("train", dataset, label)["max_steps"]
+                == (config.train["max_steps"])
+            )
+
+
+def test_mathqa_rows_are_prompts_with_options_and_end_in_the_letter(tmp_path):
+    prepare = load("prepare")
+    entry = {
+        "Problem": "what is 2 , 000 + 1 ?",
+        "options": "a ) 2 , 001 , b ) 2 , 000 , c ) 20 , d ) 1 / 2 , e ) none of these",
+        "Rationale": '"add them . answer a"',
+        "correct": "a",
+    }
+    for name in ("dev.json", "test.json"):
+        (tmp_path / name).write_text(json.dumps([entry, entry]))
+    out = prepare.mathqa(tmp_path, tmp_path / "out")
+    rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    assert rows[0]["prompt"].splitlines() == [
+        "what is 2 , 000 + 1 ?", "a) 2 , 001", "b) 2 , 000", "c) 20", "d) 1 / 2", "e) none of these",
+        "Reason, then give the letter after ####.",
+    ]  # fmt: skip
+    assert rows[0]["completion"] == "add them . answer a\n#### a"
+    assert matches(rows[0]["completion"], "so 2001\n#### A")
+    assert not matches(rows[0]["completion"], "so 2001\n#### b")
+
+
+def test_text_becomes_rows_of_paragraphs(tmp_path):
+    prepare = load("prepare")
+    (tmp_path / "x.raw").write_text(" = Title = \n\n" + "word " * 60 + "\n" + "short\n")
+    out = prepare.text(tmp_path / "x.raw", tmp_path / "rows.jsonl")
+    [row] = [json.loads(line) for line in out.read_text().splitlines()]
+    assert row == {"text": ("word " * 60).strip()}
+
+
+def test_overhead_is_projected_from_measured_tokens():
+    rows = load("overhead").overhead(
+        [
+            {"method": None},
+            {"method": "emloc", "label": "emloc", "keep_ratio": 0.5, "overhead_seconds": 36.0,
+             "continued": {}},
+            {"method": "loram-stru", "label": "loram", "keep_ratio": 0.5, "overhead_seconds": 50.0,
+             "continued": {"tokens": 1000, "seconds": 10.0, "steps": 4, "as": "alignment"}},
+        ],
+        tokens=3_600_000,
+    )  # fmt: skip
+    assert [row["row"] for row in rows] == ["emloc", "loram"]
+    assert rows[0]["hours"] == pytest.approx(0.01)
+    assert rows[1]["tokens_per_second"] == 100
+    assert rows[1]["hours"] == pytest.approx(10 + 40 / 3600)

@@ -1,0 +1,115 @@
+"""Models and data of the reproduction, made once.
+
+    python tools/reproduce/prepare.py smollm2
+    python tools/reproduce/prepare.py mathqa --source FOLDER --out data/mathqa
+    python tools/reproduce/prepare.py text --source wiki.valid.raw --out data/text.jsonl
+    python tools/reproduce/prepare.py easy-vqa --out data/easy_vqa
+    python tools/reproduce/prepare.py internvl
+    python tools/reproduce/prepare.py small-internvl
+
+Each prints the path of what it made. MathQA's FOLDER holds `dev.json` and `test.json`, lists of `Problem`,
+`options`, `Rationale` and `correct`; dev becomes the training file, as the test set is not to be looked at.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from emloc.output import write_text
+
+SPLITS = {"train": "dev.json", "test": "test.json"}
+
+
+def main() -> None:
+    """Run one of the commands."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=sorted(COMMANDS))
+    parser.add_argument("--source", type=Path, help="what is read")
+    parser.add_argument("--out", type=Path, help="where it goes")
+    options = parser.parse_args()
+    print(COMMANDS[options.what](options.source, options.out))
+
+
+def smollm2(source: Path | None, out: Path | None) -> Path:
+    """SmolLM2-135M-Instruct, as the LLM demo has it."""
+    from emloc_llm.demo.model import smollm2
+
+    return smollm2()
+
+
+def internvl(source: Path | None, out: Path | None) -> Path:
+    """The VLM demo's InternVL with more blocks in its language model, so that blocks can be left out."""
+    from emloc_vlm.demo.base import Recipe, trained_base
+    from emloc_vlm.demo.small_internvl import Shape
+
+    return trained_base(Recipe(shape=Shape(layers=8)))
+
+
+def small_internvl(source: Path | None, out: Path | None) -> Path:
+    """A smaller one, with about the parameters that EMLoC holds of the other at keep_ratio 0.5."""
+    from emloc_vlm.demo.base import Recipe, trained_base
+    from emloc_vlm.demo.small_internvl import Shape
+
+    return trained_base(Recipe(shape=Shape(vision_width=80, width=96, layers=6)))
+
+
+def mathqa(source: Path | None, out: Path | None) -> Path:
+    """MathQA's lists as JSONL of `prompt` and `completion`, the answer's letter at the end."""
+    assert source is not None
+    assert out is not None
+    out.mkdir(parents=True, exist_ok=True)
+    for split, name in SPLITS.items():
+        entries = json.loads((source / name).read_text("utf-8"))
+        rows = [json.dumps(mathqa_row(entry), ensure_ascii=False) for entry in entries]
+        write_text(out / f"{split}.jsonl", "\n".join(rows) + "\n")
+    return out
+
+
+def mathqa_row(entry: dict[str, str]) -> dict[str, str]:
+    """One problem: the question with its options, and the rationale closed by `#### letter`."""
+    options = re.split(r"\s*,\s*(?=[b-e] \) )", entry["options"].strip())
+    shown = "\n".join(re.sub(r"^([a-e]) \) ", r"\1) ", option) for option in options)
+    prompt = f"{entry['Problem'].strip()}\n{shown}\nReason, then give the letter after ####."
+    rationale = entry["Rationale"].strip().strip('"').strip()
+    return {"prompt": prompt, "completion": f"{rationale}\n#### {entry['correct'].strip()}"}
+
+
+def text(source: Path | None, out: Path | None) -> Path:
+    """Plain text as JSONL of `text`, a paragraph of at least 200 characters per row."""
+    assert source is not None
+    assert out is not None
+    paragraphs = (line.strip() for line in source.read_text("utf-8").splitlines())
+    rows = [
+        json.dumps({"text": line}, ensure_ascii=False) for line in paragraphs if len(line) >= 200
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, "\n".join(rows) + "\n")
+    return out
+
+
+def easy_vqa(source: Path | None, out: Path | None) -> Path:
+    """Questions about colour, which the VLM demo's base has never been asked; train and test pictures."""
+    from emloc.demos.easy_vqa import easy_vqa, questions, write_table
+
+    assert out is not None
+    out.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        chosen = [q for q in questions(easy_vqa(), split) if q.names_a_color]
+        write_table(out / f"{split}.jsonl", chosen)
+    return out
+
+
+COMMANDS = {
+    "smollm2": smollm2,
+    "internvl": internvl,
+    "small-internvl": small_internvl,
+    "mathqa": mathqa,
+    "text": text,
+    "easy-vqa": easy_vqa,
+}
+
+if __name__ == "__main__":
+    main()
