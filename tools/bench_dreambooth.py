@@ -4,7 +4,7 @@
         [--dino NAME --clip NAME] [--base PIPELINE] [--folder DIR]
 
 FOLDER is the DreamBooth data set (github.com/google/dreambooth, `dataset`): one folder of pictures per
-subject, and `prompts_and_classes.txt`. The base is the one of `emloc demo --family diffusion`, 64 x 64
+subject, and `prompts_and_classes.txt`. The base is the one of `emloc demo --family diffusion`, 32 x 32
 pixels, which has seen plain shapes and no photograph: so the scores say how the four compare and nothing
 about subjects. `loss` is the denoising loss on the subject's pictures under noise that training did not
 see. With `--dino` and `--clip`, names or folders of encoders, the DreamBooth prompts are drawn and scored;
@@ -32,6 +32,7 @@ from rich.table import Table
 from emloc.demos.four_ways import FourWays
 from emloc_diffusion.data.images import SUFFIXES, read_upright
 from emloc_diffusion.demo.base import trained_base
+from emloc_diffusion.demo.demo import GUIDANCE
 from emloc_diffusion.demo.small_stable_diffusion import PIXELS
 from emloc_diffusion.drawing import draw, load_pipeline, with_lora
 
@@ -80,7 +81,7 @@ def measure(
         "subject_token": TOKEN, "class_name": noun,
         "subject_kind": "live" if noun in LIVE else "object",
         "num_images_per_prompt": options.num_images_per_prompt, "drawing_seed": seed,
-        "num_inference_steps": options.num_inference_steps,
+        "num_inference_steps": options.num_inference_steps, "guidance_scale": GUIDANCE,
     }  # fmt: skip
     ways = FourWays(
         base=options.base,
@@ -111,7 +112,7 @@ def measure(
     for row, adapter in ways.adapters.items():
         with with_lora(pipeline, adapter) as tuned:
             drawn = draw(
-                tuned, [prompt], DRAWN, PIXELS, options.num_inference_steps, seed=DRAWN * seed
+                tuned, [prompt], DRAWN, PIXELS, options.num_inference_steps, GUIDANCE, DRAWN * seed
             )
         found[row]["colours"] = colour_fidelity(drawn, real)
     return found
