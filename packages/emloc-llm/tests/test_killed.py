@@ -39,20 +39,25 @@ def run(kill_at, stage, options):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", ["compress", "train", "correct", "merge"])
-def test_killed_and_run_again(stage, tiny, tmp_path):
+@pytest.mark.parametrize("case", ["compress", "allocate", "train", "correct", "merge"])
+def test_killed_and_run_again(case, tiny, tmp_path):
     common = {"dataset": tiny.data, "max_length": 96}
+    ratio = {"model_name_or_path": tiny.base, "keep_ratio": 0.5, **common}
     options, expected = {
-        "compress": ({"model_name_or_path": tiny.base, "keep_ratio": 0.5, **common}, tiny.emulator),
+        "compress": (ratio, tiny.emulator),
+        "allocate": ({**ratio, "keep_ratio_allocation": "error"}, None),
         "train": (tiny.train_options, tiny.adapter),
         "correct": ({**tiny.correct_options, "limit": "none"}, tiny.corrected),
         "merge": ({"adapter": tiny.corrected}, None),
-    }[stage]
+    }[case]
+    stage = {"allocate": "compress"}.get(case, case)
     output = tmp_path / "out"
-    draw = random.Random(f"{stage} 0")
-    # compress writes the settings, then a shard and a report per block, and the rest.
-    writes = {"compress": 12, "train": 2, "correct": 4, "merge": 5}[stage]
-    killed = run(draw.randint(2, writes), stage, {**options, "output_dir": output})
+    draw = random.Random(f"{case} 0")
+    # compress writes the settings, then a shard and a report per block, and the rest; where ranks are
+    # allocated it writes all shards and reports once more, of which the 9th write is a report.
+    first, last = {"compress": (2, 12), "allocate": (9, 9), "train": (2, 2), "correct": (2, 4),
+                   "merge": (2, 5)}[case]  # fmt: skip
+    killed = run(draw.randint(first, last), stage, {**options, "output_dir": output})
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not output.exists()
     left = list((tmp_path / "out.partial").iterdir())

@@ -56,7 +56,7 @@ def test_matches_the_whitened_optimum(d_out, d_in, tokens, side):
 def test_eigenvalue_tail_is_the_measured_error(d_out, d_in, tokens, seed):
     weight, x = problem(d_out, d_in, tokens, seed)
     rank = 1 + seed % min(d_out, d_in)
-    left, right, relative_error, excess = factorise(weight, folded(weight, x), rank)
+    left, right, relative_error, excess, *_ = factorise(weight, folded(weight, x), rank)
     measured = ((weight - left @ right) @ x.T).norm() ** 2
     total = (weight @ x.T).norm() ** 2
     assert abs(relative_error**2 - float(measured / total)) <= 1e-9
@@ -66,7 +66,7 @@ def test_eigenvalue_tail_is_the_measured_error(d_out, d_in, tokens, seed):
 def test_full_rank_gives_the_weight_back():
     for d_out, d_in in ((9, 14), (14, 9)):
         weight, x = problem(d_out, d_in, 50, seed=3)
-        left, right, error, _ = factorise(weight, folded(weight, x), min(d_out, d_in))
+        left, right, error, *_ = factorise(weight, folded(weight, x), min(d_out, d_in))
         torch.testing.assert_close(left @ right, weight)
         assert error == 0.0
 
@@ -105,7 +105,7 @@ def test_nan_names_the_layer():
 def test_dead_layer_has_no_error():
     moments = Moments("input", "layer")
     moments.fold(torch.zeros(5, 4))
-    left, right, error, _ = factorise(torch.randn(6, 4), moments, 2)
+    left, right, error, *_ = factorise(torch.randn(6, 4), moments, 2)
     assert error == 0.0
     assert torch.isfinite(left @ right).all()
 
@@ -130,7 +130,7 @@ def test_large_layers_with_outliers_are_within_a_thousandth_of_the_optimum(
     x[:, 5] *= 100  # an outlier dimension, as language models have
     y = x.double() @ weight.double().T
     rank = 150
-    left, right, error, excess = factorise(weight, folded(weight, x), rank)
+    left, right, error, excess, *_ = factorise(weight, folded(weight, x), rank)
     assert 0 <= excess < 1e-3
     best = torch.linalg.svdvals(y)[rank:].norm()
     found = (y - (x.double() @ right.double().T) @ left.double().T).norm()
@@ -143,7 +143,7 @@ def test_a_large_weight_that_is_not_of_full_rank():
     weight = torch.randn(1800, 1100)
     weight[:, 200:] = 0  # dead inputs: WᵀW is singular
     x = torch.randn(400, 1100)
-    left, right, error, _ = factorise(weight, folded(weight, x), 260)
+    left, right, error, *_ = factorise(weight, folded(weight, x), 260)
     y = x.double() @ weight.double().T
     assert error < 2e-3  # a cancelled sum in float32: what it can resolve
     assert (y - (x.double() @ right.double().T) @ left.double().T).norm() <= 1e-4 * y.norm()

@@ -4,6 +4,9 @@ All micro-batches advance in lockstep. At a block its weights are loaded, hooks 
 every group's side, and when all are through, each group is factorised and the block is written. Peak
 memory is one block in float32, its moments and one eigenproblem, and the hidden states.
 
+Where ranks are to be allocated (`emloc.allocation`), groups are factorised at the largest rank that they
+may get, and it is measured how much the block's output minds their errors.
+
 A block that is finished already is only run, not factorised again: an interrupted run gives the same
 bytes as an uninterrupted one.
 """
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from emloc.convolution import channels_last
-from emloc.emulator import EmulatorFolder
+from emloc.emulator import SPECTRUM, EmulatorFolder
 from emloc.errors import ConfigError
 from emloc.family import Batch
 from emloc.gram import Moments, Side, smaller_side
@@ -25,6 +28,7 @@ from emloc.groups import Group
 from emloc.lockstep import Call, current_call, lockstep
 from emloc.lowrank import factorise
 from emloc.progress import progress_bar
+from emloc.sensitivity import BlockProbe
 from emloc.stream import UnitStream
 
 Factors = tuple[Tensor, Sequence[Tensor]]
@@ -39,6 +43,8 @@ def compress_blocks(stream: UnitStream, folder: EmulatorFolder, batches: Sequenc
         ConfigError: a block runs more than once in a forward.
     """
     blocks, done, seen = stream.blocks, folder.finished_blocks(), set[str]()
+    if done >= set(blocks):
+        return
     calls = [_call(stream, batch) for batch in batches]
     with progress_bar("compress", len(blocks)) as advance:
 
@@ -78,6 +84,9 @@ def _compress_block(stream: UnitStream, folder: EmulatorFolder, block: str) -> I
         )
         for group in groups
     ]
+    probe = BlockProbe(stream, block)
+    if any(group.span for group in groups):
+        handles.append(probe.watch())
     try:
         yield
     finally:
@@ -91,7 +100,7 @@ def _compress_block(stream: UnitStream, folder: EmulatorFolder, block: str) -> I
         if found.tokens == 0:  # an expert that no token chose, or a layer that the forward skips
             unreached += group.layers
         else:
-            factors[group.owner], layers[group.owner] = _factorise(stream, group, found)
+            factors[group.owner], layers[group.owner] = _factorise(stream, group, found, probe)
     report = {
         "layers": layers,
         "unreached": unreached,
@@ -147,12 +156,12 @@ def _weights(stream: UnitStream, group: Group) -> list[Tensor]:
 
 
 def _factorise(
-    stream: UnitStream, group: Group, moments: Moments
+    stream: UnitStream, group: Group, moments: Moments, probe: BlockProbe
 ) -> tuple[Factors, dict[str, Any]]:
-    found = factorise(_weights(stream, group), moments, group.rank)
-    report = {
+    found = factorise(_weights(stream, group), moments, group.widest)
+    report: dict[str, Any] = {
         "layers": list(group.layers),
-        "rank": group.rank,
+        "rank": group.widest,
         "d_out": list(group.d_out),
         "d_in": group.d_in,
         "side": moments.side,
@@ -160,4 +169,9 @@ def _factorise(
         "relative_error": found.relative_error,
         "estimated_excess": found.excess,
     }
+    if group.span is not None:
+        left, right = found.left[:, : group.rank], found.right[: group.rank]
+        report["uniform_rank"] = group.rank
+        report["sensitivity"] = probe.sensitivity(group, left, right)
+        report[SPECTRUM] = {"values": found.values.tolist(), "total": found.total}
     return (found.right, found.left.split(list(group.d_out))), report

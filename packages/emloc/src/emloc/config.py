@@ -109,6 +109,10 @@ class CompressConfig(CalibrationOptions, ModelOptions):
     keep_ratio: float = Field(0.4, gt=0, le=1, description="share of each layer's parameters kept")
     keep_ratio_pattern: RatioMap = Field({}, description="regular expression=ratio, per layer")
     rank_pattern: CountMap = Field({}, description="regular expression=rank, per layer")
+    keep_ratio_allocation: Literal["uniform", "error"] = Field(
+        "uniform",
+        description="uniform: the same ratio for all; error: where it lowers the error most",
+    )
     share_factors: bool = Field(True, description="one right factor for layers of one input")
     exclude: Names = Field([], description="regular expressions of layers to keep dense")
     include: Names = Field(

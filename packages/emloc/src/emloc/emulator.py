@@ -24,6 +24,9 @@ from emloc.stream import UnitStream
 
 Declared = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
+SPECTRUM = "spectrum"
+"""Where a block's report holds the eigenvalues of a group whose rank is to be found."""
+
 
 @dataclass
 class EmulatorFolder:
@@ -60,6 +63,10 @@ class EmulatorFolder:
         """The file that says a block is done."""
         return self.work / f"block-{self.stream.blocks.index(block) + 1:05d}.json"
 
+    def read_report(self, block: str) -> dict[str, Any]:
+        """What `write_block` was told of a finished block."""
+        return json.loads(self.report_path(block).read_text("utf-8"))
+
     def finished_blocks(self) -> set[str]:
         """Blocks that an interrupted run completed."""
         return {block for block in self.stream.blocks if self.report_path(block).is_file()}
@@ -83,9 +90,9 @@ class EmulatorFolder:
             if group.owner not in factors:
                 continue
             right, lefts = factors[group.owner]
-            tensors[self._factor(group.owner, "right")] = self._right(group.owner, right)
+            tensors[self.factor(group.owner, "right")] = self._right(group.owner, right)
             for name, left in zip(group.layers, lefts):
-                tensors[self._factor(name, "left")] = self._left(name, left)
+                tensors[self.factor(name, "left")] = self._left(name, left)
                 replaced.add(self.stream.weight_name(name))
         for name in self._block_tensors(block):
             if name not in replaced:
@@ -112,10 +119,10 @@ class EmulatorFolder:
         weight_map = {name: self.layout.inside(info.file) for name, info in written.tensors.items()}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(self.work / self.layout.index, index)
-        reports = [
-            json.loads(self.report_path(block).read_text("utf-8")) for block in self.stream.blocks
-        ]
+        reports = [self.read_report(block) for block in self.stream.blocks]
         compressed = {owner for report in reports for owner in report["layers"]}
+        for entry in (entry for report in reports for entry in report["layers"].values()):
+            entry.pop(SPECTRUM, None)  # thousands of numbers, of use until ranks are known
         layers = EmulatorLayers(
             [(group.layers, group.rank) for group in self.plan.groups if group.owner in compressed],
             None if self.dtype == "auto" else self.dtype,
@@ -155,7 +162,8 @@ class EmulatorFolder:
         }
         return sorted(names | {n for n in self.base.tensors if n.startswith(f"{block}.")})
 
-    def _factor(self, layer: str, kind: str) -> str:
+    def factor(self, layer: str, kind: str) -> str:
+        """Name of a layer's tensor of `kind`, right or left."""
         return self.stream.weight_name(layer).removesuffix("weight") + kind
 
     def _stored_weight(self, layer: str) -> TensorInfo:

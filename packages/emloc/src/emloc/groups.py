@@ -1,8 +1,9 @@
 """Which layers become which factors: groups, ranks, and the layers that stay dense with the reason."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from emloc.allocation import rank_range
 from emloc.config import CompressConfig
 from emloc.errors import ConfigError
 from emloc.rank import decide, match_pattern
@@ -17,17 +18,24 @@ class Group:
         rank: of the stack.
         d_out: outputs of each layer.
         d_in: inputs of all.
+        span: least and largest rank that allocation may give it; None: the rank is fixed.
     """
 
     layers: tuple[str, ...]
     rank: int
     d_out: tuple[int, ...]
     d_in: int
+    span: tuple[int, int] | None = None
 
     @property
     def owner(self) -> str:
         """The layer under whose name the shared right factor is stored."""
         return self.layers[0]
+
+    @property
+    def widest(self) -> int:
+        """The largest rank that it may come to have."""
+        return self.rank if self.span is None else self.span[1]
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,11 @@ class Plan:
     def within(self, block: str) -> list[Group]:
         """The groups of one block."""
         return [group for group in self.groups if f"{group.owner}.".startswith(f"{block}.")]
+
+    def with_ranks(self, ranks: Mapping[str, int]) -> "Plan":
+        """The same groups with other ranks, by owner."""
+        groups = [replace(group, rank=ranks.get(group.owner, group.rank)) for group in self.groups]
+        return replace(self, groups=tuple(groups))
 
 
 def make_plan(
@@ -88,8 +101,17 @@ def make_plan(
             if decision.rank is None:
                 dense |= dict.fromkeys(layers, decision.reason)
             else:
-                groups.append(Group(tuple(layers), decision.rank, d_out, d_in))
+                span = None
+                if config.keep_ratio_allocation == "error" and not _is_named(layers[0], config):
+                    span = rank_range(decision.rank, sum(d_out), d_in)
+                groups.append(Group(tuple(layers), decision.rank, d_out, d_in, span))
     return Plan(tuple(groups), dense)
+
+
+def _is_named(layer: str, config: CompressConfig) -> bool:
+    """Whether an option gives this layer a rank of its own."""
+    patterns = (config.rank_pattern, config.keep_ratio_pattern)
+    return any(match_pattern(pattern, layer) is not None for pattern in patterns)
 
 
 def refuse_idle_patterns(

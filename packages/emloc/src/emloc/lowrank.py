@@ -47,12 +47,21 @@ class Factors(NamedTuple):
             nothing.
         excess: by how much that error exceeds the optimum, relative, as a partial eigensolver
             estimates; 0 from a dense one.
+        values: the leading eigenvalues, descending, float64.
+        total: the sum of all eigenvalues.
     """
 
     left: Float[Tensor, "d_out rank"]
     right: Float[Tensor, "rank d_in"]
     relative_error: float
     excess: float
+    values: Float[Tensor, " rank"]
+    total: float
+
+
+def relative_error(values: Sequence[float], total: float) -> float:
+    """The error of a weight that keeps these eigenvalues of that total."""
+    return (max(0.0, total - sum(values)) / total) ** 0.5 if total > 0 else 0.0
 
 
 def factorise(
@@ -99,7 +108,9 @@ def factorise(
     )
     tail = total - float(found.values.sum()) if rank < size else 0.0
     error = (max(0.0, tail) / total) ** 0.5 if total > 0 else 0.0
-    return Factors(left.to(stored), right.to(stored), error, found.excess)
+    return Factors(
+        left.to(stored), right.to(stored), error, found.excess, found.values.cpu(), total
+    )
 
 
 def _project(weights: Sequence[Tensor], vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,11 @@ def factors_are_smaller(rank: int, d_out: int, d_in: int) -> bool:
     return rank * (d_out + d_in) < d_out * d_in
 
 
+def largest_smaller_rank(d_out: int, d_in: int) -> int:
+    """The largest rank whose factors are smaller than the dense weight; 0 if none is."""
+    return (d_out * d_in - 1) // (d_out + d_in)
+
+
 def match_pattern(patterns: Mapping[str, T], name: str) -> T | None:
     """The value of the first pattern that matches the end of `name`, or None."""
     for pattern, value in patterns.items():

@@ -21,6 +21,7 @@ from emloc.progress import console
 from emloc.rank import match_pattern
 from emloc.stage import stage
 from emloc.stream import UnitStream
+from emloc.truncation import allocate_ranks
 
 PATHS = {"output_dir", "model_name_or_path", "single_file_config", "dataset"}
 """Options whose meaning is in a digest instead."""
@@ -55,7 +56,10 @@ def compress(config: CompressConfig) -> Path:
             _say_tokens(family, batches, plan)
             folder = EmulatorFolder(stream, plan, config.dtype, work)
             compress_blocks(stream, folder, batches)
+            errors = allocate_ranks(folder) if config.keep_ratio_allocation == "error" else None
             manifest = _manifest(folder, settings, batches)
+        if errors:
+            manifest.summary["predicted_error"] = errors
         manifest.measured.update(seconds=round(time.monotonic() - started, 3), **peak.figures())
         manifest.write(work)
         folder.forget_reports()
