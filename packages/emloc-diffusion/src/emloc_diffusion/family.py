@@ -15,13 +15,14 @@ from emloc.integrations.diffusers.quantizer import emulator_config
 from emloc.integrations.diffusers.skeleton import Trace, empty_model, is_layer, trace, units
 from emloc_diffusion.denoisers import DENOISERS, denoiser_of
 from emloc_diffusion.objective import objective_of
+from emloc_diffusion.planned import PlannedDiffusion
 from emloc_diffusion.samples import Options, encode_samples
 
 MODULATION = ("time_emb_proj", "linear", "emb_proj")
 """Layers within a block that read the timestep's embedding and not the picture."""
 
 
-class DiffusionFamily:
+class DiffusionFamily(PlannedDiffusion):
     """`ModelFamily` for diffusion models."""
 
     name = "diffusion"

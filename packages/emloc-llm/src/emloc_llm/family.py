@@ -22,9 +22,10 @@ from emloc.integrations.transformers.skeleton import (
     shared_input_groups,
 )
 from emloc_llm.data import draw_samples, in_batches, pad
+from emloc_llm.planned import PlannedLLM
 
 
-class LLMFamily:
+class LLMFamily(PlannedLLM):
     """`ModelFamily` for causal language models."""
 
     name = "llm"

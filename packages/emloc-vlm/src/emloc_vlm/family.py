@@ -20,13 +20,16 @@ from emloc.integrations.transformers.skeleton import (
     repeated_blocks,
     shared_input_groups,
 )
+from emloc.planning.described import Described
 from emloc_vlm.calibration import calibration_batches, patch_mask, without_patch_mask
 from emloc_vlm.internvl_chat import is_internvl_chat, native_view
+from emloc_vlm.internvl_chat_config import native_config
 from emloc_vlm.parts import part_of
+from emloc_vlm.planned import PlannedVLM
 from emloc_vlm.rows import CalibrationVisualOptions
 
 
-class VLMFamily:
+class VLMFamily(PlannedVLM):
     """`ModelFamily` for vision-language models."""
 
     name = "vlm"
@@ -34,7 +37,11 @@ class VLMFamily:
 
     def native(self, checkpoint: Checkpoint) -> Checkpoint:
         """OpenGVLab's InternVL checkpoints as transformers' own class would have stored them."""
-        return native_view(checkpoint) if is_internvl_chat(checkpoint.config) else checkpoint
+        if not is_internvl_chat(checkpoint.config):
+            return checkpoint
+        if isinstance(checkpoint, Described):
+            return checkpoint.having(native_config(checkpoint.config))
+        return native_view(checkpoint)
 
     def skeleton(self, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         """See `ModelFamily`."""

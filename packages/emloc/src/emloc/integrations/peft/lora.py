@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from emloc.config import TrainConfig, nearest
+from emloc.config import TrainConfig
 from emloc.errors import ConfigError, DataError
 from emloc.family import Batch
-from emloc.integrations.peft.targets import linear_targets
+from emloc.integrations.peft.targets import chosen_targets
 from emloc.layers.low_rank_linear import LowRankLinear
 
 Start = dict[str, tuple[Tensor, Tensor]]
@@ -48,7 +48,7 @@ def new_lora(
     Raises:
         ConfigError: a target does not exist, or options exclude one another.
     """
-    lora = _config(config, model, excluded)
+    lora = lora_config(config, model, excluded)
     if config.lora_init == "eva":
         first = [
             {name: tensor.to(config.device) for name, tensor in batch.items()}
@@ -71,14 +71,15 @@ def new_lora(
     }
 
 
-def _config(config: TrainConfig, model: Any, excluded: Container[str]) -> LoraConfig:
+def lora_config(config: TrainConfig, model: Any, excluded: Container[str]) -> LoraConfig:
+    """PEFT's own options; see `new_lora`."""
     start: Any = {"default": True, "gaussian": "gaussian", "eva": "eva"}.get(config.lora_init, True)
     return LoraConfig(
         task_type="CAUSAL_LM" if isinstance(model, PreTrainedModel) else None,
         r=config.lora_r,
         lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType] (PEFT takes both)
         lora_dropout=config.lora_dropout,
-        target_modules=_targets(config, model, excluded),
+        target_modules=list(chosen_targets(config, model, excluded)),
         modules_to_save=list(config.lora_modules_to_save) or None,
         rank_pattern=dict(config.lora_rank_pattern),
         alpha_pattern=dict(config.lora_alpha_pattern),
@@ -87,32 +88,6 @@ def _config(config: TrainConfig, model: Any, excluded: Container[str]) -> LoraCo
         init_lora_weights=start,
         eva_config=EvaConfig() if config.lora_init == "eva" else None,
     )
-
-
-def _targets(config: TrainConfig, model: Any, excluded: Container[str]) -> list[str]:
-    """Names as the user gave them, or all linear layers; those of the blocks asked for."""
-    names = [name for name, _ in model.named_modules()]
-    wanted = config.lora_target_modules
-    for target in [*([] if wanted == ["all-linear"] else wanted), *config.lora_modules_to_save]:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            hint = nearest(target, sorted({name.rpartition(".")[2] for name in names}))
-            raise ConfigError(f"lora_target_modules: the model has no module {target}.{hint}")
-    chosen = linear_targets(model, excluded) if wanted == ["all-linear"] else wanted
-    blocks = config.lora_layers_to_transform
-    if not blocks and not excluded:
-        return chosen
-    found = [
-        name
-        for name in names
-        if name not in excluded
-        and any(name == target or name.endswith(f".{target}") for target in chosen)
-        and (not blocks or any(part in map(str, blocks) for part in name.split(".")))
-    ]
-    if not found and not blocks:
-        raise ConfigError(f"lora_target_modules: all of {', '.join(chosen)} lie in frozen parts.")
-    if not found:
-        raise ConfigError(f"lora_layers_to_transform: no target lies in the blocks {blocks}.")
-    return found
 
 
 @torch.no_grad()

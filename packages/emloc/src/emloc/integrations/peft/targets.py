@@ -1,12 +1,12 @@
-"""Which layers `lora_target_modules: all-linear` means."""
+"""Which layers a LoRA goes on; imports PEFT only where a model is at hand."""
 
-from collections.abc import Container
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
-from peft import LoraConfig
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from emloc.config import LoraOptions, nearest
+from emloc.errors import ConfigError
 from emloc.integrations.transformers.skeleton import is_linear
 from emloc.layers.low_rank_linear import LowRankLinear
 from emloc.progress import console
@@ -18,6 +18,24 @@ READ_NOT_CALLED = {
 """Layers of state-space models whose weight a kernel reads; PEFT refuses to adapt them."""
 
 
+def linear_layers(model: Any, excluded: Container[str] = ()) -> list[str]:
+    """Names of all linear layers, the output head left out.
+
+    Args:
+        excluded: modules that are not adapted.
+    """
+    head = model.get_output_embeddings()
+    refused = READ_NOT_CALLED.get(model.config.model_type, ())
+    return [
+        name
+        for name, module in model.named_modules()
+        if (is_linear(module) or isinstance(module, LowRankLinear) or _in_few_bits(module))
+        and module is not head
+        and name.rpartition(".")[2] not in refused
+        and name not in excluded
+    ]
+
+
 IN_FEW_BITS = ("Linear4bit", "Linear8bitLt")
 """bitsandbytes' linear layers, which need not be installed."""
 
@@ -27,28 +45,19 @@ def _in_few_bits(module: Any) -> bool:
 
 
 def linear_targets(model: Any, excluded: Container[str] = ()) -> list[str]:
-    """Names of all linear layers that PEFT adapts as such, the output head left out.
-
-    Args:
-        excluded: modules that are not adapted.
+    """Those of `linear_layers` that PEFT adapts as such.
 
     PEFT's own `all-linear` would, in mixture-of-experts models, also adapt the experts that
     transformers fuses into one parameter, and whatever else bears their names; those an emulator
     leaves dense.
     """
-    head = model.get_output_embeddings()
-    refused = READ_NOT_CALLED.get(model.config.model_type, ())
-    names = [
-        name
-        for name, module in model.named_modules()
-        if (is_linear(module) or isinstance(module, LowRankLinear) or _in_few_bits(module))
-        and module is not head
-        and name.rpartition(".")[2] not in refused
-        and name not in excluded
-    ]
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    names = linear_layers(model, excluded)
     config = LoraConfig(target_modules=list(names))
     convert_peft_config_for_transformers(config, model, get_model_conversion_mapping(model))
-    kept = set(config.target_modules or ())
+    kept: set[str] = set(config.target_modules or ())
     dropped = [name for name in names if name not in kept]
     if dropped:
         console.print(
@@ -56,3 +65,38 @@ def linear_targets(model: Any, excluded: Container[str] = ()) -> list[str]:
             f"experts: {dropped[0]}, …"
         )
     return [name for name in names if name in kept]
+
+
+def chosen_targets(
+    config: LoraOptions,
+    model: Any,
+    excluded: Container[str],
+    all_linear: Callable[[Any, Container[str]], list[str]] = linear_targets,
+) -> Sequence[str]:
+    """Names as the user gave them, or all linear layers; those of the blocks asked for.
+
+    Raises:
+        ConfigError: a target does not exist, or nothing is left of them.
+    """
+    names = [name for name, _ in model.named_modules()]
+    wanted = config.lora_target_modules
+    for target in [*([] if wanted == ["all-linear"] else wanted), *config.lora_modules_to_save]:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            hint = nearest(target, sorted({name.rpartition(".")[2] for name in names}))
+            raise ConfigError(f"lora_target_modules: the model has no module {target}.{hint}")
+    chosen = all_linear(model, excluded) if wanted == ["all-linear"] else wanted
+    blocks = config.lora_layers_to_transform
+    if not blocks and not excluded:
+        return chosen
+    found = [
+        name
+        for name in names
+        if name not in excluded
+        and any(name == target or name.endswith(f".{target}") for target in chosen)
+        and (not blocks or any(part in map(str, blocks) for part in name.split(".")))
+    ]
+    if not found and not blocks:
+        raise ConfigError(f"lora_target_modules: all of {', '.join(chosen)} lie in frozen parts.")
+    if not found:
+        raise ConfigError(f"lora_layers_to_transform: no target lies in the blocks {blocks}.")
+    return found

@@ -1,0 +1,155 @@
+"""What the planner needs to know of diffusion models (`PlannedFamily`)."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from emloc.checkpoint import Checkpoint, read_json
+from emloc.config import StageConfig, TrainConfig
+from emloc.errors import ConfigError
+from emloc.family import Batch
+from emloc.integrations.diffusers.skeleton import empty_model, is_layer
+from emloc.planning.described import Described, weight_dtype
+from emloc.planning.family import Groups
+from emloc.planning.operations import Layer
+from emloc.planning.step import StepOptions, StepSizes
+from emloc_diffusion.denoisers import DENOISERS, denoiser_of
+from emloc_diffusion_options import DreamBoothOptions, PictureOptions
+
+PROMPT_TOKENS = {
+    "UNet2DConditionModel": 77,
+    "SD3Transformer2DModel": 77 + 256,
+    "FluxTransformer2DModel": 512,
+}
+"""Of the stock pipelines' text encoders."""
+
+STACKS = ("num_layers", "num_single_layers")
+"""Config keys of transformers that count equal blocks."""
+
+VAE_SHRINKS_BY = 8
+"""Pixels per latent and side, where the VAE's config is not at hand."""
+
+
+class PictureTraining(TrainConfig, PictureOptions, DreamBoothOptions):
+    """The options of training, for annotations."""
+
+
+class PlannedDiffusion:
+    """`PlannedFamily` for diffusion models."""
+
+    def planned_batch(self, checkpoint: Checkpoint, options: StageConfig, samples: int) -> Batch:
+        """Noisy latents of so many pictures, and with prior preservation as many of the class.
+
+        Raises:
+            ConfigError: the resolution does not fit the model.
+        """
+        pictures = cast(PictureTraining, options)
+        name = str(checkpoint.config["_class_name"])
+        count = samples * (2 if pictures.class_data_dir else 1)
+        shrink = _vae_shrinks_by(checkpoint)
+        side = pictures.resolution // shrink
+        example = denoiser_of(checkpoint).example(_complete(checkpoint))
+        channels, width = example["sample"].shape[1], example["encoder_hidden_states"].shape[-1]
+        step = shrink * (2 if "Transformer" in name else 1)
+        if pictures.resolution % step:
+            raise ConfigError(
+                f"resolution={pictures.resolution} does not fit {checkpoint.name}; use a multiple of "
+                f"{step}."
+            )
+        kind = _dtype(checkpoint, pictures.dtype)
+
+        def empty(*size: int) -> Tensor:
+            return torch.empty(*size, dtype=kind, device="meta")
+
+        latents = (count, channels, side, side)
+        return {
+            "sample": empty(*latents),
+            "target": empty(*latents),
+            "timestep": empty(count),
+            "encoder_hidden_states": empty(count, PROMPT_TOKENS[name], width),
+            "pooled": empty(count, example["pooled"].shape[-1]),
+            "time_ids": empty(count, 6),
+        }
+
+    def adapted_layers(self, model: nn.Module, options: PictureTraining) -> Sequence[str]:
+        """Names as given; for `all-linear` those that are compressed, convolutions if asked."""
+        kinds = (nn.Linear, nn.Conv2d) if getattr(options, "lora_conv", False) else (nn.Linear,)
+        wanted = options.lora_target_modules
+        if wanted == ["all-linear"]:
+            groups = cast(Any, self).layer_groups(model)
+            names = [name for group in groups for name in group]
+            return [name for name in names if isinstance(model.get_submodule(name), kinds)]
+        return [
+            name
+            for name, module in model.named_modules()
+            if is_layer(module) and any(name == t or name.endswith(f".{t}") for t in wanted)
+        ]
+
+    def stacks(self, checkpoint: Checkpoint) -> Sequence[int]:
+        """Of transformers, their blocks by kind; a UNet's differ all."""
+        complete = _complete(checkpoint)
+        if "UNet" in str(checkpoint.config["_class_name"]):
+            return []
+        return [int(complete[key]) for key in STACKS if key in complete]
+
+    def shallow(self, checkpoint: Checkpoint, blocks: Sequence[int]) -> Checkpoint:
+        """See `PlannedFamily`."""
+        assert isinstance(checkpoint, Described)
+        keys = [key for key in STACKS if key in _complete(checkpoint)]
+        return checkpoint.having({**checkpoint.config, **dict(zip(keys, blocks))})
+
+    def trainable(
+        self, checkpoint: Checkpoint, groups: Groups, options: PictureTraining
+    ) -> nn.Module:
+        """See `PlannedFamily`."""
+        from emloc.integrations.diffusers.quantizer import replace_layers
+        from emloc.integrations.peft.planned import with_planned_lora
+
+        kind = _dtype(checkpoint, options.dtype)
+        model: Any = empty_model(checkpoint, denoiser_of(checkpoint).model_class, kind)
+        targets = list(self.adapted_layers(model, options))
+        replace_layers(model, [{"layers": list(names), "rank": rank} for names, rank in groups])
+        if options.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        options = options.model_copy(update={"lora_target_modules": targets})
+        return with_planned_lora(model.requires_grad_(False), options)
+
+    def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """As `DenoiserTrainer` computes it, without the weight of the class."""
+        base: Any = model
+        kind = type(base.get_base_model()).__name__
+        error = DENOISERS[kind].predict(model, batch).float() - batch["target"].float()
+        return error.square().flatten(1).mean(1).mean()
+
+    def step_sizes(
+        self, model: nn.Module, layers: Mapping[str, Layer], batch: Batch, options: StepOptions
+    ) -> StepSizes | None:
+        """See `PlannedFamily`; `emloc_diffusion.activations`."""
+        from emloc_diffusion.activations import step_sizes
+
+        return step_sizes(model, layers, batch, options)
+
+
+def _complete(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The config with the class's defaults for what it does not say."""
+    parameters = inspect.signature(denoiser_of(checkpoint).model_class.__init__).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    return {**defaults, **checkpoint.config}
+
+
+def _dtype(checkpoint: Checkpoint, wanted: str) -> torch.dtype:
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    stored = next(iter(checkpoint.tensors.values()), None)
+    return stored.dtype if stored else weight_dtype(checkpoint, 0)
+
+
+def _vae_shrinks_by(checkpoint: Checkpoint) -> int:
+    for folder in (checkpoint.path, checkpoint.path.parent):
+        if (folder / "vae" / "config.json").is_file():
+            config = read_json(folder / "vae" / "config.json")
+            return 2 ** (len(config["block_out_channels"]) - 1)
+    return VAE_SHRINKS_BY

@@ -1,0 +1,24 @@
+"""A model as training has it, without its weights: what a step on fake tensors is run on."""
+
+from collections.abc import Container
+from typing import Any
+
+from peft import get_peft_model
+from torch import nn
+
+from emloc.config import TrainConfig
+from emloc.integrations.peft.lora import lora_config
+from emloc.integrations.peft.low_rank_lora import fuse_lora
+
+
+def with_planned_lora(
+    model: nn.Module, config: TrainConfig, excluded: Container[str] = ()
+) -> nn.Module:
+    """The model on the meta device with its LoRA, fused where training fuses it, in training mode."""
+    made: Any = get_peft_model(
+        model,  # pyright: ignore[reportArgumentType]
+        lora_config(config, model, excluded),
+        low_cpu_mem_usage=True,
+    )
+    fuse_lora(made)
+    return made.train()

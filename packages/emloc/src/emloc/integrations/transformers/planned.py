@@ -1,0 +1,44 @@
+"""What the planner needs of a model of transformers, whatever it reads (`PlannedFamily`)."""
+
+from collections.abc import Container, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from emloc.checkpoint import Checkpoint
+from emloc.config import TrainConfig
+from emloc.integrations.peft.targets import chosen_targets, linear_layers
+from emloc.integrations.transformers.skeleton import empty_model, is_linear
+from emloc.planning.described import weight_dtype
+from emloc.planning.family import Groups
+
+
+def adapted_layers(
+    model: nn.Module, options: TrainConfig, excluded: Container[str] = ()
+) -> Sequence[str]:
+    """Layers that a LoRA goes on; fused experts that PEFT leaves out are not known here."""
+    targets = chosen_targets(options, model, excluded, linear_layers)
+    return [
+        name
+        for name, module in model.named_modules()
+        if is_linear(module) and any(name == t or name.endswith(f".{t}") for t in targets)
+    ]
+
+
+def emulator_skeleton(
+    checkpoint: Checkpoint, auto_class: Any, groups: Groups, dtype: str
+) -> nn.Module:
+    """The model on the meta device with factors for `groups`."""
+    from emloc.integrations.transformers.quantizer import replace_layers
+
+    kind = weight_dtype(checkpoint, 0) if dtype == "auto" else getattr(torch, dtype)
+    model = empty_model(checkpoint, auto_class, kind)
+    replace_layers(model, [{"layers": list(names), "rank": rank} for names, rank in groups])
+    return model.requires_grad_(False)
+
+
+def run_blocks_twice(model: Any) -> None:
+    """Gradient checkpointing, as the Trainer turns it on."""
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()

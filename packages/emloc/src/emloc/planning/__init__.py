@@ -1,0 +1,1 @@
+"""What a job will take, from a config alone; what fits a budget; and a run that keeps to it."""

@@ -1,0 +1,114 @@
+"""A checkpoint known by its config alone: no weights, nothing downloaded but JSON.
+
+Tensors are those of the family's skeleton, under the skeleton's names, in the dtype that the config names.
+That is what the files will hold, up to names and to what a checkpoint stores fused.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from emloc.checkpoint import Checkpoint, TensorInfo, read_json
+from emloc.errors import CheckpointError, PluginError
+from emloc.family import ModelFamily
+from emloc.layout import layout_of
+from emloc.plugins import family_of
+
+LARGE_PARAMETERS = 1_000_000_000
+"""From this size on, a config without a dtype (those of diffusers) is taken to be of bfloat16 weights."""
+
+
+class Described(Checkpoint):
+    """A checkpoint without files; its config is the whole of it."""
+
+    translated: ClassVar[bool] = True
+
+    def having(self, config: Mapping[str, Any]) -> "Described":
+        """The same with another config."""
+        return Described(self.name, self.path, dict(config), {})
+
+
+def describe(model_name_or_path: str, dtype: str = "auto") -> tuple[Described, ModelFamily]:
+    """A model by its config, in its family's layout, with its tensors; and the family.
+
+    Args:
+        model_name_or_path: local folder of a model, a pipeline or a pipeline's component, or hub id.
+        dtype: of the weights; auto: what the config says, else by size.
+
+    Raises:
+        CheckpointError: there is no config that can be read.
+        PluginError: no family recognises it.
+    """
+    path = _locate_config(model_name_or_path)
+    found, family = _recognised(model_name_or_path, path)
+    native = family.native(found)
+    assert isinstance(native, Described)
+    with_tensors(native, family, dtype)
+    return native, family
+
+
+def with_tensors(checkpoint: Described, family: ModelFamily, dtype: str = "auto") -> Any:
+    """Fill in the tensors; returns the skeleton that they were taken from."""
+    model = family.skeleton(checkpoint, torch.float32)
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    kind = weight_dtype(checkpoint, sum(torch.Size(shape).numel() for shape in shapes.values()))
+    kind = kind if dtype == "auto" else getattr(torch, dtype)
+    checkpoint.tensors = {
+        name: TensorInfo("", kind, shape) for name, shape in sorted(shapes.items())
+    }
+    return model
+
+
+def weight_dtype(checkpoint: Checkpoint, parameters: int) -> torch.dtype:
+    """The dtype that a config names, in itself or in a part of it."""
+    for part in (checkpoint.config, *_parts(checkpoint.config)):
+        named = part.get("dtype") or part.get("torch_dtype")
+        if named and named != "auto":
+            return getattr(torch, str(named).removeprefix("torch."))
+    return torch.bfloat16 if parameters >= LARGE_PARAMETERS else torch.float32
+
+
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [value for key, value in config.items() if key.endswith("_config") and value]
+
+
+def _locate_config(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists():
+        raise CheckpointError(f"{name} is a file; pass the model's folder.")
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"No folder {name}; pass a local folder or a hub id.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json"]))
+    except Exception as problem:  # the hub's many errors all mean: not to be had
+        raise CheckpointError(
+            f"No folder {name}, and the hub did not give its config ({type(problem).__name__}); check "
+            f"the name, the network and HF_TOKEN."
+        ) from problem
+
+
+def _recognised(name: str, path: Path) -> tuple[Described, ModelFamily]:
+    """The model in the folder, or the one in a folder inside that a family recognises."""
+    config = path / layout_of(path).config
+    if config.is_file():
+        found = Described(name, path, read_json(config), {})
+        return found, family_of(found)
+    inside: list[tuple[Described, ModelFamily]] = []
+    for nested in sorted(path.glob("*/config.json")):
+        found = Described(name, nested.parent, read_json(nested), {})
+        try:
+            inside.append((found, family_of(found)))
+        except PluginError:
+            continue
+    if len(inside) != 1:
+        what = ", ".join(found.path.name for found, _ in inside) or "none"
+        raise CheckpointError(
+            f"{path} has no config.json, and of the folders in it {what} hold a model that an installed "
+            f"family recognises; pass the model's folder."
+        )
+    return inside[0]

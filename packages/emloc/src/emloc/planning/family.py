@@ -1,0 +1,62 @@
+"""What a family adds so that its activations can be counted before there is a model.
+
+A family that lacks this is planned without them, and the plan says so. One that has it needs no formula:
+where `step_sizes` gives none, a step is traced on fake tensors.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from emloc.checkpoint import Checkpoint
+from emloc.config import TrainConfig
+from emloc.family import Batch
+from emloc.planning.operations import Layer
+from emloc.planning.step import StepOptions, StepSizes
+
+Groups = Sequence[tuple[Sequence[str], int]]
+"""Layers that share a right factor, with their rank."""
+
+
+@runtime_checkable
+class PlannedFamily(Protocol):
+    """A `ModelFamily` whose training step can be counted."""
+
+    def planned_batch(self, checkpoint: Checkpoint, options: Any, samples: int) -> Batch:
+        """A micro-batch of the largest samples that the options allow, on the meta device.
+
+        As the forward takes it, with labels; the first tensor's first axis is the samples'.
+        """
+        ...
+
+    def adapted_layers(self, model: nn.Module, options: TrainConfig) -> Sequence[str]:
+        """The layers of a skeleton that training puts a LoRA on."""
+        ...
+
+    def stacks(self, checkpoint: Checkpoint) -> Sequence[int]:
+        """How many equal blocks each stack of the model has; nothing for a model without stacks."""
+        ...
+
+    def shallow(self, checkpoint: Checkpoint, blocks: Sequence[int]) -> Checkpoint:
+        """The same model with so many blocks in each stack; `checkpoint` is known by its config alone."""
+        ...
+
+    def trainable(self, checkpoint: Checkpoint, groups: Groups, options: TrainConfig) -> nn.Module:
+        """The model on the meta device as training has it: factors for `groups`, LoRA, training mode."""
+        ...
+
+    def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of a micro-batch, computed as the family's trainer does."""
+        ...
+
+    def step_sizes(
+        self, model: nn.Module, layers: Mapping[str, Layer], batch: Batch, options: StepOptions
+    ) -> StepSizes | None:
+        """A step in closed form; None for an architecture without one.
+
+        Args:
+            model: the skeleton.
+            layers: its linear layers and convolutions, those with factors and with a LoRA as such.
+        """
+        ...

@@ -1,0 +1,135 @@
+"""Count what a real training step keeps alive, by running it on fake tensors.
+
+Nothing is computed: under torch's `FakeTensorMode` operations make tensors of the right size and no
+content, and `LiveBytes` counts them. It needs no formula, so it serves every architecture, and checks the
+formulas that there are. The same count on real tensors is the measurement that both are held to.
+
+A deep model is not traced in full. Each of its stacks of equal blocks is cut to two, and once more to
+three: what is alive at the largest moment of a phase is linear in the number of blocks (`tape`).
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from emloc.family import Batch
+from emloc.planning.live import SAVED, LiveBytes
+from emloc.planning.step import Moment, StepSizes
+
+WEIGHTS, LORA, GRADIENTS, BATCH = "weights", "LoRA", "gradients", "batch"
+
+
+def count_step(
+    model: nn.Module, batch: Batch, loss_of: Callable[[nn.Module, Batch], Tensor], autocast: bool
+) -> StepSizes:
+    """Run one step, forward and backward, and count; on fake tensors or on real ones.
+
+    Args:
+        model: in training mode, with parameters that want gradients.
+        autocast: run the forward in bfloat16.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with LiveBytes() as live:
+        live.mark([p for p in model.parameters() if not p.requires_grad], WEIGHTS)
+        live.mark(model.buffers(), WEIGHTS)
+        live.mark(trained, LORA)
+        live.mark(batch.values(), BATCH)
+
+        def has_gradient(parameter: Tensor) -> None:
+            live.mark([cast(Tensor, parameter.grad)], GRADIENTS)
+
+        handles = [p.register_post_accumulate_grad_hook(has_gradient) for p in trained]
+        device = next(iter(batch.values())).device.type
+        mixed = torch.autocast(device, torch.bfloat16) if autocast else contextlib.nullcontext()
+        with live.phase("forward"), live.saving(), mixed:
+            loss = loss_of(model, batch)
+        with live.phase("backward"):
+            loss.backward()
+        for handle in handles:
+            handle.remove()
+    phases = {name: _moment(peak.kinds) for name, peak in live.phases.items()}
+    return StepSizes(phases)
+
+
+def _moment(kinds: Mapping[str, int]) -> Moment:
+    others = {WEIGHTS, LORA, GRADIENTS, SAVED}
+    working = sum(count for kind, count in kinds.items() if kind not in others)
+    return Moment(kept=kinds.get(SAVED, 0), working=working)
+
+
+def trace_step(
+    model: nn.Module, batch: Batch, loss_of: Callable[[nn.Module, Batch], Tensor], autocast: bool
+) -> StepSizes:
+    """`count_step` on fake tensors; what `model` holds on the meta device becomes fake."""
+    with FakeTensorMode(allow_non_fake_inputs=True), _Answers():
+        materialise(model)
+        fake = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in batch.items()}
+        return count_step(model, fake, loss_of, autocast)
+
+
+class _Answers(TorchDispatchMode):
+    """Says yes where a forward asks for a value: models check what they are given."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return True if args[0].dtype == torch.bool else 1
+        return func(*args, **(kwargs or {}))
+
+
+def materialise(model: nn.Module) -> None:
+    """Give what lies on the meta device memory, of no particular content; fake within a fake mode."""
+    known: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        held = module._parameters  # pyright: ignore[reportPrivateUsage]
+        for name, parameter in held.items():
+            if parameter is not None:
+                if id(parameter) not in known:  # tied ones stay tied
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    known[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+                held[name] = known[id(parameter)]
+        buffers = module._buffers  # pyright: ignore[reportPrivateUsage]
+        for name, buffer in buffers.items():
+            if buffer is not None:
+                buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+@dataclass(frozen=True)
+class Depths:
+    """How many blocks each stack of a model has, and how to count a step of a shallower one."""
+
+    blocks: Sequence[int]
+    count: Callable[[Sequence[int]], StepSizes]
+
+
+SHALLOW = 2
+"""Blocks of a shallow model's stacks: the first block may differ from the others, as its input needs no
+gradient."""
+
+
+def extrapolate(depths: Depths) -> StepSizes:
+    """A step of the whole model, by what one block more of each stack adds."""
+    start = [min(SHALLOW, count) for count in depths.blocks]
+    base = depths.count(start)
+    phases = {name: _numbers(moment) for name, moment in base.phases.items()}
+    for index, blocks in enumerate(depths.blocks):
+        if blocks <= SHALLOW:
+            continue
+        deeper = [n + (i == index) for i, n in enumerate(start)]
+        more = depths.count(deeper)
+        times = blocks - SHALLOW
+        for name, moment in more.phases.items():
+            for part, value in _numbers(moment).items():
+                phases[name][part] += times * (value - _numbers(base.phases[name])[part])
+    return StepSizes({name: Moment(**parts) for name, parts in phases.items()})
+
+
+def _numbers(moment: Moment) -> dict[str, int]:
+    return {"kept": moment.kept, "loss": moment.loss, "working": moment.working}
