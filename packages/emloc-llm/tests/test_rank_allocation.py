@@ -29,8 +29,9 @@ def weight_of(model, name):
     return module.weight.T if transposed else module.weight
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
+@pytest.fixture(scope="module", params=["llama", "gpt2", "xlm"])
 def allocated(request, tmp_path_factory):
+    """Weights stored d_out × d_in, and the other way round; blocks that write into a cache."""
     root = tmp_path_factory.mktemp(request.param)
     write_tiny(root / "base", request.param)
     data = write_rows(root / "train.jsonl", 24, seed=1)

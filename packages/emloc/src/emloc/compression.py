@@ -46,6 +46,8 @@ def compress_blocks(stream: UnitStream, folder: EmulatorFolder, batches: Sequenc
     if done >= set(blocks):
         return
     calls = [_call(stream, batch) for batch in batches]
+    probe = BlockProbe(stream)
+    probed = [block for block in blocks if any(group.span for group in folder.plan.within(block))]
     with progress_bar("compress", len(blocks)) as advance:
 
         @contextmanager
@@ -59,13 +61,15 @@ def compress_blocks(stream: UnitStream, folder: EmulatorFolder, batches: Sequenc
                 seen.add(unit)
             with stream.filled(unit):
                 if unit in blocks and unit not in done:
-                    yield from _compress_block(stream, folder, unit)
+                    with probe.of(unit):
+                        yield from _compress_block(stream, folder, unit, probe)
                 else:
                     yield
             if unit in blocks:
                 advance(note=unit)
 
-        lockstep(stream.model, stream.units, calls, visit, stop_after=blocks[-1])
+        with probe.watching(probed):
+            lockstep(stream.model, stream.units, calls, visit, stop_after=blocks[-1])
 
 
 def _call(stream: UnitStream, batch: Batch) -> Call:
@@ -73,7 +77,9 @@ def _call(stream: UnitStream, batch: Batch) -> Call:
     return Call(lambda: stream.family.forward_loss(stream.model, here), context=here)
 
 
-def _compress_block(stream: UnitStream, folder: EmulatorFolder, block: str) -> Iterator[None]:
+def _compress_block(
+    stream: UnitStream, folder: EmulatorFolder, block: str, probe: BlockProbe
+) -> Iterator[None]:
     """Fold moments while the caller runs the micro-batches, then factorise and write."""
     started = time.monotonic()
     groups = folder.plan.within(block)
@@ -84,9 +90,6 @@ def _compress_block(stream: UnitStream, folder: EmulatorFolder, block: str) -> I
         )
         for group in groups
     ]
-    probe = BlockProbe(stream, block)
-    if any(group.span for group in groups):
-        handles.append(probe.watch())
     try:
         yield
     finally:

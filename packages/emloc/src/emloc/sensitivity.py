@@ -15,13 +15,13 @@ in ten, from the first block to the last.
 Precision: the block runs as it does for the moments; ratios are averaged in float64.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from emloc.convolution import channels_last
 from emloc.groups import Group
@@ -30,25 +30,43 @@ from emloc.stream import UnitStream
 
 
 class BlockProbe:
-    """Keeps what a block was given by the first micro-batch, and runs the block on it again."""
+    """Keeps what the current block is given by the first micro-batch, and runs it on that again."""
 
-    def __init__(self, stream: UnitStream, block: str) -> None:
+    def __init__(self, stream: UnitStream) -> None:
         self._stream = stream
-        self._module = stream.model.get_submodule(block)
+        self._module: nn.Module | None = None
         self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._batch: Any = {}
         self._output: list[Tensor] | None = None
 
-    def watch(self) -> RemovableHandle:
-        """Keep the next call's arguments; to be removed when the micro-batches are through."""
+    @contextmanager
+    def watching(self, blocks: Iterable[str]) -> Iterator[None]:
+        """Look at the calls of these blocks.
 
-        def keep(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any], __: Any) -> None:
-            if self._given is None:
-                self._given = _cloned(args), _cloned(named)
-                call = current_call()
-                self._batch = {} if call is None else call.context
+        To be entered before the first: a call that has begun, and waits, takes no notice of new hooks.
+        """
 
-        return self._module.register_forward_hook(keep, with_kwargs=True)
+        def keep(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            call = current_call()
+            if module is self._module and self._given is None and call is not None:
+                self._given, self._batch = (_cloned(args), _cloned(named)), call.context
+
+        modules = [self._stream.model.get_submodule(block) for block in blocks]
+        handles = [m.register_forward_pre_hook(keep, with_kwargs=True) for m in modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def of(self, block: str) -> Iterator[None]:
+        """Keep this block's first call from here on, and forget it in the end."""
+        self._module = self._stream.model.get_submodule(block)
+        try:
+            yield
+        finally:
+            self._module = self._given = self._output = None
 
     def sensitivity(self, group: Group, left: Tensor, right: Tensor) -> float:
         """Relative squared change of the block's output with the group's weights `left @ right`."""
@@ -71,13 +89,15 @@ class BlockProbe:
 
     def _run(self) -> list[Tensor]:
         assert self._given is not None
+        assert self._module is not None
         args, named = self._given
-        # A block may write into what it is given.
+        # A block may write into what it is given, hidden states or a cache.
         return _tensors(self._module(*_cloned(args), **_cloned(named)))
 
     def _rows(self, output: Tensor) -> Tensor:
         """One token or pixel per row."""
-        images = output.ndim == 4 and any(isinstance(m, nn.Conv2d) for m in self._module.modules())
+        modules = () if self._module is None else self._module.modules()
+        images = output.ndim == 4 and any(isinstance(module, nn.Conv2d) for module in modules)
         return channels_last(output) if images else output.reshape(-1, output.shape[-1])
 
 
@@ -100,14 +120,14 @@ def _replaced(
 
 
 def _cloned(value: Any) -> Any:
-    """Arguments of a forward with all their tensors copied."""
+    """Arguments of a forward, with copies of all that it could write to."""
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, dict):
         return {key: _cloned(item) for key, item in value.items()}
     if type(value) in (tuple, list):
         return type(value)(_cloned(item) for item in value)
-    return value
+    return value if isinstance(value, nn.Module) else deepcopy(value)
 
 
 def _tensors(output: Any) -> list[Tensor]:
