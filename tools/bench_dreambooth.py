@@ -133,18 +133,18 @@ def main() -> None:
     parser.add_argument("--num_images_per_prompt", type=int, default=4)
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--base", help="another pipeline of this size than the demo's")
-    parser.add_argument("--folder", type=Path, help="where the artefacts go for a while")
+    parser.add_argument("--folder", type=Path, help="keep the artefacts here, and go on from them")
     options = parser.parse_args()
     nouns = classes(options.data)
     subjects = options.subjects or sorted(nouns)
     options.base = options.base or str(trained_base())
     found = []  # per seed, the means over subjects
-    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         for seed in options.seeds:
             each = []
             for name in subjects:
-                out = Path(temporary) / f"{name}-{seed}"
-                out.mkdir()
+                out = (options.folder or Path(temporary)) / f"{name}-{seed}"
+                out.mkdir(parents=True, exist_ok=True)
                 each.append(measure(options.data, name, nouns[name], seed, options, out))
             found.append(
                 {
