@@ -297,3 +297,29 @@ def test_validation_rows_do_not_depend_on_how_many_are_trained_on(tiny, tmp_path
     assert not set(few.read_text().splitlines()) & set(some.read_text().splitlines())
     with pytest.raises(ConfigError, match="no JSONL"):
         split_rows(tmp_path, tmp_path, 5, 4)
+
+
+def test_diffusion_pipelines_are_compared_too(tmp_path):
+    from emloc.plugins import family_named
+
+    example = dict(family_named("diffusion").write_example(tmp_path / "data", seed=0))
+    base, pictures = example.pop("model_name_or_path"), example.pop("dataset")
+    out = run_bench(
+        {
+            "model_name_or_path": base, "output_dir": str(tmp_path / "out"), **example,
+            "keep_ratio": 0.5, "train": {"max_steps": 2, "lora_r": 2, "learning_rate": 1e-3},
+            "evaluate": {"num_noise_samples": 8}, "correct": {"limit": "none"},
+            "datasets": {"squares": {"instance_data_dir": pictures}},
+            "methods": ["lora", "emloc", "emloc-uncorrected"],
+        },
+        run=lambda cell, root: cell_module.run_cell(cell, root),
+    )  # fmt: skip
+    found = {record["label"]: record for record in records(out)}
+    assert list(found) == ["base", "lora", "emloc", "emloc-uncorrected"]
+    assert 0 < found["emloc"]["held_bytes"] < found["lora"]["held_bytes"]
+    assert len({record["loss"] for record in found.values()}) == 4
+    assert all(record["score"] is None for record in found.values())
+    text = (out / "tables.md").read_text()
+    assert "exact match" not in text
+    assert "### gain recovered, keep_ratio 0.5" in text
+    assert not (out / "score.png").exists()
