@@ -73,6 +73,9 @@ class DreamBoothOptions(_Aliased):
     )
     use_8bit_adam: bool = Field(False, description="same as optim=adamw_8bit")
     prior_loss_weight: float = Field(1.0, ge=0, description="of the loss on pictures of the class")
+    train_text_encoder: bool = Field(
+        False, description="a LoRA on CLIP text encoders as well, which are not compressed"
+    )
     lora_conv: bool = Field(False, description="all-linear takes convolutions as well")
     validation_prompt: str | None = Field(None, description="drawn while training")
     num_validation_images: int = Field(4, ge=1, description="pictures per validation")

@@ -50,7 +50,9 @@ def _evaluate(config: DenoiserEvaluateConfig, family: ModelFamily) -> dict[str, 
     plan = plan_pictures(config, checkpoint)
     if plan is not None:
         check_encoders(config)
-    samples = encode_samples(checkpoint.path, cast(Options, config), config.device)
+    samples = encode_samples(
+        checkpoint.path, cast(Options, config), config.device, adapter=config.adapter
+    )
     model = load_denoiser(checkpoint, config.dtype, config.device)
     if config.adapter:
         model = attach(model, config.adapter, checkpoint, family)

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from emloc.adapter import Adapter
 from emloc.checkpoint import Checkpoint
-from emloc.config import CalibrationOptions, DemoConfig, EvaluateConfig, TrainConfig
+from emloc.config import (
+    CalibrationOptions,
+    CorrectConfig,
+    DemoConfig,
+    EvaluateConfig,
+    TrainConfig,
+)
 from emloc.family import Batch, EmulatorLayers, LossSum, StoredParameter
 from emloc.integrations.diffusers.quantizer import emulator_config
 from emloc.integrations.diffusers.skeleton import Trace, empty_model, is_layer, trace, units
@@ -92,7 +98,9 @@ class DiffusionFamily(PlannedDiffusion):
         self, checkpoint: Checkpoint, options: CalibrationOptions
     ) -> Sequence[Batch]:
         """The pictures in turn, each time with other noise at another timestep, as training draws them."""
-        samples = encode_samples(checkpoint.path, cast(Options, options))
+        # What a correction is chosen on sees the text encoders that training has changed.
+        adapter = options.adapter if isinstance(options, CorrectConfig) else None
+        samples = encode_samples(checkpoint.path, cast(Options, options), adapter=adapter)
         objective = objective_of(checkpoint.path)
         generator = torch.Generator().manual_seed(options.seed)
         count, size = options.num_calibration_samples, options.calibration_batch_size

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from emloc.adapter import Adapter
 from emloc.errors import ConfigError
 from emloc_diffusion.data.images import Picture, Square, load_pictures, open_picture
 from emloc_diffusion.encode.latents import LatentMoments, encode_latents
@@ -70,8 +71,21 @@ class Samples:
         }
 
 
-def encode_samples(pipeline: Path, options: Options, device: str = "cpu") -> Samples:
+def encode_samples(
+    pipeline: Path,
+    options: Options,
+    device: str = "cpu",
+    adapter: str | None = None,
+    prompts: bool = True,
+) -> Samples:
     """Read and encode the pictures that the options name.
+
+    Args:
+        pipeline: the folder whose VAE and text encoders are used.
+        options: which pictures.
+        device: that those compute on.
+        adapter: folder of a LoRA that may have text encoders' in subfolders.
+        prompts: whether prompts are encoded; if not, `conditions` are of the pictures alone.
 
     Raises:
         ConfigError: no folder of pictures is named.
@@ -93,8 +107,12 @@ def encode_samples(pipeline: Path, options: Options, device: str = "cpu") -> Sam
         pixels = torch.cat([pixels, pixels.flip(-1)])
     moments = encode_latents(pipeline, pixels, device=device)
     _require_whole_patches(pipeline, moments, options.resolution)
-    encoded = encode_prompts(pipeline, [picture.caption for picture in pictures], device=device)
-    conditions = {name: torch.stack([one[name] for one in encoded]) for name in encoded[0]}
+    conditions: dict[str, Tensor] = {}
+    if prompts:
+        lora = Adapter.open(adapter) if adapter else None
+        captions = [picture.caption for picture in pictures]
+        encoded = encode_prompts(pipeline, captions, device=device, adapter=lora)
+        conditions = {name: torch.stack([one[name] for one in encoded]) for name in encoded[0]}
     conditions["time_ids"] = torch.stack([_time_ids(square) for square in squares])
     return Samples(pictures, moments, conditions)
 

@@ -25,10 +25,12 @@ from emloc.integrations.transformers.lora_training import training_arguments
 from emloc.memory import PeakMemory, return_large_blocks
 from emloc_diffusion.data.prompts import check_unique_token
 from emloc_diffusion.denoisers import denoiser_of
+from emloc_diffusion.encode.text import load_tokenizer
 from emloc_diffusion.family import DiffusionFamily
 from emloc_diffusion.loading import load_denoiser
 from emloc_diffusion.objective import Objective, objective_of
 from emloc_diffusion.samples import Options, Samples, encode_samples
+from emloc_diffusion.text_training import TextTraining
 from emloc_diffusion.validation import DrawValidation
 from emloc_diffusion_options import DreamBoothOptions, PictureOptions
 
@@ -74,13 +76,23 @@ class DenoiserTrainer(Trainer):
         objective: what noise, and what to predict.
         predict: the denoiser's output for a micro-batch.
         prior_weight: of the loss on pictures of the class.
+        text: text encoders in training; None where prompts are encoded already.
     """
 
     def __init__(
-        self, samples: Samples, objective: Objective, predict: Any, prior_weight: float, **more: Any
+        self,
+        samples: Samples,
+        objective: Objective,
+        predict: Any,
+        prior_weight: float,
+        text: TextTraining | None,
+        **more: Any,
     ) -> None:
         super().__init__(**more)
         self._samples, self._objective, self._predict = samples, objective, predict
+        self._text = text
+        # A micro-batch's loss is a mean, which accumulation divides whatever the model's forward takes.
+        self.model_accepts_loss_kwargs = False
         self._prior, self._prior_weight = samples.indices(prior=True), prior_weight
 
     def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
@@ -90,12 +102,10 @@ class DenoiserTrainer(Trainer):
             chosen += [self._prior[position % len(self._prior)] for position in chosen]
         count = len(inputs["position"])
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        batch = {
-            name: tensor.to(base.device, base.dtype)
-            for name, tensor in self._samples.batch(
-                chosen, self._objective, torch.default_generator
-            ).items()
-        }
+        drawn = self._samples.batch(chosen, self._objective, torch.default_generator)
+        if self._text is not None:
+            drawn |= self._text.conditions(chosen)
+        batch = {name: tensor.to(base.device, base.dtype) for name, tensor in drawn.items()}
         error = self._predict(model, batch).float() - batch["target"].float()
         losses = error.square().flatten(1).mean(1)
         prior = losses[count:].mean() * self._prior_weight if self._prior else 0.0
@@ -118,13 +128,16 @@ def _train(config: DreamBoothConfig, work: Path) -> dict[str, Any]:
     for name in TEXT_ONLY:
         if getattr(config, name):
             raise ConfigError(f"train: {name} is for text; leave it out with pictures.")
-    if config.instance_prompt is not None:
-        check_unique_token(config.instance_prompt, config.class_prompt)
     # Gradients are checkpointed by diffusers' own switch, below.
     plain = config.model_copy(update={"gradient_checkpointing": False})
     arguments = training_arguments(TrainingArguments, plain, work, remove_unused_columns=False)
     checkpoint = Checkpoint.open(locate(config.emulator or str(config.model_name_or_path)))
-    samples = encode_samples(checkpoint.path, cast(Options, config), config.device)
+    if config.instance_prompt is not None:
+        tokenizer = load_tokenizer(checkpoint.path)
+        check_unique_token(config.instance_prompt, config.class_prompt, tokenizer)
+    samples = encode_samples(
+        checkpoint.path, cast(Options, config), config.device, prompts=not config.train_text_encoder
+    )
     denoiser = denoiser_of(checkpoint)
     torch.manual_seed(config.seed)
     model = load_denoiser(checkpoint, config.dtype, config.device)
@@ -132,18 +145,26 @@ def _train(config: DreamBoothConfig, work: Path) -> dict[str, Any]:
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     plain = plain.model_copy(update={"lora_target_modules": _targets(checkpoint, config)})
+    text = None
+    if config.train_text_encoder:
+        captions = [picture.caption for picture in samples.pictures]
+        text = TextTraining(
+            checkpoint.path, captions, model.dtype, config.device, config.gradient_checkpointing
+        )
     make_trainer = partial(
         _make_trainer,
-        _validation(checkpoint, config, work),
+        _validation(checkpoint, config, work, text),
         samples=samples,
         objective=objective_of(checkpoint.path),
         predict=denoiser.predict,
         prior_weight=config.prior_loss_weight,
+        text=text,
         args=arguments,
         train_dataset=Indices(samples.indices(prior=False)),
         data_collator=_collate,
     )
-    figures = train_with(plain, work, model, make_trainer, ())
+    parts = text.parts if text else {}
+    figures = train_with(plain, work, model, make_trainer, (), parts=parts)
     figures["summary"] |= {"samples": len(samples.pictures)}
     return figures
 
@@ -152,7 +173,9 @@ def _make_trainer(more: list[Any], callbacks: list[Any], **options: Any) -> Deno
     return DenoiserTrainer(callbacks=[*callbacks, *more], **options)
 
 
-def _validation(checkpoint: Checkpoint, config: DreamBoothConfig, work: Path) -> list[Any]:
+def _validation(
+    checkpoint: Checkpoint, config: DreamBoothConfig, work: Path, text: TextTraining | None
+) -> list[Any]:
     if config.validation_prompt is None:
         return []
     return [
@@ -166,6 +189,7 @@ def _validation(checkpoint: Checkpoint, config: DreamBoothConfig, work: Path) ->
             config.validation_steps,
             work,
             "tensorboard" in config.report_to,
+            text.modules if text else {},
         )
     ]
 

@@ -1,5 +1,6 @@
 """Pictures of the validation prompt while training, on disk and for TensorBoard."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ class DrawValidation(TrainerCallback):
         every: training steps.
         work: where `validation/step-N-i.png` goes.
         tensorboard: whether they are logged there as well.
+        encoders: text encoders that are in training too, by name.
     """
 
     def __init__(
@@ -34,21 +36,26 @@ class DrawValidation(TrainerCallback):
         every: int,
         work: Path,
         tensorboard: bool,
+        encoders: Mapping[str, Any],
     ) -> None:
         self._pipeline, self._component, self._prompt = pipeline, component, prompt
         self._count, self._resolution, self._steps = count, resolution, inference_steps
         self._every, self._work, self._tensorboard = every, work, tensorboard
+        self._encoders = encoders
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw, if it is time."""
         if state.global_step % self._every and state.global_step != state.max_steps:
             return
         model = kwargs["model"].get_base_model()
+        drawing = {self._component: model, **self._encoders}
         training = model.training
-        model.eval()
-        pipeline = load_pipeline(self._pipeline, str(model.device), **{self._component: model})
+        for module in drawing.values():
+            module.eval()
+        pipeline = load_pipeline(self._pipeline, str(model.device), **drawing)
         pictures = draw(pipeline, [self._prompt], self._count, self._resolution, self._steps)
-        model.train(training)
+        for module in drawing.values():
+            module.train(training)
         (self._work / FOLDER).mkdir(exist_ok=True)
         for index, picture in enumerate(pictures):
             picture.save(self._work / FOLDER / f"step-{state.global_step}-{index}.png")

@@ -1,13 +1,16 @@
 """Read a LoRA as PEFT saves it: `adapter_config.json` and `adapter_model.safetensors`.
 
+Of a pipeline, subfolders may hold LoRAs of its other models, each under its model's name. Those models are
+never compressed.
+
 Only what changes a linear layer by `scaling · B · A` (and DoRA's magnitude) can be corrected and
 merged; everything else that PEFT offers is refused with its reason.
 """
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,6 +72,7 @@ class Adapter:
     Attributes:
         layers: the adapted ones.
         saved: parameters of `modules_to_save`, trained whole, with their tensors' names.
+        parts: adapters of the pipeline's other models, by name (`with_parts`).
     """
 
     path: Path
@@ -76,6 +80,7 @@ class Adapter:
     tensors: Checkpoint
     layers: tuple[LoraLayer, ...]
     saved: Mapping[str, str]
+    parts: Mapping[str, "Adapter"] = field(default_factory=dict[str, "Adapter"])
 
     @classmethod
     def open(cls, folder: str) -> "Adapter":
@@ -108,10 +113,25 @@ class Adapter:
         name = self.config.get("base_model_name_or_path")
         return Path(str(name)) if name and Path(str(name)).is_dir() else None
 
+    def with_parts(self, names: Iterable[str]) -> "Adapter":
+        """The same with the adapters that lie in subfolders of these names, where there are any.
+
+        Raises:
+            CheckpointError, MismatchError: as `open`.
+        """
+        found = [name for name in names if (self.path / name / CONFIG_NAME).is_file()]
+        return replace(self, parts={name: Adapter.open(str(self.path / name)) for name in found})
+
+    @property
+    def files(self) -> list[str]:
+        """Its files, those of the parts as well, relative to the folder."""
+        own = [CONFIG_NAME, WEIGHTS_NAME]
+        return [*own, *(f"{name}/{file}" for name in self.parts for file in own)]
+
     def digest(self) -> str:
-        """SHA-256 of both files: the same tensors with another alpha are another adapter."""
-        both = [file_sha256(self.path / name) for name in (CONFIG_NAME, WEIGHTS_NAME)]
-        return hashlib.sha256("".join(both).encode()).hexdigest()
+        """SHA-256 of the files: the same tensors with another alpha are another adapter."""
+        digests = [file_sha256(self.path / name) for name in self.files]
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def read(self, key: str) -> Tensor:
         """A tensor of the adapter."""
@@ -130,6 +150,8 @@ class Adapter:
         for key in self.tensors.tensors:
             if not is_finite(self.read(key)):
                 raise fail(key)
+        for name, part in self.parts.items():
+            part.require_finite(lambda key, name=name: fail(f"{name}/{key}"))
 
 
 def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
@@ -243,3 +265,22 @@ def base_weights(
             f"{base.name}: {_some(missing)}; the adapter was trained for another base model."
         )
     return weights
+
+
+def part_weights(part: Adapter, base: Checkpoint) -> dict[str, StoredParameter]:
+    """`base_weights` of a part, whose modules' names may lack a prefix that its tensors have.
+
+    Raises:
+        MismatchError: as `base_weights`, or the part was trained in other ways than by LoRA.
+    """
+    if part.saved:
+        raise MismatchError(
+            f"Adapter {part.path} trained {next(iter(part.saved))} whole, which is not supported in a "
+            f"part of a pipeline; train it with LoRA alone."
+        )
+
+    def find(parameter: str) -> StoredParameter | None:
+        ends = [n for n in base.tensors if n == parameter or n.endswith(f".{parameter}")]
+        return StoredParameter((ends[0],)) if len(ends) == 1 else None
+
+    return base_weights(part, find, base)

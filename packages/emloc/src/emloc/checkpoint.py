@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from emloc.errors import CheckpointError
-from emloc.layout import PIPELINE_NAME, Layout, layout_of
+from emloc.layout import PIPELINE_NAME, Layout, layout_of, part_names
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -98,6 +98,15 @@ class Checkpoint:
     def layout(self) -> Layout:
         """How the files are named."""
         return layout_of(self.path)
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of a pipeline's other models."""
+        return part_names(self.path)
+
+    def part(self, name: str) -> "Checkpoint":
+        """One of them."""
+        return Checkpoint.open(self.path / name)
 
     @classmethod
     def from_files(

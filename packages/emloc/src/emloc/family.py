@@ -107,7 +107,12 @@ class ModelFamily(Protocol):
     def calibration_batches(
         self, checkpoint: Checkpoint, options: CalibrationOptions
     ) -> Sequence[Batch]:
-        """Micro-batches drawn from the data by seed, with labels."""
+        """Micro-batches drawn from the data by seed, with labels.
+
+        Args:
+            options: of compress, or of correct, whose `adapter` may have LoRAs of other models that
+                make part of what the model reads.
+        """
         ...
 
     def token_mask(self, batch: Batch, layer: str | None = None) -> Tensor | None:

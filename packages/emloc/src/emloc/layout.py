@@ -59,6 +59,18 @@ def layout_of(path: Path) -> Layout:
     return Layout()
 
 
+def part_names(path: Path) -> list[str]:
+    """The other models of a pipeline, by folder; none where the folder is that of one model."""
+    if not layout_of(path).folder:
+        return []
+    components: dict[str, Any] = json.loads((path / PIPELINE_NAME).read_text("utf-8"))
+    return [
+        name
+        for name in components
+        if (path / name / "config.json").is_file() and f"{name}/" != layout_of(path).folder
+    ]
+
+
 def _denoiser(index: Path) -> str | None:
     """The component whose class is a `…Model` of diffusers; autoencoders and schedulers are not."""
     try:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emloc.adapter import Adapter
 from emloc.errors import CheckpointError, ConfigError
+from emloc.integrations.peft.attach import attach_part
 from emloc_diffusion.encode.components import (
     check_libraries,
     load_errors,
@@ -60,6 +62,7 @@ def encode_prompts(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     variant: str | None = None,
+    adapter: Adapter | None = None,
 ) -> list[dict[str, Tensor]]:
     """Per prompt `encoder_hidden_states` (tokens, width) and, but for Stable Diffusion 1 and 2, `pooled`
     (width,); on the CPU, in the text encoders' dtype.
@@ -73,44 +76,123 @@ def encode_prompts(
         dtype: that the text encoders are loaded in.
         device: that they compute on.
         variant: of the weight files, such as `fp16`.
+        adapter: whose subfolders hold LoRAs of text encoders, if any.
 
     Raises:
+        MismatchError: such a LoRA was trained for another text encoder.
         CheckpointError: another pipeline class, or files that are missing or do not load.
         ConfigError: `max_length` for a pipeline without T5, or below 1.
     """
-    index = read_model_index(folder)
-    name = str(index.get("_class_name"))
-    encoding = ENCODINGS.get(name)
-    if encoding is None:
-        raise CheckpointError(
-            f"{folder} is a {name}; prompts can be encoded of {', '.join(ENCODINGS)}."
-        )
-    keywords: dict[str, Any] = {**encoding.arguments, "device": torch.device(device)}
-    if max_length is not None:
-        if not encoding.takes_max_length:
-            raise ConfigError(
-                f"max_length={max_length} does not apply to {name}, whose prompts have the fixed length of "
-                f"CLIP; leave it out."
-            )
-        if max_length < 1:
-            raise ConfigError(f"max_length is {max_length}; it must be 1 or more.")
-        keywords["max_sequence_length"] = max_length
-    check_libraries(folder, index, TEXT_PARTS)
-    pipeline = _text_pipeline(folder, index, encoding, dtype, variant)
-    for part, module in pipeline.components.items():
-        if part.startswith(TEXT_PARTS) and isinstance(module, torch.nn.Module):
-            module.to(device).eval()
+    encoder = PromptEncoder(folder, max_length, dtype, device, variant)
+    for name, part in (adapter.with_parts(encoder.encoders).parts if adapter else {}).items():
+        attach_part(encoder.encoders[name], part)
     encoded: dict[str, dict[str, Tensor]] = {}
     with torch.no_grad():
         for prompt in dict.fromkeys(prompts):
-            made = pipeline.encode_prompt(prompt, **keywords)
-            tensors = {"encoder_hidden_states": made[0][0].cpu()}
-            if encoding.pooled is not None:
-                tensors["pooled"] = made[encoding.pooled][0].cpu()
-            encoded[prompt] = tensors
-    del pipeline
+            made = encoder.encode([prompt])
+            encoded[prompt] = {name: tensor[0].cpu() for name, tensor in made.items()}
+    del encoder
     release()
     return [dict(encoded[prompt]) for prompt in prompts]
+
+
+class PromptEncoder:
+    """A pipeline's tokenizers and text encoders, loaded; gradients pass through.
+
+    Args and errors: see `encode_prompts`.
+
+    Attributes:
+        encoders: the text encoders by name, in eval mode.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        max_length: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        variant: str | None = None,
+    ) -> None:
+        index = read_model_index(folder)
+        name = str(index.get("_class_name"))
+        encoding = ENCODINGS.get(name)
+        if encoding is None:
+            raise CheckpointError(
+                f"{folder} is a {name}; prompts can be encoded of {', '.join(ENCODINGS)}."
+            )
+        self._keywords: dict[str, Any] = {**encoding.arguments, "device": torch.device(device)}
+        if max_length is not None:
+            if not encoding.takes_max_length:
+                raise ConfigError(
+                    f"max_length={max_length} does not apply to {name}, whose prompts have the fixed "
+                    f"length of CLIP; leave it out."
+                )
+            if max_length < 1:
+                raise ConfigError(f"max_length is {max_length}; it must be 1 or more.")
+            self._keywords["max_sequence_length"] = max_length
+        check_libraries(folder, index, TEXT_PARTS)
+        self._pipeline = _text_pipeline(folder, index, encoding, dtype, variant)
+        self._pooled = encoding.pooled
+        self.encoders: dict[str, Any] = {
+            part: module.to(device).eval()
+            for part, module in self._pipeline.components.items()
+            if part.startswith(TEXT_PARTS) and isinstance(module, torch.nn.Module)
+        }
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """`encoder_hidden_states` (prompts, tokens, width) and perhaps `pooled` (prompts, width)."""
+        made = self._pipeline.encode_prompt(list(prompts), **self._keywords)
+        tensors = {"encoder_hidden_states": made[0]}
+        if self._pooled is not None:
+            tensors["pooled"] = made[self._pooled]
+        return tensors
+
+    def remember(self, name: str, prompts: Sequence[str]) -> None:
+        """Let a text encoder's outputs for these prompts take its place, and its memory be free."""
+        remembered = Remembered(self.encoders.pop(name))
+        setattr(self._pipeline, name, remembered)
+        with torch.no_grad():
+            for prompt in dict.fromkeys(prompts):
+                self.encode([prompt])
+        remembered.forget()
+        release()
+
+
+class Remembered(torch.nn.Module):
+    """In a text encoder's place: computes what it is asked first, and from then on only knows it."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.dtype, self._encoder = encoder.dtype, [encoder]
+        # Pipelines ask where a module is, and look at what it holds.
+        self.register_buffer("place", torch.empty(0, device=encoder.device), persistent=False)
+        self._known: dict[tuple[int, ...], Tensor] = {}
+
+    def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+        """The first of the encoder's outputs, (prompts, tokens, width)."""
+        rows: list[Tensor] = []
+        for row in ids:
+            key = tuple(row.tolist())
+            if key not in self._known:
+                self._known[key] = self._encoder[0](row[None], *args, **kwargs)[0][0].detach()
+            rows.append(self._known[key])
+        return (torch.stack(rows),)
+
+    def forget(self) -> None:
+        """Drop the encoder."""
+        self._encoder.clear()
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The pipeline's first tokenizer, CLIP's.
+
+    Raises:
+        CheckpointError: there is none, or it does not load.
+    """
+    from transformers import CLIPTokenizer
+
+    with load_errors(folder, "tokenizer"):
+        return CLIPTokenizer.from_pretrained(str(folder), subfolder="tokenizer")
 
 
 def _text_pipeline(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
+from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, part_weights
 from emloc.adapter_correction import AdapterCorrection
 from emloc.checkpoint import Checkpoint
 from emloc.config import CorrectConfig
@@ -17,7 +17,7 @@ from emloc.errors import ConfigError, MismatchError
 from emloc.family import Batch, ModelFamily
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
 from emloc.memory import PeakMemory, return_large_blocks
-from emloc.output import file_sha256, stage_folder
+from emloc.output import copy_file, file_sha256, stage_folder, write_json
 from emloc.plugin_options import own_options
 from emloc.plugins import open_model
 from emloc.progress import console
@@ -51,6 +51,9 @@ def correct(config: CorrectConfig) -> Path:
             f"Emulator {config.emulator} was built from another model than {base.name} (it names "
             f"{origin.name_or_path}); pass that one."
         )
+    adapter = adapter.with_parts(base.parts)
+    emulator = Checkpoint.open(config.emulator)
+    _refuse_foreign_parts(adapter, emulator, base)
     batches = _batches(config, family, base)
     settings = {
         **own_options(config, family, PATHS),
@@ -68,11 +71,11 @@ def correct(config: CorrectConfig) -> Path:
         with PeakMemory(config.device) as peak:
             saved = {name: adapter.read(key) for name, key in adapter.saved.items()}
             stream = UnitStream(family, base, config.device, instead=saved)
-            correction = AdapterCorrection(
-                config, stream, Checkpoint.open(config.emulator), emulator_manifest, adapter
-            )
+            correction = AdapterCorrection(config, stream, emulator, emulator_manifest, adapter)
             chosen, summary = correction.choose(batches)
             layers = correction.write(work, chosen)
+            for name, part in adapter.parts.items():
+                _carry_over(part, base, work / name)
             exported = family.export_adapter(base, work)
         Manifest(
             kind="corrected_adapter",
@@ -85,13 +88,31 @@ def correct(config: CorrectConfig) -> Path:
             settings=settings,
             layers=layers,
             summary=summary,
-            files={
-                name: file_sha256(work / name) for name in (CONFIG_NAME, WEIGHTS_NAME, *exported)
-            },
+            files={name: file_sha256(work / name) for name in (*adapter.files, *exported)},
             versions=versions("emloc", "torch", "safetensors"),
             measured={"seconds": round(time.monotonic() - started, 3), **peak.figures()},
         ).write(work)
     return config.output_dir
+
+
+def _refuse_foreign_parts(adapter: Adapter, emulator: Checkpoint, base: Checkpoint) -> None:
+    """A part is not compressed, so what it was trained beside must be the base's own."""
+    for name, part in adapter.parts.items():
+        trained_on, original = emulator.part(name), base.part(name)
+        part_weights(part, original)
+        if trained_on.digest() != original.digest():
+            raise MismatchError(
+                f"Adapter {part.path} was trained on the {name} of {emulator.name}, and that of "
+                f"{base.name} holds other weights; pass the model that the emulator was made from."
+            )
+
+
+def _carry_over(part: Adapter, base: Checkpoint, folder: Path) -> None:
+    """There is no mismatch to correct: only the name of the base changes."""
+    copy_file(part.path / WEIGHTS_NAME, folder / WEIGHTS_NAME)
+    write_json(
+        folder / CONFIG_NAME, {**part.config, "base_model_name_or_path": base.reference_name()}
+    )
 
 
 def _emulator_manifest(emulator: str) -> Manifest:

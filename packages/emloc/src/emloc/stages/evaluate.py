@@ -51,7 +51,9 @@ def _settings(config: EvaluateConfig, model: Checkpoint, family: ModelFamily) ->
     return {
         **own_options(config, family, {"output_dir"}),
         "model_digest": model.digest(),
-        "adapter_digest": Adapter.open(config.adapter).digest() if config.adapter else None,
+        "adapter_digest": Adapter.open(config.adapter).with_parts(model.parts).digest()
+        if config.adapter
+        else None,
         "companions_digest": model.companions_digest(),
         "data_digest": dataset_digest(config.dataset),
         **({"named_digests": named} if named else {}),

@@ -1,13 +1,13 @@
 """Write base + adapter as a full checkpoint, tensor by tensor, in the base's own shards and dtypes."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from emloc.adapter import Adapter, LoraLayer, base_weights
+from emloc.adapter import Adapter, LoraLayer, base_weights, part_weights
 from emloc.checkpoint import Checkpoint
 from emloc.config import MergeConfig
 from emloc.errors import ConfigError, MismatchError, NumericalError
@@ -31,6 +31,7 @@ def merge(config: MergeConfig) -> Path:
     base, family = open_model(
         _base_name(config, adapter, origin), config.single_file_config or origin_config
     )
+    adapter = adapter.with_parts(base.parts)
     digest = base.digest()
     if origin is not None and origin.base_model.digest != digest:
         raise MismatchError(
@@ -54,6 +55,8 @@ def merge(config: MergeConfig) -> Path:
         _refuse_tied(model, layer.name, name)
         by_tensor[name] = (layer, weights[layer.name])
     instead = _whole_parameters(adapter, base, lambda name: family.stored(model, name, base))
+    parts = {name: base.part(name) for name in adapter.parts}
+    by_part = {name: _by_tensor(adapter.parts[name], parts[name]) for name in parts}
     settings = {
         "base_digest": digest,
         "companions_digest": base.companions_digest(),
@@ -67,13 +70,16 @@ def merge(config: MergeConfig) -> Path:
     with stage_folder(config.output_dir, settings) as work:
         with PeakMemory() as peak:
             files = _write_shards(base, adapter, by_tensor, instead, work)
-        _write_beside(base, work)
+            for name, part in parts.items():
+                written = _write_shards(part, adapter.parts[name], by_part[name], {}, work / name)
+                files |= {f"{name}/{file}": digest for file, digest in written.items()}
+        _write_beside(base, work, files.keys())
         Manifest(
             kind="merged_model",
             family=family.name,
             base_model=ModelReference.of(base, digest),
             settings=settings,
-            summary={"merged_layers": len(by_tensor)},
+            summary={"merged_layers": len(by_tensor) + sum(map(len, by_part.values()))},
             files=files,
             versions=versions("emloc", "torch", "safetensors"),
             measured={"seconds": round(time.monotonic() - started, 3), **peak.figures()},
@@ -81,10 +87,16 @@ def merge(config: MergeConfig) -> Path:
     return config.output_dir
 
 
-def _write_beside(base: Checkpoint, work: Path) -> None:
+def _by_tensor(part: Adapter, base: Checkpoint) -> dict[str, tuple[LoraLayer, StoredParameter]]:
+    weights = part_weights(part, base)
+    return {weights[layer.name].names[0]: (layer, weights[layer.name]) for layer in part.layers}
+
+
+def _write_beside(base: Checkpoint, work: Path, written: Collection[str]) -> None:
     """Config, index and tokenizer; of a base in another layout, those of the layout written."""
     for name in base.companions():
-        copy_file(base.path / name, work / name)
+        if name not in written:
+            copy_file(base.path / name, work / name)
     layout = base.layout
     if not base.translated:
         for name in (layout.config, layout.index):

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
+from emloc.adapter import Adapter
 from emloc.config import TrainConfig
 from emloc.digest import dataset_digest
 from emloc.errors import ConfigError, NumericalError
@@ -70,7 +70,8 @@ def train(config: TrainConfig) -> Path:
     with stage_folder(config.output_dir, settings) as work:
         with others_writing(work):
             figures = family.train(of_folder(config, model), work)
-        Adapter.open(str(work)).require_finite(_diverged)
+        adapter = Adapter.open(str(work)).with_parts(model.parts)
+        adapter.require_finite(_diverged)
         exported = family.export_adapter(model, work)
         Manifest(
             kind="adapter",
@@ -79,9 +80,7 @@ def train(config: TrainConfig) -> Path:
             emulator=reference if emulator else None,
             settings=settings,
             summary=figures.pop("summary", {}),
-            files={
-                name: file_sha256(work / name) for name in (CONFIG_NAME, WEIGHTS_NAME, *exported)
-            },
+            files={name: file_sha256(work / name) for name in (*adapter.files, *exported)},
             versions=versions("emloc", "torch", "transformers", "peft", "trl", "accelerate"),
             method=emulator.method if emulator else None,
             measured={

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, base_weights
+from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, base_weights, part_weights
 from emloc.checkpoint import Checkpoint
 from emloc.config import VerifyConfig
 from emloc.convolution import matrix_shape
@@ -130,6 +130,13 @@ def _verify_base(config: VerifyConfig, manifest: Manifest) -> None:
 def _verify_adapter(config: VerifyConfig, manifest: Manifest | None) -> dict[str, Any]:
     adapter = Adapter.open(str(config.path))
     checked = _verify_files(config.path, manifest)
+    name = config.model_name_or_path or adapter.config.get("base_model_name_or_path")
+    base = family = None
+    if name and (config.model_name_or_path or Path(str(name)).exists()):
+        named = manifest.base_model.single_file_config if manifest else None
+        base, family = open_model(str(name), config.single_file_config or named)
+    listed = {Path(file).parent.name for file in (manifest.files if manifest else ())} - {""}
+    adapter = adapter.with_parts(sorted(listed | set(base.parts if base else ())))
 
     def fail(key: str) -> EmlocError:
         return NumericalError(f"{key} of {config.path / WEIGHTS_NAME} holds NaN or infinity.")
@@ -137,20 +144,18 @@ def _verify_adapter(config: VerifyConfig, manifest: Manifest | None) -> dict[str
     adapter.require_finite(fail)
     if manifest is not None and manifest.kind == "corrected_adapter":
         _verify_base(config, manifest)
-    name = config.model_name_or_path or adapter.config.get("base_model_name_or_path")
     against = None
-    if name and (config.model_name_or_path or Path(str(name)).exists()):
-        named = manifest.base_model.single_file_config if manifest else None
-        base, family = open_model(str(name), config.single_file_config or named)
-        if "quantization_config" not in base.config:
-            model = family.skeleton(base, torch.float32)
-            base_weights(adapter, lambda key: family.stored(model, key, base), base)
-            against = str(name)
+    if base is not None and family is not None and "quantization_config" not in base.config:
+        model = family.skeleton(base, torch.float32)
+        base_weights(adapter, lambda key: family.stored(model, key, base), base)
+        for part in adapter.parts:
+            part_weights(adapter.parts[part], base.part(part))
+        against = str(name)
     return {
         "path": str(config.path),
         "kind": manifest.kind if manifest else "adapter",
         "files": checked,
-        "tensors": len(adapter.tensors.tensors),
-        "layers": len(adapter.layers),
+        "tensors": sum(len(each.tensors.tensors) for each in (adapter, *adapter.parts.values())),
+        "layers": sum(len(each.layers) for each in (adapter, *adapter.parts.values())),
         "base_model": against,
     }

@@ -36,3 +36,22 @@ def attach(model: Any, adapter: str, checkpoint: Checkpoint, family: ModelFamily
                 f"another model."
             )
     return PeftModel.from_pretrained(model, adapter).eval()
+
+
+def attach_part(part: Any, adapter: Adapter) -> None:
+    """Put the adapter of a pipeline's other model on it, in place.
+
+    Raises:
+        MismatchError: a layer of the adapter has no place in the model, or is of another shape.
+    """
+    modules = dict(part.named_modules())
+    for layer in adapter.layers:
+        module = modules.get(layer.name)
+        tensors = adapter.tensors.tensors
+        shape = (tensors[layer.up_key].shape[0], tensors[layer.down_key].shape[1])
+        if module is None or tuple(module.weight.shape) != shape:
+            raise MismatchError(
+                f"Adapter {adapter.path}: {type(part).__name__} has no layer {layer.name} of "
+                f"{shape[0]}x{shape[1]}; it was trained for another model."
+            )
+    PeftModel.from_pretrained(part, str(adapter.path)).eval()

@@ -5,7 +5,7 @@ What differs between modalities, the model, the data and the trainer's class, is
 
 import importlib.util
 import shutil
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from emloc.errors import CheckpointError, ConfigError, DependencyError
 from emloc.family import Batch
 from emloc.integrations.peft.lora import new_lora, save_as_plain_lora
 from emloc.integrations.peft.low_rank_lora import fuse_lora
+from emloc.integrations.peft.parts import Part, with_parts
 from emloc.integrations.transformers.optimizers import (
     check_optimizer,
     set_optimizer,
@@ -40,6 +41,7 @@ def train_lora(
     make_trainer: Callable[..., Any],
     batches: Iterable[Batch],
     excluded: Container[str] = (),
+    parts: Mapping[str, Part] | None = None,
 ) -> dict[str, Any]:
     """Train a LoRA on `model` into `work`; returns figures for the manifest.
 
@@ -47,17 +49,21 @@ def train_lora(
         make_trainer: builds the trainer of the model with its LoRA, given `model=` and `callbacks=`.
         batches: training batches, for beginnings of the LoRA that look at data.
         excluded: modules that are not adapted, whatever targets say.
+        parts: other models to train along, by the names of the subfolders that their adapters go to.
 
     Raises:
         DataError, ConfigError, NumericalError: see their messages.
     """
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         model = prepare_model_for_kbit_training(model, config.gradient_checkpointing)
-    weight_bytes = sum(map(_held, model.parameters()))
+    parts = parts or {}
+    held = [model, *(part.model for part in parts.values())]
+    weight_bytes = sum(_held(parameter) for each in held for parameter in each.parameters())
     model, start = new_lora(model, config, batches, excluded)
     fuse_lora(model)
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
+    model = with_parts(model, parts, config)
     trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     progression = Progression(work)
     trainer = make_trainer(model=model, callbacks=[progression])

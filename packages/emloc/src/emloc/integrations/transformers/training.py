@@ -16,13 +16,9 @@ from emloc.progress import console
 LOG_NAME = "trainer_log.jsonl"
 PLOT_NAME = "training_loss.png"
 
-_CHECKPOINT_FILES = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "optimizer.pt",
-    "scheduler.pt",
-    "rng_state.pth",
-)
+_CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+_WEIGHTS_FILES = (("adapter_model.safetensors", "adapter_config.json"), ("model.safetensors",))
+"""Of one model with a LoRA, or of several trained together."""
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:
@@ -34,7 +30,9 @@ def last_complete_checkpoint(folder: Path) -> str | None:
     found: list[tuple[int, Path]] = []
     for entry in folder.glob("checkpoint-*"):
         step = entry.name.removeprefix("checkpoint-")
-        if step.isdigit() and all((entry / name).is_file() for name in _CHECKPOINT_FILES):
+        held = {path.name for path in entry.iterdir() if path.is_file()}
+        weights = any(held.issuperset(names) for names in _WEIGHTS_FILES)
+        if step.isdigit() and weights and held.issuperset(_CHECKPOINT_FILES):
             try:
                 json.loads((entry / "trainer_state.json").read_text("utf-8"))
             except (OSError, ValueError):
