@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from emloc.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, Adapter, LoraLayer, base_weights
+from emloc.adapted_weights import base_weights
+from emloc.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, Adapter, LoraLayer
 from emloc.errors import MismatchError
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
 from emloc.memory import PeakMemory

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, LoraLayer, base_weights
+from emloc.adapted_weights import base_weights
+from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, LoraLayer
 from emloc.checkpoint import Checkpoint
 from emloc.config import CorrectConfig
 from emloc.convolution import as_matrix

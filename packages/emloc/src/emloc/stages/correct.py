@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, part_weights
+from emloc.adapted_weights import part_weights
+from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from emloc.adapter_correction import AdapterCorrection
 from emloc.checkpoint import Checkpoint
 from emloc.config import CorrectConfig

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from emloc.adapter import Adapter, LoraLayer, base_weights, part_weights
+from emloc.adapted_weights import base_weights, part_weights
+from emloc.adapter import Adapter, LoraLayer
 from emloc.checkpoint import Checkpoint
 from emloc.config import MergeConfig
 from emloc.errors import ConfigError, MismatchError, NumericalError

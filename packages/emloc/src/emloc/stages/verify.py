@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, base_weights, part_weights
+from emloc.adapted_weights import base_weights, part_weights
+from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from emloc.checkpoint import Checkpoint
 from emloc.config import VerifyConfig
 from emloc.convolution import matrix_shape

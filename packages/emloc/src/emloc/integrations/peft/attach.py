@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from emloc.adapter import Adapter, base_weights
+from emloc.adapted_weights import base_weights
+from emloc.adapter import Adapter
 from emloc.checkpoint import Checkpoint
 from emloc.errors import MismatchError
 from emloc.family import ModelFamily
