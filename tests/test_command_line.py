@@ -39,6 +39,13 @@ def test_families():
     assert "llm" in emloc_command("families").stdout
 
 
+def test_methods():
+    shown = emloc_command("methods").stdout
+    for name in ("emloc", "emloc-uncorrected", "lora", "offsite-tuning"):
+        assert f" {name} " in shown
+    assert "bench" in emloc_command("--help").stdout
+
+
 REFUSALS = [
     (("compress", "--output_dir", "x", "--model_name_or_path", "m", "--keep_ration", "1"), 2,
      "keep_ratio"),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import emloc
+from emloc.errors import Interrupted
 from emloc.methods import MethodEntry
 
 if TYPE_CHECKING:
@@ -91,4 +92,9 @@ def emloc_register_commands(app: "typer.Typer") -> None:
         """Compare methods on the same data, budget and seeds; finished cells are not run again."""
         from emloc_baselines.bench.harness import run_bench
 
-        print(run_bench(config, *(overrides or [])))
+        try:
+            print(run_bench(config, *(overrides or [])))
+        except KeyboardInterrupt as problem:
+            raise Interrupted(
+                "Interrupted; finished cells are kept, and the same command goes on with the others."
+            ) from problem

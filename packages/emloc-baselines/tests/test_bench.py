@@ -323,3 +323,31 @@ def test_diffusion_pipelines_are_compared_too(tmp_path):
     assert "exact match" not in text
     assert "### gain recovered, keep_ratio 0.5" in text
     assert not (out / "score.png").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(options, tmp_path):
+    """To the whole group, as a terminal sends it: the bench and its cell."""
+    import os
+    import signal
+    import time
+
+    import yaml
+
+    config, out = tmp_path / "bench.yaml", tmp_path / "out"
+    config.write_text(yaml.safe_dump({**options, "methods": ["lora"], "output_dir": str(out)}))
+    # A shell that runs this in the background would have it ignore Ctrl-C.
+    process = subprocess.Popen(
+        [sys.executable, "-c",
+         "import signal, runpy, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+         f"sys.argv = ['emloc', 'bench', {str(config)!r}]; runpy.run_module('emloc', run_name='__main__')"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    for _ in range(600):
+        if list(out.glob("logs/*.log")):
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "finished cells are kept" in errors
+    assert "Traceback" not in errors

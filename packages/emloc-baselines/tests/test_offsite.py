@@ -118,18 +118,15 @@ def test_it_generates_with_a_cache(made):
 
 
 def test_the_budget_is_met_from_below_within_one_block(base, tiny, tmp_path):
-    for keep_ratio in (0.5, 0.7, 0.9):
+    """The budget itself is compared with what EMLoC writes in the tests of LoRAM."""
+    for keep_ratio in (0.5, 0.9):
         light = OffsiteTuning().build(
             task_of(base, tiny.data, keep_ratio), tmp_path / str(keep_ratio)
         )
-        emulator = emloc.compress(
-            model_name_or_path=str(base), output_dir=tmp_path / f"e{keep_ratio}",
-            keep_ratio=keep_ratio, dataset=str(tiny.data), max_length=96, num_calibration_samples=2,
-        )  # fmt: skip
-        held, target = (sum(p.numel() for p in load(f).parameters()) for f in (light, emulator))
-        block = sum(p.numel() for p in blocks_of(load(base))[0].parameters())
+        held = 4 * sum(p.numel() for p in load(light).parameters())
+        target = Manifest.read(light).summary["budget_bytes"]
+        block = 4 * sum(p.numel() for p in blocks_of(load(base))[0].parameters())
         assert target - block < held <= target
-        assert Manifest.read(light).summary["budget_bytes"] == 4 * target
 
 
 def test_only_the_ends_are_trained_and_are_renamed_as_by_hand(made):
