@@ -135,7 +135,9 @@ def test_a_run_that_could_not_even_begin_is_in_nobodys_way(tmp_path, monkeypatch
         patch.setattr("emloc.output.os.fsync", full)
         with pytest.raises(OutputError, match="disk is full"), stage_folder(tmp_path / "out", {}):
             pass
-    (tmp_path / "out.partial" / "stage_settings.json.tmp").write_text('{"a": ')  # as a kill leaves it
+    (tmp_path / "out.partial" / "stage_settings.json.tmp").write_text(
+        '{"a": '
+    )  # as a kill leaves it
     with stage_folder(tmp_path / "out", {"a": 1}) as work:
         (work / "file").write_text("whole")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
