@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from emloc.config import TrainConfig
-from emloc.planning.blocks import within
+from emloc.planning.blocks import by_block
 from emloc.planning.described import describe
 from emloc.planning.layers import layer_shapes, planned_layers
 from emloc.planning.step import Precision, StepOptions
@@ -27,7 +27,7 @@ def described(tmp_path_factory):
     for kind in ("llama", "qwen2", "qwen3", "mistral"):
         folder = write_model(tmp_path_factory.mktemp(kind), kind, **SIZES)
         (folder / "model.safetensors").unlink()
-        made[kind] = describe(str(folder))
+        made[kind] = describe(str(folder))[:2]
     return made
 
 
@@ -156,7 +156,7 @@ def test_layers_of_a_block_that_differ_are_counted_each(described):
     groups = [group for group in emulated(skeleton) if ".1." not in group[0][0]]
     adapted = family.adapted_layers(skeleton, config)
     layers = planned_layers(skeleton, layer_shapes(skeleton), groups, adapted, config)
-    blocks = [within(layers, f"model.layers.{i}") for i in range(3)]
+    blocks = by_block(layers, family.blocks(skeleton))
     assert blocks[0] != blocks[1]
     assert blocks[0].keys() == blocks[1].keys()
     assert blocks[0]["self_attn.k_proj"].group == "self_attn.q_proj"
@@ -170,7 +170,7 @@ def test_layers_of_a_block_that_differ_are_counted_each(described):
 
 def test_other_architectures_have_no_closed_form(tmp_path):
     folder = write_model(tmp_path / "model", "gpt2", num_hidden_layers=2)
-    checkpoint, family = describe(str(folder))
+    checkpoint, family = describe(str(folder))[:2]
     skeleton = family.skeleton(checkpoint, torch.float32)
     config = options("float32", False)
     batch = family.planned_batch(checkpoint, config, 2)

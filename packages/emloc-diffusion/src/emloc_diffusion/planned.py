@@ -13,7 +13,7 @@ from emloc.errors import ConfigError
 from emloc.family import Batch
 from emloc.integrations.diffusers.skeleton import empty_model, is_layer
 from emloc.planning.described import Described, weight_dtype
-from emloc.planning.family import Groups
+from emloc.planning.family import Groups, OtherModel
 from emloc.planning.operations import Layer
 from emloc.planning.step import StepOptions, StepSizes
 from emloc_diffusion.denoisers import DENOISERS, denoiser_of
@@ -131,6 +131,19 @@ class PlannedDiffusion:
         from emloc_diffusion.activations import step_sizes
 
         return step_sizes(model, layers, batch, options)
+
+    def cache_elements(self, model: nn.Module, options: StageConfig) -> int:
+        """Nothing: a picture has no past."""
+        return 0
+
+    def other_models(
+        self, checkpoint: Checkpoint, options: StageConfig
+    ) -> Mapping[str, OtherModel]:
+        """VAE and text encoders, in float32 as our stages run them."""
+        from emloc_diffusion.companions import companions
+
+        resolution = cast(PictureTraining, options).resolution
+        return companions(checkpoint.path, resolution)
 
 
 def _complete(checkpoint: Checkpoint) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from torch import nn
 from emloc.family import Batch
 from emloc.integrations.transformers.decoder_sizes import Decoder, decoder_of, decoder_stack
 from emloc.integrations.transformers.skeleton import repeated_blocks
-from emloc.planning.blocks import within
+from emloc.planning.blocks import by_block
 from emloc.planning.operations import Forward, Layer
 from emloc.planning.step import FLOAT32, StepOptions, StepSizes, StepTape
 from emloc.planning.tape import Sized, Storage
@@ -39,8 +39,9 @@ def step_sizes(
     x = tape.new(samples * tokens * decoder.width, options.precision.weights)
     if options.checkpointing:  # so that a gradient reaches the blocks, which run twice
         x = tape.leaf(x)
-    blocks = [within(layers, name) for name in names]
-    x = decoder_stack(forward, decoder, blocks, x, "attention_mask" in batch, options)
+    x = decoder_stack(
+        forward, decoder, by_block(layers, names), x, "attention_mask" in batch, options
+    )
     loss = fused_loss(forward, decoder, x, config.vocab_size, options.on_gpu)
     del x
     sizes = tape.finish(loss)

@@ -15,7 +15,7 @@ from torch import nn
 from emloc.family import Batch
 from emloc.integrations.transformers.decoder_sizes import decoder_of, decoder_stack
 from emloc.integrations.transformers.skeleton import repeated_blocks
-from emloc.planning.blocks import BlockLayers, stack, within
+from emloc.planning.blocks import BlockLayers, by_block, stack
 from emloc.planning.operations import Forward, Layer
 from emloc.planning.step import FLOAT32, StepOptions, StepSizes, StepTape
 from emloc.planning.tape import Sized, Storage
@@ -67,12 +67,13 @@ def step_sizes(
     x = tape.new(samples * tokens * decoder.width, options.precision.weights)
     if options.checkpointing:
         x = tape.leaf(x)
-    tower = [within(layers, name) for name in seen]
+    tower = by_block(layers, seen)
     last, features = _see(forward, config, tower, layers, pixels, batch, options)
     mask = tape.new(samples * tokens, 1)
     x = _scatter(forward, x, features, mask)
-    blocks = [within(layers, name) for name in read]
-    x = decoder_stack(forward, decoder, blocks, x, "attention_mask" in batch, options)
+    x = decoder_stack(
+        forward, decoder, by_block(layers, read), x, "attention_mask" in batch, options
+    )
     del last  # held by the model's forward, as the features are by its output
     loss = logits_loss(forward, x, decoder.width, text.vocab_size)
     del x, features

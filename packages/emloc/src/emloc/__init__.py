@@ -1,7 +1,7 @@
 """EMLoC: fine-tune a model within the memory of running it.
 
-The stages are functions with keyword options: `compress`, `train`, `correct`, `merge`, `evaluate`,
-`verify`, `run` and `demo`. They are imported on first use, so that `import emloc` is cheap.
+The stages are functions with keyword options: `plan`, `compress`, `train`, `correct`, `merge`,
+`evaluate`, `verify`, `run` and `demo`. They are imported on first use, so that `import emloc` is cheap.
 """
 
 import importlib
@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from emloc.stages.demo import demo
     from emloc.stages.evaluate import evaluate
     from emloc.stages.merge import merge
+    from emloc.stages.plan import plan
     from emloc.stages.run import run
     from emloc.stages.train import train
     from emloc.stages.verify import verify
 
 __version__ = "0.1.0"
 
-STAGES = ("compress", "train", "correct", "merge", "evaluate", "verify", "run", "demo")
+STAGES = ("plan", "compress", "train", "correct", "merge", "evaluate", "verify", "run", "demo")
 
 __all__ = [
     "compress",
@@ -30,6 +31,7 @@ __all__ = [
     "evaluate",
     "hookimpl",
     "merge",
+    "plan",
     "run",
     "train",
     "verify",

@@ -100,11 +100,16 @@ def _command(name: str) -> Any:
 
     def call(**given: Any) -> None:
         stage = getattr(emloc, name)
+        as_table = name == "plan" and not given.pop("json")
         with _interruptible():
             outcome = stage(**{key: value for key, value in given.items() if value is not None})
         if name == "demo":
             return  # its own last line says what to try next
-        if isinstance(outcome, Path):
+        if as_table:
+            from emloc.planning.report import report
+
+            Console().print(report(outcome))
+        elif isinstance(outcome, Path):
             print(outcome)
         else:
             print(json.dumps(outcome, indent=2, ensure_ascii=False))
@@ -120,10 +125,25 @@ def _command(name: str) -> Any:
                 annotation=annotation,
             )
         )
+    if name == "plan":
+        parameters = _plan_parameters(parameters)
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     call.__doc__ = inspect.cleandoc(model.__doc__ or "")
     return call
+
+
+def _plan_parameters(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
+    """The model is named without an option, and what is printed can be chosen."""
+    named = Annotated[str, typer.Argument(help="local folder or hub id", metavar="MODEL")]
+    as_json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+    others = [p for p in parameters if p.name != "model_name_or_path"]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return [
+        inspect.Parameter("model_name_or_path", kind, annotation=named),
+        *others,
+        inspect.Parameter("json", kind, default=False, annotation=as_json),
+    ]
 
 
 def _option_type(field: FieldInfo) -> Any:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails
 
 from emloc.errors import ConfigError
+from emloc.planning.amounts import Bytes
 
 
 def _split(value: Any) -> Any:
@@ -239,6 +240,25 @@ class VerifyConfig(ModelOptions):
     path: Path = Field(description="folder to check")
     model_name_or_path: str | None = Field(
         None, description="the base model; by default the one that the folder names"
+    )
+
+
+class PlanConfig(CompressConfig, TrainConfig):
+    """Say what every stage will take, from a config alone, and choose what fits.
+
+    Takes the options of compress and train; those that change no byte are accepted all the same.
+    """
+
+    model_name_or_path: str = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        description="local folder or hub id; weights are neither needed nor downloaded"
+    )
+    memory: Bytes | None = Field(
+        None, description="what the device has, such as 24GiB; by default nothing is chosen"
+    )
+    device: str = Field("cuda", description="cuda, or cpu, whose memory is the machine's")
+    dtype: Dtype = Field("auto", description="of the weights; auto: what the config says")
+    output_dir: Path | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        None, description="where plan.json and plan.png go"
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from emloc.family import Batch
-from emloc.planning.blocks import BlockLayers, stack, within
+from emloc.planning.blocks import BlockLayers, by_block, stack
 from emloc.planning.operations import Forward, Layer
 from emloc.planning.step import FLOAT32, StepOptions, StepSizes, StepTape
 from emloc.planning.tape import Sized
@@ -55,9 +55,9 @@ def flux_sizes(
     state = [forward.dense(prompts, config.joint_attention_dim, width), image]
     del image
     for kind, run in (("transformer_blocks", _double), ("single_transformer_blocks", _single)):
-        blocks = [within(layers, f"{kind}.{i}") for i in range(len(getattr(flux, kind)))]
+        names = [f"{kind}.{index}" for index in range(len(getattr(flux, kind)))]
         block = partial(run, forward, streams, rotary)
-        state = stack(tape, blocks, block, options.checkpointing, *state)
+        state = stack(tape, by_block(layers, names), block, options.checkpointing, *state)
     tape.reach_loss()
     x = _modulated(forward, streams, state[1])
     x = forward.linear(x, layers["proj_out"])

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from emloc.family import Batch
-from emloc.planning.blocks import within
+from emloc.planning.blocks import BlockLayers, by_block
 from emloc.planning.operations import Forward, Layer
 from emloc.planning.step import StepOptions, StepSizes, StepTape
 from emloc.planning.tape import Sized
@@ -26,6 +26,7 @@ class UNet:
     Attributes:
         pixels: of all samples at the present resolution.
         text: the prompts' embeddings.
+        blocks: the layers of transformer blocks, by the block's name.
     """
 
     model: Any
@@ -35,9 +36,11 @@ class UNet:
     pixels: int
     text: Sized
     checkpointing: bool
+    blocks: Mapping[str, BlockLayers]
 
     def run(self, name: str, x: Sized) -> Sized:
         """A module by its name: resnet, transformer, or change of resolution."""
+        self.forward.tape.reach_block(self.pixels)
         module = self.model.get_submodule(name)
         return FORWARDS[type(module).__name__](self, name, module, x)
 
@@ -73,9 +76,10 @@ def unet_sizes(
     forward = Forward(tape := StepTape(), options.precision, options.on_gpu)
     given = batch_sizes(forward, batch)
     text = given[list(batch).index("encoder_hidden_states")]
-    state = UNet(
-        unet, layers, forward, samples, samples * height * width, text, options.checkpointing
-    )
+    names = [n for n, m in unet.named_modules() if type(m).__name__ == "BasicTransformerBlock"]
+    blocks = dict(zip(names, by_block(layers, names)))
+    pixels = samples * height * width
+    state = UNet(unet, layers, forward, samples, pixels, text, options.checkpointing, blocks)
     x = state.conv("conv_in", given[0])
     skips = [x]
     for name in _names(unet, "down_blocks"):
@@ -167,7 +171,7 @@ def _transformer(state: UNet, name: str, module: Any, x: Sized) -> Sized:
     x = forward.linear(x, into) if linear else forward.new(x)  # pixels become rows: a copy
     for index in range(len(module.transformer_blocks)):
         block = f"{name}.transformer_blocks.{index}"
-        run = partial(_block, state, within(state.layers, block), state.model.get_submodule(block))
+        run = partial(_block, state, state.blocks[block], state.model.get_submodule(block))
         x = state.once_or_twice(run, x)
     x = forward.linear(x, out) if linear else forward.new(x)
     x = forward.new(x) if linear else forward.conv(x, out, state.pixels)

@@ -1,12 +1,13 @@
 """A model's blocks by what is in them: equal ones are counted once and multiplied."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
 
 from emloc.planning.operations import Layer
-from emloc.planning.tape import Sized, Tape
+from emloc.planning.step import StepTape
+from emloc.planning.tape import Sized
 
 BlockLayers = Mapping[str, Layer]
 """A block's layers by their names in it."""
@@ -15,23 +16,38 @@ RunBlock = Callable[..., list[Sized]]
 """Runs a block of those layers on the tensors that blocks hand on."""
 
 
-def within(layers: Mapping[str, Layer], block: str) -> BlockLayers:
-    """The layers of one block, named as the block names them, groups as well."""
-    prefix = f"{block}."
-    return {
-        name.removeprefix(prefix): replace(layer, group=layer.group.removeprefix(prefix))
-        for name, layer in layers.items()
-        if name.startswith(prefix)
-    }
+def by_block(layers: Mapping[str, Layer], blocks: Sequence[str]) -> list[BlockLayers]:
+    """The layers of each block, named as the block names them, groups as well."""
+    found: dict[str, dict[str, Layer]] = {block: {} for block in blocks}
+    for name, layer in layers.items():
+        block = _block_of(name, found)
+        if block is not None:
+            group = layer.group.removeprefix(f"{block}.")
+            found[block][name.removeprefix(f"{block}.")] = replace(layer, group=group)
+    return list(found.values())
+
+
+def _block_of(name: str, blocks: Container[str]) -> str | None:
+    while name:
+        name = name.rpartition(".")[0]
+        if name in blocks:
+            return name
+    return None
 
 
 def stack(
-    tape: Tape, blocks: Sequence[BlockLayers], run: RunBlock, checkpointing: bool, *given: Sized
+    tape: StepTape, blocks: Sequence[BlockLayers], run: RunBlock, checkpointing: bool, *given: Sized
 ) -> list[Sized]:
     """Blocks one after another, runs of equal ones at once."""
     state = list(given)
+
+    def reached(layers: BlockLayers, *state: Sized) -> list[Sized]:
+        width = next(iter(layers.values())).d_in
+        tape.reach_block(sum(x.numel for x in state) // width)
+        return run(layers, *state)
+
     for layers, same in groupby(blocks):
-        block = partial(run, layers)
+        block = partial(reached, layers)
         kept = partial(tape.checkpoint, block) if checkpointing else block
         state = tape.repeat(kept, len(list(same)), *state)
     return state

@@ -30,8 +30,8 @@ class Described(Checkpoint):
         return Described(self.name, self.path, dict(config), {})
 
 
-def describe(model_name_or_path: str, dtype: str = "auto") -> tuple[Described, ModelFamily]:
-    """A model by its config, in its family's layout, with its tensors; and the family.
+def describe(model_name_or_path: str, dtype: str = "auto") -> tuple[Described, ModelFamily, Any]:
+    """A model by its config, in its family's layout, with its tensors; the family; the skeleton.
 
     Args:
         model_name_or_path: local folder of a model, a pipeline or a pipeline's component, or hub id.
@@ -45,8 +45,7 @@ def describe(model_name_or_path: str, dtype: str = "auto") -> tuple[Described, M
     found, family = _recognised(model_name_or_path, path)
     native = family.native(found)
     assert isinstance(native, Described)
-    with_tensors(native, family, dtype)
-    return native, family
+    return native, family, with_tensors(native, family, dtype)
 
 
 def with_tensors(checkpoint: Described, family: ModelFamily, dtype: str = "auto") -> Any:

@@ -5,7 +5,7 @@ where `step_sizes` gives none, a step is traced on fake tensors.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -17,6 +17,18 @@ from emloc.planning.step import StepOptions, StepSizes
 
 Groups = Sequence[tuple[Sequence[str], int]]
 """Layers that share a right factor, with their rank."""
+
+
+class OtherModel(NamedTuple):
+    """A model beside the one that is compressed.
+
+    Attributes:
+        parameters: their number.
+        running: bytes of its weights in float32 and of what running it on one sample makes.
+    """
+
+    parameters: int
+    running: int
 
 
 @runtime_checkable
@@ -59,4 +71,12 @@ class PlannedFamily(Protocol):
             model: the skeleton.
             layers: its linear layers and convolutions, those with factors and with a LoRA as such.
         """
+        ...
+
+    def cache_elements(self, model: nn.Module, options: Any) -> int:
+        """Numbers that generating one sample of the largest size keeps of its past; 0 without a past."""
+        ...
+
+    def other_models(self, checkpoint: Checkpoint, options: Any) -> Mapping[str, OtherModel]:
+        """By name, the models that encode the data before a stage, and run beside it at inference."""
         ...

@@ -63,9 +63,13 @@ class StepSizes:
 
     Attributes:
         phases: by name.
+        between: the most that is alive between two blocks of a forward.
+        rows: the most tokens, patches or pixels that a block reads.
     """
 
     phases: Mapping[str, Moment] = field(default_factory=dict[str, Moment])
+    between: int = 0
+    rows: int = 0
 
     @property
     def largest(self) -> Moment:
@@ -81,19 +85,17 @@ class StepOptions:
         precision: of weights, LoRA and products.
         checkpointing: whether blocks run twice instead of keeping their activations.
         on_gpu: whether the GPU's fused kernels are there.
-        training: False for a forward alone.
     """
 
     precision: Precision
     checkpointing: bool = False
     on_gpu: bool = False
-    training: bool = True
 
 
 class StepTape(Tape):
     """A tape that remembers the phases.
 
-    Call `reach_loss` when the blocks are done, then `finish` with the loss.
+    Call `reach_block` before each block, `reach_loss` when they are done, then `finish` with the loss.
     """
 
     def __init__(self) -> None:
@@ -101,6 +103,11 @@ class StepTape(Tape):
         self._phases: dict[str, Moment] = {}
         self._kept = 0
         self._before_loss = 0
+        self._between = self._rows = 0
+
+    def reach_block(self, rows: int) -> None:
+        """What is alive now is what a forward keeps that is suspended here."""
+        self._between, self._rows = max(self._between, self.now), max(self._rows, rows)
 
     def reach_loss(self) -> None:
         """The blocks are done: what is alive now is kept for the backward."""
@@ -117,7 +124,7 @@ class StepTape(Tape):
             self._close("backward")
         else:
             self._close("loss", as_loss=True)
-        return StepSizes(dict(self._phases))
+        return StepSizes(dict(self._phases), self._between, self._rows)
 
     def _close(self, phase: str, as_loss: bool = False) -> None:
         kept = min(self._kept, self.peak)

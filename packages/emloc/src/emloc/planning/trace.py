@@ -73,6 +73,37 @@ def trace_step(
         return count_step(model, fake, loss_of, autocast)
 
 
+class _Reached(Exception):
+    """The last block is done."""
+
+
+def trace_forward(
+    model: nn.Module, blocks: Sequence[str], batch: Batch, run: Callable[[nn.Module, Batch], Any]
+) -> StepSizes:
+    """A forward through the blocks without gradients, on fake tensors; what follows them is left out."""
+    with FakeTensorMode(allow_non_fake_inputs=True), _Answers(), torch.no_grad():
+        materialise(model)
+        fake = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in batch.items()}
+        with LiveBytes() as live:
+            live.mark([*model.parameters(), *model.buffers()], WEIGHTS)
+            weights, between = live.now, 0
+
+            def reach(*_: object) -> None:
+                nonlocal between
+                between = max(between, live.now - weights)
+
+            def finish(*_: object) -> None:
+                raise _Reached
+
+            for name in blocks:
+                model.get_submodule(name).register_forward_pre_hook(reach)
+            model.get_submodule(blocks[-1]).register_forward_hook(finish)
+            with contextlib.suppress(_Reached):
+                run(model, fake)
+    total = live.peak.total - weights
+    return StepSizes({"forward": Moment(between, working=total - between)}, between)
+
+
 class _Answers(TorchDispatchMode):
     """Says yes where a forward asks for a value: models check what they are given."""
 
@@ -119,6 +150,7 @@ def extrapolate(depths: Depths) -> StepSizes:
     start = [min(SHALLOW, count) for count in depths.blocks]
     base = depths.count(start)
     phases = {name: _numbers(moment) for name, moment in base.phases.items()}
+    between = base.between
     for index, blocks in enumerate(depths.blocks):
         if blocks <= SHALLOW:
             continue
@@ -128,7 +160,8 @@ def extrapolate(depths: Depths) -> StepSizes:
         for name, moment in more.phases.items():
             for part, value in _numbers(moment).items():
                 phases[name][part] += times * (value - _numbers(base.phases[name])[part])
-    return StepSizes({name: Moment(**parts) for name, parts in phases.items()})
+        between += times * (more.between - base.between)
+    return StepSizes({name: Moment(**parts) for name, parts in phases.items()}, between)
 
 
 def _numbers(moment: Moment) -> dict[str, int]:

@@ -18,12 +18,18 @@ def adapted_layers(
     model: nn.Module, options: TrainConfig, excluded: Container[str] = ()
 ) -> Sequence[str]:
     """Layers that a LoRA goes on; fused experts that PEFT leaves out are not known here."""
-    targets = chosen_targets(options, model, excluded, linear_layers)
+    targets = set(chosen_targets(options, model, excluded, linear_layers))
     return [
         name
         for name, module in model.named_modules()
-        if is_linear(module) and any(name == t or name.endswith(f".{t}") for t in targets)
+        if is_linear(module) and not targets.isdisjoint(_endings(name))
     ]
+
+
+def _endings(name: str) -> list[str]:
+    """What a target may say to mean this module."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def emulator_skeleton(
@@ -42,3 +48,12 @@ def run_blocks_twice(model: Any) -> None:
     """Gradient checkpointing, as the Trainer turns it on."""
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
+
+
+def cache_elements(model: nn.Module, tokens: int) -> int:
+    """Keys and values of one sample's tokens in every block of the language model."""
+    whole: Any = model.config
+    config = whole.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head * tokens

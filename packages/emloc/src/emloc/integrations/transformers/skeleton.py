@@ -75,8 +75,10 @@ def repeated_blocks(model: nn.Module) -> list[str]:
     """
     blocks: list[str] = []
     for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList):
+            continue
         nested = any(name.startswith(f"{block}.") for block in blocks)
-        if isinstance(module, nn.ModuleList) and len(module) > 0 and not nested:
+        if len(module) > 0 and not nested:
             children = [(child, sub) for child, sub in module.named_children() if _has_linear(sub)]
             blocks += [f"{name}.{child}" for child, _ in children]
     return blocks

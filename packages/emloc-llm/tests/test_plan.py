@@ -1,0 +1,277 @@
+"""Plans of small language models against what the stages then take, write and count."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import emloc
+from emloc.config import PlanConfig, build
+from emloc.errors import CheckpointError, ConfigError, OutputError
+from emloc.manifest import Manifest
+from emloc.planning import fitting
+from emloc.planning.fitting import fit
+from emloc.planning.ledger import total
+from emloc.planning.planner import Setting
+from emloc.planning.streaming import side_of
+from emloc.planning.subject import Subject
+from emloc.plugin_options import with_plugin_options
+from emloc.stages.plan import make_memory_plan
+from emloc_llm.example import write_model
+
+OPTIONS = with_plugin_options(PlanConfig)
+
+
+def config_of(**options):
+    return build(OPTIONS, {"max_length": 96, **options}, "plan")
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A model's config and nothing else."""
+    folder = write_model(tmp_path_factory.mktemp("bare"), hidden_size=96, num_hidden_layers=5)
+    (folder / "model.safetensors").unlink()
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def planned(tiny):
+    return make_memory_plan(config_of(model_name_or_path=str(tiny.base), keep_ratio=0.5)).setting
+
+
+def test_parameters_and_bytes_are_those_of_the_files(tiny, planned):
+    manifest = Manifest.read(tiny.emulator)
+    assert planned.subject.parameters * 4 == manifest.summary["base_bytes"]
+    assert planned.subject.bytes == manifest.summary["base_bytes"]
+    assert planned.stages["compress"].disk["emulator"] == manifest.summary["emulator_bytes"]
+    for group in planned.emulator.groups:
+        entry = manifest.layers[group.owner]
+        assert entry["layers"] == list(group.layers)
+        assert entry["rank"] == group.rank
+        assert entry["side"] == side_of(planned.subject.model, group)
+    assert len(planned.emulator.groups) == len(manifest.layers)
+
+
+def test_the_lora_is_the_adapter_that_training_writes(tiny):
+    from safetensors.torch import load_file
+
+    config = config_of(model_name_or_path=str(tiny.base), keep_ratio=0.5, lora_r=4)
+    lines = make_memory_plan(config).setting.stages["train"].device
+    adapter = load_file(tiny.adapter / "adapter_model.safetensors")
+    assert lines["LoRA"] == sum(value.numel() * 4 for value in adapter.values())
+    summary = Manifest.read(tiny.adapter).summary
+    assert lines["weights"] + lines["LoRA"] == summary["train_weight_bytes"]
+    state = torch.load(tiny_optimizer(tiny), weights_only=True)["state"]
+    held = [v for entry in state.values() for v in entry.values() if isinstance(v, torch.Tensor)]
+    assert lines["optimiser"] == sum(v.numel() * v.element_size() for v in held)
+
+
+def tiny_optimizer(tiny):
+    return sorted((tiny.adapter).glob("checkpoint-*/optimizer.pt"))[-1]
+
+
+def test_lines_add_up_and_the_slack_is_one_of_them(planned):
+    found = emloc.plan(model_name_or_path=planned.subject.checkpoint.name, max_length=96)
+    assert found["parameters"] == planned.subject.parameters
+    assert found["fits"] is None
+    assert list(found["stages"]) == ["compress", "train", "correct", "merge", "inference"]
+    assert list(found["beside"]) == ["LoRA on the base", "QLoRA on the base",
+                                     "inference of the base"]  # fmt: skip
+    for row in (*found["stages"].values(), *found["beside"].values()):
+        for place in ("device_bytes", "host_bytes", "disk_bytes"):
+            assert row[place]["total"] == sum(row[place]["lines"].values())
+            assert all(isinstance(n, int) and n > 0 for n in row[place]["lines"].values())
+        slack = row["device_bytes"]["lines"] or row["host_bytes"]["lines"]
+        assert slack["allocator slack"] > 0
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_on_a_cpu_the_machine_is_the_device(bare):
+    found = emloc.plan(model_name_or_path=bare, device="cpu")
+    assert all(not row["host_bytes"]["lines"] for row in found["stages"].values())
+    assert found["stages"]["merge"]["device_bytes"]["total"] > 0
+    gpu = emloc.plan(model_name_or_path=bare)
+    assert gpu["stages"]["merge"]["device_bytes"]["total"] == 0
+    assert gpu["stages"]["train"]["device_bytes"]["lines"]["CUDA context"] > 0
+
+
+def test_ways_beside_order_as_they_should(bare):
+    """The emulator and QLoRA hold less weight than the base; nothing but the base runs to infer."""
+    found = emloc.plan(model_name_or_path=bare, dtype="bfloat16")
+    weights = {name: row["device_bytes"]["lines"]["weights"]
+               for name, row in {**found["stages"], **found["beside"]}.items()
+               if "weights" in row["device_bytes"]["lines"]}  # fmt: skip
+    assert weights["train"] < weights["LoRA on the base"]
+    assert weights["QLoRA on the base"] < weights["LoRA on the base"]
+    assert weights["inference"] == weights["inference of the base"] == found["parameters"] * 2
+    cache = found["beside"]["inference of the base"]["device_bytes"]["lines"]["cache"]
+    assert cache == 2 * 5 * 2 * 16 * 1024 * 2  # keys and values · blocks · heads · width · tokens
+
+
+def test_a_dense_layer_keeps_its_bytes(bare):
+    some = config_of(model_name_or_path=bare, exclude=["mlp.down_proj"])
+    fewer = make_memory_plan(some).setting
+    all_of_them = make_memory_plan(config_of(model_name_or_path=bare)).setting
+    assert fewer.stages["train"].device["weights"] > all_of_them.stages["train"].device["weights"]
+    assert all("down_proj" not in name for g in fewer.emulator.groups for name in g.layers)
+
+
+def test_nothing_is_run_that_grows_with_depth(tmp_path, monkeypatch):
+    """Forwards of any module of the model's, real or fake, for 4 blocks and for 40."""
+    from transformers.models.llama import modeling_llama
+
+    def count(blocks):
+        folder = write_model(tmp_path / str(blocks), hidden_size=64, num_hidden_layers=blocks)
+        (folder / "model.safetensors").unlink()
+        calls = []
+        original = nn.Module.__call__
+
+        def counting(module, *args, **kwargs):
+            if type(module).__module__ == modeling_llama.__name__ or isinstance(module, nn.Linear):
+                calls.append(type(module).__name__)
+            return original(module, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Module, "__call__", counting)
+            found = emloc.plan(model_name_or_path=str(folder), memory="4GiB")
+        return len(calls), found
+
+    few, small = count(4)
+    many, large = count(40)
+    assert few == many > 0  # the two blocks on which layers of one input are found
+    per_block = (large["parameters"] - small["parameters"]) // 36
+    assert large["parameters"] - small["parameters"] == 36 * per_block
+
+
+BUDGETS = [3.0, 0.9, 0.5, 0.1]
+"""Shares of what the options as they are take."""
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Large enough that what comes and goes is more than the constants."""
+    folder = write_model(tmp_path_factory.mktemp("wide"), hidden_size=512, intermediate_size=2048,
+                         num_attention_heads=8, head_dim=64, num_hidden_layers=12)  # fmt: skip
+    (folder / "model.safetensors").unlink()
+    return Subject.of(str(folder), "auto")
+
+
+def most(setting):
+    return max(fitting.device_bytes(setting, name) for name in fitting.NEEDED)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_fits_and_what_was_given_up(wide, device):
+    options = config_of(model_name_or_path="x", device=device, max_length=2048)
+    setting = Setting(wide, options)
+    whole = most(setting)
+    ratios = []
+    for share in BUDGETS:
+        found = fit(setting, int(share * whole))
+        taken = most(found.setting)
+        if found.fits:
+            assert taken <= share * whole
+            ratios.append(found.setting.options.keep_ratio)
+            assert 0.25 <= ratios[-1] <= 0.95
+        else:
+            assert found.smallest == taken > share * whole
+            stage, line = found.dominating
+            lines = found.setting.stages[stage].device
+            assert lines[line] == max(lines.values())
+        order = ["keep_ratio", "gradient_checkpointing", "per_device_train_batch_size", "optim",
+                 "calibration_batch_size", "num_calibration_samples", "max_length"]  # fmt: skip
+        names = [said.split()[0] for said in found.given_up]
+        assert names == sorted(names, key=order.index)
+        assert ("optim" in names) <= (device == "cuda")
+    assert ratios[0] == 0.95
+    assert fit(setting, 3 * whole).given_up == []
+    assert not fit(setting, 1 << 20).fits
+
+
+def test_the_largest_ratio_that_fits_is_found(wide):
+    """A hundredth more would not fit; a ratio that was asked for is kept."""
+    options = config_of(model_name_or_path="x", device="cuda", gradient_checkpointing=True,
+                        per_device_train_batch_size=1, num_calibration_samples=4,
+                        calibration_batch_size=1)  # fmt: skip
+    setting = Setting(wide, options)
+    budget = most(fitting.with_options(setting, keep_ratio=0.6))
+    found = fit(setting, budget).setting
+    assert most(found) <= budget
+    more = fitting.with_options(setting, keep_ratio=found.options.keep_ratio + 0.01)
+    assert most(more) > budget
+    asked = Setting(wide, options.model_copy(update={"keep_ratio": 0.3}))
+    assert fit(asked, budget).setting.options.keep_ratio == 0.3
+
+
+def test_a_family_that_does_not_say_how_it_trains(wide):
+    """Weights are planned, and the absence of activations is said."""
+    foreign = SimpleNamespace(
+        **{name: getattr(wide.family, name) for name in
+           ("name", "skeleton", "blocks", "layer_groups", "kept_dense", "stored")}
+    )  # fmt: skip
+    subject = object.__new__(Subject)  # whatever may be asked of a family is there, and no more
+    subject.__dict__.update(
+        checkpoint=wide.checkpoint, family=foreign, model=wide.model, _adapted=None
+    )
+    setting = Setting(subject, config_of(model_name_or_path="x"))
+    assert setting.counted_by.startswith("not counted")
+    lines = setting.stages["train"].device
+    assert "activations" not in lines
+    known = Setting(wide, setting.options).stages["train"].device
+    assert lines["weights"] == known["weights"]
+    assert setting.stages["compress"].device["block in float32"] > 0
+
+
+def test_dora_is_traced(bare):
+    """What the closed forms do not know is run on fake tensors."""
+    found = emloc.plan(model_name_or_path=bare, use_dora=True, max_length=40, device="cpu")
+    assert found["activations"] == "trace"
+    plain = emloc.plan(model_name_or_path=bare, max_length=40, device="cpu")
+    assert plain["activations"] == "closed form"
+    lines = [f["stages"]["train"]["device_bytes"]["lines"]["activations"] for f in (found, plain)]
+    assert lines[0] > lines[1]
+
+
+def test_written_to_a_folder_once(bare, tmp_path):
+    found = emloc.plan(model_name_or_path=bare, memory="2GiB", output_dir=tmp_path / "plan")
+    assert json.loads((tmp_path / "plan/plan.json").read_text()) == found
+    assert (tmp_path / "plan/plan.png").read_bytes().startswith(b"\x89PNG")
+    emloc.plan(model_name_or_path=bare, memory="2GiB", output_dir=tmp_path / "plan")
+    with pytest.raises(OutputError, match="holds another plan"):
+        emloc.plan(model_name_or_path=bare, memory="3GiB", output_dir=tmp_path / "plan")
+
+
+def test_refusals(bare, tmp_path):
+    with pytest.raises(ConfigError, match="expected an amount of memory such as 24GiB"):
+        emloc.plan(model_name_or_path=bare, memory="lots")
+    with pytest.raises(CheckpointError, match="No folder"):
+        emloc.plan(model_name_or_path="/no/where")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="has no config.json"):
+        emloc.plan(model_name_or_path=str(tmp_path / "empty"))
+    with pytest.raises(ConfigError, match="resolution is an option of the family diffusion"):
+        emloc.plan(model_name_or_path=bare, resolution=64)
+
+
+def test_on_the_command_line(bare):
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "emloc", "plan", bare, *arguments],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    table = run("--memory", "100GB")
+    assert table.returncode == 0, table.stderr
+    assert "LoRA on the base" in table.stdout
+    assert "Fits in 93.13 GiB with keep_ratio 0.95. Nothing was given up." in " ".join(
+        table.stdout.split()
+    )
+    shown = json.loads(run("--memory", "1MiB", "--json").stdout)
+    assert shown["fits"] is False
+    assert shown["smallest"] > 1 << 20
+    assert total(shown["stages"]["train"]["device_bytes"]["lines"]) > 0
+    assert run("--memory", "some").returncode == 2

@@ -1,0 +1,113 @@
+"""Choose what fits a budget: the largest keep_ratio, and what has to be given up for it.
+
+The order of giving up: the keep_ratio asked for or the largest that fits, down to 0.25; then blocks run
+twice (gradient checkpointing); then batches of one sample, accumulated; on a GPU an optimiser of 8 bits;
+then fewer calibration samples, and shorter ones of all. Each is given up besides those before it, and with
+each the keep_ratio begins anew at the largest that fits.
+
+Bytes are exact integers of the ratio and grow with it, so the largest is found by bisection in steps of a
+hundredth.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from emloc.config import PlanConfig
+from emloc.planning.ledger import total
+from emloc.planning.planner import MemoryPlan, Setting, with_options
+
+STEPS = 100
+SMALLEST_RATIO, LARGEST_RATIO = 0.25, 0.95
+DEFAULT_RATIO: float = PlanConfig.model_fields["keep_ratio"].default
+FEWEST_SAMPLES, SHORTEST = 16, 256
+
+NEEDED = ("compress", "train", "correct", "merge")
+"""Stages that have to fit; whether the base itself runs on the machine is said, and is another question."""
+
+
+def fit(setting: Setting, budget: int) -> MemoryPlan:
+    """The plan for a device of `budget` bytes."""
+    given_up: list[str] = []
+    for changed, said in [({}, ""), *_concessions(setting)]:
+        setting = with_options(setting, **changed)
+        if said:
+            given_up.append(said)
+        found = _largest_ratio(setting, budget)
+        if found is not None:
+            if found.options.keep_ratio < DEFAULT_RATIO and not _asked(setting):
+                given_up = [f"keep_ratio {found.options.keep_ratio:g}", *given_up]
+            return MemoryPlan(found, budget, True, given_up)
+    least = _at(setting, setting.options.keep_ratio if _asked(setting) else SMALLEST_RATIO)
+    stage, needed = max(
+        ((name, device_bytes(least, name)) for name in NEEDED), key=lambda pair: pair[1]
+    )
+    lines = least.stage(stage).device
+    line = max(lines, key=lambda name: lines[name])
+    return MemoryPlan(least, budget, False, given_up, needed, (stage, line))
+
+
+def judge(setting: Setting, budget: int | None) -> MemoryPlan:
+    """The plan of a setting as it is."""
+    fits = None if budget is None else _fits(setting, budget)
+    return MemoryPlan(setting, budget, fits)
+
+
+def device_bytes(setting: Setting, stage: str) -> int:
+    """What a stage takes of the device."""
+    return total(setting.stage(stage).device)
+
+
+def _asked(setting: Setting) -> bool:
+    return "keep_ratio" in setting.options.model_fields_set
+
+
+def _fits(setting: Setting, budget: int, stages: Sequence[str] = NEEDED) -> bool:
+    return all(device_bytes(setting, name) <= budget for name in stages)
+
+
+def _at(setting: Setting, ratio: float) -> Setting:
+    return with_options(setting, keep_ratio=ratio)
+
+
+def _largest_ratio(setting: Setting, budget: int) -> Setting | None:
+    """None where not even the smallest ratio fits."""
+    if _asked(setting):
+        return setting if _fits(setting, budget) else None
+    low, high = round(SMALLEST_RATIO * STEPS), round(LARGEST_RATIO * STEPS)
+    best = _at(setting, SMALLEST_RATIO)
+    if not _fits(best, budget):
+        return None
+    while low <= high:
+        middle = (low + high) // 2
+        tried = _at(setting, middle / STEPS)
+        if _fits(tried, budget):
+            best, low = tried, middle + 1
+        else:
+            high = middle - 1
+    return best
+
+
+def _concessions(setting: Setting) -> Iterator[tuple[dict[str, Any], str]]:
+    """What to change next, and how it is said."""
+    options = setting.options
+    if not options.gradient_checkpointing:
+        yield {"gradient_checkpointing": True}, "gradient_checkpointing"
+    batch = options.per_device_train_batch_size
+    if batch > 1:
+        steps = batch * options.gradient_accumulation_steps
+        yield (
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps},
+            f"per_device_train_batch_size 1, gradient_accumulation_steps {steps}",
+        )
+    if options.device.startswith("cuda") and options.optim.startswith("adamw_torch"):
+        yield {"optim": "adamw_8bit"}, "optim adamw_8bit"
+    if options.calibration_batch_size > 1:
+        yield {"calibration_batch_size": 1}, "calibration_batch_size 1"
+    samples = options.num_calibration_samples
+    while samples > FEWEST_SAMPLES:
+        samples = max(FEWEST_SAMPLES, samples // 2)
+        yield {"num_calibration_samples": samples}, f"num_calibration_samples {samples}"
+    length = options.max_length
+    while length // 2 >= SHORTEST:
+        length //= 2
+        yield {"max_length": length}, f"max_length {length}"

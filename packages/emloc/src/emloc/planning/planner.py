@@ -1,0 +1,314 @@
+"""The plan of one setting: every stage's memory, line by line.
+
+The stages are those of `emloc run`: compress, train, correct, merge, and inference of the base with the
+corrected LoRA. Beside them: LoRA on the base, QLoRA on the base, and inference of the base.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from emloc.config import PlanConfig
+from emloc.errors import ConfigError
+from emloc.groups import Plan
+from emloc.planning.family import OtherModel
+from emloc.planning.inference import inference_lines
+from emloc.planning.ledger import Lines, StageMemory, largest, lines_of
+from emloc.planning.operations import Layer
+from emloc.planning.qlora import quantised_model
+from emloc.planning.slack import slack
+from emloc.planning.step import StepSizes
+from emloc.planning.streaming import (
+    Calls,
+    calibration_calls,
+    compress_lines,
+    correct_lines,
+    merge_lines,
+)
+from emloc.planning.subject import Subject
+from emloc.planning.training import (
+    lora_itemsize,
+    lora_shapes,
+    planned_step,
+    training_lines,
+)
+
+STAGES = ("compress", "train", "correct", "merge", "inference")
+
+RESIDENT = ("weights", "LoRA", "block in float32", "head in float32")
+"""Lines of what stays as it is; the others come and go, and an allocator has slack for them."""
+
+CALIBRATION = (
+    "num_calibration_samples",
+    "num_calibration_tokens",
+    "calibration_batch_size",
+    "max_length",
+)
+"""Options that fitting may change, and on which suspended calls depend."""
+
+CANDIDATES, CORRECTION_SAMPLES = 5, 32
+"""Limits that `correct` tries by default, and samples that it tries them on."""
+
+
+@dataclass
+class Setting:
+    """One setting of the options for a model.
+
+    Attributes:
+        options: of all stages.
+    """
+
+    subject: Subject
+    options: PlanConfig
+    _made: dict[str, StageMemory] = field(default_factory=dict[str, StageMemory], init=False)
+    _known: dict[Any, Calls | None] = field(default_factory=dict[Any, "Calls | None"])
+
+    @cached_property
+    def emulator(self) -> Plan:
+        """Which layers become factors."""
+        found = self.subject.emulator(self.options)
+        if not found.groups:
+            raise ConfigError(f"No layer of {self.subject.checkpoint.name} can be compressed.")
+        return found
+
+    @cached_property
+    def _step(self) -> tuple[StepSizes | None, Mapping[str, Layer], str]:
+        return planned_step(self.subject, self.emulator.groups, self.options)
+
+    @cached_property
+    def _base_step(self) -> tuple[StepSizes | None, Mapping[str, Layer], str]:
+        return planned_step(self.subject, (), self.options)
+
+    @property
+    def counted_by(self) -> str:
+        """By which way activations were counted."""
+        return self._step[2]
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU computes."""
+        return self.options.device.startswith("cuda")
+
+    @cached_property
+    def learnt(self) -> int:
+        """Bytes of the LoRA as it is saved."""
+        itemsize = lora_itemsize(self.subject.itemsize(self.options.dtype))
+        shapes = lora_shapes(self._step[1], self.options)
+        return sum(rows * columns for rows, columns in shapes) * itemsize
+
+    def stage(self, name: str) -> StageMemory:
+        """One of `STAGES`, worked out when it is asked for."""
+        if name not in self._made:
+            self._made[name] = getattr(self, name)()
+        return self._made[name]
+
+    @property
+    def stages(self) -> Mapping[str, StageMemory]:
+        """Every stage in turn."""
+        return {name: self.stage(name) for name in STAGES}
+
+    @cached_property
+    def beside(self) -> Mapping[str, StageMemory]:
+        """What other ways take."""
+        return {
+            "LoRA on the base": self._training(self.subject.parameters, self._base_step),
+            "QLoRA on the base": self.qlora(),
+            "inference of the base": self._running({}),
+        }
+
+    def inference(self) -> StageMemory:
+        """The base with the corrected LoRA."""
+        return self._running({"LoRA": self.learnt})
+
+    def _running(self, lora: Lines) -> StageMemory:
+        return self._place({**self._inference, **lora}, {}, {}, "")
+
+    @cached_property
+    def _inference(self) -> Lines:
+        return inference_lines(self.subject, self.options)
+
+    def compress(self) -> StageMemory:
+        """Stream the base once."""
+        options = self.options
+        calls = self._calls(options)
+        written = self.subject.itemsize(options.dtype)
+        lines, moment = compress_lines(self.subject, self.emulator, calls, written)
+        given = calls.count * calls.batch if calls else 0
+        disk = lines_of(
+            emulator=self.subject.emulator_bytes(self.emulator, options.dtype),
+            other_models=self._companions,
+        )
+        return self._after_encoding(lines, lines_of(calibration_batches=given), disk, moment)
+
+    def train(self) -> StageMemory:
+        """A LoRA on the emulator."""
+        numel = self.subject.emulator_parameters(self.emulator)
+        return self._training(numel, self._step)
+
+    def _training(
+        self, parameters: int, counted: tuple[StepSizes | None, Mapping[str, Layer], str]
+    ) -> StageMemory:
+        step, layers, _ = counted
+        weights = parameters * self.subject.itemsize(self.options.dtype)
+        return self._trained(weights, step, layers, 0)
+
+    def _trained(
+        self, weights: int, step: StepSizes | None, layers: Mapping[str, Layer], work: int
+    ) -> StageMemory:
+        options = self.options
+        itemsize = lora_itemsize(self.subject.itemsize(options.dtype))
+        lora = lora_shapes(layers, options)
+        lines = dict(training_lines(weights, lora, step, options, itemsize))
+        if work:
+            lines["dequantised layer"] = work
+        resumable = lines.get("LoRA", 0) + lines.get("optimiser", 0)
+        disk = lines_of(
+            adapter=lines.get("LoRA", 0), checkpoints=options.save_total_limit * resumable
+        )
+        return self._after_encoding(lines, {}, disk, "a training step")
+
+    def qlora(self) -> StageMemory:
+        """LoRA on the base in NF4."""
+        step, layers, _ = self._base_step
+        linears = [name for name in layers if name in self.subject.inside]
+        held, work = quantised_model(self.subject, linears)
+        return self._trained(held, step, layers, work)
+
+    def correct(self) -> StageMemory:
+        """Choose a limit on calibration samples, then fit one layer after another."""
+        options = self.options.model_copy(
+            update={"num_calibration_samples": min(CORRECTION_SAMPLES, self.samples)}
+        )
+        calls = self._calls(options, CANDIDATES)
+        lines, moment = correct_lines(self.subject, calls, self._lora, CANDIDATES, self._head)
+        given = calls.count // CANDIDATES * calls.batch if calls else 0
+        disk = lines_of(adapter=self.learnt)
+        return self._after_encoding(lines, lines_of(calibration_batches=given), disk, moment)
+
+    def _calls(self, options: PlanConfig, candidates: int = 1) -> Calls | None:
+        """The suspended calls, which depend on few of the options."""
+        key = (candidates, *(getattr(options, name) for name in CALIBRATION))
+        if key not in self._known:
+            self._known[key] = calibration_calls(self.subject, options, candidates)
+        return self._known[key]
+
+    @property
+    def samples(self) -> int:
+        """Calibration samples of compress."""
+        return self.options.num_calibration_samples
+
+    def merge(self) -> StageMemory:
+        """Tensor by tensor, on the CPU whatever the device."""
+        lines = merge_lines(self.subject, self._lora)
+        host = {**lines, **slack("cpu", sum(lines.values()))}
+        disk = lines_of(merged_model=self.subject.bytes, other_models=self._companions)
+        return StageMemory({}, host, disk) if self.on_gpu else StageMemory(host, {}, disk)
+
+    @cached_property
+    def _lora(self) -> Mapping[str, tuple[int, int, int]]:
+        return {
+            name: (layer.lora_rank, layer.d_out, layer.d_in)
+            for name, layer in self._step[1].items()
+            if layer.lora_rank
+        }
+
+    @cached_property
+    def _head(self) -> tuple[int, int] | None:
+        """The layer outside of blocks with most outputs: where there is one, logits come of it."""
+        outside = [
+            shape for name, shape in self.subject.shapes.items() if name not in self.subject.inside
+        ]
+        return max(outside, default=None)
+
+    @cached_property
+    def _others(self) -> Mapping[str, OtherModel]:
+        family = self.subject.planned
+        return family.other_models(self.subject.checkpoint, self.options) if family else {}
+
+    @property
+    def _companions(self) -> int:
+        """Of the files of other models, which are copied along."""
+        parameters = sum(model.parameters for model in self._others.values())
+        return parameters * self.subject.stored.itemsize
+
+    def _after_encoding(self, lines: Lines, host: Lines, disk: Lines, moment: str) -> StageMemory:
+        """A stage that other models encode the data for, one after another, before it begins."""
+        encoding = largest([lines_of(**{name: m.running}) for name, m in self._others.items()])
+        if sum(encoding.values()) > sum(lines.values()):
+            return self._place(encoding, host, disk, "encoding the data")
+        return self._place(lines, host, disk, moment)
+
+    def _place(self, lines: Lines, host: Lines, disk: Lines, moment: str) -> StageMemory:
+        """With slack; where the CPU computes, the machine's memory is the device's."""
+        moving = sum(count for name, count in lines.items() if name not in RESIDENT)
+        device = {**lines, **slack(self.options.device, moving)}
+        if not self.on_gpu:
+            device, host = {**device, **host}, {}
+        return StageMemory(device, host, disk, moment)
+
+
+@dataclass
+class MemoryPlan:
+    """A setting, and how it came about.
+
+    Attributes:
+        budget: bytes of the device, or None.
+        fits: whether compress, train, correct and merge do; None without a budget.
+        given_up: what was changed to fit, in order.
+        smallest: bytes that the least demanding setting takes, where nothing fits.
+        dominating: the stage and the line that take most, where nothing fits.
+    """
+
+    setting: Setting
+    budget: int | None = None
+    fits: bool | None = None
+    given_up: list[str] = field(default_factory=list[str])
+    smallest: int | None = None
+    dominating: tuple[str, str] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """`parameters`, `fits`, `keep_ratio`, `stages`, and what else there is to say."""
+        subject, options = self.setting.subject, self.setting.options
+        stages = {name: memory.as_json() for name, memory in self.setting.stages.items()}
+        return {
+            "model": subject.checkpoint.name,
+            "family": subject.family.name,
+            "parameters": subject.parameters,
+            "dtype": str(subject.stored).removeprefix("torch."),
+            "emulator_parameters": subject.emulator_parameters(self.setting.emulator),
+            "keep_ratio": options.keep_ratio,
+            "device": options.device,
+            "activations": self.setting.counted_by,
+            "memory": self.budget,
+            "fits": self.fits,
+            "given_up": self.given_up,
+            "smallest": self.smallest,
+            "dominating": list(self.dominating) if self.dominating else None,
+            "options": changed_options(options),
+            "stages": stages,
+            "beside": {name: memory.as_json() for name, memory in self.setting.beside.items()},
+        }
+
+
+CHANGEABLE = (
+    "keep_ratio",
+    "gradient_checkpointing",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "optim",
+    "num_calibration_samples",
+    "calibration_batch_size",
+    "max_length",
+)
+"""Options that fitting may change."""
+
+
+def changed_options(options: PlanConfig) -> dict[str, Any]:
+    """Those, as they are now: what to give the stages."""
+    return {name: getattr(options, name) for name in CHANGEABLE}
+
+
+def with_options(setting: Setting, **changed: Any) -> Setting:
+    """The same model with other options."""
+    return replace(setting, options=setting.options.model_copy(update=changed))

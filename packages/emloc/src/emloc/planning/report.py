@@ -1,0 +1,98 @@
+"""A plan as a table: a row per stage and way, with the lines that its total is the sum of."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Group as Renderables
+from rich.table import Table
+from rich.text import Text
+
+from emloc.memory import format_bytes
+
+GIB = 1 << 30
+
+FIRST = (
+    "weights",
+    "block in float32",
+    "head in float32",
+    "LoRA",
+    "gradients",
+    "optimiser",
+    "activations",
+    "logits and loss",
+    "suspended calls",
+    "moments",
+    "eigenproblem",
+    "factors",
+    "working tensors",
+)
+LAST = ("allocator slack", "CUDA context")
+"""The order of lines; others stand in between as they occur."""
+
+
+def report(plan: Mapping[str, Any]) -> Renderables:
+    """The whole plan, for a console."""
+    parts: list[Any] = [Text(_heading(plan)), _table(plan)]
+    parts += [Text(line) for line in _verdict(plan)]
+    return Renderables(*parts)
+
+
+def rows_of(plan: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """Stages, and the ways beside them."""
+    return {**plan["stages"], **plan["beside"]}
+
+
+def _heading(plan: Mapping[str, Any]) -> str:
+    return (
+        f"{plan['model']}: {plan['parameters'] / 1e9:.2f} B parameters in {plan['dtype']}, emulator "
+        f"{plan['emulator_parameters'] / 1e9:.2f} B (keep_ratio {plan['keep_ratio']:g}); on "
+        f"{plan['device']}; activations by {plan['activations']}"
+    )
+
+
+def _table(plan: Mapping[str, Any]) -> Table:
+    rows = rows_of(plan)
+    table = Table("stage", padding=(0, 1))
+    for name in ("device", "host", "disk"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("on the device, in GiB")
+    for stage, row in rows.items():
+        if stage == next(iter(plan["beside"])):
+            table.add_section()
+        lines = row["device_bytes"]["lines"]
+        made = " + ".join(f"{name} {lines[name] / GIB:.2f}" for name in ordered(lines))
+        totals = [_shown(row[f"{place}_bytes"]["total"]) for place in ("device", "host", "disk")]
+        table.add_row(stage, *totals, made)
+    return table
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """As `FIRST` and `LAST` say."""
+    given = list(dict.fromkeys(names))
+    between = [name for name in given if name not in FIRST + LAST]
+    return [name for name in (*FIRST, *between, *LAST) if name in given]
+
+
+def _shown(count: int) -> str:
+    return format_bytes(count) if count else ""
+
+
+def _verdict(plan: Mapping[str, Any]) -> Sequence[str]:
+    if plan["memory"] is None:
+        return []
+    budget = format_bytes(plan["memory"])
+    if not plan["fits"]:
+        stage, line = plan["dominating"]
+        return [
+            f"Nothing fits in {budget}: the least is {format_bytes(plan['smallest'])}, of which most "
+            f"are {line} of {stage}. Tried, in this order: {'; '.join(plan['given_up']) or 'nothing'}."
+        ]
+    given_up = "; ".join(plan["given_up"])
+    said = f"Given up for it, in this order: {given_up}." if given_up else "Nothing was given up."
+    lines = [f"Fits in {budget} with keep_ratio {plan['keep_ratio']:g}. {said}"]
+    runs = plan["stages"]["inference"]["device_bytes"]["total"]
+    if runs > plan["memory"]:
+        lines.append(f"The base itself takes {format_bytes(runs)} to run, more than that.")
+    if plan["beside"]["LoRA on the base"]["device_bytes"]["total"] <= plan["memory"]:
+        lines.append("A LoRA on the base itself fits as well; it needs no emulator.")
+    return lines

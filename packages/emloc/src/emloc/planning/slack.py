@@ -1,0 +1,26 @@
+"""Memory that is held and not given out: a line of its own, and the reasons for its size.
+
+CUDA: torch's caching allocator rounds blocks to 512 bytes, takes segments of 2 MiB for small and of at
+least 20 MiB for large ones, and keeps what comes and goes for reuse, where not every block fits again: one
+part in twenty of what comes and goes, and one segment. The CUDA context and its kernels are not torch's and
+take half a GiB of the card.
+
+CPU: blocks of a MiB and more go back to the system at once (`memory.return_large_blocks`); the heap of
+smaller ones fragments, oneDNN and MKL keep packed operands and buffers per thread, and the Trainer brings
+objects of its own: one part in fifty of what comes and goes, and a constant.
+"""
+
+MIB = 1 << 20
+
+CUDA_SHARE, CUDA_SEGMENT, CUDA_CONTEXT = 20, 20 * MIB, 512 * MIB
+CPU_SHARE, CPU_CONSTANT = 50, 32 * MIB
+
+
+def slack(device: str, moving: int) -> dict[str, int]:
+    """The lines, given the bytes of what comes and goes."""
+    if device.startswith("cuda"):
+        return {
+            "allocator slack": moving // CUDA_SHARE + CUDA_SEGMENT,
+            "CUDA context": CUDA_CONTEXT,
+        }
+    return {"allocator slack": moving // CPU_SHARE + CPU_CONSTANT}

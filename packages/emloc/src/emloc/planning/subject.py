@@ -1,0 +1,156 @@
+"""The model that is planned, by its config: its blocks, its layers, and what an emulator of it holds.
+
+Blocks with the same layers of the same shapes are alike: which of them share an input is found out on a
+model of few blocks, and holds for all.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from emloc.config import CompressConfig, TrainConfig
+from emloc.family import ModelFamily
+from emloc.groups import Group, Plan, make_plan
+from emloc.planning.described import Described, describe
+from emloc.planning.family import PlannedFamily
+from emloc.planning.layers import layer_shapes
+from emloc.rank import match_pattern
+
+KINDS = 2
+"""Blocks of a shallow model's stack."""
+
+
+@dataclass
+class Subject:
+    """What is planned.
+
+    Attributes:
+        checkpoint: the base model, by its config.
+        family: its family.
+        model: its skeleton.
+    """
+
+    checkpoint: Described
+    family: ModelFamily
+    model: nn.Module
+    _adapted: frozenset[str] | None = None
+
+    @classmethod
+    def of(cls, model_name_or_path: str, dtype: str) -> "Subject":
+        """The model of a folder or hub id; see `describe`."""
+        return cls(*describe(model_name_or_path, dtype))
+
+    @property
+    def planned(self) -> PlannedFamily | None:
+        """The family, if its activations can be counted."""
+        return self.family if isinstance(self.family, PlannedFamily) else None
+
+    @cached_property
+    def parameters(self) -> int:
+        """Their number."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @cached_property
+    def bytes(self) -> int:
+        """Of the weights as they are stored."""
+        return sum(info.nbytes for info in self.checkpoint.tensors.values())
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The dtype that the weights are stored in."""
+        return next(iter(self.checkpoint.tensors.values())).dtype
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """d_out × d_in of every layer."""
+        transposed = {
+            name
+            for block in self.blocks
+            for path, module in self.model.get_submodule(block).named_modules()
+            if type(module).__name__ == "Conv1D" and (name := f"{block}.{path}")
+        }
+        return layer_shapes(self.model, transposed)
+
+    @cached_property
+    def blocks(self) -> Sequence[str]:
+        """The repeated units."""
+        return list(self.family.blocks(self.model))
+
+    @cached_property
+    def inside(self) -> frozenset[str]:
+        """Names of all modules in blocks."""
+        return frozenset(
+            f"{block}.{name}"
+            for block in self.blocks
+            for name, _ in self.model.get_submodule(block).named_modules()
+            if name
+        )
+
+    @cached_property
+    def groups(self) -> Sequence[Sequence[str]]:
+        """Layers that share an input, as the family finds them."""
+        return self._from_shallow() or self.family.layer_groups(self.model)
+
+    def _from_shallow(self) -> Sequence[Sequence[str]]:
+        """The groups of a model of few blocks for all like them; none if some are like none of them."""
+        family = self.planned
+        stacks = family.stacks(self.checkpoint) if family else []
+        if family is None or all(count <= KINDS for count in stacks):
+            return []
+        few = family.shallow(self.checkpoint, [min(KINDS, count) for count in stacks])
+        model = self.family.skeleton(few, torch.float32)
+        known: dict[Any, list[list[str]]] = {}
+        groups = self.family.layer_groups(model)
+        for block in self.family.blocks(model):
+            inside = [[n.removeprefix(f"{block}.") for n in names] for names in groups
+                      if names[0].startswith(f"{block}.")]  # fmt: skip
+            known.setdefault(_likeness(model, block), inside)
+        found: list[Sequence[str]] = []
+        for block in self.blocks:
+            likeness = _likeness(self.model, block)
+            if likeness not in known:
+                return []
+            found += [[f"{block}.{name}" for name in names] for names in known[likeness]]
+        return found
+
+    def adapted(self, config: TrainConfig) -> frozenset[str]:
+        """Layers that a LoRA goes on; found once, as fitting changes no option of the LoRA."""
+        if self._adapted is None:
+            family = self.planned
+            names = family.adapted_layers(self.model, config) if family else ()
+            self._adapted = frozenset(names)
+        return self._adapted
+
+    def emulator(self, config: CompressConfig) -> Plan:
+        """Which layers become factors, as compress decides."""
+        kept = self.family.kept_dense(self.model) if config.include else {}
+        wanted = dict.fromkeys(config.include, True)
+        included = [[name] for name in kept if match_pattern(wanted, name)]
+        return make_plan([*self.groups, *included], self.shapes.get, config)
+
+    def emulator_parameters(self, plan: Plan) -> int:
+        """Parameters of the emulator: factors in place of weights."""
+        return self.parameters + sum(saved(group) for group in plan.groups)
+
+    def emulator_bytes(self, plan: Plan, dtype: str) -> int:
+        """Of its weights on disk; `auto`: in the base's dtype."""
+        itemsize = self.itemsize(dtype)
+        return self.emulator_parameters(plan) * itemsize
+
+    def itemsize(self, dtype: str) -> int:
+        """Bytes of an element; `auto`: as stored."""
+        return (self.stored if dtype == "auto" else getattr(torch, dtype)).itemsize
+
+
+def saved(group: Group) -> int:
+    """By how much a group's factors hold more parameters than its weights; less than nothing."""
+    return group.rank * (group.d_in + sum(group.d_out)) - sum(group.d_out) * group.d_in
+
+
+def _likeness(model: nn.Module, block: str) -> Any:
+    module = model.get_submodule(block)
+    return tuple((name, tuple(value.shape)) for name, value in module.named_parameters())

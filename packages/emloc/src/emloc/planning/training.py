@@ -1,0 +1,117 @@
+"""What training takes: weights, LoRA, gradients, optimiser, and the step's largest moment.
+
+Optimisers hold per parameter of the LoRA so many elements of its dtype (AdamW: two moments). Those of 8
+bits (bitsandbytes) hold a byte for each, and a float32 scale per 256; tensors of fewer than 4096 elements
+stay in 32 bits.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from emloc.config import TrainConfig
+from emloc.groups import Group
+from emloc.planning.layers import planned_layers
+from emloc.planning.ledger import lines_of
+from emloc.planning.operations import Layer
+from emloc.planning.step import Moment, Precision, StepOptions, StepSizes
+from emloc.planning.subject import Subject
+from emloc.planning.trace import Depths, extrapolate, trace_step
+
+LoraShapes = Sequence[tuple[int, int]]
+"""Rows and columns of the trainable matrices."""
+
+
+def lora_shapes(layers: Mapping[str, Layer], config: TrainConfig) -> LoraShapes:
+    """A, B, and DoRA's magnitude of every adapted layer."""
+    shapes: list[tuple[int, int]] = []
+    for layer in layers.values():
+        if layer.lora_rank:
+            shapes += [(layer.lora_rank, layer.d_in), (layer.d_out, layer.lora_rank)]
+            shapes += [(layer.d_out, 1)] if config.use_dora else []
+    return shapes
+
+
+def optimizer_bytes(optim: str, shapes: LoraShapes, itemsize: int) -> int:
+    """What an optimiser keeps of trainable matrices; see transformers' names."""
+    kept = 0
+    for rows, columns in shapes:
+        numel = rows * columns
+        if "8bit" in optim and numel >= 4096:
+            kept += _moments(optim) * (numel + -(-numel // 256) * 4)
+        elif optim == "adafactor":
+            kept += (rows + columns if min(rows, columns) > 1 else numel) * 4
+        else:
+            kept += _moments(optim) * numel * itemsize + 4
+    return kept
+
+
+def _moments(optim: str) -> int:
+    """Elements kept per parameter; Prodigy keeps where it began and a running sum besides."""
+    return {"sgd": 0, "prodigy": 4}.get(optim, 2)
+
+
+def lora_itemsize(weights: int) -> int:
+    """PEFT keeps LoRAs of half-precision models in float32."""
+    return max(weights, 4)
+
+
+def planned_step(
+    subject: Subject, groups: Sequence[Group], config: TrainConfig
+) -> tuple[StepSizes | None, Mapping[str, Layer], str]:
+    """A training step, the layers with their LoRA, and by which way it was counted."""
+    family = subject.planned
+    if family is None:
+        return None, {}, "not counted: the family does not say how it trains"
+    grouped = [(group.layers, group.rank) for group in groups]
+    adapted = subject.adapted(config)
+    layers = planned_layers(subject.model, subject.shapes, grouped, adapted, config)
+    batch = family.planned_batch(subject.checkpoint, config, config.per_device_train_batch_size)
+    on_gpu = config.device.startswith("cuda")
+    weights = subject.itemsize(config.dtype)
+    options = StepOptions(
+        Precision(weights, lora_itemsize(weights), autocast=on_gpu),
+        config.gradient_checkpointing,
+        on_gpu,
+    )
+    if is_plain(config):
+        sizes = family.step_sizes(subject.model, layers, batch, options)
+        if sizes is not None:
+            return sizes, layers, "closed form"
+
+    def count(blocks: Sequence[int]) -> StepSizes:
+        few = family.shallow(subject.checkpoint, blocks) if blocks else subject.checkpoint
+        names = {name for name, _ in subject.family.skeleton(few, torch.float32).named_modules()}
+        inside = [(layers, rank) for layers, rank in grouped if names.issuperset(layers)]
+        model = family.trainable(few, inside, config)
+        return trace_step(model, batch, family.training_loss, on_gpu)
+
+    return extrapolate(Depths(family.stacks(subject.checkpoint), count)), layers, "trace"
+
+
+def is_plain(config: TrainConfig) -> bool:
+    """Whether a LoRA is what the closed forms know."""
+    return not (config.use_dora or config.lora_dropout or config.lora_modules_to_save)
+
+
+def training_lines(
+    weights: int, lora: LoraShapes, step: StepSizes | None, config: TrainConfig, itemsize: int
+) -> dict[str, int]:
+    """The lines of a device, but for the allocator's slack."""
+    learnt = sum(rows * columns for rows, columns in lora) * itemsize
+    moment = step.largest if step else Moment()
+    return lines_of(
+        weights=weights,
+        LoRA=learnt,
+        gradients=learnt,
+        optimiser=optimizer_bytes(config.optim, lora, itemsize),
+        activations=moment.kept,
+        logits_and_loss=moment.loss,
+        working_tensors=moment.working,
+    )
+
+
+def without_lora(layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    """The same layers, nothing on them."""
+    return {name: replace(layer, lora_rank=0) for name, layer in layers.items()}

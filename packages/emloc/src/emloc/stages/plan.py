@@ -1,0 +1,47 @@
+"""Say what every stage will take, from a model's config alone, and choose what fits a budget."""
+
+from pathlib import Path
+from typing import Any
+
+from emloc.checkpoint import read_json
+from emloc.config import PlanConfig
+from emloc.errors import OutputError
+from emloc.output import write_json, writing
+from emloc.planning.fitting import fit, judge
+from emloc.planning.planner import MemoryPlan, Setting
+from emloc.planning.subject import Subject
+from emloc.plugin_options import own_options
+from emloc.stage import stage
+
+PLAN_NAME, PICTURE_NAME = "plan.json", "plan.png"
+
+
+@stage(PlanConfig)
+def plan(config: PlanConfig) -> dict[str, Any]:
+    """Plan; returns the figures as JSON (README), and writes them and a picture to `output_dir`."""
+    found = make_memory_plan(config).as_json()
+    if config.output_dir is not None:
+        _write(config.output_dir, found)
+    return found
+
+
+def make_memory_plan(config: PlanConfig) -> MemoryPlan:
+    """The plan of the options, fitted to `memory` where that is given."""
+    subject = Subject.of(config.model_name_or_path, config.dtype)
+    own_options(config, subject.family, set())  # refuses those of other families
+    setting = Setting(subject, config)
+    return judge(setting, None) if config.memory is None else fit(setting, config.memory)
+
+
+def _write(folder: Path, found: dict[str, Any]) -> None:
+    from emloc.planning.picture import draw  # seconds to import
+
+    target = folder / PLAN_NAME
+    if target.exists() and read_json(target) != found:
+        raise OutputError(
+            f"{target} holds another plan; nothing is ever overwritten, so choose another output_dir."
+        )
+    with writing(target):
+        folder.mkdir(parents=True, exist_ok=True)
+        draw(found, folder / PICTURE_NAME)
+    write_json(target, found)

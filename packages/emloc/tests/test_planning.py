@@ -1,0 +1,119 @@
+"""The planner's own arithmetic, without a model."""
+
+import pytest
+import torch
+from pydantic import BaseModel, ValidationError
+
+from emloc.gram import Moments
+from emloc.groups import Group
+from emloc.lowrank import factorise
+from emloc.planning.amounts import Bytes
+from emloc.planning.ledger import StageMemory, largest, lines_of, total
+from emloc.planning.live import LiveBytes
+from emloc.planning.qlora import quantised_bytes
+from emloc.planning.streaming import factor_bytes, factorise_bytes, moment_bytes
+from emloc.planning.training import optimizer_bytes
+
+
+class Amount(BaseModel):
+    memory: Bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("24GiB", 24 << 30), ("24GB", 24 * 10**9), ("24g", 24 << 30), ("24G", 24 << 30),
+     ("1.5 GiB", 3 << 29), ("512MiB", 512 << 20), ("80MB", 80 * 10**6), ("1000", 1000),
+     (1000, 1000), ("2tib", 2 << 40)],
+)  # fmt: skip
+def test_amounts_of_memory(text, count):
+    assert Amount(memory=text).memory == count
+
+
+@pytest.mark.parametrize("text", ["24 apples", "GiB", "-3GiB", "0", 0, "", "24GiBB", True])
+def test_other_texts_are_no_amounts(text):
+    with pytest.raises(ValidationError, match="expected an amount of memory such as 24GiB"):
+        Amount(memory=text)
+
+
+def test_lines_add_up():
+    lines = lines_of(weights=5, suspended_calls=7, nothing=0)
+    assert lines == {"weights": 5, "suspended calls": 7}
+    assert largest([{"a": 3}, lines, {}]) is lines
+    shown = StageMemory(lines, {}, {"adapter": 2}).as_json()
+    assert shown["device_bytes"] == {"total": 12, "lines": lines}
+    assert shown["disk_bytes"]["total"] == total({"adapter": 2})
+
+
+SHAPES = [(24, 90, 7), (90, 24, 7), (60, 60, 20), (300, 1100, 100), (1100, 1300, 200),
+          (1500, 1100, 200)]  # fmt: skip
+"""d_out, d_in, rank: both sides, eigenproblems below and above the limit of dense ones."""
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize(("d_out", "d_in", "rank"), SHAPES)
+def test_factorising_takes_what_is_planned(side, d_out, d_in, rank):
+    """Counted operation by operation; LAPACK's own workspace is planned besides."""
+    weight = torch.randn(d_out, d_in)
+    moments = Moments(side, "layer")
+    tokens = torch.randn(2 * max(d_in, d_out), d_in)
+    moments.fold(tokens if side == "input" else tokens @ weight.T)
+    group = Group(("layer",), rank, (d_out,), d_in)
+    assert moment_bytes(side, group, 4) == moments.matrix.untyped_storage().nbytes()
+    with LiveBytes() as live:
+        live.mark([weight, moments.matrix], "given")
+        before = live.now
+        found = factorise(weight, moments, rank)
+        made = live.peak.total - before
+    assert factor_bytes(group, 4) == (found.left.numel() + found.right.numel()) * 4
+    planned = factorise_bytes(side, group, 4)
+    assert made <= planned
+    assert planned <= 2.5 * made + 3 * min(d_out, d_in) ** 2 * 8
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
+def test_optimisers_hold_what_is_planned(optim):
+    from transformers.optimization import Adafactor
+
+    shapes = [(7, 30), (40, 7), (12, 1)]
+    parameters = [torch.nn.Parameter(torch.zeros(*shape)) for shape in shapes]
+    kinds = {"adamw_torch": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    optimizer = (
+        Adafactor(parameters, lr=1e-3, scale_parameter=False, relative_step=False)
+        if optim == "adafactor"
+        else kinds[optim](parameters, lr=0.1)
+    )
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    held = sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
+    assert optimizer_bytes(optim, shapes, 4) == pytest.approx(held, abs=4 * 8 * len(shapes))
+
+
+def test_prodigy_and_eight_bits():
+    shapes = [(64, 128), (5, 10)]
+    assert optimizer_bytes("prodigy", shapes, 4) == pytest.approx(16 * (64 * 128 + 50), abs=16)
+    eight = optimizer_bytes("adamw_8bit", shapes, 4)
+    assert eight == 2 * (64 * 128 + 32 * 4) + (2 * 50 * 4 + 4)  # the small one stays in 32 bits
+
+
+def test_nf4_as_bitsandbytes_stores_it():
+    """Half a byte per weight and an eighth of a bit of scales, for a layer of 4096 × 4096."""
+    numel = 4096 * 4096
+    bits = 8 * quantised_bytes(numel) / numel
+    assert bits == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=0.001)
+
+
+def test_nf4_against_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = torch.randn(96, 160)
+    packed, state = functional.quantize_4bit(
+        weight, quant_type="nf4", compress_statistics=True, blocksize=64
+    )
+    held = [packed, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    count = sum(value.numel() * value.element_size() for value in held)
+    assert quantised_bytes(weight.numel()) == pytest.approx(count, abs=8)
