@@ -1,6 +1,6 @@
 """Models and data of the reproduction, made once.
 
-    python tools/reproduce/prepare.py smollm2
+    python tools/reproduce/prepare.py smollm2 --out SMOLLM2
     python tools/reproduce/prepare.py mathqa --source FOLDER --out data/mathqa
     python tools/reproduce/prepare.py text --source wiki.valid.raw --out data/text.jsonl
     python tools/reproduce/prepare.py easy-vqa --out data/easy_vqa
@@ -34,10 +34,17 @@ def main() -> None:
 
 
 def smollm2(source: Path | None, out: Path | None) -> Path:
-    """SmolLM2-135M-Instruct, as the LLM demo has it."""
+    """SmolLM2-135M-Instruct as the LLM demo has it, in bfloat16: what QLoRA is compared with is 16 bits."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     from emloc_llm.demo.model import smollm2
 
-    return smollm2()
+    assert out is not None
+    found = smollm2()
+    AutoModelForCausalLM.from_pretrained(found, dtype=torch.bfloat16).save_pretrained(out)
+    AutoTokenizer.from_pretrained(found).save_pretrained(out)
+    return out
 
 
 def internvl(source: Path | None, out: Path | None) -> Path:
