@@ -1,6 +1,7 @@
 """What every family must do, whoever wrote it. Parametrised over the installed families."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from emloc.config import CompressConfig
 from emloc.family import ModelFamily
 from emloc.lockstep import Call, lockstep
 from emloc.manifest import Manifest
+from emloc.planning.family import PlannedFamily
 from emloc.plugin_options import with_plugin_options
 from emloc.plugins import family_of
 from emloc.stream import UnitStream
@@ -33,19 +35,20 @@ def batches(family, example, checkpoint):
 
 @pytest.fixture(scope="session")
 def stages(family, example, tmp_path_factory):
-    """The folders of all stages, run through the public functions."""
+    """The folders of all stages, run through the public functions and held to a GiB."""
+    memory = {"memory": "1GiB"}
     root = tmp_path_factory.mktemp(f"{family.name}-stages")
     data = {key: value for key, value in example.items() if key != "model_name_or_path"}
-    emulator = emloc.compress(output_dir=root / "emulator", keep_ratio=0.5, **example)
+    emulator = emloc.compress(output_dir=root / "emulator", keep_ratio=0.5, **example, **memory)
     adapter = emloc.train(
         emulator=str(emulator), output_dir=root / "adapter", max_steps=2, logging_steps=1,
-        save_steps=1, learning_rate=1e-2, lora_r=3, **data,
+        save_steps=1, learning_rate=1e-2, lora_r=3, **data, **memory,
     )  # fmt: skip
     corrected = emloc.correct(
         adapter=str(adapter), emulator=str(emulator), output_dir=root / "corrected", limit="none",
-        **data,
+        **data, **memory,
     )  # fmt: skip
-    merged = emloc.merge(adapter=str(corrected), output_dir=root / "merged")
+    merged = emloc.merge(adapter=str(corrected), output_dir=root / "merged", **memory)
     return {"emulator": emulator, "adapter": adapter, "corrected": corrected, "merged": merged}
 
 
@@ -146,6 +149,35 @@ def test_stages_leave_what_they_promise(family, stages, example):
     emulator = Manifest.read(stages["emulator"])
     assert emulator.summary["emulator_bytes"] < emulator.summary["base_bytes"]
     assert all(0 < entry["relative_error"] < 1 for entry in emulator.layers.values())
+
+
+def test_each_stage_was_planned_and_kept_to_its_memory(stages):
+    for folder in stages.values():
+        manifest = Manifest.read(folder)
+        assert 0 < manifest.measured["planned_bytes"] <= 1 << 30
+        assert manifest.measured["peak_bytes"] <= 1 << 30
+        assert "memory" not in manifest.settings
+
+
+def test_a_plan_of_the_config_alone_counts_what_the_stages_wrote(family, example, stages, tmp_path):
+    real = Checkpoint.open(example["model_name_or_path"])
+    bare = shutil.copytree(
+        example["model_name_or_path"],
+        tmp_path / "bare",
+        ignore=shutil.ignore_patterns("*.safetensors"),
+    )
+    plan = emloc.plan(**{**example, "model_name_or_path": str(bare)}, keep_ratio=0.5, lora_r=3)
+    sizes = [torch.Size(info.shape).numel() for info in real.tensors.values()]
+    assert plan["parameters"] == sum(sizes)
+    compress = plan["stages"]["compress"]["disk_bytes"]["lines"]
+    emulator = Checkpoint.open(str(stages["emulator"]))
+    assert compress["emulator"] == sum(info.nbytes for info in emulator.tensors.values())
+    if not isinstance(family, PlannedFamily):
+        return  # it does not say what it trains
+    trained = Manifest.read(stages["adapter"]).summary
+    lines = plan["stages"]["train"]["device_bytes"]["lines"]
+    assert lines["LoRA"] == trained["trainable_bytes"]
+    assert lines["weights"] + lines["LoRA"] == trained["train_weight_bytes"]
 
 
 def test_correction_removes_the_residual(stages):

@@ -94,6 +94,8 @@ def test_all_stages_give_the_bytes_of_the_native_folder(sd, tmp_path, cache):
     }  # fmt: skip
     made = {}
     for name, model in (("native", sd.native), ("file", sd.file)):
+        if name == "file":
+            pictures["memory"] = "1GiB"  # planned from one file as well, and nothing changes
         named = {"model_name_or_path": str(model)}
         config = {"single_file_config": str(sd.configuration)} if name == "file" else {}
         root = tmp_path / name
@@ -110,7 +112,8 @@ def test_all_stages_give_the_bytes_of_the_native_folder(sd, tmp_path, cache):
             adapter=str(adapter), emulator=str(emulator), output_dir=root / "corrected",
             num_calibration_samples=4, **pictures,
         )  # fmt: skip
-        merged = emloc.merge(adapter=str(corrected), output_dir=root / "merged")
+        memory = {"memory": pictures.pop("memory")} if name == "file" else {}
+        merged = emloc.merge(adapter=str(corrected), output_dir=root / "merged", **memory)
         on_base = emloc.train(output_dir=root / "lora", **named, **config, **train, **pictures)
         merged_lora = emloc.merge(adapter=str(on_base), output_dir=root / "merged-lora")
         scores = emloc.evaluate(

@@ -130,7 +130,7 @@ def build_light(
     started = time.monotonic()
     return_large_blocks()
     with stage_folder(out, settings) as work:
-        with PeakMemory(config.device) as peak:
+        with PeakMemory(config.device, limit=config.memory) as peak:
             light = make(Source(base, family, config, batches))
             written = _write(base, light, work)
             extra = light.finish(work) if light.finish else {}

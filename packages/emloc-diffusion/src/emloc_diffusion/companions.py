@@ -19,6 +19,8 @@ from emloc.planning.live import LiveBytes
 from emloc.planning.trace import materialise
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+T5_TOKENS = 512
+"""The longest prompt of the stock pipelines; a T5 has no length of its own."""
 
 
 @cache
@@ -56,7 +58,7 @@ def _text_encoder(config: Mapping[str, Any]) -> OtherModel:
     kind: Any = getattr(transformers, config["architectures"][0])
     with init_empty_weights(include_buffers=False):
         model = kind._from_config(settings)
-    tokens = 512 if config["model_type"] == "t5" else 77
+    tokens = config.get("max_position_embeddings", T5_TOKENS)
 
     def run(model: Any) -> Any:
         return model(torch.zeros(1, tokens, dtype=torch.int64))

@@ -69,7 +69,7 @@ class PlannedDiffusion:
             "sample": empty(*latents),
             "target": empty(*latents),
             "timestep": empty(count),
-            "encoder_hidden_states": empty(count, PROMPT_TOKENS[name], width),
+            "encoder_hidden_states": empty(count, _prompt_tokens(checkpoint), width),
             "pooled": empty(count, example["pooled"].shape[-1]),
             "time_ids": empty(count, 6),
         }
@@ -158,6 +158,15 @@ def _dtype(checkpoint: Checkpoint, wanted: str) -> torch.dtype:
         return getattr(torch, wanted)
     stored = next(iter(checkpoint.tensors.values()), None)
     return stored.dtype if stored else weight_dtype(checkpoint, 0)
+
+
+def _prompt_tokens(checkpoint: Checkpoint) -> int:
+    """Of a UNet's text encoder, where its config is at hand; else of the stock pipelines."""
+    name = str(checkpoint.config["_class_name"])
+    for folder in (checkpoint.path, checkpoint.path.parent):
+        if "UNet" in name and (folder / "text_encoder" / "config.json").is_file():
+            return read_json(folder / "text_encoder" / "config.json")["max_position_embeddings"]
+    return PROMPT_TOKENS[name]
 
 
 def _vae_shrinks_by(checkpoint: Checkpoint) -> int:

@@ -36,7 +36,7 @@ def train_lora(config: TrainConfig, work: Path) -> dict[str, Any]:
     # Without it, activations freed in one step are still there in the next: 6 to 10 % more memory
     # for some 7 % of time, measured on SmolLM2-135M on two cores.
     return_large_blocks()
-    with PeakMemory(config.device, mapped=True) as peak:
+    with PeakMemory(config.device, mapped=True, limit=config.memory) as peak:
         figures = _train(config, work)
     return {**figures, **peak.figures()}
 

@@ -51,7 +51,7 @@ def train_lora(config: TrainConfig, work: Path) -> dict[str, Any]:
         DataError, ConfigError, NumericalError: see their messages.
     """
     return_large_blocks()
-    with PeakMemory(config.device, mapped=True) as peak:
+    with PeakMemory(config.device, mapped=True, limit=config.memory) as peak:
         figures = _train(cast(VisualTrainConfig, config), work)
     return {**figures, **peak.figures()}
 

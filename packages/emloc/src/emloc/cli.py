@@ -182,9 +182,14 @@ def _run(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value or stage.key=value, …")
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", help="what the device has, such as 24GiB: choose what fits"),
+    ] = None,
 ) -> None:
     """Run all stages that a YAML file asks for, skipping those already complete."""
     with _interruptible():
-        outcome = emloc.run(config, *(overrides or []))
+        given = [] if memory is None else [f"memory={memory}"]
+        outcome = emloc.run(config, *(overrides or []), *given)
     shown = {k: str(v) if isinstance(v, Path) else v for k, v in outcome.items()}
     print(json.dumps(shown, indent=2, ensure_ascii=False))

@@ -70,6 +70,15 @@ class ModelOptions(StageConfig):
     )
 
 
+class MemoryOptions(StageConfig):
+    """What a stage may take."""
+
+    memory: Bytes | None = Field(
+        None,
+        description="what the device has for it, such as 24GiB: planned before, and held to it",
+    )
+
+
 class DataOptions(StageConfig):
     """Which data, and how its columns are read."""
 
@@ -100,14 +109,19 @@ class CalibrationOptions(DataOptions):
     seed: int = Field(0, ge=0, description="draws calibration samples; seeds training")
 
 
-class CompressConfig(CalibrationOptions, ModelOptions):
+class CompressConfig(CalibrationOptions, ModelOptions, MemoryOptions):
     """Stage 1: write a low-rank emulator of a model."""
 
     model_name_or_path: str = Field(
         description="local folder or hub id of the base model, or its one file"
     )
     output_dir: Path = Field(description="where the emulator goes; must not exist")
-    keep_ratio: float = Field(0.4, gt=0, le=1, description="share of each layer's parameters kept")
+    keep_ratio: float = Field(
+        0.4,
+        gt=0,
+        le=1,
+        description="share of each layer's parameters kept; with memory, what fits by default",
+    )
     keep_ratio_pattern: RatioMap = Field({}, description="regular expression=ratio, per layer")
     rank_pattern: CountMap = Field({}, description="regular expression=rank, per layer")
     keep_ratio_allocation: Literal["uniform", "error"] = Field(
@@ -148,7 +162,7 @@ class LoraOptions(StageConfig):
     )
 
 
-class TrainConfig(DataOptions, LoraOptions, ModelOptions):
+class TrainConfig(DataOptions, LoraOptions, ModelOptions, MemoryOptions):
     """Stage 2: train a LoRA on an emulator (or, as a reference, on the model itself)."""
 
     emulator: str | None = Field(None, description="folder that compress wrote")
@@ -185,7 +199,7 @@ class TrainConfig(DataOptions, LoraOptions, ModelOptions):
     report_to: Names = Field([], description="tensorboard, wandb, …; none by default")
 
 
-class CorrectConfig(CalibrationOptions, ModelOptions):
+class CorrectConfig(CalibrationOptions, ModelOptions, MemoryOptions):
     """Stage 3: fit the LoRA to the original model."""
 
     adapter: str = Field(description="PEFT adapter trained on the emulator")
@@ -204,7 +218,7 @@ class CorrectConfig(CalibrationOptions, ModelOptions):
     device: str = Field("cpu", description="cpu, cuda, …")
 
 
-class MergeConfig(ModelOptions):
+class MergeConfig(ModelOptions, MemoryOptions):
     """Write base + adapter as a full checkpoint."""
 
     adapter: str = Field(description="PEFT adapter of the base model")

@@ -59,6 +59,12 @@ class DependencyError(EmlocError, ImportError):
     exit_code = 9
 
 
+class MemoryLimitError(EmlocError, MemoryError):
+    """A stage does not fit in the memory or on the disk that it may take, or did not keep to it."""
+
+    exit_code = 10
+
+
 class Interrupted(EmlocError):
     """Ctrl-C; the exit code is 128 + SIGINT, as shells expect."""
 

@@ -12,11 +12,15 @@ import ctypes
 import gc
 import resource
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 import psutil
 import torch
+
+from emloc.errors import MemoryLimitError
+from emloc.memory_limit import is_out_of_memory, limit_memory
 
 _PAGES = Path("/proc/self/statm")
 INTERVAL_SECONDS = 0.002
@@ -67,9 +71,15 @@ class PeakMemory:
     Args:
         device: on CUDA, `peak_bytes` is the allocator's peak and `host_bytes` this process's.
         mapped: count mapped files as well as anonymous memory.
+        limit: the most anonymous memory, or memory of the card, over the start.
+
+    Raises:
+        MemoryLimitError: on leaving, where an allocation failed under the limit.
     """
 
-    def __init__(self, device: str = "cpu", mapped: bool = False) -> None:
+    def __init__(self, device: str = "cpu", mapped: bool = False, limit: int | None = None) -> None:
+        self._device, self._limit = device, limit
+        self._lift: Callable[[], None] | None = None
         self._measure = resident_bytes if mapped else anonymous_bytes
         self._cuda = device if device.startswith("cuda") else None
         self._stop = threading.Event()
@@ -84,6 +94,8 @@ class PeakMemory:
         release_free_memory()
         self.start_bytes = self._measure()
         self._thread.start()
+        if self._limit is not None:
+            self._lift = limit_memory(self._device, self._limit)
         return self
 
     def __exit__(
@@ -92,12 +104,19 @@ class PeakMemory:
         problem: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._lift is not None:
+            self._lift()
         self._stop.set()
         self._thread.join()
         self._look()
         self.peak_bytes = (
             int(torch.cuda.max_memory_allocated(self._cuda)) if self._cuda else self.host_bytes
         )
+        if self._limit is not None and problem is not None and is_out_of_memory(problem):
+            raise MemoryLimitError(
+                f"It needs more than memory={format_bytes(self._limit)}: it held "
+                f"{format_bytes(self.peak_bytes)} when an allocation failed."
+            ) from problem
 
     def figures(self) -> dict[str, int]:
         """`peak_bytes` and `host_peak_bytes`, for a manifest."""

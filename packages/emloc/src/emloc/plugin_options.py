@@ -16,6 +16,9 @@ from emloc.plugins import load_plugins
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
+WITHOUT_EFFECT = {"memory"}
+"""Of every stage: what it may take shapes nothing."""
+
 
 @cache
 def with_plugin_options(config: type[ConfigT]) -> type[ConfigT]:
@@ -45,7 +48,7 @@ def own_options(config: BaseModel, family: ModelFamily, exclude: set[str]) -> di
             f"{name} is an option of the family {foreign[name]}, and the model is of {family.name}; "
             f"leave it out."
         )
-    return config.model_dump(mode="json", exclude=exclude | foreign.keys())
+    return config.model_dump(mode="json", exclude=exclude | WITHOUT_EFFECT | foreign.keys())
 
 
 @cache

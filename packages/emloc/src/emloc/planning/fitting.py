@@ -3,18 +3,18 @@
 The order of giving up: the keep_ratio asked for or the largest that fits, down to 0.25; then blocks run
 twice (gradient checkpointing); then batches of one sample, accumulated; on a GPU an optimiser of 8 bits;
 then fewer calibration samples, and shorter ones of all. Each is given up besides those before it, and with
-each the keep_ratio begins anew at the largest that fits.
+each the keep_ratio begins anew at the largest that fits. An option that was asked for stays as it is.
 
 Bytes are exact integers of the ratio and grow with it, so the largest is found by bisection in steps of a
 hundredth.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 from emloc.config import PlanConfig
 from emloc.planning.ledger import total
-from emloc.planning.planner import MemoryPlan, Setting, with_options
+from emloc.planning.planner import MemoryPlan, Setting, changed_options, with_options
 
 STEPS = 100
 SMALLEST_RATIO, LARGEST_RATIO = 0.25, 0.95
@@ -25,31 +25,43 @@ NEEDED = ("compress", "train", "correct", "merge")
 """Stages that have to fit; whether the base itself runs on the machine is said, and is another question."""
 
 
-def fit(setting: Setting, budget: int) -> MemoryPlan:
-    """The plan for a device of `budget` bytes."""
+def fit(
+    setting: Setting,
+    budget: int,
+    stages: Sequence[str] = NEEDED,
+    asked: Container[str] | None = None,
+) -> MemoryPlan:
+    """The plan for a device of `budget` bytes.
+
+    Args:
+        stages: that have to fit.
+        asked: options that stay as they are; by default those that were set.
+    """
+    asked = frozenset(setting.options.model_fields_set) if asked is None else asked
+    free = setting.given is None and "keep_ratio" not in asked
     given_up: list[str] = []
-    for changed, said in [({}, ""), *_concessions(setting)]:
+    changes = [(c, said) for c, said in _concessions(setting) if not any(k in asked for k in c)]
+    for changed, said in [({}, ""), *changes]:
         setting = with_options(setting, **changed)
         if said:
             given_up.append(said)
-        found = _largest_ratio(setting, budget)
+        found = _largest_ratio(setting, budget, stages, free)
         if found is not None:
-            if found.options.keep_ratio < DEFAULT_RATIO and not _asked(setting):
+            if free and found.options.keep_ratio < DEFAULT_RATIO:
                 given_up = [f"keep_ratio {found.options.keep_ratio:g}", *given_up]
             return MemoryPlan(found, budget, True, given_up)
-    least = _at(setting, setting.options.keep_ratio if _asked(setting) else SMALLEST_RATIO)
+    least = _at(setting, SMALLEST_RATIO) if free else setting
     stage, needed = max(
-        ((name, device_bytes(least, name)) for name in NEEDED), key=lambda pair: pair[1]
+        ((name, device_bytes(least, name)) for name in stages), key=lambda pair: pair[1]
     )
     lines = least.stage(stage).device
     line = max(lines, key=lambda name: lines[name])
     return MemoryPlan(least, budget, False, given_up, needed, (stage, line))
 
 
-def judge(setting: Setting, budget: int | None) -> MemoryPlan:
-    """The plan of a setting as it is."""
-    fits = None if budget is None else _fits(setting, budget)
-    return MemoryPlan(setting, budget, fits)
+def as_it_is(setting: Setting) -> MemoryPlan:
+    """The plan of a setting without a budget."""
+    return MemoryPlan(setting)
 
 
 def device_bytes(setting: Setting, stage: str) -> int:
@@ -57,11 +69,7 @@ def device_bytes(setting: Setting, stage: str) -> int:
     return total(setting.stage(stage).device)
 
 
-def _asked(setting: Setting) -> bool:
-    return "keep_ratio" in setting.options.model_fields_set
-
-
-def _fits(setting: Setting, budget: int, stages: Sequence[str] = NEEDED) -> bool:
+def _fits(setting: Setting, budget: int, stages: Sequence[str]) -> bool:
     return all(device_bytes(setting, name) <= budget for name in stages)
 
 
@@ -69,18 +77,20 @@ def _at(setting: Setting, ratio: float) -> Setting:
     return with_options(setting, keep_ratio=ratio)
 
 
-def _largest_ratio(setting: Setting, budget: int) -> Setting | None:
-    """None where not even the smallest ratio fits."""
-    if _asked(setting):
-        return setting if _fits(setting, budget) else None
+def _largest_ratio(
+    setting: Setting, budget: int, stages: Sequence[str], free: bool
+) -> Setting | None:
+    """None where not even the smallest ratio fits; the setting itself where the ratio is not free."""
+    if not free:
+        return setting if _fits(setting, budget, stages) else None
     low, high = round(SMALLEST_RATIO * STEPS), round(LARGEST_RATIO * STEPS)
     best = _at(setting, SMALLEST_RATIO)
-    if not _fits(best, budget):
+    if not _fits(best, budget, stages):
         return None
     while low <= high:
         middle = (low + high) // 2
         tried = _at(setting, middle / STEPS)
-        if _fits(tried, budget):
+        if _fits(tried, budget, stages):
             best, low = tried, middle + 1
         else:
             high = middle - 1
@@ -111,3 +121,9 @@ def _concessions(setting: Setting) -> Iterator[tuple[dict[str, Any], str]]:
     while length // 2 >= SHORTEST:
         length //= 2
         yield {"max_length": length}, f"max_length {length}"
+
+
+def changed_for(before: Setting, after: Setting) -> dict[str, Any]:
+    """Options that fitting changed, besides the keep_ratio."""
+    old, new = changed_options(before.options), changed_options(after.options)
+    return {name: new[name] for name in new if new[name] != old[name] and name != "keep_ratio"}

@@ -24,6 +24,7 @@ from emloc.planning.streaming import (
     calibration_calls,
     compress_lines,
     correct_lines,
+    folding_elements,
     merge_lines,
 )
 from emloc.planning.subject import Subject
@@ -47,6 +48,9 @@ CALIBRATION = (
 )
 """Options that fitting may change, and on which suspended calls depend."""
 
+Matrices = Mapping[str, tuple[int, int, int]]
+"""Rank, d_out and d_in by layer."""
+
 CANDIDATES, CORRECTION_SAMPLES = 5, 32
 """Limits that `correct` tries by default, and samples that it tries them on."""
 
@@ -57,16 +61,26 @@ class Setting:
 
     Attributes:
         options: of all stages.
+        given: what an emulator that exists has compressed; by default what compress would.
+        adapter: rank, d_out and d_in of the layers of a LoRA that exists; by default what train would adapt.
+        candidates: limits that correct compares; 0: the limit is given.
+        correction_samples: on which it does.
     """
 
     subject: Subject
     options: PlanConfig
+    given: Plan | None = None
+    adapter: Matrices | None = None
+    candidates: int = CANDIDATES
+    correction_samples: int = CORRECTION_SAMPLES
     _made: dict[str, StageMemory] = field(default_factory=dict[str, StageMemory], init=False)
     _known: dict[Any, Calls | None] = field(default_factory=dict[Any, "Calls | None"])
 
     @cached_property
     def emulator(self) -> Plan:
         """Which layers become factors."""
+        if self.given is not None:
+            return self.given
         found = self.subject.emulator(self.options)
         if not found.groups:
             raise ConfigError(f"No layer of {self.subject.checkpoint.name} can be compressed.")
@@ -94,6 +108,8 @@ class Setting:
     def learnt(self) -> int:
         """Bytes of the LoRA as it is saved."""
         itemsize = lora_itemsize(self.subject.itemsize(self.options.dtype))
+        if self.adapter is not None:
+            return sum(r * (d_out + d_in) for r, d_out, d_in in self.adapter.values()) * itemsize
         shapes = lora_shapes(self._step[1], self.options)
         return sum(rows * columns for rows, columns in shapes) * itemsize
 
@@ -133,7 +149,7 @@ class Setting:
         options = self.options
         calls = self._calls(options)
         written = self.subject.itemsize(options.dtype)
-        lines, moment = compress_lines(self.subject, self.emulator, calls, written)
+        lines, moment = compress_lines(self.subject, self.emulator, calls, written, options.device)
         given = calls.count * calls.batch if calls else 0
         disk = lines_of(
             emulator=self.subject.emulator_bytes(self.emulator, options.dtype),
@@ -177,26 +193,28 @@ class Setting:
 
     def correct(self) -> StageMemory:
         """Choose a limit on calibration samples, then fit one layer after another."""
-        options = self.options.model_copy(
-            update={"num_calibration_samples": min(CORRECTION_SAMPLES, self.samples)}
+        samples = min(self.correction_samples, self.options.num_calibration_samples)
+        options = self.options.model_copy(update={"num_calibration_samples": samples})
+        count = self.candidates
+        calls = self._calls(options, count) if count else None
+        lines, moment = correct_lines(
+            self.subject, calls, self._lora, count, self._head, options.device
         )
-        calls = self._calls(options, CANDIDATES)
-        lines, moment = correct_lines(self.subject, calls, self._lora, CANDIDATES, self._head)
-        given = calls.count // CANDIDATES * calls.batch if calls else 0
+        given = calls.count // count * calls.batch if calls else 0
         disk = lines_of(adapter=self.learnt)
         return self._after_encoding(lines, lines_of(calibration_batches=given), disk, moment)
 
-    def _calls(self, options: PlanConfig, candidates: int = 1) -> Calls | None:
-        """The suspended calls, which depend on few of the options."""
+    def _calls(self, options: PlanConfig, candidates: int | None = None) -> Calls | None:
+        """The suspended calls of correct's candidates, or of compress, which folds moments.
+
+        They depend on few of the options.
+        """
         key = (candidates, *(getattr(options, name) for name in CALIBRATION))
         if key not in self._known:
-            self._known[key] = calibration_calls(self.subject, options, candidates)
+            plan = self.emulator if candidates is None else None
+            folding = folding_elements(self.subject.model, plan) if plan else {}
+            self._known[key] = calibration_calls(self.subject, options, folding, candidates or 1)
         return self._known[key]
-
-    @property
-    def samples(self) -> int:
-        """Calibration samples of compress."""
-        return self.options.num_calibration_samples
 
     def merge(self) -> StageMemory:
         """Tensor by tensor, on the CPU whatever the device."""
@@ -206,7 +224,9 @@ class Setting:
         return StageMemory({}, host, disk) if self.on_gpu else StageMemory(host, {}, disk)
 
     @cached_property
-    def _lora(self) -> Mapping[str, tuple[int, int, int]]:
+    def _lora(self) -> Matrices:
+        if self.adapter is not None:
+            return self.adapter
         return {
             name: (layer.lora_rank, layer.d_out, layer.d_in)
             for name, layer in self._step[1].items()

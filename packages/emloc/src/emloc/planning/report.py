@@ -33,7 +33,7 @@ LAST = ("allocator slack", "CUDA context")
 def report(plan: Mapping[str, Any]) -> Renderables:
     """The whole plan, for a console."""
     parts: list[Any] = [Text(_heading(plan)), _table(plan)]
-    parts += [Text(line) for line in _verdict(plan)]
+    parts += [Text(line) for line in verdict(plan)]
     return Renderables(*parts)
 
 
@@ -59,11 +59,15 @@ def _table(plan: Mapping[str, Any]) -> Table:
     for stage, row in rows.items():
         if stage == next(iter(plan["beside"])):
             table.add_section()
-        lines = row["device_bytes"]["lines"]
-        made = " + ".join(f"{name} {lines[name] / GIB:.2f}" for name in ordered(lines))
+        made = summed(row["device_bytes"]["lines"])
         totals = [_shown(row[f"{place}_bytes"]["total"]) for place in ("device", "host", "disk")]
         table.add_row(stage, *totals, made)
     return table
+
+
+def summed(lines: Mapping[str, int]) -> str:
+    """`weights 5.24 + LoRA 0.03 + …`, in GiB."""
+    return " + ".join(f"{name} {lines[name] / GIB:.2f}" for name in ordered(lines))
 
 
 def ordered(names: Iterable[str]) -> list[str]:
@@ -77,7 +81,8 @@ def _shown(count: int) -> str:
     return format_bytes(count) if count else ""
 
 
-def _verdict(plan: Mapping[str, Any]) -> Sequence[str]:
+def verdict(plan: Mapping[str, Any]) -> Sequence[str]:
+    """What fits, and what was given up for it, in sentences; nothing without a budget."""
     if plan["memory"] is None:
         return []
     budget = format_bytes(plan["memory"])

@@ -10,9 +10,11 @@ smaller ones fragments, oneDNN and MKL keep packed operands and buffers per thre
 objects of its own: one part in fifty of what comes and goes, and a constant.
 """
 
+from emloc.memory_limit import CUDA_CONTEXT
+
 MIB = 1 << 20
 
-CUDA_SHARE, CUDA_SEGMENT, CUDA_CONTEXT = 20, 20 * MIB, 512 * MIB
+CUDA_SHARE, CUDA_SEGMENT = 20, 20 * MIB
 CPU_SHARE, CPU_CONSTANT = 50, 32 * MIB
 
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from emloc.checkpoint import Checkpoint
 from emloc.config import CompressConfig, TrainConfig
 from emloc.family import ModelFamily
 from emloc.groups import Group, Plan, make_plan
-from emloc.planning.described import Described, describe
+from emloc.planning.described import Described, describe, with_tensors
 from emloc.planning.family import PlannedFamily
 from emloc.planning.layers import layer_shapes
 from emloc.rank import match_pattern
@@ -43,6 +44,15 @@ class Subject:
     def of(cls, model_name_or_path: str, dtype: str) -> "Subject":
         """The model of a folder or hub id; see `describe`."""
         return cls(*describe(model_name_or_path, dtype))
+
+    @classmethod
+    def opened(cls, checkpoint: Checkpoint, family: ModelFamily) -> "Subject":
+        """The model of an opened checkpoint in its family's layout; of an emulator, that of its base."""
+        config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+        described = Described(checkpoint.name, checkpoint.path, config, {})
+        largest = max(checkpoint.tensors.values(), key=lambda info: info.nbytes)
+        dtype = str(largest.dtype).removeprefix("torch.")
+        return cls(described, family, with_tensors(described, family, dtype))
 
     @property
     def planned(self) -> PlannedFamily | None:

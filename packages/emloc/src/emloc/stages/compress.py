@@ -15,6 +15,7 @@ from emloc.groups import Plan, make_plan, refuse_idle_patterns
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
 from emloc.memory import PeakMemory, return_large_blocks
 from emloc.output import stage_folder
+from emloc.planning.contract import compress_contract, keeping
 from emloc.plugin_options import own_options
 from emloc.plugins import open_model
 from emloc.progress import console
@@ -37,6 +38,9 @@ def compress(config: CompressConfig) -> Path:
         raise CheckpointError(
             f"{base.name} is quantised or an emulator already; compress the full-precision original."
         )
+    contract = None
+    if config.memory is not None:
+        config, contract = compress_contract(config, base, family)
     batches = family.calibration_batches(base, config)
     settings = {
         **own_options(config, family, PATHS),
@@ -49,8 +53,8 @@ def compress(config: CompressConfig) -> Path:
         return config.output_dir
     started = time.monotonic()
     return_large_blocks()
-    with stage_folder(config.output_dir, settings) as work:
-        with PeakMemory(config.device) as peak:
+    with keeping(contract), stage_folder(config.output_dir, settings) as work:
+        with PeakMemory(config.device, limit=config.memory) as peak:
             stream = UnitStream(family, base, config.device)
             plan = _plan(stream, config)
             _say_tokens(family, batches, plan)
@@ -61,6 +65,8 @@ def compress(config: CompressConfig) -> Path:
         if errors:
             manifest.summary["predicted_error"] = errors
         manifest.measured.update(seconds=round(time.monotonic() - started, 3), **peak.figures())
+        if contract is not None:
+            contract.report(manifest.measured)
         manifest.write(work)
         folder.forget_reports()
     return config.output_dir

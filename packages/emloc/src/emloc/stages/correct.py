@@ -19,6 +19,7 @@ from emloc.family import Batch, ModelFamily
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
 from emloc.memory import PeakMemory, return_large_blocks
 from emloc.output import copy_file, file_sha256, stage_folder, write_json
+from emloc.planning.contract import correct_contract, keeping
 from emloc.plugin_options import own_options
 from emloc.plugins import open_model
 from emloc.progress import console
@@ -55,6 +56,9 @@ def correct(config: CorrectConfig) -> Path:
     adapter = adapter.with_parts(base.parts)
     emulator = Checkpoint.open(config.emulator)
     _refuse_foreign_parts(adapter, emulator, base)
+    contract = None
+    if config.memory is not None:
+        contract = correct_contract(config, base, family, adapter)
     batches = _batches(config, family, base)
     settings = {
         **own_options(config, family, PATHS),
@@ -68,8 +72,8 @@ def correct(config: CorrectConfig) -> Path:
         return config.output_dir
     started = time.monotonic()
     return_large_blocks()
-    with stage_folder(config.output_dir, settings) as work:
-        with PeakMemory(config.device) as peak:
+    with keeping(contract), stage_folder(config.output_dir, settings) as work:
+        with PeakMemory(config.device, limit=config.memory) as peak:
             saved = {name: adapter.read(key) for name, key in adapter.saved.items()}
             stream = UnitStream(family, base, config.device, instead=saved)
             correction = AdapterCorrection(config, stream, emulator, emulator_manifest, adapter)
@@ -78,6 +82,9 @@ def correct(config: CorrectConfig) -> Path:
             for name, part in adapter.parts.items():
                 _carry_over(part, base, work / name)
             exported = family.export_adapter(base, work)
+        measured = {"seconds": round(time.monotonic() - started, 3), **peak.figures()}
+        if contract is not None:
+            contract.report(measured)
         Manifest(
             kind="corrected_adapter",
             family=family.name,
@@ -91,7 +98,7 @@ def correct(config: CorrectConfig) -> Path:
             summary=summary,
             files={name: file_sha256(work / name) for name in (*adapter.files, *exported)},
             versions=versions("emloc", "torch", "safetensors"),
-            measured={"seconds": round(time.monotonic() - started, 3), **peak.figures()},
+            measured=measured,
         ).write(work)
     return config.output_dir
 

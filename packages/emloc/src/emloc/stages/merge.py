@@ -18,6 +18,7 @@ from emloc.manifest import Manifest, ModelReference, same_settings, versions
 from emloc.memory import PeakMemory, return_large_blocks
 from emloc.merging import merged_weight
 from emloc.output import ShardWriter, copy_file, file_sha256, stage_folder, write_json
+from emloc.planning.contract import keeping, merge_contract
 from emloc.plugins import open_model
 from emloc.progress import console, progress_bar
 from emloc.stage import stage
@@ -66,15 +67,19 @@ def merge(config: MergeConfig) -> Path:
     if same_settings(Manifest.find(config.output_dir), settings):
         console.print(f"merge: {config.output_dir} is complete already")
         return config.output_dir
+    contract = None if config.memory is None else merge_contract(config, base, family, adapter)
     started = time.monotonic()
     return_large_blocks()
-    with stage_folder(config.output_dir, settings) as work:
-        with PeakMemory() as peak:
+    with keeping(contract), stage_folder(config.output_dir, settings) as work:
+        with PeakMemory(limit=config.memory) as peak:
             files = _write_shards(base, adapter, by_tensor, instead, work)
             for name, part in parts.items():
                 written = _write_shards(part, adapter.parts[name], by_part[name], {}, work / name)
                 files |= {f"{name}/{file}": digest for file, digest in written.items()}
         _write_beside(base, work, files.keys())
+        measured = {"seconds": round(time.monotonic() - started, 3), **peak.figures()}
+        if contract is not None:
+            contract.report(measured)
         Manifest(
             kind="merged_model",
             family=family.name,
@@ -83,7 +88,7 @@ def merge(config: MergeConfig) -> Path:
             summary={"merged_layers": len(by_tensor) + sum(map(len, by_part.values()))},
             files=files,
             versions=versions("emloc", "torch", "safetensors"),
-            measured={"seconds": round(time.monotonic() - started, 3), **peak.figures()},
+            measured=measured,
         ).write(work)
     return config.output_dir
 

@@ -7,7 +7,7 @@ from emloc.checkpoint import read_json
 from emloc.config import PlanConfig
 from emloc.errors import OutputError
 from emloc.output import write_json, writing
-from emloc.planning.fitting import fit, judge
+from emloc.planning.fitting import as_it_is, fit
 from emloc.planning.planner import MemoryPlan, Setting
 from emloc.planning.subject import Subject
 from emloc.plugin_options import own_options
@@ -30,7 +30,7 @@ def make_memory_plan(config: PlanConfig) -> MemoryPlan:
     subject = Subject.of(config.model_name_or_path, config.dtype)
     own_options(config, subject.family, set())  # refuses those of other families
     setting = Setting(subject, config)
-    return judge(setting, None) if config.memory is None else fit(setting, config.memory)
+    return as_it_is(setting) if config.memory is None else fit(setting, config.memory)
 
 
 def _write(folder: Path, found: dict[str, Any]) -> None:

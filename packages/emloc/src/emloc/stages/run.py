@@ -10,7 +10,8 @@
     evaluate: {dataset: test.jsonl}
 
 A key at the top goes to every stage that knows it; a stage's own section wins. A stage that is
-complete with the same settings is skipped.
+complete with the same settings is skipped. `memory: 24GiB` plans all stages first, chooses what was not
+asked for so that they fit, and holds each to it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ import yaml
 
 from emloc.config import build, nearest
 from emloc.errors import ConfigError
+from emloc.planning.fitted_run import fit_run
 from emloc.stage import Stage
 from emloc.stages.compress import compress
 from emloc.stages.correct import correct
@@ -54,13 +56,14 @@ def run(config: str | Path | Mapping[str, Any], *overrides: str) -> dict[str, An
 
     Raises:
         ConfigError: an unknown key, with the nearest known one.
+        MemoryLimitError: with `memory`, a stage that cannot fit.
     """
     source = "run" if isinstance(config, Mapping) else str(config)
     options = _load(config)
     for override in overrides:
         _override(options, override)
     # All sections are checked before anything runs: a typo in the last must not cost hours.
-    plans = plan_stages(options, source)
+    plans = fit_run(plan_stages(options, source))
     results: dict[str, Any] = {}
     for name, keywords in plans.items():
         results[name] = STAGES[name](**keywords)

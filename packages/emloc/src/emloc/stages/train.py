@@ -14,6 +14,7 @@ from emloc.digest import dataset_digest
 from emloc.errors import ConfigError, NumericalError
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
 from emloc.output import file_sha256, others_writing, stage_folder
+from emloc.planning.contract import keeping, train_contract
 from emloc.plugin_options import own_options
 from emloc.plugins import of_folder, open_model
 from emloc.progress import console
@@ -65,21 +66,25 @@ def train(config: TrainConfig) -> Path:
     if same_settings(Manifest.find(config.output_dir), settings):
         console.print(f"train: {config.output_dir} is complete already")
         return config.output_dir
+    contract = None if config.memory is None else train_contract(config, model, family)
     started = time.monotonic()
     reference = ModelReference.of(model, digest)
-    with stage_folder(config.output_dir, settings) as work:
+    with keeping(contract), stage_folder(config.output_dir, settings) as work:
         with others_writing(work):
             figures = family.train(of_folder(config, model), work)
         adapter = Adapter.open(str(work)).with_parts(model.parts)
         adapter.require_finite(_diverged)
         exported = family.export_adapter(model, work)
+        summary = figures.pop("summary", {})
+        if contract is not None:
+            contract.report(figures)
         Manifest(
             kind="adapter",
             family=family.name,
             base_model=emulator.base_model if emulator else reference,
             emulator=reference if emulator else None,
             settings=settings,
-            summary=figures.pop("summary", {}),
+            summary=summary,
             files={name: file_sha256(work / name) for name in (*adapter.files, *exported)},
             versions=versions("emloc", "torch", "transformers", "peft", "trl", "accelerate"),
             method=emulator.method if emulator else None,

@@ -1,0 +1,241 @@
+"""A stage's memory as it was planned before it began, and kept to while it ran.
+
+Made from the opened model and the stage's own options. A stage that cannot fit is refused before any work;
+one that goes beyond its memory is stopped (`PeakMemory`), and the plan's lines say what was expected.
+"""
+
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import disk_usage
+from typing import Any
+
+import psutil
+import torch
+
+from emloc.adapter import Adapter
+from emloc.checkpoint import Checkpoint
+from emloc.config import (
+    CompressConfig,
+    CorrectConfig,
+    MergeConfig,
+    PlanConfig,
+    StageConfig,
+    TrainConfig,
+    build,
+)
+from emloc.convolution import matrix_shape
+from emloc.errors import MemoryLimitError
+from emloc.family import ModelFamily
+from emloc.groups import Group, Plan
+from emloc.manifest import Manifest
+from emloc.memory import format_bytes
+from emloc.memory_limit import can_limit
+from emloc.planning.fitting import changed_for, fit
+from emloc.planning.ledger import Lines, StageMemory, total
+from emloc.planning.planner import Matrices, MemoryPlan, Setting
+from emloc.planning.report import ordered, verdict
+from emloc.planning.subject import Subject
+from emloc.plugin_options import with_plugin_options
+from emloc.progress import console
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a stage was planned to take, and what it may.
+
+    Attributes:
+        memory: bytes of the device that it may take.
+    """
+
+    stage: str
+    setting: Setting
+    memory: int
+
+    @property
+    def planned(self) -> StageMemory:
+        """Line by line."""
+        return self.setting.stage(self.stage)
+
+    def require_room(self, folder: Path) -> None:
+        """Refuse what cannot fit: in the memory allowed, in the machine's, or on the disk of `folder`.
+
+        Raises:
+            MemoryLimitError: with what would fit, where something would.
+        """
+        device, host, disk = (total(self.planned.lines(p)) for p in ("device", "host", "disk"))
+        if device > self.memory:
+            raise MemoryLimitError(
+                f"{self.stage} needs {format_bytes(device)}, more than memory={self._allowed}; "
+                f"{self._way_out()}\n{self._table()}"
+            )
+        on_gpu = self.setting.on_gpu
+        if on_gpu:
+            left = torch.cuda.mem_get_info(self.setting.options.device)[0]
+            self._require(device, left, "of the card", "stop what else runs on it")
+        ram = host if on_gpu else device + host
+        available = psutil.virtual_memory().available
+        self._require(ram, available, "of the machine's memory", "close what else runs on it")
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        place = f"of the disk of {existing}"
+        self._require(disk, disk_usage(existing).free, place, "choose another output_dir")
+
+    def _require(self, needed: int, left: int, of: str, what_to_do: str) -> None:
+        if needed > left:
+            raise MemoryLimitError(
+                f"{self.stage} needs {format_bytes(needed)} {of}, of which {format_bytes(left)} are "
+                f"free; {what_to_do}, or ask for less."
+            )
+
+    @contextmanager
+    def kept(self) -> Generator[None]:
+        """Add the plan to what is said when the stage goes beyond its memory."""
+        if not can_limit(self.setting.options.device):
+            console.print(
+                f"{self.stage}: this system cannot hold a process to memory; it is measured"
+            )
+        try:
+            yield
+        except MemoryLimitError as problem:
+            planned = format_bytes(total(self.planned.device))
+            raise MemoryLimitError(
+                f"{self.stage} was stopped. {problem} Planned were {planned}. Pass more memory or a "
+                f"smaller batch; what was finished is kept.\n{self._table()}"
+            ) from problem
+
+    def report(self, measured: dict[str, Any]) -> None:
+        """Say what was planned and what was measured, and add the former to the latter."""
+        planned = total(self.planned.device)
+        measured["planned_bytes"] = planned
+        console.print(
+            f"{self.stage}: planned {format_bytes(planned)}, measured "
+            f"{format_bytes(measured['peak_bytes'])}, allowed {self._allowed}"
+        )
+
+    @property
+    def _allowed(self) -> str:
+        return format_bytes(self.memory)
+
+    def _way_out(self) -> str:
+        found = fit(self.setting, self.memory, [self.stage], asked=())
+        if found.fits:
+            options = changed_for(self.setting, found.setting)
+            said = ", ".join(f"{name}={value}" for name, value in options.items())
+            return f"it would fit with {said}."
+        assert found.smallest is not None
+        return f"the least that it can do with is {format_bytes(found.smallest)}."
+
+    def _table(self) -> str:
+        lines: Lines = self.planned.device
+        rows = [f"  {name:<24}{format_bytes(lines[name]):>12}" for name in ordered(lines)]
+        return "\n".join([*rows, f"  {'planned':<24}{format_bytes(total(lines)):>12}"])
+
+
+def keeping(contract: Contract | None) -> AbstractContextManager[None]:
+    """`Contract.kept`, where there is one."""
+    return nullcontext() if contract is None else contract.kept()
+
+
+def compress_contract(
+    config: CompressConfig, base: Checkpoint, family: ModelFamily
+) -> tuple[CompressConfig, Contract]:
+    """The options, with what the plan chose where nothing was asked for, and the contract."""
+    assert config.memory is not None
+    setting = Setting(Subject.opened(base, family), plan_options(config.device, base, config))
+    if "keep_ratio" not in config.model_fields_set:
+        found = fit(setting, config.memory)
+        require_fit(found)
+        console.print(f"compress: {' '.join(verdict(found.as_json()))}")
+        options = found.setting.options
+        chosen = changed_for(setting, found.setting)
+        own = {name: value for name, value in chosen.items() if name in CompressConfig.model_fields}
+        training = {name: value for name, value in chosen.items() if name not in own}
+        if training:
+            said = ", ".join(f"{name}={value}" for name, value in training.items())
+            console.print(f"compress: the plan is for training with {said}")
+        config = config.model_copy(update={**own, "keep_ratio": options.keep_ratio})
+        setting = found.setting
+    return config, _agreed("compress", setting, config)
+
+
+def train_contract(config: TrainConfig, model: Checkpoint, family: ModelFamily) -> Contract:
+    """The contract of training on an emulator, another method's light model, or a base."""
+    subject = Subject.opened(model, family)
+    manifest = Manifest.find(model.path)
+    entries = manifest.layers if manifest is not None and manifest.method is None else {}
+    groups = [_group(subject, entry) for entry in entries.values() if "rank" in entry]
+    options = plan_options(config.device, model, config)
+    return _agreed("train", Setting(subject, options, given=Plan(tuple(groups), {})), config)
+
+
+def correct_contract(
+    config: CorrectConfig, base: Checkpoint, family: ModelFamily, adapter: Adapter
+) -> Contract:
+    """The contract of correcting an adapter."""
+    setting = Setting(
+        Subject.opened(base, family),
+        plan_options(
+            config.device, base, config, num_calibration_samples=config.num_calibration_samples
+        ),
+        given=Plan((), {}),
+        adapter=_matrices(adapter),
+        candidates=len(config.limit_candidates) if config.limit == "auto" else 0,
+        correction_samples=config.num_calibration_samples,
+    )
+    return _agreed("correct", setting, config)
+
+
+def merge_contract(
+    config: MergeConfig, base: Checkpoint, family: ModelFamily, adapter: Adapter
+) -> Contract:
+    """The contract of merging an adapter, which is done on the CPU."""
+    subject, options = Subject.opened(base, family), plan_options("cpu", base, config)
+    setting = Setting(subject, options, given=Plan((), {}), adapter=_matrices(adapter))
+    return _agreed("merge", setting, config)
+
+
+def plan_options(device: str, model: Checkpoint, *configs: StageConfig, **given: Any) -> PlanConfig:
+    """What stages were asked for as options of a plan; of two that name an option the later one wins."""
+    kind: type[PlanConfig] = with_plugin_options(PlanConfig)
+    asked = {
+        name: getattr(config, name)
+        for config in configs
+        for name in sorted(config.model_fields_set)
+        if name in kind.model_fields and name not in ("output_dir", "memory")
+    }
+    named = {"model_name_or_path": str(model.path), "device": device}
+    return build(kind, {**asked, **given, **named}, "plan")
+
+
+def require_fit(found: MemoryPlan) -> None:
+    """Refuse a plan that does not fit.
+
+    Raises:
+        MemoryLimitError: with the least that would.
+    """
+    if not found.fits:
+        assert found.dominating is not None
+        lines = found.setting.stage(found.dominating[0]).device
+        table = "\n".join(f"  {name:<24}{format_bytes(lines[name]):>12}" for name in ordered(lines))
+        raise MemoryLimitError(f"{' '.join(verdict(found.as_json()))}\n{table}")
+
+
+def _agreed(stage: str, setting: Setting, config: Any) -> Contract:
+    contract = Contract(stage, setting, config.memory)
+    contract.require_room(config.output_dir)
+    return contract
+
+
+def _group(subject: Subject, entry: Mapping[str, Any]) -> Group:
+    layers = tuple(entry["layers"])
+    outputs = tuple(subject.shapes[name][0] for name in layers)
+    return Group(layers, int(entry["rank"]), outputs, subject.shapes[layers[0]][1])
+
+
+def _matrices(adapter: Adapter) -> Matrices:
+    shapes = {key: matrix_shape(info.shape) for key, info in adapter.tensors.tensors.items()}
+    return {
+        layer.name: (layer.rank, shapes[layer.up_key][0], shapes[layer.down_key][1])
+        for layer in adapter.layers
+    }
