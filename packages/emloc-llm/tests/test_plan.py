@@ -70,6 +70,22 @@ def test_the_lora_is_the_adapter_that_training_writes(tiny):
     assert lines["optimiser"] == sum(v.numel() * v.element_size() for v in held)
 
 
+def test_allocated_ranks_are_written_wide_and_end_as_small(tiny, tmp_path):
+    options = {"model_name_or_path": str(tiny.base), "keep_ratio": 0.5, "max_length": 96}
+    error = {"keep_ratio_allocation": "error"}
+    uniform, allocated = (
+        make_memory_plan(config_of(**options, **given)).setting.stages for given in ({}, error)
+    )
+    made = emloc.compress(
+        dataset=str(tiny.data), output_dir=tmp_path / "emulator", **options, **error
+    )
+    lines = allocated["compress"].disk
+    assert lines["emulator"] == uniform["compress"].disk["emulator"]
+    assert Manifest.read(made).summary["emulator_bytes"] <= lines["emulator"]
+    assert lines["until ranks are cut"] > 0
+    assert allocated["train"] == uniform["train"]
+
+
 def tiny_optimizer(tiny):
     return sorted((tiny.adapter).glob("checkpoint-*/optimizer.pt"))[-1]
 

@@ -149,10 +149,14 @@ class Setting:
         options = self.options
         calls = self._calls(options)
         written = self.subject.itemsize(options.dtype)
-        lines, moment = compress_lines(self.subject, self.emulator, calls, written, options.device)
+        # Where ranks are allocated after the pass, it writes the widest that they may become.
+        wide = self.emulator.with_ranks({g.owner: g.widest for g in self.emulator.groups})
+        lines, moment = compress_lines(self.subject, wide, calls, written, options.device)
         given = calls.count * calls.batch if calls else 0
+        emulator = self.subject.emulator_bytes(self.emulator, options.dtype)
         disk = lines_of(
-            emulator=self.subject.emulator_bytes(self.emulator, options.dtype),
+            emulator=emulator,
+            until_ranks_are_cut=self.subject.emulator_bytes(wide, options.dtype) - emulator,
             other_models=self._companions,
         )
         return self._after_encoding(lines, lines_of(calibration_batches=given), disk, moment)
