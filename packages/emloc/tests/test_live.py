@@ -106,3 +106,15 @@ def test_materialise_keeps_ties_and_dtypes():
     assert model[1].weight is model[0].weight
     assert model[0].weight.dtype == torch.bfloat16
     assert model[1].bias.dtype == torch.float32
+
+
+def test_what_lies_in_a_file_is_ignored():
+    mapped = torch.zeros(256)
+    with LiveBytes() as live:
+        live.ignore(mapped)
+        view = mapped[1:]
+        assert live.now == 0
+        copy = view + 1
+        assert live.now == 255 * 4
+        del view, copy
+        assert live.now == 0

@@ -42,6 +42,7 @@ def step_sizes(
     x = decoder_stack(
         forward, decoder, by_block(layers, names), x, "attention_mask" in batch, options
     )
+    tape.reach_head()
     loss = fused_loss(forward, decoder, x, config.vocab_size, options.on_gpu)
     del x
     sizes = tape.finish(loss)

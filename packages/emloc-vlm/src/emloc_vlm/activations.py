@@ -75,6 +75,7 @@ def step_sizes(
         forward, decoder, by_block(layers, read), x, "attention_mask" in batch, options
     )
     del last  # held by the model's forward, as the features are by its output
+    tape.reach_head()
     loss = logits_loss(forward, x, decoder.width, text.vocab_size)
     del x, features
     sizes = tape.finish(loss)

@@ -40,9 +40,14 @@ class UNet:
 
     def run(self, name: str, x: Sized) -> Sized:
         """A module by its name: resnet, transformer, or change of resolution."""
-        self.forward.tape.reach_block(self.pixels)
         module = self.model.get_submodule(name)
+        if FORWARDS[type(module).__name__] is not _transformer:  # its blocks are inside
+            self.reach(name)
         return FORWARDS[type(module).__name__](self, name, module, x)
+
+    def reach(self, name: str) -> None:
+        """Each block is of a kind of its own: equal ones may run at different resolutions."""
+        self.forward.tape.reach_block(name)
 
     def once_or_twice(self, block: Any, x: Sized) -> Sized:
         """A block that checkpointing runs twice."""
@@ -103,9 +108,8 @@ def _parts(block: Any) -> list[nn.Module]:
     return [module for kind in kinds for module in getattr(block, kind, None) or []]
 
 
-def _pairs(state: UNet, name: str, x: Sized, index: int) -> Sized:
-    """A resnet, and the transformer behind it if there is one."""
-    x = state.once_or_twice(partial(state.run, f"{name}.resnets.{index}"), x)
+def _attended(state: UNet, name: str, x: Sized, index: int) -> Sized:
+    """The transformer behind a resnet, if there is one."""
     if hasattr(state.model.get_submodule(name), "attentions"):
         x = state.run(f"{name}.attentions.{index}", x)
     return x
@@ -114,7 +118,8 @@ def _pairs(state: UNet, name: str, x: Sized, index: int) -> Sized:
 def _down(state: UNet, name: str, x: Sized, skips: list[Sized]) -> Sized:
     block = state.model.get_submodule(name)
     for index in range(len(block.resnets)):
-        x = _pairs(state, name, x, index)
+        x = state.once_or_twice(partial(state.run, f"{name}.resnets.{index}"), x)
+        x = _attended(state, name, x, index)
         skips.append(x)
     for index in range(len(block.downsamplers or [])):
         x = state.run(f"{name}.downsamplers.{index}", x)
@@ -137,7 +142,8 @@ def _up(state: UNet, name: str, x: Sized, skips: list[Sized]) -> Sized:
     del skips[-len(block.resnets) :]
     for index in range(len(block.resnets)):
         x = state.forward.cat(x, held[-1 - index])
-        x = _pairs(state, name, x, index)
+        x = state.once_or_twice(partial(state.run, f"{name}.resnets.{index}"), x)
+        x = _attended(state, name, x, index)
     for index in range(len(block.upsamplers or [])):
         x = state.run(f"{name}.upsamplers.{index}", x)
     return x
@@ -167,14 +173,19 @@ def _transformer(state: UNet, name: str, module: Any, x: Sized) -> Sized:
     linear = module.use_linear_projection
     x = forward.group_norm(x, state.samples * module.norm.num_groups)
     into, out = state.layers[f"{name}.proj_in"], state.layers[f"{name}.proj_out"]
-    x = forward.new(x) if linear else forward.conv(x, into, state.pixels)
+    x = forward.new(x) if linear else x
+    state.reach(f"{name}.proj_in")
+    x = x if linear else forward.conv(x, into, state.pixels)
     x = forward.linear(x, into) if linear else forward.new(x)  # pixels become rows: a copy
     for index in range(len(module.transformer_blocks)):
         block = f"{name}.transformer_blocks.{index}"
         run = partial(_block, state, state.blocks[block], state.model.get_submodule(block))
+        state.reach(block)
         x = state.once_or_twice(run, x)
-    x = forward.linear(x, out) if linear else forward.new(x)
-    x = forward.new(x) if linear else forward.conv(x, out, state.pixels)
+    x = x if linear else forward.new(x)
+    state.reach(f"{name}.proj_out")
+    x = forward.linear(x, out) if linear else forward.conv(x, out, state.pixels)
+    x = forward.new(x) if linear else x
     return forward.add(x, residual)
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from itertools import groupby
 
 from emloc.planning.operations import Layer
-from emloc.planning.step import StepTape
+from emloc.planning.step import BlockKind, StepTape
 from emloc.planning.tape import Sized
 
 BlockLayers = Mapping[str, Layer]
@@ -14,6 +14,11 @@ BlockLayers = Mapping[str, Layer]
 
 RunBlock = Callable[..., list[Sized]]
 """Runs a block of those layers on the tensors that blocks hand on."""
+
+
+def kind_of(layers: BlockLayers) -> BlockKind:
+    """The same for blocks whose layers have the same names and shapes."""
+    return tuple((name, layer.d_out, layer.d_in) for name, layer in layers.items())
 
 
 def by_block(layers: Mapping[str, Layer], blocks: Sequence[str]) -> list[BlockLayers]:
@@ -42,8 +47,7 @@ def stack(
     state = list(given)
 
     def reached(layers: BlockLayers, *state: Sized) -> list[Sized]:
-        width = next(iter(layers.values())).d_in
-        tape.reach_block(sum(x.numel for x in state) // width)
+        tape.reach_block(kind_of(layers))
         return run(layers, *state)
 
     for layers, same in groupby(blocks):

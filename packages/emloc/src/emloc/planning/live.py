@@ -85,6 +85,13 @@ class LiveBytes(TorchDispatchMode):
                 known.kind = kind
         self._look()
 
+    def ignore(self, tensor: Tensor) -> None:
+        """Count a tensor as nothing from now on: it lies in a mapped file, whose pages come and go."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key not in self._known:
+            self._known[key] = _Known(0, OTHER, weakref.ref(storage, self._forget(key)))
+
     def of(self, kind: str) -> int:
         """Bytes alive of one kind."""
         return self._kinds.get(kind, 0)

@@ -21,6 +21,7 @@ class Layer:
         group: layers of one group share the right factor, and its product with their input.
         lora_rank: 0 without a LoRA.
         channels: of a convolution, its input channels; 0 for a linear layer.
+        watched: elements per row that a hook makes and lets go of when the layer has run.
     """
 
     d_in: int
@@ -30,6 +31,7 @@ class Layer:
     group_size: int = 1
     lora_rank: int = 0
     channels: int = 0
+    watched: int = 0
 
 
 @dataclass
@@ -112,6 +114,11 @@ class Forward:
         out = self.tape.new(x.numel // d_in * d_out, self.precision.product)
         return self.tape.operation([x], out, weight=True)
 
+    def watch(self, layer: Layer, rows: int) -> None:
+        """What a hook on the layer does now."""
+        if layer.watched:
+            self.tape.work(rows * layer.watched * self.precision.product)
+
     def slice(self, x: Sized, numel: int) -> Sized:
         """A view of a part; its gradient is made as large as the whole."""
         whole = x.nbytes
@@ -126,7 +133,9 @@ class Forward:
         if layer.lora_rank:
             return self._conv_with_lora(x, layer, pixels)
         if layer.rank is None:
-            return self._conv(x, pixels * layer.d_out)
+            y = self._conv(x, pixels * layer.d_out)
+            self.watch(layer, pixels)
+            return y
         return self._conv(self._conv(x, pixels * layer.rank), pixels * layer.d_out)
 
     def _conv(self, x: Sized, numel: int) -> Sized:
@@ -232,7 +241,9 @@ class Read:
         forward, layer = self.forward, self.layer
         x = forward.product_input(x)
         if layer.rank is None:
-            return forward.dense(x, layer.d_in, layer.d_out)
+            y = forward.dense(x, layer.d_in, layer.d_out)
+            forward.watch(layer, x.numel // layer.d_in)
+            return y
         h = self._product(x)
         return forward.dense(h, layer.rank, layer.d_out)
 

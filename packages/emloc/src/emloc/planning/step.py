@@ -4,8 +4,9 @@ A step passes through phases, each with a largest moment of its own: the forward
 loss, and the backward. Whichever is largest counts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from emloc.planning.tape import Sized, Tape
 
@@ -57,19 +58,38 @@ class Moment:
         return self.kept + self.loss + self.working
 
 
+BlockKind = Any
+"""What equal blocks have in common; None stands for any block."""
+
+
+class Passing(NamedTuple):
+    """One call of a forward at a block.
+
+    Attributes:
+        before, after: bytes alive when it is about to enter, and when it stands before what comes next.
+        peak: the most in between.
+    """
+
+    before: int
+    peak: int
+    after: int
+
+
 @dataclass(frozen=True)
 class StepSizes:
-    """The largest moment of each phase of a step.
+    """The largest moment of each phase of a step, and what a forward without gradients holds at blocks.
 
     Attributes:
         phases: by name.
-        between: the most that is alive between two blocks of a forward.
-        rows: the most tokens, patches or pixels that a block reads.
+        blocks: passages through blocks, by their kind.
+        at_head: bytes alive when the blocks are left and the head is yet to come; None without a head.
     """
 
     phases: Mapping[str, Moment] = field(default_factory=dict[str, Moment])
-    between: int = 0
-    rows: int = 0
+    blocks: Mapping[BlockKind, Sequence[Passing]] = field(
+        default_factory=dict[BlockKind, "Sequence[Passing]"]
+    )
+    at_head: int | None = None
 
     @property
     def largest(self) -> Moment:
@@ -95,7 +115,8 @@ class StepOptions:
 class StepTape(Tape):
     """A tape that remembers the phases.
 
-    Call `reach_block` before each block, `reach_loss` when they are done, then `finish` with the loss.
+    Call `reach_block` before each block, `reach_loss` when they are done, `reach_head` when what only the
+    blocks need is let go, then `finish` with the loss.
     """
 
     def __init__(self) -> None:
@@ -103,16 +124,36 @@ class StepTape(Tape):
         self._phases: dict[str, Moment] = {}
         self._kept = 0
         self._before_loss = 0
-        self._between = self._rows = 0
+        self._blocks: dict[BlockKind, list[Passing]] = {}
+        self._at: tuple[BlockKind, int] | None = None
+        self._passed = 0
+        self._at_head: int | None = None
 
-    def reach_block(self, rows: int) -> None:
-        """What is alive now is what a forward keeps that is suspended here."""
-        self._between, self._rows = max(self._between, self.now), max(self._rows, rows)
+    def reach_block(self, kind: BlockKind) -> None:
+        """A forward that is not recorded may be suspended here."""
+        if self.recorded or self._phases:
+            return
+        self._leave_block()
+        self._at = (kind, self.now)
+
+    def _leave_block(self) -> None:
+        """Each passage has a peak of its own."""
+        if self._at is not None:
+            kind, before = self._at
+            self._blocks.setdefault(kind, []).append(Passing(before, self.peak, self.now))
+        self._at = None
+        self._passed, self.peak = max(self._passed, self.peak), self.now
 
     def reach_loss(self) -> None:
         """The blocks are done: what is alive now is kept for the backward."""
         self._kept, self._before_loss = self.now, self.recorded
+        if not self.recorded:
+            self._leave_block()
         self._close("forward")
+
+    def reach_head(self) -> None:
+        """So is what they share."""
+        self._at_head = self.now
 
     def finish(self, loss: Sized) -> StepSizes:
         """Go back from the loss; without a gradient, there is nothing to go back to."""
@@ -124,10 +165,11 @@ class StepTape(Tape):
             self._close("backward")
         else:
             self._close("loss", as_loss=True)
-        return StepSizes(dict(self._phases), self._between, self._rows)
+        return StepSizes(dict(self._phases), dict(self._blocks), self._at_head)
 
     def _close(self, phase: str, as_loss: bool = False) -> None:
-        kept = min(self._kept, self.peak)
-        rest = self.peak - kept
+        peak = max(self.peak, self._passed)
+        kept = min(self._kept, peak)
+        rest = peak - kept
         self._phases[phase] = Moment(kept, rest if as_loss else 0, 0 if as_loss else rest)
-        self.peak = self.now
+        self.peak, self._passed = self.now, 0

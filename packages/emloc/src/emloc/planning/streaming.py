@@ -1,7 +1,8 @@
 """What the stages take that stream the base: compress, correct and merge.
 
 **Compress.** A block's weights in float32, the moments of its groups, and every micro-batch's suspended
-call (`lockstep`): its hidden state and what else the forward holds between two blocks. When all calls are
+call (`lockstep`): its hidden state and what else the forward holds between two blocks. A hook folds what a
+layer read or wrote as soon as it has run, with the tokens that are padding left out. When all calls are
 through, the groups are factorised one after another, each with a workspace of its own; a group's moments
 go with it, its factors stay until the block is written. The block and the moment that take most count.
 
@@ -28,10 +29,9 @@ from emloc.lowrank import DENSE_BELOW
 from emloc.merging import ROWS
 from emloc.planning.layers import planned_layers
 from emloc.planning.ledger import Lines, largest, lines_of
-from emloc.planning.step import Precision, StepOptions, StepSizes
+from emloc.planning.step import BlockKind, Passing, Precision, StepOptions, StepSizes
 from emloc.planning.subject import Subject
 from emloc.planning.trace import trace_forward
-from emloc.planning.training import without_lora
 
 DOUBLE = 8
 
@@ -43,23 +43,42 @@ class Calls:
     Attributes:
         count: micro-batches.
         batch: bytes of one as it is given.
-        state: what one keeps between two blocks, the batch included.
-        working: what one takes besides while it runs.
         tokens: of one micro-batch.
-        rows: the most tokens, patches or pixels that a block reads of one.
+        blocks: what one holds as it passes a block, by the block's name or kind; the batch included.
+        at_head: what one holds when it stands before the head.
     """
 
     count: int
     batch: int
-    state: int
-    working: int
     tokens: int
-    rows: int
+    blocks: Mapping[BlockKind, Sequence[Passing]]
+    at_head: int
 
-    @property
-    def suspended(self) -> int:
-        """Of all of them."""
-        return self.count * self.state
+    def at(self, block: str, kind: BlockKind) -> Sequence[Passing]:
+        """The ways through a block; those through any, where it is not known by itself."""
+        found = self.blocks.get(block) or self.blocks.get(kind)
+        return found or [passing for passings in self.blocks.values() for passing in passings]
+
+    def running(self, passing: Passing) -> tuple[int, int]:
+        """Suspended ones, and what the one that runs takes besides.
+
+        Some stand before the block yet, others behind it.
+        """
+        standing = max(passing.before, passing.after)
+        return (
+            (self.count - 1) * standing + passing.before,
+            max(0, passing.peak - passing.before),
+        )
+
+
+def loaded_bytes(subject: Subject, numel: int, device: str) -> int:
+    """What a unit's weights take to compute in: nothing on a CPU that computes in their own dtype.
+
+    Then they stay in the mapped file, whose pages the system takes back when it needs them.
+    """
+    itemsize = compute_itemsize(subject)
+    mapped = not device.startswith("cuda") and subject.stored.itemsize == itemsize
+    return 0 if mapped else numel * itemsize
 
 
 def side_of(model: nn.Module, group: Group) -> Side:
@@ -130,8 +149,34 @@ def _eigen_bytes(size: int, count: int, itemsize: int, small: bool) -> int:
     return basis + projected + found
 
 
-def calibration_calls(subject: Subject, options: Any, candidates: int = 1) -> Calls | None:
-    """The suspended calls of the largest samples that the options allow; None where not known."""
+def folding_elements(model: nn.Module, plan: Plan) -> dict[str, int]:
+    """By layer, the elements per row that folding takes beside what was read and written.
+
+    Rows without padding are copied; a bias is taken off in a copy, for outputs of one layer; those of
+    several are multiplied once more, and joined.
+    """
+    found: dict[str, int] = {}
+    for group in plan.groups:
+        module, side = model.get_submodule(group.owner), side_of(model, group)
+        if isinstance(module, nn.Conv2d):
+            found[group.owner] = group.d_out[0] * (1 + (module.bias is not None))
+        elif side == "input":
+            found[group.owner] = group.d_in
+        elif len(group.layers) == 1:
+            found[group.owner] = group.d_out[0] * (1 + ("bias" in dict(module.named_parameters())))
+        else:
+            found[group.owner] = group.d_in + 2 * sum(group.d_out)
+    return found
+
+
+def calibration_calls(
+    subject: Subject, options: Any, folding: Mapping[str, int], candidates: int = 1
+) -> Calls | None:
+    """The suspended calls of the largest samples that the options allow; None where not known.
+
+    Args:
+        folding: see `folding_elements`.
+    """
     family = subject.planned
     if family is None:
         return None
@@ -142,13 +187,12 @@ def calibration_calls(subject: Subject, options: Any, candidates: int = 1) -> Ca
         per_sample = max(1, _tokens(batch) // size)
         samples = -(-options.num_calibration_tokens // per_sample)
     itemsize = compute_itemsize(subject)
-    sizes = _forward(subject, options, batch, itemsize)
+    sizes = _forward(subject, options, batch, itemsize, folding)
     given = sum(tensor.numel() * tensor.element_size() for tensor in batch.values())
-    peak = max(moment.total for moment in sizes.phases.values())
     count = candidates * -(-samples // size)
-    tokens = _tokens(batch)
-    working = max(0, peak - sizes.between)
-    return Calls(count, given, sizes.between, working, tokens, max(sizes.rows, tokens))
+    between = max(passing.before for passings in sizes.blocks.values() for passing in passings)
+    at_head = between if sizes.at_head is None else sizes.at_head
+    return Calls(count, given, _tokens(batch), sizes.blocks, at_head)
 
 
 def compute_itemsize(subject: Subject) -> int:
@@ -161,46 +205,63 @@ def _tokens(batch: Batch) -> int:
     return first.numel() if first.ndim == 2 else first[:, 0].numel()
 
 
-def _forward(subject: Subject, options: Any, batch: Batch, itemsize: int) -> StepSizes:
+def _forward(
+    subject: Subject, options: Any, batch: Batch, itemsize: int, folding: Mapping[str, int]
+) -> StepSizes:
     family = subject.planned
     assert family is not None
-    layers = without_lora(planned_layers(subject.model, subject.shapes, [], (), options))
+    layers = {
+        name: replace(layer, watched=folding.get(name, 0))
+        for name, layer in planned_layers(subject.model, subject.shapes, [], (), options).items()
+    }
     on_gpu = options.device.startswith("cuda")
     precise = StepOptions(Precision(itemsize, itemsize), on_gpu=on_gpu)
     sizes = family.step_sizes(subject.model, layers, batch, precise)
     if sizes is not None:
-        return replace(sizes, phases={"forward": sizes.phases["forward"]})
+        return sizes
     stacks = family.stacks(subject.checkpoint)
     few = family.shallow(subject.checkpoint, [min(2, n) for n in stacks]) if stacks else None
     model = subject.family.skeleton(few or subject.checkpoint, torch.float32)
-    return trace_forward(model, subject.family.blocks(model), batch, subject.family.forward_loss)
+    names = {name for name, _ in model.named_modules()}
+    watched = {name: elements for name, elements in folding.items() if name in names}
+    blocks = subject.family.blocks(model)
+    return trace_forward(model, blocks, batch, subject.family.forward_loss, watched)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block as compress meets it."""
+    """A block as compress meets it.
+
+    Attributes:
+        weights: elements of all.
+        dense: elements of those that stay as they are.
+        groups: what is compressed, and whose moments are summed.
+        passings: ways of a call through it.
+    """
 
     weights: int
     dense: int
     groups: Sequence[tuple[Side, Group]]
+    passings: Sequence[Passing]
 
 
-def blocks_of(subject: Subject, plan: Plan, itemsize: int) -> Sequence[Block]:
+def blocks_of(subject: Subject, plan: Plan, calls: Calls | None) -> Sequence[Block]:
     """Every kind of block once; equal ones take the same."""
     found: dict[Any, Block] = {}
-    for name in subject.blocks:
+    for name, kind in subject.kinds.items():
         groups: list[tuple[Side, Group]] = [
             (side_of(subject.model, group), group) for group in plan.within(name)
         ]
         numel = sum(p.numel() for p in subject.model.get_submodule(name).parameters())
         compressed = sum(sum(group.d_out) * group.d_in for _, group in groups)
-        key = (numel, *((side, g.rank, g.d_out, g.d_in) for side, g in groups))
-        found.setdefault(key, Block(numel * itemsize, numel - compressed, groups))
+        passings = tuple(calls.at(name, kind)) if calls else (Passing(0, 0, 0),)
+        key = (numel, passings, *((side, g.rank, g.d_out, g.d_in) for side, g in groups))
+        found.setdefault(key, Block(numel, numel - compressed, groups, passings))
     return list(found.values())
 
 
 def compress_lines(
-    subject: Subject, plan: Plan, calls: Calls | None, written: int
+    subject: Subject, plan: Plan, calls: Calls | None, written: int, device: str
 ) -> tuple[Lines, str]:
     """The device's lines at compress's largest moment, and which moment that is.
 
@@ -208,15 +269,23 @@ def compress_lines(
         written: bytes of an element of the emulator.
     """
     itemsize = compute_itemsize(subject)
-    suspended = calls.suspended if calls else 0
     moments: dict[str, list[Lines]] = {"running a block": [], "factorising": [], "writing": []}
-    for block in blocks_of(subject, plan, itemsize):
+    for block in blocks_of(subject, plan, calls):
         kept = {g.owner: moment_bytes(side, g, itemsize) for side, g in block.groups}
-        working = max(calls.working, _folding(block, calls, itemsize)) if calls else 0
-        common = {"block_in_float32": block.weights, "suspended_calls": suspended}
-        moments["running a block"].append(
-            lines_of(**common, moments=sum(kept.values()), working_tensors=working)
-        )
+        weights = loaded_bytes(subject, block.weights, device)
+        for passing in block.passings:
+            suspended, working = calls.running(passing) if calls else (0, 0)
+            moments["running a block"].append(
+                lines_of(
+                    block_in_float32=weights,
+                    suspended_calls=suspended,
+                    moments=sum(kept.values()),
+                    working_tensors=working,
+                )
+            )
+        passed = max(passing.after for passing in block.passings)
+        suspended = calls.count * passed if calls else 0
+        common = {"block_in_float32": weights, "suspended_calls": suspended}
         factors = 0
         for side, group in block.groups:
             moments["factorising"].append(
@@ -237,18 +306,13 @@ def compress_lines(
     return found[name], name
 
 
-def _folding(block: Block, calls: Calls, itemsize: int) -> int:
-    """A layer's inputs and outputs, and what is folded of them: without padding, without the bias."""
-    widest = max((2 * g.d_in + 3 * sum(g.d_out) for _, g in block.groups), default=0)
-    return calls.rows * widest * itemsize
-
-
 def correct_lines(
     subject: Subject,
     calls: Calls | None,
     lora: Mapping[str, tuple[int, int, int]],
     candidates: int,
     head: tuple[int, int] | None,
+    device: str,
 ) -> tuple[Lines, str]:
     """The device's lines at correct's largest moment.
 
@@ -270,27 +334,29 @@ def correct_lines(
     if calls is None:
         return writing, "writing"
     running: list[Lines] = []
-    for name in subject.blocks:
+    for name, kind in subject.kinds.items():
         numel = sum(p.numel() for p in subject.model.get_submodule(name).parameters())
         beside = sum(
             (r * d_in + candidates * d_out * r) * (itemsize + DOUBLE)
             for layer, (r, d_out, d_in) in lora.items()
             if layer.startswith(f"{name}.")
         )
-        running.append(
-            lines_of(
-                block_in_float32=numel * itemsize,
-                suspended_calls=calls.suspended,
-                LoRA_of_every_candidate=beside,
-                working_tensors=calls.working,
+        for passing in calls.at(name, kind):
+            suspended, working = calls.running(passing)
+            running.append(
+                lines_of(
+                    block_in_float32=loaded_bytes(subject, numel, device),
+                    suspended_calls=suspended,
+                    LoRA_of_every_candidate=beside,
+                    working_tensors=working,
+                )
             )
-        )
     moments = {"running a block": largest(running), "writing": writing}
     if head is not None:
         logits = 3 * calls.tokens * head[0] * itemsize
         moments["the head"] = lines_of(
-            head_in_float32=head[0] * head[1] * itemsize,
-            suspended_calls=calls.suspended,
+            head_in_float32=loaded_bytes(subject, head[0] * head[1], device),
+            suspended_calls=calls.count * calls.at_head,
             logits_and_loss=logits,
         )
     name = max(moments, key=lambda name: sum(moments[name].values()))

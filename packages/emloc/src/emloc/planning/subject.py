@@ -16,9 +16,12 @@ from emloc.checkpoint import Checkpoint
 from emloc.config import CompressConfig, TrainConfig
 from emloc.family import ModelFamily
 from emloc.groups import Group, Plan, make_plan
+from emloc.planning.blocks import by_block, kind_of
 from emloc.planning.described import Described, describe, with_tensors
 from emloc.planning.family import PlannedFamily
 from emloc.planning.layers import layer_shapes
+from emloc.planning.operations import Layer
+from emloc.planning.step import BlockKind
 from emloc.rank import match_pattern
 
 KINDS = 2
@@ -89,6 +92,12 @@ class Subject:
     def blocks(self) -> Sequence[str]:
         """The repeated units."""
         return list(self.family.blocks(self.model))
+
+    @cached_property
+    def kinds(self) -> Mapping[str, BlockKind]:
+        """By block, what it has in common with those like it."""
+        layers = {name: Layer(d_in, d_out) for name, (d_out, d_in) in self.shapes.items()}
+        return dict(zip(self.blocks, map(kind_of, by_block(layers, self.blocks))))
 
     @cached_property
     def inside(self) -> frozenset[str]:

@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emloc.family import Batch
-from emloc.planning.live import SAVED, LiveBytes
-from emloc.planning.step import Moment, StepSizes
+from emloc.planning.live import SAVED, LiveBytes, Peak
+from emloc.planning.step import Moment, Passing, StepSizes
 
 WEIGHTS, LORA, GRADIENTS, BATCH = "weights", "LoRA", "gradients", "batch"
 
@@ -78,30 +78,56 @@ class _Reached(Exception):
 
 
 def trace_forward(
-    model: nn.Module, blocks: Sequence[str], batch: Batch, run: Callable[[nn.Module, Batch], Any]
+    model: nn.Module,
+    blocks: Sequence[str],
+    batch: Batch,
+    run: Callable[[nn.Module, Batch], Any],
+    watched: Mapping[str, int],
 ) -> StepSizes:
-    """A forward through the blocks without gradients, on fake tensors; what follows them is left out."""
+    """A forward through the blocks without gradients, on fake tensors; what follows them is left out.
+
+    Args:
+        watched: elements per row that a hook on a layer makes and lets go of.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True), _Answers(), torch.no_grad():
         materialise(model)
         fake = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in batch.items()}
         with LiveBytes() as live:
             live.mark([*model.parameters(), *model.buffers()], WEIGHTS)
-            weights, between = live.now, 0
+            weights, passings = live.now, list[Passing]()
+            before: list[int] = []
+
+            def leave() -> None:
+                if before:
+                    found = (before.pop(), live.peak.total, live.now)
+                    passings.append(Passing(*(count - weights for count in found)))
+                live.peak = Peak(live.now)
 
             def reach(*_: object) -> None:
-                nonlocal between
-                between = max(between, live.now - weights)
+                leave()
+                before.append(live.now)
 
             def finish(*_: object) -> None:
+                leave()
                 raise _Reached
 
             for name in blocks:
                 model.get_submodule(name).register_forward_pre_hook(reach)
+            for name, elements in watched.items():
+                model.get_submodule(name).register_forward_hook(_watching(elements))
             model.get_submodule(blocks[-1]).register_forward_hook(finish)
             with contextlib.suppress(_Reached):
                 run(model, fake)
-    total = live.peak.total - weights
-    return StepSizes({"forward": Moment(between, working=total - between)}, between)
+    return StepSizes(blocks={None: passings})
+
+
+def _watching(elements: int) -> Callable[..., None]:
+    def watch(module: nn.Module, _: object, output: Tensor) -> None:
+        pixels = isinstance(module, nn.Conv2d)
+        rows = output.numel() // output.shape[-3 if pixels else -1]
+        output.new_empty(rows, elements)
+
+    return watch
 
 
 class _Answers(TorchDispatchMode):
@@ -150,7 +176,6 @@ def extrapolate(depths: Depths) -> StepSizes:
     start = [min(SHALLOW, count) for count in depths.blocks]
     base = depths.count(start)
     phases = {name: _numbers(moment) for name, moment in base.phases.items()}
-    between = base.between
     for index, blocks in enumerate(depths.blocks):
         if blocks <= SHALLOW:
             continue
@@ -160,8 +185,7 @@ def extrapolate(depths: Depths) -> StepSizes:
         for name, moment in more.phases.items():
             for part, value in _numbers(moment).items():
                 phases[name][part] += times * (value - _numbers(base.phases[name])[part])
-        between += times * (more.between - base.between)
-    return StepSizes({name: Moment(**parts) for name, parts in phases.items()}, between)
+    return StepSizes({name: Moment(**parts) for name, parts in phases.items()})
 
 
 def _numbers(moment: Moment) -> dict[str, int]:
