@@ -9,7 +9,7 @@ all tensors alive at once while the Trainer runs, or while compress or correct d
 the stage's manifest names, against the whole plan [worst_process]. Samples are as long as `max_length` allows
 and differ in length, which is what a plan takes them for.
 
-`parameters`: of a folder of configs, against published numbers [worst_parameters]; and how long the command
+`parameters`: of a folder of configs, against published numbers [wrong_parameters]; and how long the command
 takes for the largest of them, over importing torch and transformers [plan_over_imports].
 
 `paper`: the rows of the paper's tables (arXiv 2506.12015) that such a folder allows, beside plans that
@@ -21,11 +21,12 @@ Worst first. The last line is one JSON object.
 import argparse
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ STEPS = {"max_steps": 2, "logging_steps": 1, "learning_rate": 1e-4}
 """Two steps: in the second, the optimiser's state is there."""
 
 BATCH = 2
-STREAMED_SAMPLES, STREAMED_BATCH = 8, 4
+STREAMED_SAMPLES, STREAMED_BATCH = 4, 2
 
 # -- models and data --------------------------------------------------------------------------------------
 
@@ -144,7 +145,7 @@ class Model:
 
 MODELS = {
     "llama": Model(write_llm, write_texts, "max_length", (384, 768), {}),
-    "internvl": Model(write_vlm, write_questions, "max_length", (384, 768), {}),
+    "internvl": Model(write_vlm, write_questions, "max_length", (384, 768), {"max_dynamic_patch": 3}),
     "unet": Model(write_unet, write_photographs, "resolution", (256, 384),
                   {"instance_prompt": "a photo of sks square"}),
     "flux": Model(write_flux, write_photographs, "resolution", (256, 384),
@@ -349,6 +350,136 @@ def bench_stages(only: str, verbose: bool) -> dict[str, Any]:
     }
 
 
+# -- configs ----------------------------------------------------------------------------------------------
+
+PUBLISHED = {
+    "InternVL2_5-2B": "2.2", "InternVL2_5-8B": "8.08", "InternVL2_5-26B": "25.5",
+    "InternVL2_5-38B": "38.4", "InternVL2_5-38B-hf": "38.4", "Llama-2-7b-hf": "6.74",
+    "Llama-2-13b-hf": "13.02", "Llama-2-70b-hf": "68.98", "Llama-3.1-8B": "8.03",
+    "Qwen2.5-7B": "7.62", "Qwen2.5-32B": "32.76", "stable-diffusion-v1-5": "0.86",
+    "stable-diffusion-xl-base-1.0": "2.57", "FLUX.1-dev": "11.9",
+}  # fmt: skip
+"""10⁹ parameters by folder, as model cards and papers print them; of pipelines, the denoiser's."""
+
+
+def bench_parameters(configs: Path) -> dict[str, Any]:
+    """Counts that, rounded as the published ones are, should be the same."""
+    table, wrong = Table("model", "parameters", "10⁹", "published"), list[str]()
+    for name, published in PUBLISHED.items():
+        count = emloc.plan(model_name_or_path=str(configs / name))["parameters"]
+        digits = len(published.partition(".")[2])
+        rounded = f"{count / 1e9:.{digits}f}"
+        if rounded != published:
+            wrong.append(name)
+        table.add_row(name, f"{count:,}", rounded, published)
+    Console().print(table)
+    plan = [sys.executable, "-m", "emloc", "plan", str(configs / "Llama-2-70b-hf"), "--json"]
+    imports = [sys.executable, "-c", "import torch, transformers"]
+    planned, imported = (min(seconds(made) for _ in range(2)) for made in (plan, imports))
+    print(f"emloc plan of Llama-2-70b-hf: {planned:.1f} s of processor time; importing torch and "
+          f"transformers: {imported:.1f} s; {planned / imported:.2f} times")  # fmt: skip
+    return {"wrong_parameters": wrong, "plan_over_imports": planned / imported,
+            "plan_seconds": planned}  # fmt: skip
+
+
+TIMES = ("children_user", "children_system")
+
+
+def seconds(made: Sequence[str]) -> float:
+    """Processor time that a command takes, which others on the machine do not lengthen by waiting."""
+    before = os.times()
+    subprocess.run(made, check=True, stdout=subprocess.DEVNULL)
+    after = os.times()
+    user, system = (getattr(after, n) - getattr(before, n) for n in TIMES)
+    return user + system
+
+
+VLM = {"lora_r": 8, "per_device_train_batch_size": 1, "max_length": 2048}
+FLUX = {"lora_r": 16, "per_device_train_batch_size": 1, "resolution": 512}
+TWICE = {"gradient_checkpointing": True}
+ATTENTION = {"lora_target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+MODULATION = {"include": [r".*norm.*\.linear", "norm_out.linear", "time_text_embed.*"]}
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A row of the paper, in 10⁹ bytes as it prints them, and assumptions that it may stand on."""
+
+    name: str
+    folder: str
+    base: float | None
+    light: float | None
+    assumptions: Mapping[str, Mapping[str, Any]]
+
+
+REPORTED = (
+    Reported("InternVL2.5-8B, keep 0.4", "InternVL2_5-8B", 22.3, 11.5, {
+        "our defaults: no checkpointing": {**VLM, "keep_ratio": 0.4},
+        "checkpointing": {**VLM, **TWICE, "keep_ratio": 0.4},
+        "checkpointing, 4096 tokens": {**VLM, **TWICE, "keep_ratio": 0.4, "max_length": 4096},
+        "checkpointing, the tower dense": {
+            **VLM, **TWICE, "keep_ratio": 0.4, "exclude": [r"vision_tower\..*"]},
+        "no checkpointing, 512 tokens": {**VLM, "keep_ratio": 0.4, "max_length": 512},
+    }),
+    Reported("InternVL2.5-38B in 24 GB", "InternVL2_5-38B", 95.0, 24.0, {
+        "no checkpointing, keep 0.25": {**VLM, "keep_ratio": 0.25},
+        "checkpointing, keep 0.25": {**VLM, **TWICE, "keep_ratio": 0.25},
+        "checkpointing, keep 0.2": {**VLM, **TWICE, "keep_ratio": 0.2},
+        "checkpointing, keep 0.15": {**VLM, **TWICE, "keep_ratio": 0.15},
+        "checkpointing, keep 0.2, 1024 tokens": {
+            **VLM, **TWICE, "keep_ratio": 0.2, "max_length": 1024},
+    }),
+    Reported("FLUX DreamBooth, keep 0.45", "FLUX.1-dev", 35.1, 22.9, {
+        "our defaults: LoRA on all linear layers": {**FLUX, "keep_ratio": 0.45},
+        "LoRA on attention (diffusers' default)": {**FLUX, **ATTENTION, "keep_ratio": 0.45},
+        "the same, modulation compressed too": {
+            **FLUX, **ATTENTION, **MODULATION, "keep_ratio": 0.45},
+        "the same, checkpointing": {**FLUX, **ATTENTION, **TWICE, "keep_ratio": 0.45},
+    }),
+)  # fmt: skip
+
+OURS = ("allocator slack", "CUDA context")
+"""What torch's own counter of allocated bytes leaves out."""
+
+
+def bench_paper(configs: Path) -> dict[str, Any]:
+    """Plans beside what the paper reports, in GB."""
+    table = Table("row", "assumption", "paper: LoRA", "plan", "allocated", "paper: EMLoC", "plan",
+                  "allocated", "weights")  # fmt: skip
+    found: dict[str, Any] = {}
+    for row in REPORTED:
+        for number, (assumption, options) in enumerate(row.assumptions.items()):
+            plan = emloc.plan(model_name_or_path=str(configs / row.folder), **options)
+            base = plan["beside"]["LoRA on the base"]["device_bytes"]
+            light = plan["stages"]["train"]["device_bytes"]
+            pairs = [(part["total"], allocated(part["lines"])) for part in (base, light)]
+            (of_base, base_allocated), (of_light, light_allocated) = pairs
+            table.add_row(
+                row.name if number == 0 else "", assumption, f"{row.base}" if number == 0 else "",
+                f"{of_base / 1e9:.1f}", f"{base_allocated / 1e9:.1f}",
+                f"{row.light}" if number == 0 else "", f"{of_light / 1e9:.1f}",
+                f"{light_allocated / 1e9:.1f}", f"{light['lines'].get('weights', 0) / 1e9:.1f}",
+            )  # fmt: skip
+            found[f"{row.name}; {assumption}"] = {
+                "base": base["lines"], "emulator": light["lines"]
+            }  # fmt: skip
+        table.add_section()
+    Console(width=150).print(table)
+    fitted = emloc.plan(
+        model_name_or_path=str(configs / "InternVL2_5-38B"), memory="24GB", **VLM
+    )  # fmt: skip
+    verdict = {
+        key: fitted[key] for key in ("fits", "keep_ratio", "given_up", "smallest", "options")
+    }
+    print(f"InternVL2.5-38B in 24 GB by the planner: {json.dumps(verdict)}")
+    return {"paper": found, "in_24_gb": verdict}
+
+
+def allocated(lines: Mapping[str, int]) -> int:
+    """Bytes of tensors."""
+    return sum(count for name, count in lines.items() if name not in OURS)
+
+
 def main() -> None:
     """Run the parts, print their tables, and the figures as JSON."""
     parser = argparse.ArgumentParser(
@@ -367,6 +498,10 @@ def main() -> None:
     figures: dict[str, Any] = {}
     if "stages" in options.parts:
         figures |= bench_stages(options.only, options.verbose)
+    if options.configs and "parameters" in options.parts:
+        figures |= bench_parameters(options.configs)
+    if options.configs and "paper" in options.parts:
+        figures |= bench_paper(options.configs)
     print(json.dumps(figures))
 
 

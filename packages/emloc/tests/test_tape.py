@@ -192,7 +192,7 @@ def test_repeated_blocks_count_as_each_by_itself(depth, width, twice, learns, wa
             [x] = run(x)
         return x
 
-    repeated = moments(lambda tape, run, x: tape.repeat(run, depth, x)[0])
+    repeated = moments(lambda tape, run, x: tape.repeat(run, depth, [x])[0])
     assert repeated == moments(one_by_one)
 
 

@@ -106,7 +106,7 @@ def _see(
     )
     x = _embed(forward, vision, pixels, options)
     run = partial(vision_block, forward, vision)
-    [x] = stack(tape, tower, run, options.checkpointing, x)
+    [x] = stack(tape, tower, run, options.checkpointing, [x])
     last = x if seen.use_mean_pooling else forward.layer_norm(x, vision.width)
     x = forward.slice(last, vision.patches * vision.width)
     x = forward.new(forward.new(x))  # pixel shuffle: two copies

@@ -57,7 +57,7 @@ def flux_sizes(
     for kind, run in (("transformer_blocks", _double), ("single_transformer_blocks", _single)):
         names = [f"{kind}.{index}" for index in range(len(getattr(flux, kind)))]
         block = partial(run, forward, streams, rotary)
-        state = stack(tape, by_block(layers, names), block, options.checkpointing, *state)
+        state = stack(tape, by_block(layers, names), block, options.checkpointing, state)
     tape.reach_loss()
     x = _modulated(forward, streams, state[1])
     x = forward.linear(x, layers["proj_out"])

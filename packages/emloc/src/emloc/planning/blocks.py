@@ -41,10 +41,13 @@ def _block_of(name: str, blocks: Container[str]) -> str | None:
 
 
 def stack(
-    tape: StepTape, blocks: Sequence[BlockLayers], run: RunBlock, checkpointing: bool, *given: Sized
+    tape: StepTape,
+    blocks: Sequence[BlockLayers],
+    run: RunBlock,
+    checkpointing: bool,
+    state: list[Sized],
 ) -> list[Sized]:
-    """Blocks one after another, runs of equal ones at once."""
-    state = list(given)
+    """Blocks one after another, runs of equal ones at once; `state` is emptied."""
 
     def reached(layers: BlockLayers, *state: Sized) -> list[Sized]:
         tape.reach_block(kind_of(layers))
@@ -53,5 +56,5 @@ def stack(
     for layers, same in groupby(blocks):
         block = partial(reached, layers)
         kept = partial(tape.checkpoint, block) if checkpointing else block
-        state = tape.repeat(kept, len(list(same)), *state)
+        state = tape.repeat(kept, len(list(same)), state)
     return state

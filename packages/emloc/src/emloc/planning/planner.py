@@ -51,6 +51,9 @@ CALIBRATION = (
 Matrices = Mapping[str, tuple[int, int, int]]
 """Rank, d_out and d_in by layer."""
 
+TRAINING = "a training step"
+"""The largest moment of training."""
+
 CANDIDATES, CORRECTION_SAMPLES = 5, 32
 """Limits that `correct` tries by default, and samples that it tries them on."""
 
@@ -152,7 +155,7 @@ class Setting:
         # Where ranks are allocated after the pass, it writes the widest that they may become.
         wide = self.emulator.with_ranks({g.owner: g.widest for g in self.emulator.groups})
         lines, moment = compress_lines(self.subject, wide, calls, written, options.device)
-        given = calls.count * calls.batch if calls else 0
+        given = calls.count * calls.batch if calls and self.on_gpu else 0  # else the calls' own
         emulator = self.subject.emulator_bytes(self.emulator, options.dtype)
         disk = lines_of(
             emulator=emulator,
@@ -186,7 +189,7 @@ class Setting:
         disk = lines_of(
             adapter=lines.get("LoRA", 0), checkpoints=options.save_total_limit * resumable
         )
-        return self._after_encoding(lines, {}, disk, "a training step")
+        return self._after_encoding(lines, {}, disk, TRAINING)
 
     def qlora(self) -> StageMemory:
         """LoRA on the base in NF4."""
@@ -204,7 +207,7 @@ class Setting:
         lines, moment = correct_lines(
             self.subject, calls, self._lora, count, self._head, options.device
         )
-        given = calls.count // count * calls.batch if calls else 0
+        given = calls.count // count * calls.batch if calls and self.on_gpu else 0
         disk = lines_of(adapter=self.learnt)
         return self._after_encoding(lines, lines_of(calibration_batches=given), disk, moment)
 
@@ -266,7 +269,7 @@ class Setting:
     def _place(self, lines: Lines, host: Lines, disk: Lines, moment: str) -> StageMemory:
         """With slack; where the CPU computes, the machine's memory is the device's."""
         moving = sum(count for name, count in lines.items() if name not in RESIDENT)
-        device = {**lines, **slack(self.options.device, moving)}
+        device = {**lines, **slack(self.options.device, moving, moment == TRAINING)}
         if not self.on_gpu:
             device, host = {**device, **host}, {}
         return StageMemory(device, host, disk, moment)

@@ -206,16 +206,19 @@ class Tape:
         learns = len(self._parameters) > parameters
         return self.custom(given, outs, given, again, learns)
 
-    def repeat(self, block: Block, count: int, *given: Sized) -> list[Sized]:
-        """`block` so many times, one after another; what it makes must have the size of what it reads."""
-        state = list(given)
+    def repeat(self, block: Block, count: int, state: list[Sized]) -> list[Sized]:
+        """`block` so many times, one after another; what it makes must have the size of what it reads.
+
+        Args:
+            state: what the first reads; emptied, so that it is alive for no longer than it is read.
+        """
         if count <= 3:
             for _ in range(count):
-                state = block(*state)
+                state = _given_up(state, block)
             return state
-        state = block(*state)
+        state = _given_up(state, block)
         alive = self.now
-        state = block(*state)
+        state = _given_up(state, block)
         between = count - 3
         final = self.now + (self.now - alive) * between
         held: list[Storage] = []
@@ -227,7 +230,7 @@ class Tape:
 
         state = self.custom(state, [self.new(x.numel, x.itemsize) for x in state], [held], back)
         held.append(Storage(self, max(0, final - self.now)))
-        return block(*state)
+        return _given_up(state, block)
 
     @property
     def recorded(self) -> int:
@@ -261,3 +264,9 @@ class Tape:
             pending[key] = gradient
         elif sum(other is known for other in pending.values()) > 1:  # shared, so not added in place
             pending[key] = Storage(self, known.nbytes)
+
+
+def _given_up(state: list[Sized], block: Block) -> list[Sized]:
+    given = tuple(state)
+    state.clear()
+    return block(*given)

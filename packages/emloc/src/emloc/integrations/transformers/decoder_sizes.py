@@ -78,7 +78,7 @@ def decoder_stack(
     """Embeddings through all blocks and the last norm."""
     given = positions(forward, decoder, embedded.itemsize, padded)
     run = partial(decoder_block, forward, decoder, given)
-    [x] = stack(forward.tape, blocks, run, options.checkpointing, embedded)
+    [x] = stack(forward.tape, blocks, run, options.checkpointing, [embedded])
     forward.tape.reach_loss()
     return forward.rms_norm(x, decoder.width)
 
