@@ -77,7 +77,10 @@ def real(run, autocast=False):
     return count_step(run.model, batch, run.loss, autocast)
 
 
-OTHERS = [(kind, *setting) for kind in ("qwen2", "qwen3", "mistral") for setting in SETTINGS[1::3]]
+PAIRS = [SETTINGS[index] for index in (0, 3, 5, 6)]
+"""Every pair of values."""
+
+OTHERS = [(kind, *PAIRS[2 + i % 2]) for i, kind in enumerate(("qwen2", "qwen3", "mistral"))]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +91,7 @@ def test_closed_form_is_the_real_step(described, kind, dtype, twice, compressed)
     assert planned.largest.total == pytest.approx(real(run).largest.total, rel=0.02)
 
 
-@pytest.mark.parametrize(("dtype", "twice", "compressed"), SETTINGS)
+@pytest.mark.parametrize(("dtype", "twice", "compressed"), PAIRS)
 def test_a_block_keeps_to_the_byte_what_the_closed_form_says(described, dtype, twice, compressed):
     """The difference between models of three and of four blocks, the loss left out."""
     checkpoint, family = described["llama"]
@@ -123,12 +126,11 @@ def test_autocast_as_on_a_gpu(described, twice, compressed):
 
 def test_fake_tensors_count_as_real_ones(described):
     """All but what depends on values: real samples without padding would need no mask."""
-    for twice in (False, True):
-        _, run = both(*described["qwen3"], options("bfloat16", twice), True)
-        traced = trace_step(run.model, run.batch, run.loss, autocast=False)
-        _, run = both(*described["qwen3"], options("bfloat16", twice), True)
-        counted = real(run)
-        assert traced.largest.total == pytest.approx(counted.largest.total, rel=0.005)
+    _, run = both(*described["qwen3"], options("bfloat16", True), True)
+    traced = trace_step(run.model, run.batch, run.loss, autocast=False)
+    _, run = both(*described["qwen3"], options("bfloat16", True), True)
+    counted = real(run)
+    assert traced.largest.total == pytest.approx(counted.largest.total, rel=0.005)
 
 
 def test_a_trace_of_two_and_three_blocks_tells_of_more(described):

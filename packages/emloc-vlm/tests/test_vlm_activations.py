@@ -88,8 +88,10 @@ SETTINGS = [("float32", False, False, False), ("float32", True, True, False),
 """dtype, gradient checkpointing, LoRA on the vision tower, low-rank."""
 
 
-@pytest.mark.parametrize("kind", TOWERS)
-@pytest.mark.parametrize(("dtype", "twice", "seen", "compressed"), SETTINGS)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "twice", "seen", "compressed"),
+    [*(("layer", *s) for s in SETTINGS[:4]), *(("rms", *s) for s in SETTINGS[1::2])],
+)
 def test_closed_form_is_the_real_step(described, kind, dtype, twice, seen, compressed):
     """Also with a LoRA on vision tower and projector."""
     config = options(dtype, twice, seen)
@@ -98,11 +100,8 @@ def test_closed_form_is_the_real_step(described, kind, dtype, twice, seen, compr
 
 
 def test_trace_and_one_sample(described):
-    for twice in (False, True):
-        config = options(twice=twice)
-        planned, counted = both(*described["layer"], config, True, traced)
-        assert planned == pytest.approx(counted, rel=0.02)
-        planned, counted = both(*described["layer"], config, True, real, samples=1)
+    for twice, run, samples in ((False, traced, 2), (False, real, 1), (True, real, 1)):
+        planned, counted = both(*described["layer"], options(twice=twice), True, run, samples)
         assert planned == pytest.approx(counted, rel=0.02)
 
 
