@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import emloc
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError
 from emloc.planning.described import Described, describe
@@ -117,6 +118,17 @@ def test_as_many_tiles_as_fit_in_the_tokens(described):
     assert tiles(max_length=16 * 40, max_dynamic_patch=1) == 1
     with pytest.raises(ConfigError, match="leaves no room for an image"):
         tiles(max_length=16)
+
+
+def test_samples_are_not_cut_shorter_than_an_image(tmp_path):
+    folder = write_model(tmp_path / "model", vision=VISION, text=TEXT)
+    config = json.loads((folder / "config.json").read_text())
+    config["image_seq_length"] = 300
+    (folder / "config.json").write_text(json.dumps(config))
+    found = emloc.plan(model_name_or_path=str(folder), memory="1MiB")
+    assert not found["fits"]
+    assert found["options"]["max_length"] == 512
+    assert found["given_up"][-1] == "max_length 512"
 
 
 def test_towers_are_cut_apart(described):

@@ -13,6 +13,7 @@ from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 from emloc.config import PlanConfig
+from emloc.errors import ConfigError
 from emloc.planning.ledger import total
 from emloc.planning.planner import MemoryPlan, Setting, changed_options, with_options
 
@@ -42,10 +43,16 @@ def fit(
     given_up: list[str] = []
     changes = [(c, said) for c, said in _concessions(setting) if not any(k in asked for k in c)]
     for changed, said in [({}, ""), *changes]:
-        setting = with_options(setting, **changed)
+        tried = with_options(setting, **changed)
+        try:
+            found = _largest_ratio(tried, budget, stages, free)
+        except ConfigError:
+            if not said:
+                raise
+            break  # samples as short as that have no room for what the family puts in them
+        setting = tried
         if said:
             given_up.append(said)
-        found = _largest_ratio(setting, budget, stages, free)
         if found is not None:
             if free and found.options.keep_ratio < DEFAULT_RATIO:
                 given_up = [f"keep_ratio {found.options.keep_ratio:g}", *given_up]
