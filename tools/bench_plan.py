@@ -423,7 +423,7 @@ REPORTED = (
     Reported("InternVL2.5-8B, keep 0.4", "InternVL2_5-8B", 22.3, 11.5, {
         "our defaults: no checkpointing": {**VLM, "keep_ratio": 0.4},
         "checkpointing": {**VLM, **TWICE, "keep_ratio": 0.4},
-        "checkpointing, 4096 tokens": {**VLM, **TWICE, "keep_ratio": 0.4, "max_length": 4096},
+        "checkpointing, 3072 tokens": {**VLM, **TWICE, "keep_ratio": 0.4, "max_length": 3072},
         "checkpointing, the tower dense": {
             **VLM, **TWICE, "keep_ratio": 0.4, "exclude": [r"vision_tower\..*"]},
         "no checkpointing, 512 tokens": {**VLM, "keep_ratio": 0.4, "max_length": 512},
@@ -433,6 +433,8 @@ REPORTED = (
         "checkpointing, keep 0.25": {**VLM, **TWICE, "keep_ratio": 0.25},
         "checkpointing, keep 0.2": {**VLM, **TWICE, "keep_ratio": 0.2},
         "checkpointing, keep 0.15": {**VLM, **TWICE, "keep_ratio": 0.15},
+        "checkpointing, keep 0.2, 4096 tokens": {
+            **VLM, **TWICE, "keep_ratio": 0.2, "max_length": 4096},
         "checkpointing, keep 0.2, 1024 tokens": {
             **VLM, **TWICE, "keep_ratio": 0.2, "max_length": 1024},
     }),
