@@ -2,8 +2,9 @@
 
 The order of giving up: the keep_ratio asked for or the largest that fits, down to 0.25; then blocks run
 twice (gradient checkpointing); then batches of one sample, accumulated; on a GPU an optimiser of 8 bits;
-then fewer calibration samples, and shorter ones of all. Each is given up besides those before it, and with
-each the keep_ratio begins anew at the largest that fits. An option that was asked for stays as it is.
+then fewer calibration samples; then an emulator of a ratio down to 0.1; then shorter samples. Each is given
+up besides those before it, and with each the keep_ratio begins anew at the largest that fits. An option that
+was asked for stays as it is.
 
 Bytes are exact integers of the ratio and grow with it, so the largest is found by bisection in steps of a
 hundredth.
@@ -18,7 +19,7 @@ from emloc.planning.ledger import total
 from emloc.planning.planner import MemoryPlan, Setting, changed_options, with_options
 
 STEPS = 100
-SMALLEST_RATIO, LARGEST_RATIO = 0.25, 0.95
+LEAST_RATIO, SMALLEST_RATIO, LARGEST_RATIO = 0.1, 0.25, 0.95
 DEFAULT_RATIO: float = PlanConfig.model_fields["keep_ratio"].default
 FEWEST_SAMPLES, SHORTEST = 16, 256
 
@@ -41,11 +42,16 @@ def fit(
     asked = frozenset(setting.options.model_fields_set) if asked is None else asked
     free = setting.given is None and "keep_ratio" not in asked
     given_up: list[str] = []
+    smallest = SMALLEST_RATIO
     changes = [(c, said) for c, said in _concessions(setting) if not any(k in asked for k in c)]
     for changed, said in [({}, ""), *changes]:
+        if not changed and said:
+            if not free:
+                continue
+            smallest = LEAST_RATIO
         tried = with_options(setting, **changed)
         try:
-            found = _largest_ratio(tried, budget, stages, free)
+            found = _largest_ratio(tried, budget, stages, smallest if free else None)
         except ConfigError:
             if not said:
                 raise
@@ -57,7 +63,7 @@ def fit(
             if free and found.options.keep_ratio < DEFAULT_RATIO:
                 given_up = [f"keep_ratio {found.options.keep_ratio:g}", *given_up]
             return MemoryPlan(found, budget, True, given_up)
-    least = _at(setting, SMALLEST_RATIO) if free else setting
+    least = _at(setting, smallest) if free else setting
     stage, needed = max(
         ((name, device_bytes(least, name)) for name in stages), key=lambda pair: pair[1]
     )
@@ -85,13 +91,13 @@ def _at(setting: Setting, ratio: float) -> Setting:
 
 
 def _largest_ratio(
-    setting: Setting, budget: int, stages: Sequence[str], free: bool
+    setting: Setting, budget: int, stages: Sequence[str], smallest: float | None
 ) -> Setting | None:
     """None where not even the smallest ratio fits; the setting itself where the ratio is not free."""
-    if not free:
+    if smallest is None:
         return setting if _fits(setting, budget, stages) else None
-    low, high = round(SMALLEST_RATIO * STEPS), round(LARGEST_RATIO * STEPS)
-    best = _at(setting, SMALLEST_RATIO)
+    low, high = round(smallest * STEPS), round(LARGEST_RATIO * STEPS)
+    best = _at(setting, smallest)
     if not _fits(best, budget, stages):
         return None
     while low <= high:
@@ -105,7 +111,7 @@ def _largest_ratio(
 
 
 def _concessions(setting: Setting) -> Iterator[tuple[dict[str, Any], str]]:
-    """What to change next, and how it is said."""
+    """What to change next, and how it is said; nothing changed stands for ratios below `SMALLEST_RATIO`."""
     options = setting.options
     if not options.gradient_checkpointing:
         yield {"gradient_checkpointing": True}, "gradient_checkpointing"
@@ -124,6 +130,7 @@ def _concessions(setting: Setting) -> Iterator[tuple[dict[str, Any], str]]:
     while samples > FEWEST_SAMPLES:
         samples = max(FEWEST_SAMPLES, samples // 2)
         yield {"num_calibration_samples": samples}, f"num_calibration_samples {samples}"
+    yield {}, f"an emulator below keep_ratio {SMALLEST_RATIO:g}"
     length = options.max_length
     while length // 2 >= SHORTEST:
         length //= 2
