@@ -8,16 +8,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 import emloc
+from emloc.checkpoint import Checkpoint
 from emloc.config import PlanConfig, build
 from emloc.errors import CheckpointError, ConfigError, OutputError
 from emloc.manifest import Manifest
 from emloc.planning import fitting
+from emloc.planning.calls import side_of
 from emloc.planning.fitting import fit
 from emloc.planning.ledger import total
+from emloc.planning.live import LiveBytes
 from emloc.planning.planner import Setting
-from emloc.planning.streaming import side_of
 from emloc.planning.subject import Subject
 from emloc.plugin_options import with_plugin_options
 from emloc.stages.plan import make_memory_plan
@@ -291,3 +295,38 @@ def test_on_the_command_line(bare):
     assert shown["fits"] is False
     assert shown["smallest"] > 1 << 20
     assert total(shown["stages"]["train"]["device_bytes"]["lines"]) > 0
+
+
+class Anonymous(LiveBytes):
+    """Without fake tensors; what lies in a mapped file is ignored by `reading`."""
+
+    def _count(self, tensor, kind):
+        return None if isinstance(tensor, FakeTensor) else super()._count(tensor, kind)
+
+    def reading(self, read):
+        def mapped(checkpoint, name):
+            with _disable_current_modes():
+                tensor = read(checkpoint, name)
+            self.ignore(tensor)
+            return tensor
+
+        return mapped
+
+
+@pytest.mark.parametrize(("samples", "batch"), [(4, 4), (6, 2)])
+def test_compress_holds_what_the_plan_says(tmp_path, monkeypatch, samples, batch):
+    """All tensors alive at once, of a base in half precision whose samples differ in length."""
+    base = write_model(tmp_path / "base", dtype=torch.bfloat16, hidden_size=192, head_dim=48,
+                       intermediate_size=512, num_hidden_layers=3, max_position_embeddings=512)  # fmt: skip
+    data = tmp_path / "train.jsonl"
+    lines = [json.dumps({"text": "a" * (255 - index)}) for index in range(samples)]
+    data.write_text("\n".join(lines) + "\n")
+    options = {"model_name_or_path": str(base), "dataset": str(data), "max_length": 256,
+               "num_calibration_samples": samples, "calibration_batch_size": batch}  # fmt: skip
+    live = Anonymous()
+    monkeypatch.setattr(Checkpoint, "read", live.reading(Checkpoint.read))
+    with live:
+        emloc.compress(output_dir=tmp_path / "emulator", device="cpu", **options)
+    found = emloc.plan(device="cpu", **options)["stages"]["compress"]["device_bytes"]["lines"]
+    planned = sum(count for name, count in found.items() if name != "allocator slack")
+    assert planned == pytest.approx(live.peak.total, rel=0.03)

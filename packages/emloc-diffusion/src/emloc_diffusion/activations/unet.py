@@ -182,11 +182,14 @@ def _transformer(state: UNet, name: str, module: Any, x: Sized) -> Sized:
         run = partial(_block, state, state.blocks[block], state.model.get_submodule(block))
         state.reach(block)
         x = state.once_or_twice(run, x)
+    tokens = x  # diffusers makes the output in a method whose caller holds them
     x = x if linear else forward.new(x)
     state.reach(f"{name}.proj_out")
     x = forward.linear(x, out) if linear else forward.conv(x, out, state.pixels)
     x = forward.new(x) if linear else x
-    return forward.add(x, residual)
+    x = forward.add(x, residual)
+    del tokens
+    return x
 
 
 def _block(state: UNet, layers: Mapping[str, Layer], module: Any, x: Sized) -> Sized:

@@ -12,6 +12,13 @@ from typing import Any
 from emloc.config import PlanConfig
 from emloc.errors import ConfigError
 from emloc.groups import Plan
+from emloc.planning.calls import (
+    Calls,
+    Matrices,
+    adding_elements,
+    calibration_calls,
+    folding_elements,
+)
 from emloc.planning.family import OtherModel
 from emloc.planning.inference import inference_lines
 from emloc.planning.ledger import Lines, StageMemory, largest, lines_of
@@ -19,14 +26,7 @@ from emloc.planning.operations import Layer
 from emloc.planning.qlora import quantised_model
 from emloc.planning.slack import slack
 from emloc.planning.step import StepSizes
-from emloc.planning.streaming import (
-    Calls,
-    calibration_calls,
-    compress_lines,
-    correct_lines,
-    folding_elements,
-    merge_lines,
-)
+from emloc.planning.streaming import compress_lines, correct_lines, merge_lines
 from emloc.planning.subject import Subject
 from emloc.planning.training import (
     lora_itemsize,
@@ -47,9 +47,6 @@ CALIBRATION = (
     "max_length",
 )
 """Options that fitting may change, and on which suspended calls depend."""
-
-Matrices = Mapping[str, tuple[int, int, int]]
-"""Rank, d_out and d_in by layer."""
 
 TRAINING = "a training step"
 """The largest moment of training."""
@@ -218,9 +215,11 @@ class Setting:
         """
         key = (candidates, *(getattr(options, name) for name in CALIBRATION))
         if key not in self._known:
-            plan = self.emulator if candidates is None else None
-            folding = folding_elements(self.subject.model, plan) if plan else {}
-            self._known[key] = calibration_calls(self.subject, options, folding, candidates or 1)
+            if candidates is None:
+                watched = folding_elements(self.subject.model, self.emulator)
+            else:
+                watched = adding_elements(self._lora)
+            self._known[key] = calibration_calls(self.subject, options, watched, candidates or 1)
         return self._known[key]
 
     def merge(self) -> StageMemory:

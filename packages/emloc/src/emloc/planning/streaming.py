@@ -14,61 +14,21 @@ like the blocks. Writing takes one layer at a time.
 Precision as in the stages: float32, float64 for a float64 base; eigenproblems below 1024 in float64.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-
 from emloc.eigen import BLOCK, CHECKS, LARGEST
-from emloc.family import Batch
-from emloc.gram import Side, smaller_side
+from emloc.gram import Side
 from emloc.groups import Group, Plan
 from emloc.lowrank import DENSE_BELOW
 from emloc.merging import ROWS
-from emloc.planning.layers import planned_layers
+from emloc.planning.calls import Calls, Matrices, compute_itemsize, side_of
 from emloc.planning.ledger import Lines, largest, lines_of
-from emloc.planning.step import BlockKind, Passing, Precision, StepOptions, StepSizes
+from emloc.planning.step import Passing
 from emloc.planning.subject import Subject
-from emloc.planning.trace import trace_forward
 
 DOUBLE = 8
-
-
-@dataclass(frozen=True)
-class Calls:
-    """The calibration samples as suspended calls.
-
-    Attributes:
-        count: micro-batches.
-        batch: bytes of one as it is given.
-        tokens: of one micro-batch.
-        blocks: what one holds as it passes a block, by the block's name or kind; the batch included.
-        at_head: what one holds when it stands before the head.
-    """
-
-    count: int
-    batch: int
-    tokens: int
-    blocks: Mapping[BlockKind, Sequence[Passing]]
-    at_head: int
-
-    def at(self, block: str, kind: BlockKind) -> Sequence[Passing]:
-        """The ways through a block; those through any, where it is not known by itself."""
-        found = self.blocks.get(block) or self.blocks.get(kind)
-        return found or [passing for passings in self.blocks.values() for passing in passings]
-
-    def running(self, passing: Passing) -> tuple[int, int]:
-        """Suspended ones, and what the one that runs takes besides.
-
-        Some stand before the block yet, others behind it.
-        """
-        standing = max(passing.before, passing.after)
-        return (
-            (self.count - 1) * standing + passing.before,
-            max(0, passing.peak - passing.before),
-        )
 
 
 def loaded_bytes(subject: Subject, numel: int, device: str) -> int:
@@ -79,18 +39,6 @@ def loaded_bytes(subject: Subject, numel: int, device: str) -> int:
     itemsize = compute_itemsize(subject)
     mapped = not device.startswith("cuda") and subject.stored.itemsize == itemsize
     return 0 if mapped else numel * itemsize
-
-
-def side_of(model: nn.Module, group: Group) -> Side:
-    """Whose moments compress sums for a group (`compression`)."""
-    outputs, several = sum(group.d_out), len(group.layers) > 1
-    if isinstance(model.get_submodule(group.owner), nn.Conv2d):
-        return "output"
-    if several and 2 * outputs >= group.d_in:
-        return "input"
-    if several:
-        return "output"
-    return smaller_side(group.d_out[0], group.d_in)
 
 
 def moment_bytes(side: Side, group: Group, itemsize: int) -> int:
@@ -147,85 +95,6 @@ def _eigen_bytes(size: int, count: int, itemsize: int, small: bool) -> int:
     projected = sizes[-1] ** 2 * itemsize
     found = sizes[0] ** 2 * 3 * itemsize + 2 * size * count * itemsize
     return basis + projected + found
-
-
-def folding_elements(model: nn.Module, plan: Plan) -> dict[str, int]:
-    """By layer, the elements per row that folding takes beside what was read and written.
-
-    Rows without padding are copied; a bias is taken off in a copy, for outputs of one layer; those of
-    several are multiplied once more, and joined.
-    """
-    found: dict[str, int] = {}
-    for group in plan.groups:
-        module, side = model.get_submodule(group.owner), side_of(model, group)
-        if isinstance(module, nn.Conv2d):
-            found[group.owner] = group.d_out[0] * (1 + (module.bias is not None))
-        elif side == "input":
-            found[group.owner] = group.d_in
-        elif len(group.layers) == 1:
-            found[group.owner] = group.d_out[0] * (1 + ("bias" in dict(module.named_parameters())))
-        else:
-            found[group.owner] = group.d_in + 2 * sum(group.d_out)
-    return found
-
-
-def calibration_calls(
-    subject: Subject, options: Any, folding: Mapping[str, int], candidates: int = 1
-) -> Calls | None:
-    """The suspended calls of the largest samples that the options allow; None where not known.
-
-    Args:
-        folding: see `folding_elements`.
-    """
-    family = subject.planned
-    if family is None:
-        return None
-    size = min(options.calibration_batch_size, options.num_calibration_samples)
-    batch = family.planned_batch(subject.checkpoint, options, size)
-    samples: int = options.num_calibration_samples
-    if options.num_calibration_tokens is not None:
-        per_sample = max(1, _tokens(batch) // size)
-        samples = -(-options.num_calibration_tokens // per_sample)
-    itemsize = compute_itemsize(subject)
-    sizes = _forward(subject, options, batch, itemsize, folding)
-    given = sum(tensor.numel() * tensor.element_size() for tensor in batch.values())
-    count = candidates * -(-samples // size)
-    between = max(passing.before for passings in sizes.blocks.values() for passing in passings)
-    at_head = between if sizes.at_head is None else sizes.at_head
-    return Calls(count, given, _tokens(batch), sizes.blocks, at_head)
-
-
-def compute_itemsize(subject: Subject) -> int:
-    """Bytes of an element in a streamed forward."""
-    return max(4, subject.stored.itemsize)
-
-
-def _tokens(batch: Batch) -> int:
-    first = next(iter(batch.values()))
-    return first.numel() if first.ndim == 2 else first[:, 0].numel()
-
-
-def _forward(
-    subject: Subject, options: Any, batch: Batch, itemsize: int, folding: Mapping[str, int]
-) -> StepSizes:
-    family = subject.planned
-    assert family is not None
-    layers = {
-        name: replace(layer, watched=folding.get(name, 0))
-        for name, layer in planned_layers(subject.model, subject.shapes, [], (), options).items()
-    }
-    on_gpu = options.device.startswith("cuda")
-    precise = StepOptions(Precision(itemsize, itemsize), on_gpu=on_gpu)
-    sizes = family.step_sizes(subject.model, layers, batch, precise)
-    if sizes is not None:
-        return sizes
-    stacks = family.stacks(subject.checkpoint)
-    few = family.shallow(subject.checkpoint, [min(2, n) for n in stacks]) if stacks else None
-    model = subject.family.skeleton(few or subject.checkpoint, torch.float32)
-    names = {name for name, _ in model.named_modules()}
-    watched = {name: elements for name, elements in folding.items() if name in names}
-    blocks = subject.family.blocks(model)
-    return trace_forward(model, blocks, batch, subject.family.forward_loss, watched)
 
 
 @dataclass(frozen=True)
@@ -309,7 +178,7 @@ def compress_lines(
 def correct_lines(
     subject: Subject,
     calls: Calls | None,
-    lora: Mapping[str, tuple[int, int, int]],
+    lora: Matrices,
     candidates: int,
     head: tuple[int, int] | None,
     device: str,
@@ -318,7 +187,7 @@ def correct_lines(
 
     Args:
         calls: those of all candidates; None without `limit="auto"`.
-        lora: rank, d_out and d_in of the adapted layers.
+        lora: of the adapted layers.
         head: d_out × d_in of the layer that makes the logits.
     """
     itemsize = compute_itemsize(subject)
@@ -337,7 +206,7 @@ def correct_lines(
     for name, kind in subject.kinds.items():
         numel = sum(p.numel() for p in subject.model.get_submodule(name).parameters())
         beside = sum(
-            (r * d_in + candidates * d_out * r) * (itemsize + DOUBLE)
+            (r * d_in + candidates * d_out * r) * itemsize
             for layer, (r, d_out, d_in) in lora.items()
             if layer.startswith(f"{name}.")
         )
@@ -356,14 +225,14 @@ def correct_lines(
         logits = 3 * calls.tokens * head[0] * itemsize
         moments["the head"] = lines_of(
             head_in_float32=loaded_bytes(subject, head[0] * head[1], device),
-            suspended_calls=calls.count * calls.at_head,
+            suspended_calls=calls.count * calls.at_head - calls.shared,
             logits_and_loss=logits,
         )
     name = max(moments, key=lambda name: sum(moments[name].values()))
     return moments[name], name
 
 
-def merge_lines(subject: Subject, lora: Mapping[str, tuple[int, int, int]]) -> Lines:
+def merge_lines(subject: Subject, lora: Matrices) -> Lines:
     """The machine's memory while tensors are merged."""
     stored = subject.stored.itemsize
     sizes = sorted((d_out * d_in for _, d_out, d_in in lora.values()), reverse=True)

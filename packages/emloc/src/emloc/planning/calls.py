@@ -1,0 +1,168 @@
+"""Calibration samples as the stages run that stream a base: suspended calls, one of which runs (`lockstep`).
+
+What a call holds when it stands before a block, inside of it, and behind it, is counted by the family's
+closed form or on fake tensors, with what hooks take on the way: compress folds what layers read or wrote,
+correct adds a candidate's LoRA.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from emloc.family import Batch
+from emloc.gram import Side, smaller_side
+from emloc.groups import Group, Plan
+from emloc.planning.layers import planned_layers
+from emloc.planning.step import BlockKind, Passing, Precision, StepOptions, StepSizes
+from emloc.planning.subject import Subject
+from emloc.planning.trace import trace_forward
+
+Matrices = Mapping[str, tuple[int, int, int]]
+"""Rank, d_out and d_in by layer."""
+
+Watched = Mapping[str, tuple[int, int]]
+"""By layer, the elements per row that a hook on it takes, and how many more where samples are padded."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The calibration samples as suspended calls.
+
+    Attributes:
+        count: micro-batches.
+        batch: bytes of one as it is given.
+        tokens: of one micro-batch.
+        blocks: what one holds as it passes a block, by the block's name or kind; the batch included.
+        at_head: what one holds when it stands before the head.
+        shared: what is counted more than once: on a CPU, candidates read the same micro-batches.
+    """
+
+    count: int
+    batch: int
+    tokens: int
+    blocks: Mapping[BlockKind, Sequence[Passing]]
+    at_head: int
+    shared: int = 0
+
+    def at(self, block: str, kind: BlockKind) -> Sequence[Passing]:
+        """The ways through a block; those through any, where it is not known by itself."""
+        found = self.blocks.get(block) or self.blocks.get(kind)
+        return found or [passing for passings in self.blocks.values() for passing in passings]
+
+    def running(self, passing: Passing) -> tuple[int, int]:
+        """Suspended ones, and what the one that runs takes besides.
+
+        Some stand before the block yet, others behind it.
+        """
+        standing = max(passing.before, passing.after)
+        return (
+            (self.count - 1) * standing + passing.before - self.shared,
+            max(0, passing.peak - passing.before),
+        )
+
+
+def side_of(model: nn.Module, group: Group) -> Side:
+    """Whose moments compress sums for a group (`compression`)."""
+    outputs, several = sum(group.d_out), len(group.layers) > 1
+    if isinstance(model.get_submodule(group.owner), nn.Conv2d):
+        return "output"
+    if several and 2 * outputs >= group.d_in:
+        return "input"
+    if several:
+        return "output"
+    return smaller_side(group.d_out[0], group.d_in)
+
+
+def folding_elements(model: nn.Module, plan: Plan) -> Watched:
+    """What folding takes beside what was read and written.
+
+    Rows without padding are copied, but not a convolution's. A bias is taken off in a copy, for outputs of
+    one layer; those of several are multiplied once more, and joined. Pixels become rows in a copy.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for group in plan.groups:
+        module, side = model.get_submodule(group.owner), side_of(model, group)
+        biased = "bias" in dict(module.named_parameters())
+        if isinstance(module, nn.Conv2d):
+            found[group.owner] = group.d_out[0] * (1 + biased), 0
+        elif side == "input":
+            found[group.owner] = 0, group.d_in
+        elif len(group.layers) == 1:
+            found[group.owner] = group.d_out[0] * biased, group.d_out[0]
+        else:
+            found[group.owner] = 2 * sum(group.d_out), group.d_in
+    return found
+
+
+def adding_elements(lora: Matrices) -> Watched:
+    """What a candidate's LoRA takes (`limits`).
+
+    What A reads, what B writes times the scaling, and its sum with the layer's output.
+    """
+    return {name: (r + 2 * d_out, 0) for name, (r, d_out, _) in lora.items()}
+
+
+def calibration_calls(
+    subject: Subject, options: Any, watched: Watched, candidates: int = 1
+) -> Calls | None:
+    """The suspended calls of the largest samples that the options allow; None where not known.
+
+    Args:
+        watched: what hooks take, see `folding_elements` and `adding_elements`.
+    """
+    family = subject.planned
+    if family is None:
+        return None
+    size = min(options.calibration_batch_size, options.num_calibration_samples)
+    batch = family.planned_batch(subject.checkpoint, options, size)
+    samples: int = options.num_calibration_samples
+    if options.num_calibration_tokens is not None:
+        per_sample = max(1, _tokens(batch) // size)
+        samples = -(-options.num_calibration_tokens // per_sample)
+    itemsize = compute_itemsize(subject)
+    padded = any(name.endswith("mask") for name in batch)
+    elements = {name: always + more * padded for name, (always, more) in watched.items()}
+    sizes = _forward(subject, options, batch, itemsize, elements)
+    given = sum(tensor.numel() * tensor.element_size() for tensor in batch.values())
+    count = candidates * -(-samples // size)
+    between = max(passing.before for passings in sizes.blocks.values() for passing in passings)
+    at_head = between if sizes.at_head is None else sizes.at_head
+    copied = options.device.startswith("cuda")
+    shared = 0 if copied else (count - count // candidates) * given
+    return Calls(count, given, _tokens(batch), sizes.blocks, at_head, shared)
+
+
+def compute_itemsize(subject: Subject) -> int:
+    """Bytes of an element in a streamed forward."""
+    return max(4, subject.stored.itemsize)
+
+
+def _tokens(batch: Batch) -> int:
+    first = next(iter(batch.values()))
+    return first.numel() if first.ndim == 2 else first[:, 0].numel()
+
+
+def _forward(
+    subject: Subject, options: Any, batch: Batch, itemsize: int, watched: Mapping[str, int]
+) -> StepSizes:
+    family = subject.planned
+    assert family is not None
+    layers = {
+        name: replace(layer, watched=watched.get(name, 0))
+        for name, layer in planned_layers(subject.model, subject.shapes, [], (), options).items()
+    }
+    on_gpu = options.device.startswith("cuda")
+    precise = StepOptions(Precision(itemsize, itemsize), on_gpu=on_gpu)
+    sizes = family.step_sizes(subject.model, layers, batch, precise)
+    if sizes is not None:
+        return sizes
+    stacks = family.stacks(subject.checkpoint)
+    few = family.shallow(subject.checkpoint, [min(2, n) for n in stacks]) if stacks else None
+    model = subject.family.skeleton(few or subject.checkpoint, torch.float32)
+    names = {name for name, _ in model.named_modules()}
+    watched = {name: elements for name, elements in watched.items() if name in names}
+    blocks = subject.family.blocks(model)
+    return trace_forward(model, blocks, batch, subject.family.forward_loss, watched)
