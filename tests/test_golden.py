@@ -11,7 +11,7 @@ import torch
 
 import emloc
 from emloc.checkpoint import Checkpoint
-from emloc.config import CorrectConfig
+from emloc.config import CompressConfig, CorrectConfig
 from emloc.limits import CandidateLora, losses
 from emloc.manifest import Manifest
 from emloc.plugin_options import with_plugin_options
@@ -94,7 +94,9 @@ def measure_diffusion(root: Path) -> dict:
     layers = Manifest.read(folder).layers
     family = load_plugins().families["diffusion"].load()
     stream = UnitStream(family, Checkpoint.open(base))
-    config = with_plugin_options(CorrectConfig)(adapter="a", emulator="e", output_dir="o", **data)
+    config = with_plugin_options(CompressConfig)(
+        model_name_or_path=str(base), output_dir="o", **data
+    )
     batches = family.calibration_batches(Checkpoint.open(base), config)
     draw = torch.Generator().manual_seed(7)
     name = "down_blocks.0.resnets.0.conv1"
