@@ -51,6 +51,8 @@ def fit(
             smallest = LEAST_RATIO
         tried = with_options(setting, **changed)
         try:
+            if changed and _taken(tried, stages) == _taken(setting, stages):
+                continue  # it means nothing to this model, as a text's length to pictures
             found = _largest_ratio(tried, budget, stages, smallest if free else None)
         except ConfigError:
             if not said:
@@ -80,6 +82,10 @@ def as_it_is(setting: Setting) -> MemoryPlan:
 def device_bytes(setting: Setting, stage: str) -> int:
     """What a stage takes of the device."""
     return total(setting.stage(stage).device)
+
+
+def _taken(setting: Setting, stages: Sequence[str]) -> Sequence[int]:
+    return [device_bytes(setting, name) for name in stages]
 
 
 def _fits(setting: Setting, budget: int, stages: Sequence[str]) -> bool:
