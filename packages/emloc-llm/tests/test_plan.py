@@ -21,7 +21,7 @@ from emloc.planning.calls import side_of
 from emloc.planning.fitting import fit
 from emloc.planning.ledger import total
 from emloc.planning.live import LiveBytes
-from emloc.planning.planner import Setting
+from emloc.planning.setting import Setting
 from emloc.planning.subject import Subject
 from emloc.plugin_options import with_plugin_options
 from emloc.stages.plan import make_memory_plan
@@ -69,6 +69,7 @@ def test_the_lora_is_the_adapter_that_training_writes(tiny):
     assert lines["LoRA"] == sum(value.numel() * 4 for value in adapter.values())
     summary = Manifest.read(tiny.adapter).summary
     assert lines["weights"] + lines["LoRA"] == summary["train_weight_bytes"]
+    # The Trainer's own file, which torch.save wrote; tensors alone are read from it, no pickled code.
     state = torch.load(tiny_optimizer(tiny), weights_only=True)["state"]
     held = [v for entry in state.values() for v in entry.values() if isinstance(v, torch.Tensor)]
     assert lines["optimiser"] == sum(v.numel() * v.element_size() for v in held)

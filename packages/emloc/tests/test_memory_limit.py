@@ -24,8 +24,10 @@ with PeakMemory(limit=100 * MIB) as peak:
 print("held", peak.peak_bytes // MIB)
 del kept
 try:
+    kept = []
     with PeakMemory(limit=100 * MIB) as peak:
-        kept = [make() for _ in range(8)]
+        for _ in range(8):
+            kept.append(make())
 except MemoryLimitError as problem:
     print(peak.peak_bytes // MIB, problem)
 kept = torch.ones(400 * MIB // 4)

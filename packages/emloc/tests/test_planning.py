@@ -109,7 +109,8 @@ def test_nf4_as_bitsandbytes_stores_it():
 
 
 def test_nf4_against_bitsandbytes():
-    functional = pytest.importorskip("bitsandbytes.functional")
+    from bitsandbytes import functional
+
     weight = torch.randn(96, 160)
     packed, state = functional.quantize_4bit(
         weight, quant_type="nf4", compress_statistics=True, blocksize=64

@@ -11,19 +11,19 @@ from emloc.checkpoint import Checkpoint
 from emloc.config import DataOptions, TrainConfig
 from emloc.family import Batch
 from emloc.integrations.transformers.planned import (
+    PlannedTransformer,
     adapted_layers,
-    cache_elements,
     emulator_skeleton,
     run_blocks_twice,
 )
 from emloc.integrations.transformers.shallow import cut, depth
 from emloc.planning.described import Described
-from emloc.planning.family import Groups, OtherModel
+from emloc.planning.family import Groups
 from emloc.planning.operations import Layer
 from emloc.planning.step import StepOptions, StepSizes
 
 
-class PlannedLLM:
+class PlannedLLM(PlannedTransformer):
     """`PlannedFamily` for causal language models."""
 
     def planned_batch(self, checkpoint: Checkpoint, options: DataOptions, samples: int) -> Batch:
@@ -70,11 +70,3 @@ class PlannedLLM:
         from emloc_llm.activations import step_sizes
 
         return step_sizes(model, layers, batch, options)
-
-    def cache_elements(self, model: nn.Module, options: Any) -> int:
-        """Keys and values of `max_length` tokens."""
-        return cache_elements(model, options.max_length)
-
-    def other_models(self, checkpoint: Checkpoint, options: Any) -> Mapping[str, OtherModel]:
-        """None."""
-        return {}

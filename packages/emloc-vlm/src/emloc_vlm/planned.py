@@ -12,14 +12,14 @@ from emloc.config import TrainConfig
 from emloc.errors import ConfigError
 from emloc.family import Batch
 from emloc.integrations.transformers.planned import (
+    PlannedTransformer,
     adapted_layers,
-    cache_elements,
     emulator_skeleton,
     run_blocks_twice,
 )
 from emloc.integrations.transformers.shallow import cut, depth
 from emloc.planning.described import Described
-from emloc.planning.family import Groups, OtherModel
+from emloc.planning.family import Groups
 from emloc.planning.operations import Layer
 from emloc.planning.step import StepOptions, StepSizes
 from emloc_vlm.parts import frozen_modules
@@ -34,7 +34,7 @@ class VisualTraining(TrainConfig, FreezeOptions):
     """The options of training, for annotations."""
 
 
-class PlannedVLM:
+class PlannedVLM(PlannedTransformer):
     """`PlannedFamily` for vision-language models."""
 
     def planned_batch(
@@ -100,14 +100,6 @@ class PlannedVLM:
         from emloc_vlm.activations import step_sizes
 
         return step_sizes(model, layers, batch, options)
-
-    def cache_elements(self, model: nn.Module, options: Any) -> int:
-        """Keys and values of `max_length` tokens."""
-        return cache_elements(model, options.max_length)
-
-    def other_models(self, checkpoint: Checkpoint, options: Any) -> Mapping[str, OtherModel]:
-        """None; the vision tower is part of the model."""
-        return {}
 
 
 def _image_tokens(config: Mapping[str, Any]) -> int:

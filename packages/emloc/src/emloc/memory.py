@@ -10,7 +10,7 @@ the allocator's own peak is exact.
 import contextlib
 import ctypes
 import gc
-import resource
+import mmap
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ def anonymous_bytes() -> int:
     """Anonymous resident memory of this process now."""
     if _PAGES.exists():
         _, resident, mapped, *_ = map(int, _PAGES.read_text().split())
-        return (resident - mapped) * resource.getpagesize()
+        return (resident - mapped) * mmap.PAGESIZE
     return int(psutil.Process().memory_full_info().uss)
 
 

@@ -2,8 +2,9 @@
 
 CUDA: a share of the card for torch's allocator. CPU: the soft limit RLIMIT_DATA, in which Linux counts
 private writable mappings, so that an allocation beyond it fails in this process and nobody is killed.
-Mapped checkpoint files are not counted: their pages are the system's to take back. Where neither exists,
-nothing is held and `can_limit` says so.
+Mapped checkpoint files are not counted: their pages are the system's to take back. What the C library's heap
+had free at the start is mapped already, so a process may come to hold that much more (tens of MiB). Where
+neither limit exists, nothing is held and `can_limit` says so.
 """
 
 import errno

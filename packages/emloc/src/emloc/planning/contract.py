@@ -34,8 +34,9 @@ from emloc.memory import format_bytes
 from emloc.memory_limit import can_limit
 from emloc.planning.fitting import changed_for, fit
 from emloc.planning.ledger import Lines, StageMemory, total
-from emloc.planning.planner import Matrices, MemoryPlan, Setting
+from emloc.planning.memory_plan import MemoryPlan
 from emloc.planning.report import ordered, verdict
+from emloc.planning.setting import Matrices, Setting
 from emloc.planning.subject import Subject
 from emloc.plugin_options import with_plugin_options
 from emloc.progress import console

@@ -8,8 +8,8 @@ from pydantic import BaseModel
 from emloc.config import CompressConfig, CorrectConfig, TrainConfig, build
 from emloc.planning.contract import plan_options, require_fit
 from emloc.planning.fitting import NEEDED, changed_for, fit
-from emloc.planning.planner import Setting
 from emloc.planning.report import verdict
+from emloc.planning.setting import Setting
 from emloc.planning.subject import Subject
 from emloc.plugin_options import with_plugin_options
 from emloc.plugins import open_model

@@ -4,19 +4,20 @@ The order of giving up: the keep_ratio asked for or the largest that fits, down 
 twice (gradient checkpointing); then batches of one sample, accumulated; on a GPU an optimiser of 8 bits;
 then fewer calibration samples; then an emulator of a ratio down to 0.1; then shorter samples. Each is given
 up besides those before it, and with each the keep_ratio begins anew at the largest that fits. An option that
-was asked for stays as it is.
+was asked for stays as it is, and so does one that relieves no stage that does not fit.
 
 Bytes are exact integers of the ratio and grow with it, so the largest is found by bisection in steps of a
 hundredth.
 """
 
-from collections.abc import Container, Iterator, Sequence
-from typing import Any
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from emloc.config import PlanConfig
 from emloc.errors import ConfigError
 from emloc.planning.ledger import total
-from emloc.planning.planner import MemoryPlan, Setting, changed_options, with_options
+from emloc.planning.memory_plan import MemoryPlan, changed_options
+from emloc.planning.setting import Setting, with_options
 
 STEPS = 100
 LEAST_RATIO, SMALLEST_RATIO, LARGEST_RATIO = 0.1, 0.25, 0.95
@@ -41,31 +42,32 @@ def fit(
     """
     asked = frozenset(setting.options.model_fields_set) if asked is None else asked
     free = setting.given is None and "keep_ratio" not in asked
+
+    def smallest(tried: Setting, ratio: float) -> Setting:
+        return _at(tried, ratio) if free else tried
+
     given_up: list[str] = []
-    smallest = SMALLEST_RATIO
-    changes = [(c, said) for c, said in _concessions(setting) if not any(k in asked for k in c)]
-    for changed, said in [({}, ""), *changes]:
-        if not changed and said:
-            if not free:
-                continue
-            smallest = LEAST_RATIO
-        tried = with_options(setting, **changed)
+    least = smallest(setting, SMALLEST_RATIO)
+    found = _largest_ratio(setting, least, budget, stages, free)
+    for step in _concessions(setting) if found is None else ():
+        if any(name in asked for name in step.changed):
+            continue
+        changed = with_options(setting, **step.changed)
+        lesser = smallest(changed, step.smallest_ratio)
         try:
-            if changed and _taken(tried, stages) == _taken(setting, stages):
-                continue  # it means nothing to this model, as a text's length to pictures
-            found = _largest_ratio(tried, budget, stages, smallest if free else None)
+            if not _relieves(lesser, least, budget, stages):
+                continue
         except ConfigError:
-            if not said:
-                raise
             break  # samples as short as that have no room for what the family puts in them
-        setting = tried
-        if said:
-            given_up.append(said)
+        setting, least = changed, lesser
+        given_up.append(step.said)
+        found = _largest_ratio(setting, least, budget, stages, free)
         if found is not None:
-            if free and found.options.keep_ratio < DEFAULT_RATIO:
-                given_up = [f"keep_ratio {found.options.keep_ratio:g}", *given_up]
-            return MemoryPlan(found, budget, True, given_up)
-    least = _at(setting, smallest) if free else setting
+            break
+    if found is not None:
+        if free and found.options.keep_ratio < DEFAULT_RATIO:
+            given_up = [f"keep_ratio {found.options.keep_ratio:g}", *given_up]
+        return MemoryPlan(found, budget, True, given_up)
     stage, needed = max(
         ((name, device_bytes(least, name)) for name in stages), key=lambda pair: pair[1]
     )
@@ -74,18 +76,15 @@ def fit(
     return MemoryPlan(least, budget, False, given_up, needed, (stage, line))
 
 
-def as_it_is(setting: Setting) -> MemoryPlan:
-    """The plan of a setting without a budget."""
-    return MemoryPlan(setting)
-
-
 def device_bytes(setting: Setting, stage: str) -> int:
     """What a stage takes of the device."""
     return total(setting.stage(stage).device)
 
 
-def _taken(setting: Setting, stages: Sequence[str]) -> Sequence[int]:
-    return [device_bytes(setting, name) for name in stages]
+def _relieves(lesser: Setting, before: Setting, budget: int, stages: Sequence[str]) -> bool:
+    """Whether a stage that did not fit takes less; some options mean nothing to some models."""
+    over = [name for name in stages if device_bytes(before, name) > budget]
+    return any(device_bytes(lesser, name) < device_bytes(before, name) for name in over)
 
 
 def _fits(setting: Setting, budget: int, stages: Sequence[str]) -> bool:
@@ -97,15 +96,15 @@ def _at(setting: Setting, ratio: float) -> Setting:
 
 
 def _largest_ratio(
-    setting: Setting, budget: int, stages: Sequence[str], smallest: float | None
+    setting: Setting, least: Setting, budget: int, stages: Sequence[str], free: bool
 ) -> Setting | None:
-    """None where not even the smallest ratio fits; the setting itself where the ratio is not free."""
-    if smallest is None:
-        return setting if _fits(setting, budget, stages) else None
-    low, high = round(smallest * STEPS), round(LARGEST_RATIO * STEPS)
-    best = _at(setting, smallest)
-    if not _fits(best, budget, stages):
+    """None where not even `least` fits, the setting at the smallest ratio; which it is if none is free."""
+    if not _fits(least, budget, stages):
         return None
+    if not free:
+        return least
+    best = least
+    low, high = round(least.options.keep_ratio * STEPS), round(LARGEST_RATIO * STEPS)
     while low <= high:
         middle = (low + high) // 2
         tried = _at(setting, middle / STEPS)
@@ -116,31 +115,46 @@ def _largest_ratio(
     return best
 
 
-def _concessions(setting: Setting) -> Iterator[tuple[dict[str, Any], str]]:
-    """What to change next, and how it is said; nothing changed stands for ratios below `SMALLEST_RATIO`."""
+class Concession(NamedTuple):
+    """What to give up next.
+
+    Attributes:
+        said: how it is called.
+        changed: options and their new values.
+        smallest_ratio: of the emulators that are tried with it.
+    """
+
+    said: str
+    changed: Mapping[str, Any]
+    smallest_ratio: float = SMALLEST_RATIO
+
+
+def _concessions(setting: Setting) -> Iterator[Concession]:
+    """In order."""
     options = setting.options
     if not options.gradient_checkpointing:
-        yield {"gradient_checkpointing": True}, "gradient_checkpointing"
+        yield Concession("gradient_checkpointing", {"gradient_checkpointing": True})
     batch = options.per_device_train_batch_size
     if batch > 1:
         steps = batch * options.gradient_accumulation_steps
-        yield (
-            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps},
+        yield Concession(
             f"per_device_train_batch_size 1, gradient_accumulation_steps {steps}",
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps},
         )
     if options.device.startswith("cuda") and options.optim.startswith("adamw_torch"):
-        yield {"optim": "adamw_8bit"}, "optim adamw_8bit"
+        yield Concession("optim adamw_8bit", {"optim": "adamw_8bit"})
     if options.calibration_batch_size > 1:
-        yield {"calibration_batch_size": 1}, "calibration_batch_size 1"
+        yield Concession("calibration_batch_size 1", {"calibration_batch_size": 1})
     samples = options.num_calibration_samples
     while samples > FEWEST_SAMPLES:
         samples = max(FEWEST_SAMPLES, samples // 2)
-        yield {"num_calibration_samples": samples}, f"num_calibration_samples {samples}"
-    yield {}, f"an emulator below keep_ratio {SMALLEST_RATIO:g}"
+        fewer = {"num_calibration_samples": samples}
+        yield Concession(f"num_calibration_samples {samples}", fewer)
+    yield Concession(f"an emulator below keep_ratio {SMALLEST_RATIO:g}", {}, LEAST_RATIO)
     length = options.max_length
     while length // 2 >= SHORTEST:
         length //= 2
-        yield {"max_length": length}, f"max_length {length}"
+        yield Concession(f"max_length {length}", {"max_length": length}, LEAST_RATIO)
 
 
 def changed_for(before: Setting, after: Setting) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from emloc.checkpoint import read_json
 from emloc.config import PlanConfig
 from emloc.errors import OutputError
 from emloc.output import write_json, writing
-from emloc.planning.fitting import as_it_is, fit
-from emloc.planning.planner import MemoryPlan, Setting
+from emloc.planning.fitting import fit
+from emloc.planning.memory_plan import MemoryPlan
+from emloc.planning.setting import Setting
 from emloc.planning.subject import Subject
 from emloc.plugin_options import own_options
 from emloc.stage import stage
@@ -30,7 +31,7 @@ def make_memory_plan(config: PlanConfig) -> MemoryPlan:
     subject = Subject.of(config.model_name_or_path, config.dtype)
     own_options(config, subject.family, set())  # refuses those of other families
     setting = Setting(subject, config)
-    return as_it_is(setting) if config.memory is None else fit(setting, config.memory)
+    return MemoryPlan(setting) if config.memory is None else fit(setting, config.memory)
 
 
 def _write(folder: Path, found: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """What the planner needs of a model of transformers, whatever it reads (`PlannedFamily`)."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from emloc.config import TrainConfig
 from emloc.integrations.peft.targets import chosen_targets, linear_layers
 from emloc.integrations.transformers.skeleton import empty_model, is_linear
 from emloc.planning.described import weight_dtype
-from emloc.planning.family import Groups
+from emloc.planning.family import Groups, OtherModel
 
 
 def adapted_layers(
@@ -50,10 +50,17 @@ def run_blocks_twice(model: Any) -> None:
     model.enable_input_require_grads()
 
 
-def cache_elements(model: nn.Module, tokens: int) -> int:
-    """Keys and values of one sample's tokens in every block of the language model."""
-    whole: Any = model.config
-    config = whole.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head * tokens
+class PlannedTransformer:
+    """What is the same of `PlannedFamily` for all models of transformers."""
+
+    def cache_elements(self, model: nn.Module, options: Any) -> int:
+        """Keys and values of `max_length` tokens in every block of the language model."""
+        whole: Any = model.config
+        config = whole.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * config.num_hidden_layers * heads * head * options.max_length
+
+    def other_models(self, checkpoint: Checkpoint, options: Any) -> Mapping[str, OtherModel]:
+        """None: a vision tower is part of the model."""
+        return {}

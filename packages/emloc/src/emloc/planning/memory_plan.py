@@ -1,0 +1,67 @@
+"""A setting that was chosen for a budget, how it came about, and all of it as JSON."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from emloc.config import PlanConfig
+from emloc.planning.setting import Setting
+
+CHANGEABLE = (
+    "keep_ratio",
+    "gradient_checkpointing",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "optim",
+    "num_calibration_samples",
+    "calibration_batch_size",
+    "max_length",
+)
+"""Options that fitting may change."""
+
+
+def changed_options(options: PlanConfig) -> dict[str, Any]:
+    """Those, as they are now: what to give the stages."""
+    return {name: getattr(options, name) for name in CHANGEABLE}
+
+
+@dataclass
+class MemoryPlan:
+    """A setting, and how it came about.
+
+    Attributes:
+        budget: bytes of the device, or None.
+        fits: whether compress, train, correct and merge do; None without a budget.
+        given_up: what was changed to fit, in order.
+        smallest: bytes that the least demanding setting takes, where nothing fits.
+        dominating: the stage and the line that take most, where nothing fits.
+    """
+
+    setting: Setting
+    budget: int | None = None
+    fits: bool | None = None
+    given_up: list[str] = field(default_factory=list[str])
+    smallest: int | None = None
+    dominating: tuple[str, str] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """`parameters`, `fits`, `keep_ratio`, `stages`, and what else there is to say."""
+        subject, options = self.setting.subject, self.setting.options
+        stages = {name: memory.as_json() for name, memory in self.setting.stages.items()}
+        return {
+            "model": subject.checkpoint.name,
+            "family": subject.family.name,
+            "parameters": subject.parameters,
+            "dtype": str(subject.stored).removeprefix("torch."),
+            "emulator_parameters": subject.emulator_parameters(self.setting.emulator),
+            "keep_ratio": options.keep_ratio,
+            "device": options.device,
+            "activations": self.setting.counted_by,
+            "memory": self.budget,
+            "fits": self.fits,
+            "given_up": self.given_up,
+            "smallest": self.smallest,
+            "dominating": list(self.dominating) if self.dominating else None,
+            "options": changed_options(options),
+            "stages": stages,
+            "beside": {name: memory.as_json() for name, memory in self.setting.beside.items()},
+        }
