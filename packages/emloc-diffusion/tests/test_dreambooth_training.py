@@ -1,0 +1,207 @@
+"""Training on a subject or on captioned pictures: what is encoded, learnt, said and refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import emloc
+from emloc.errors import ConfigError, DataError
+from emloc.manifest import Manifest
+from emloc_diffusion import samples, training
+from emloc_diffusion.data import prompts
+from emloc_diffusion.encode.text import PromptEncoder
+from emloc_diffusion.example import write_pictures
+from emloc_diffusion.example_pipelines import RESOLUTION
+from emloc_diffusion.samples import Samples
+
+PROMPT = "a photo of sks square"
+
+
+def test_prior_preservation_changes_what_is_learnt(tiny, tmp_path):
+    options = {
+        "model_name_or_path": str(tiny.base), "instance_data_dir": str(tiny.pictures),
+        "instance_prompt": PROMPT, "resolution": RESOLUTION, "max_train_steps": 2,
+        "logging_steps": 1,
+    }  # fmt: skip
+    prior = {
+        "class_data_dir": str(write_pictures(tmp_path / "class", 2, seed=5)),
+        "class_prompt": "a photo of square",
+    }
+    losses = {}
+    for name, more in {"none": {}, "with": prior, "off": {**prior, "prior_loss_weight": 0}}.items():
+        folder = emloc.train(output_dir=tmp_path / name, **options, **more)
+        log = (folder / "trainer_log.jsonl").read_text().splitlines()
+        losses[name] = json.loads(log[0])["loss"]
+    assert losses["with"] > 1.3 * losses["off"]
+
+
+def test_bad_input_is_one_sentence(tiny, tmp_path):
+    options = {
+        "model_name_or_path": str(tiny.base), "output_dir": tmp_path / "x", "max_train_steps": 1,
+        "resolution": RESOLUTION,
+    }  # fmt: skip
+    pictures = {"instance_data_dir": str(tiny.pictures)}
+    with pytest.raises(ConfigError, match="dataset is required"):
+        emloc.train(instance_prompt=PROMPT, **options)
+    with pytest.raises(DataError, match="caption"):
+        emloc.train(**pictures, **options)
+    with pytest.raises(ConfigError, match="word of its own"):
+        emloc.train(instance_prompt="a photo of a", **pictures, **options)
+    with pytest.raises(ConfigError, match="mean the same"):
+        emloc.train(instance_prompt=PROMPT, dataset="other", **pictures, **options)
+    with pytest.raises(ConfigError, match="multiple of"):
+        emloc.train(instance_prompt=PROMPT, **pictures, **{**options, "resolution": 60})
+    with pytest.raises(ConfigError, match="instance_prompt is an option of the family diffusion"):
+        llm = __import__("emloc_llm.example", fromlist=["write_example"])
+        emloc.compress(
+            output_dir=tmp_path / "y", instance_prompt="a", **llm.write_example(tmp_path, 0)
+        )
+    assert not (tmp_path / "x").exists()
+
+
+def test_validation_pictures_do_not_change_training(tiny, tmp_path):
+    options = {
+        "model_name_or_path": str(tiny.base), "instance_data_dir": str(tiny.pictures),
+        "instance_prompt": PROMPT, "resolution": RESOLUTION, "max_train_steps": 3,
+    }  # fmt: skip
+    plain = emloc.train(output_dir=tmp_path / "plain", **options)
+    drawn = emloc.train(
+        output_dir=tmp_path / "drawn", validation_prompt=PROMPT, validation_steps=2,
+        num_validation_images=2, num_inference_steps=2, report_to=["tensorboard"], **options,
+    )  # fmt: skip
+    names = sorted(path.name for path in (drawn / "validation").iterdir())
+    assert names == ["step-2-0.png", "step-2-1.png", "step-3-0.png", "step-3-1.png"]
+    events = EventAccumulator(str(drawn / "runs" / "validation"), {"images": 0})
+    events.Reload()
+    [tag] = {name.rpartition("/")[0] or name for name in events.Tags()["images"]}
+    assert tag == PROMPT
+    steps = [image.step for name in events.Tags()["images"] for image in events.Images(name)]
+    assert sorted(set(steps)) == [2, 3]
+    first, second = (load_file(f / "adapter_model.safetensors") for f in (plain, drawn))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_optimisers_go_by_the_names_of_diffusers(tiny, tmp_path):
+    options = {
+        "model_name_or_path": str(tiny.base), "instance_data_dir": str(tiny.pictures),
+        "instance_prompt": PROMPT, "resolution": RESOLUTION, "max_train_steps": 2,
+        "learning_rate": 1.0,
+    }  # fmt: skip
+    ours = emloc.train(output_dir=tmp_path / "a", optim="prodigy", **options)
+    theirs = emloc.train(output_dir=tmp_path / "b", optimizer="prodigy", **options)
+    name = "adapter_model.safetensors"
+    assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+    assert Manifest.read(theirs).settings["optim"] == "prodigy"
+
+    def refused(match, **more):
+        with pytest.raises(ConfigError, match=match):
+            emloc.train(output_dir=tmp_path / "x", **{**options, **more})
+
+    refused("adamw_8bit needs a GPU", optimizer="adamw", use_8bit_adam=True)
+    refused("of AdamW, not of Prodigy", optimizer="prodigy", use_8bit_adam=True)
+    refused("say different things", optimizer="adamw", optim="prodigy")
+    refused("optimizer = 'sgd'", optimizer="sgd")
+
+
+NAME = "adapter_model.safetensors"
+
+
+def dreambooth(tiny, tmp_path, name, **more):
+    options = {
+        "model_name_or_path": str(tiny.base), "instance_data_dir": str(tiny.pictures),
+        "instance_prompt": PROMPT, "resolution": RESOLUTION, "max_train_steps": 2,
+        "learning_rate": 0.1, "warmup_ratio": 0.0, "optim": "sgd", "max_grad_norm": 1e9,
+    }  # fmt: skip
+    return emloc.train(output_dir=tmp_path / name, **{**options, **more})
+
+
+def test_captions_are_trained_with_their_pictures(tiny, tmp_path):
+    """name.txt beside name.png: the same captions are the same training, others are another."""
+    captioned = {"instance_prompt": None, "instance_data_dir": str(tmp_path / "captioned")}
+    shutil.copytree(tiny.pictures, captioned["instance_data_dir"])
+    files = sorted((tmp_path / "captioned").glob("*.png"))
+    plain = dreambooth(tiny, tmp_path, "plain") / NAME
+    for path in files:
+        path.with_suffix(".txt").write_text(PROMPT + "\n")
+    assert (dreambooth(tiny, tmp_path, "same", **captioned) / NAME).read_bytes() == (
+        plain.read_bytes()
+    )
+    for index, path in enumerate(files):
+        path.with_suffix(".txt").write_text(f"sks square number {index}")
+    other = dreambooth(tiny, tmp_path, "other", **captioned) / NAME
+    assert other.read_bytes() != plain.read_bytes()
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_accumulated_steps_are_means_of_their_micro_batches(tiny, tmp_path, monkeypatch, text):
+    """Two micro-batches give half the sum of their gradients, with text encoders in training too."""
+    seen = []
+    original = Samples.batch
+
+    def recorded(self, chosen, objective, generator):
+        seen.append(original(self, chosen, objective, generator))
+        return dict(seen[-1])
+
+    options = {"max_train_steps": 1, "train_text_encoder": text}
+    with monkeypatch.context() as patch:
+        patch.setattr(Samples, "batch", recorded)
+        accumulated = dreambooth(
+            tiny, tmp_path, "a", train_batch_size=1, gradient_accumulation_steps=2, **options
+        )
+    first, second = seen
+    joined = {name: torch.cat([tensor, second[name]]) for name, tensor in first.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(Samples, "batch", lambda *_: dict(joined))
+        whole = dreambooth(tiny, tmp_path, "b", train_batch_size=2, **options)
+    ours, theirs = (load_file(folder / NAME) for folder in (accumulated, whole))
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(ours[key], tensor, rtol=1e-3, atol=1e-7)
+    assert any(bool(tensor.any()) for key, tensor in theirs.items() if "lora_B" in key)
+
+
+def test_pictures_and_prompts_are_encoded_once(tiny, tmp_path, monkeypatch):
+    """However many steps there are; the encoders are gone before the denoiser comes."""
+    calls = []
+
+    def counting(name, original):
+        def count(*args, **kwargs):
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        return count
+
+    for module, name in (
+        (samples, "encode_latents"), (PromptEncoder, "encode"), (training, "load_denoiser"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, counting(name, getattr(module, name)))
+    dreambooth(tiny, tmp_path, "a", max_train_steps=3)
+    assert calls == ["encode_latents", "encode", "load_denoiser"]
+
+
+def test_everyday_words_and_few_pictures_are_said(tiny, tmp_path, monkeypatch, capsys):
+    one = tmp_path / "one"
+    one.mkdir()
+    shutil.copy(next(tiny.pictures.glob("*.png")), one)
+    monkeypatch.setattr(prompts, "_is_rare", lambda word, tokenizer: len(tokenizer) < 100)
+    dreambooth(tiny, tmp_path, "a", max_train_steps=1, instance_data_dir=str(one))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "everyday ones, whose meaning training will change" in said
+    assert "has only 1 picture" in said
+
+
+def test_unusable_pictures_are_one_sentence(tiny, tmp_path):
+    folder = tmp_path / "pictures"
+    shutil.copytree(tiny.pictures, folder)
+    (folder / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"broken\.png: the picture cannot be read"):
+        dreambooth(tiny, tmp_path, "a", instance_data_dir=str(folder))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="is empty; put pictures into it"):
+        dreambooth(tiny, tmp_path, "a", instance_data_dir=str(tmp_path / "empty"))
+    with pytest.raises(ConfigError, match="class_data_dir is set without class_prompt"):
+        dreambooth(tiny, tmp_path, "a", class_data_dir=str(tiny.pictures))
+    assert not (tmp_path / "a").exists()
