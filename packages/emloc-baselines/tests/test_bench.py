@@ -4,12 +4,14 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import emloc
 from emloc.errors import ConfigError, EmlocError, NumericalError
 from emloc_baselines.bench import cell as cell_module
+from emloc_baselines.bench.cells import prepare_data
 from emloc_baselines.bench.config import read_config
 from emloc_baselines.bench.harness import run_bench
 from emloc_baselines.bench.split import split_rows
@@ -93,6 +95,22 @@ def test_every_cell_is_there_once_and_work_is_shared(whole):
     chosen = {r["label"]: r["learning_rate"] for r in records(out) if r["method"]}
     second_budget = len({chosen["emloc"], chosen["emloc-uncorrected"]})
     assert counting.stages.count("train") == 2 + 2 + second_budget
+
+
+def test_rows_that_another_bench_chose_on_are_kept_from_training_where_that_is_asked_for(
+    options, tmp_path
+):
+    def training_rows(**changed):
+        config = read_config({**options, "output_dir": str(tmp_path), **changed})
+        path = prepare_data(config, "words").training.get("dataset")
+        return path and Path(path).read_text()
+
+    one_rate = {**options["train"], "learning_rate": 1e-2}
+    chosen_on = training_rows()
+    assert training_rows(train=one_rate) == chosen_on
+    without = {name: value for name, value in options.items() if name != "validation_samples"}
+    config = read_config({**without, "output_dir": str(tmp_path), "train": one_rate})
+    assert not prepare_data(config, "words").training, "nothing is chosen, so nothing is kept"
 
 
 def test_a_record_says_what_went_in_and_what_it_took(whole, tiny):

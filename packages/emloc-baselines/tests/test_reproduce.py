@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from emloc_baselines.bench.config import read_config
+from emloc_baselines.bench.tables import budgets, labels, matching, summarise
 from emloc_llm.evaluation import matches
 
 FOLDER = Path(__file__).parents[3] / "tools/reproduce"
@@ -77,3 +78,26 @@ def test_overhead_is_projected_from_measured_tokens():
     assert rows[0]["hours"] == pytest.approx(0.01)
     assert rows[1]["tokens_per_second"] == 100
     assert rows[1]["hours"] == pytest.approx(10 + 40 / 3600)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("results/*.jsonl")), ids=lambda path: path.stem)
+def test_the_readme_has_the_losses_of_the_records(path):
+    shown = (FOLDER / "README.md").read_text().replace("**", "")
+    records = load("tables").records([path])
+    for budget in budgets(records):
+        for label in labels(records):
+            for dataset in {record["dataset"] for record in records}:
+                own = matching(records, label=label, keep_ratio=budget, dataset=dataset)
+                assert summarise([record["loss"] for record in own], "{:.4f}") in shown, own[:1]
+
+
+def test_tables_are_printed_from_records(monkeypatch, capsys):
+    path = FOLDER / "results/ablation-vlm.jsonl"
+    monkeypatch.setattr("sys.argv", ["tables.py", str(path)])
+    load("tables").main()
+    printed = capsys.readouterr().out.splitlines()
+    assert "| activation-aware, auto | 4.2 MiB | 0.0417 (0.0134) | 2.7402 (0.0154) |" in printed
+    costs = {line.split(" | ")[0]: line.split(" | ")[-1] for line in printed[-7:]}
+    assert costs["| activation-aware, auto"] == "3, 0.3, 0, 3, 1, 0 |"
+    assert costs["| activation-aware, L = 3"] == "3 |"
+    assert costs["| lora"] == "– |"

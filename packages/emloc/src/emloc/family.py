@@ -4,10 +4,7 @@ Core streams, compresses, corrects and merges by tensor name; everything that de
 reads (text, images, latents) is behind `ModelFamily`.
 """
 
-import gc
-import importlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
@@ -19,6 +16,7 @@ from torch import Tensor, nn
 from emloc.checkpoint import Checkpoint
 from emloc.config import CalibrationOptions, DemoConfig, EvaluateConfig, TrainConfig
 from emloc.convolution import as_matrix
+from emloc.targets import imported
 
 Batch = Mapping[str, Tensor]
 """One micro-batch, as the family's forward takes it."""
@@ -195,32 +193,12 @@ class FamilyEntry:
 
     def load(self) -> ModelFamily:
         """Import the family."""
-        return cast(ModelFamily, _imported(self.target))
+        return cast(ModelFamily, imported(self.target))
 
     def load_single_file(self) -> Any:
         """Import its `SingleFileReader`."""
-        return _imported(self.single_file)
+        return imported(self.single_file)
 
     def owned_by(self, plugin: str) -> "FamilyEntry":
         """The same entry with its plugin's name."""
         return replace(self, plugin=plugin)
-
-
-def _imported(target: str) -> Any:
-    module, _, attribute = target.partition(":")
-    with _collector_paused():
-        found = getattr(importlib.import_module(module), attribute)
-        return found() if isinstance(found, type) else found
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """No garbage collection meanwhile: among the lasting objects that importing transformers makes, it
-    takes a fifth of the time and frees nothing."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

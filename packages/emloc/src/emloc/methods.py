@@ -6,13 +6,13 @@ PEFT adapter whose manifest names the model that it runs on, so evaluate, merge 
 the method.
 """
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 from emloc.config import StageConfig
+from emloc.targets import imported
 
 Options = Mapping[str, Any]
 """Keywords of a stage."""
@@ -90,8 +90,7 @@ class MethodEntry:
 
     def load(self) -> Method:
         """Import the method."""
-        module, _, attribute = self.target.partition(":")
-        return cast(Method, getattr(importlib.import_module(module), attribute)())
+        return cast(Method, imported(self.target))
 
     def owned_by(self, plugin: str) -> "MethodEntry":
         """The same entry with its plugin's name."""

@@ -94,7 +94,10 @@ def prepare_data(config: BenchConfig, dataset: str) -> Data:
     given: Section | None = section.get("validation")
     tuned = any(len(config.learning_rates(dataset, label)) > 1 for label in config.methods)
     source = config.stage_options("train", dataset).get("dataset")
-    count = config.validation_samples if given is None and tuned else 0
+    # Where they are asked for they are left out though nothing is chosen here: another bench, whose
+    # rows these are to be, chose on them.
+    held_out = tuned or "validation_samples" in config.model_fields_set
+    count = config.validation_samples if given is None and held_out else 0
     if source is None or (count == 0 and config.max_train_samples is None):
         return Data({}, given)
     train, validation = split_rows(

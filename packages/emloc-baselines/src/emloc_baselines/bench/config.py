@@ -94,7 +94,9 @@ class BenchConfig(StageConfig):
     )
     measure: str = Field("exact_match", description="which of evaluate's scores the tables show")
     validation_samples: int = Field(
-        64, ge=0, description="rows of the training file that choose the learning rate instead"
+        64,
+        ge=0,
+        description="rows of the training file kept from training; they choose the learning rate",
     )
     max_train_samples: int | None = Field(
         None, ge=1, description="rows of the training file that are used; by default all"

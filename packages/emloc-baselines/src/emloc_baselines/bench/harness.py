@@ -26,7 +26,7 @@ from emloc_baselines.bench.cells import (
 )
 from emloc_baselines.bench.config import BenchConfig, read_config
 from emloc_baselines.bench.plots import plot_bench
-from emloc_baselines.bench.tables import write_tables
+from emloc_baselines.bench.tables import tables
 
 RESULTS_NAME = "results.jsonl"
 RATES_NAME = "learning_rates.json"
@@ -67,7 +67,7 @@ def run_bench(
     records = [bench.read(cell) for cell in cells if cell.record(config.output_dir).is_file()]
     lines = [json.dumps(record, sort_keys=True) for record in records]
     write_text(config.output_dir / RESULTS_NAME, "\n".join(lines) + "\n")
-    write_tables(records, config.output_dir / "tables.md", config.published)
+    write_text(config.output_dir / "tables.md", tables(records, config.published))
     plot_bench(records, config.output_dir)
     if bench.failures:
         failed = next(iter(bench.failures.items()))

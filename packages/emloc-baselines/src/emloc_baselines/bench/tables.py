@@ -4,11 +4,9 @@ Where there are several seeds, a number is their mean and, in brackets, the spre
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from emloc.memory import format_bytes
-from emloc.output import write_text
 from emloc_baselines.bench.config import BASE
 
 Record = Mapping[str, Any]
@@ -18,9 +16,9 @@ REFERENCE = "lora"
 """The method that the gain is measured against."""
 
 
-def write_tables(
-    records: Sequence[Record], path: Path, published: Mapping[str, Mapping[str, Any]] | None = None
-) -> None:
+def tables(
+    records: Sequence[Record], published: Mapping[str, Mapping[str, Any]] | None = None
+) -> str:
     """All tables of a bench.
 
     Args:
@@ -37,7 +35,7 @@ def write_tables(
     if gains:
         parts += _by_budget(gains, "gain recovered", "{:.0%}", lambda r: r["gain"], None)
     parts.append(_costs(records))
-    write_text(path, "\n\n".join(parts) + "\n")
+    return "\n\n".join(parts) + "\n"
 
 
 def budgets(records: Sequence[Record]) -> list[float | None]:
@@ -132,9 +130,9 @@ def _held(records: Sequence[Record]) -> str:
 
 
 def _costs(records: Sequence[Record]) -> str:
-    """What every row took: bytes, seconds, and the learning rate that was chosen."""
+    """What every row took: bytes, seconds, the learning rate that was chosen, the correction's limits."""
     head = ["", "keep_ratio", "held in training", "LoRA", "peak memory", "building", "trained further",
-            "training", "recovery", "overall", "s / step", "learning rate"]  # fmt: skip
+            "training", "recovery", "overall", "s / step", "learning rate", "limit"]  # fmt: skip
     rows: Rows = []
     for budget in budgets(records):
         for label in labels(records):
@@ -153,9 +151,16 @@ def _costs(records: Sequence[Record]) -> str:
                     summarise([sum(r["seconds"].values()) for r in own], "{:.1f} s").split(" (")[0],
                     summarise(_known(own, "seconds_per_step"), "{:.2f}").split(" (")[0],
                     ", ".join(dict.fromkeys(f"{r['learning_rate']:g}" for r in own)),
+                    _limits(own),
                 ]
             )
     return f"### cost\n\n{_table(head, rows)}"
+
+
+def _limits(records: Sequence[Record]) -> str:
+    """The correction's limit of every record in its order; one for all where they are the same."""
+    found = [r["recovery"]["limit"] for r in records if "limit" in r.get("recovery", {})]
+    return ", ".join(found if len(set(found)) > 1 else found[:1]) or "–"
 
 
 def _known(records: Sequence[Record], key: str) -> list[float]:
