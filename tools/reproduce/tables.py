@@ -24,7 +24,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path, nargs="+")
-    print(tables(records(parser.parse_args().results)), end="")
+    paths: list[Path] = parser.parse_args().results
+    for path in paths:
+        if not path.is_file():
+            parser.error(f"there is no {path}; give records as emloc bench writes them (results.jsonl)")
+    print(tables(records(paths)), end="")
 
 
 if __name__ == "__main__":

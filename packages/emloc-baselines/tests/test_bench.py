@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import emloc
-from emloc.errors import ConfigError, EmlocError, NumericalError
+from emloc.errors import ConfigError, DataError, EmlocError, NumericalError
 from emloc_baselines.bench import cell as cell_module
 from emloc_baselines.bench.cells import prepare_data
 from emloc_baselines.bench.config import read_config
@@ -315,6 +315,8 @@ def test_validation_rows_do_not_depend_on_how_many_are_trained_on(tiny, tmp_path
     assert not set(few.read_text().splitlines()) & set(some.read_text().splitlines())
     with pytest.raises(ConfigError, match="no JSONL"):
         split_rows(tmp_path, tmp_path, 5, 4)
+    with pytest.raises(DataError, match=r"there is no .*nowhere\.jsonl; give the data set's own path"):
+        split_rows(tmp_path / "nowhere.jsonl", tmp_path, 5, 4)
 
 
 def test_diffusion_pipelines_are_compared_too(tmp_path):

@@ -101,3 +101,10 @@ def test_tables_are_printed_from_records(monkeypatch, capsys):
     assert costs["| activation-aware, auto"] == "3, 0.3, 0, 3, 1, 0 |"
     assert costs["| activation-aware, L = 3"] == "3 |"
     assert costs["| lora"] == "– |"
+
+
+def test_records_that_are_not_there_are_named(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tables.py", "nowhere.jsonl"])
+    with pytest.raises(SystemExit):
+        load("tables").main()
+    assert "there is no nowhere.jsonl; give records" in capsys.readouterr().err

@@ -21,8 +21,10 @@ def split_rows(
 
     Raises:
         ConfigError: it is no JSONL file, whose rows are its lines.
-        DataError: it has too few rows.
+        DataError: it is not there, or has too few rows.
     """
+    if not source.exists():
+        raise DataError(f"bench: there is no {source}; give the data set's own path as dataset.")
     if source.suffix != ".jsonl" or not source.is_file():
         raise ConfigError(
             f"bench: {source} is no JSONL file that could be split; give the data set validation options "
