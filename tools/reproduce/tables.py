@@ -27,7 +27,9 @@ def main() -> None:
     paths: list[Path] = parser.parse_args().results
     for path in paths:
         if not path.is_file():
-            parser.error(f"there is no {path}; give records as emloc bench writes them (results.jsonl)")
+            parser.error(
+                f"there is no {path}; give records as emloc bench writes them (results.jsonl)"
+            )
     print(tables(records(paths)), end="")
 
 

@@ -315,7 +315,9 @@ def test_validation_rows_do_not_depend_on_how_many_are_trained_on(tiny, tmp_path
     assert not set(few.read_text().splitlines()) & set(some.read_text().splitlines())
     with pytest.raises(ConfigError, match="no JSONL"):
         split_rows(tmp_path, tmp_path, 5, 4)
-    with pytest.raises(DataError, match=r"there is no .*nowhere\.jsonl; give the data set's own path"):
+    with pytest.raises(
+        DataError, match=r"there is no .*nowhere\.jsonl; give the data set's own path"
+    ):
         split_rows(tmp_path / "nowhere.jsonl", tmp_path, 5, 4)
 
 
