@@ -7,11 +7,10 @@ and the same loss is taken again, so that it can be differentiated.
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from emloc.family import ModelFamily
-from emloc.integrations.transformers.loss import IGNORED
+from emloc.integrations.transformers.loss import at_labels, summed_cross_entropy
 
 
 def summed_loss(
@@ -33,8 +32,6 @@ def summed_loss(
         family.forward_loss(model, batch)
     finally:
         handle.remove()
-    logits, wanted = caught[0], batch["labels"][:, 1:]
-    kept = wanted != IGNORED
-    high = torch.promote_types(logits.dtype, torch.float32)
-    loss = nn.functional.cross_entropy(logits[:, :-1][kept].to(high), wanted[kept], reduction="sum")
-    return loss, int(kept.sum())
+    labels = batch["labels"]
+    logits = at_labels(caught[0], labels)
+    return summed_cross_entropy(logits, labels), len(logits)

@@ -65,7 +65,8 @@ def _evaluate(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any]:
 def _loss(model: Any, samples: list[Sample], tokenizer: Any, config: EvaluateConfig) -> float:
     total, count = 0.0, 0
     with progress_bar("loss", len(samples)) as advance:
-        for part in in_batches(samples, config.per_device_eval_batch_size):
+        by_length = sorted(samples, key=lambda sample: -len(sample.input_ids))  # pads little
+        for part in in_batches(by_length, config.per_device_eval_batch_size):
             batch = {k: v.to(config.device) for k, v in pad(part, tokenizer.pad_token_id).items()}
             result = next_token_loss(model, batch)
             total, count = total + result.total, count + result.terms

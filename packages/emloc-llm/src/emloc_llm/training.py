@@ -14,14 +14,44 @@ from emloc.errors import ConfigError
 from emloc.integrations.transformers.loading import load_model, load_tokenizer
 from emloc.integrations.transformers.lora_training import train_lora as train_with
 from emloc.integrations.transformers.lora_training import training_arguments
+from emloc.integrations.transformers.loss import IGNORED, labelled_logits, summed_cross_entropy
 from emloc.integrations.transformers.tables import dataset_names, shares
 from emloc.memory import PeakMemory, return_large_blocks
+from emloc_llm.activations import TILE_ROWS, TILE_TOKENS
 from emloc_llm.data import Sample, encode, encode_all, in_batches, load_samples, pad, say_truncated
 from emloc_llm.rows import load_rows
 
 
 class Trainer(SFTTrainer):
-    """TRL's trainer without its usage report."""
+    """TRL's trainer without its usage report, and with a loss for CPUs."""
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """TRL's loss: cross-entropy per labelled token.
+
+        TRL (1.16) takes it tile by tile over the vocabulary. Without Triton it scores padding and prompts
+        too, in some twenty passes, which on a CPU takes almost half of a step of SmolLM2-135M. Where the
+        logits of labelled tokens alone are no larger than such a tile, they are taken at once.
+        """
+        labels = inputs["labels"]
+        here = self.args.device.type == "cpu" and self.accelerator.num_processes == 1
+        if return_outputs or self.aux_loss_enabled or not here or not self._fits_a_tile(labels):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        rest = {name: value for name, value in inputs.items() if name != "labels"}
+        inner = self.accelerator.unwrap_model(model)
+        logits = labelled_logits(inner, labels, lambda: model(**rest, use_cache=False))
+        count = len(logits) if num_items_in_batch is None else num_items_in_batch
+        return summed_cross_entropy(logits, labels) / max(1, int(count))
+
+    def _fits_a_tile(self, labels: torch.Tensor) -> bool:
+        vocabulary: int = self.model.config.get_text_config().vocab_size
+        tile = min(labels.numel(), TILE_TOKENS) * min(vocabulary, TILE_ROWS)
+        return int((labels[:, 1:] != IGNORED).sum()) * vocabulary <= tile
 
     def _send_telemetry(self) -> None:
         pass
