@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -49,7 +49,8 @@ class Trainer(SFTTrainer):
         return summed_cross_entropy(logits, labels) / max(1, int(count))
 
     def _fits_a_tile(self, labels: torch.Tensor) -> bool:
-        vocabulary: int = self.model.config.get_text_config().vocab_size
+        config: Any = cast(Any, self.model).config
+        vocabulary: int = config.get_text_config().vocab_size
         tile = min(labels.numel(), TILE_TOKENS) * min(vocabulary, TILE_ROWS)
         return int((labels[:, 1:] != IGNORED).sum()) * vocabulary <= tile
 
