@@ -2,7 +2,8 @@
 
 TRL (1.16) never makes the logits of all tokens. It multiplies tiles of 4096 tokens by 32768 rows of the
 head, folds each into running sums, and makes it once more on the way back. Without Triton, a tile's loss
-is a chain of operations in float32, whose results make up its memory.
+is a chain of operations in float32, whose results make up its memory. Where few tokens are labelled, a CPU
+takes less than that (`emloc_llm.training.Trainer`); how many will be is not known beforehand.
 """
 
 from collections.abc import Mapping
