@@ -1,8 +1,10 @@
 """The tables of a bench, from its records.
 
     python tools/reproduce/tables.py tools/reproduce/results/vlm.jsonl
+    python tools/reproduce/tables.py tools/reproduce/results/llm-*.jsonl --config tools/reproduce/llm.yaml
 
-Prints what `emloc bench` writes as `tables.md`, of one file of records (`results.jsonl`) or of several.
+Prints what `emloc bench` writes as `tables.md`, of one file of records (`results.jsonl`) or of several;
+with a configuration, also the numbers that it says others published.
 """
 
 import argparse
@@ -10,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from emloc_baselines.bench.config import read_config
 from emloc_baselines.bench.tables import tables
 
 
@@ -24,13 +27,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path, nargs="+")
-    paths: list[Path] = parser.parse_args().results
+    parser.add_argument("--config", type=Path, help="a bench's YAML file with `published` numbers")
+    options = parser.parse_args()
+    paths: list[Path] = options.results
     for path in paths:
         if not path.is_file():
             parser.error(
                 f"there is no {path}; give records as emloc bench writes them (results.jsonl)"
             )
-    print(tables(records(paths)), end="")
+    published = read_config(options.config).published if options.config else None
+    print(tables(records(paths), published), end="")
 
 
 if __name__ == "__main__":

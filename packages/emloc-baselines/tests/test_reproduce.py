@@ -91,6 +91,15 @@ def test_the_readme_has_the_losses_of_the_records(path):
                 assert summarise([record["loss"] for record in own], "{:.4f}") in shown, own[:1]
 
 
+def test_published_numbers_are_printed_beside_the_records(monkeypatch, capsys):
+    paths = sorted(map(str, FOLDER.glob("results/llm-gsm8k*.jsonl")))
+    monkeypatch.setattr("sys.argv", ["tables.py", *paths, "--config", str(FOLDER / "llm.yaml")])
+    load("tables").main()
+    printed = capsys.readouterr().out.splitlines()
+    assert "gsm8k, published" in next(line for line in printed if line.startswith("|"))
+    assert any(line.startswith("| emloc |") and line.endswith("| 29.8% |") for line in printed)
+
+
 def test_tables_are_printed_from_records(monkeypatch, capsys):
     path = FOLDER / "results/ablation-vlm.jsonl"
     monkeypatch.setattr("sys.argv", ["tables.py", str(path)])
