@@ -1,6 +1,8 @@
 """LoRAM against direct constructions: gradients, criterion, sizes, the pruned model, the way back."""
 
 import json
+import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -72,8 +74,6 @@ def test_gradients_by_block_are_those_of_the_whole_model(base, tiny):
     stream = UnitStream(source.family, source.base)
     found = {}
 
-    from contextlib import contextmanager
-
     @contextmanager
     def visit(block, module):
         for parameter in module.parameters():
@@ -98,6 +98,31 @@ def test_gradients_by_block_are_those_of_the_whole_model(base, tiny):
         stream.blocks[0]).parameters())  # fmt: skip
     assert not any(module._forward_hooks for module in stream.model.get_submodule(
         stream.blocks[0]).modules())  # fmt: skip
+
+
+def test_a_bfloat16_checkpoint_has_bfloat16_products_and_float32_gradients(base, tiny, tmp_path):
+    shutil.copytree(base, tmp_path / "half")
+    half = load(base).to(torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    source = source_of(task_of(tmp_path / "half", tiny.data))
+    stream = UnitStream(source.family, source.base)
+    found, products = {}, set()
+
+    @contextmanager
+    def visit(block, module):
+        handle = module.mlp.down_proj.register_forward_hook(lambda *x: products.add(x[2].dtype))
+        module.requires_grad_(True)
+        yield
+        handle.remove()
+        found.update({f"{block}.{n}": p.grad.clone() for n, p in module.named_parameters()})
+
+    backward_by_block(stream, source.batches, visit)
+    assert products == {torch.bfloat16}
+    expected = gradients(half.float(), source.batches)
+    for name, gradient in found.items():
+        assert gradient.dtype == torch.float32
+        cosine = torch.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0)
+        assert cosine > 0.99, name
 
 
 def test_importance_is_the_sum_over_coupled_weights(base, tiny):

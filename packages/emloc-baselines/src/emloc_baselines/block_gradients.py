@@ -9,6 +9,9 @@ the leaves before it. This is gradient checkpointing whose checkpoints are block
 from disk.
 
 Memory: one block with its gradients, and per micro-batch the inputs of every block and the glue's graph.
+
+Products of a bfloat16 checkpoint are in bfloat16, as in training; gradients of weights and masks add up in
+float32.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +50,24 @@ def backward_by_block(stream: UnitStream, batches: Sequence[Batch], visit: Visit
     a block, such as a mask in a hook, gets its own.
     """
     passages = [_Passage() for _ in batches]
-    terms = _forward(stream, batches, passages)
+    with _precision(stream):
+        terms = _forward(stream, batches, passages)
+        _backward(stream, passages, visit)
+    return sum(loss for loss, _ in terms) / max(1, sum(count for _, count in terms))
+
+
+def _precision(stream: UnitStream) -> AbstractContextManager[Any]:
+    """Autocast for a checkpoint in bfloat16. Nothing is cached: a block's weights come and go."""
+    floating = [i.dtype for i in stream.checkpoint.tensors.values() if i.dtype.is_floating_point]
+    return torch.autocast(
+        stream.device.type,
+        torch.bfloat16,
+        enabled=all(dtype == torch.bfloat16 for dtype in floating),
+        cache_enabled=False,
+    )
+
+
+def _backward(stream: UnitStream, passages: Sequence[_Passage], visit: Visit) -> None:
     blocks = list(stream.blocks)
     with progress_bar("gradients", len(blocks)) as advance:
         for block in reversed(blocks):
@@ -56,7 +76,6 @@ def backward_by_block(stream: UnitStream, batches: Sequence[Batch], visit: Visit
                 for passage in passages:
                     _back_through(module, block, passage)
             advance(note=block)
-    return sum(loss for loss, _ in terms) / max(1, sum(count for _, count in terms))
 
 
 def _forward(
