@@ -113,14 +113,18 @@ def measure_diffusion(root: Path) -> dict:
 
 MEASURES = {"llm": measure_llm, "vlm": measure_vlm, "diffusion": measure_diffusion}
 
+# diffusers embeds time steps in float32, in sines whose last bit depends on the processor.
+TOLERANCE = {"llm": 1e-9, "vlm": 1e-9, "diffusion": 1e-6}
+
 
 @pytest.mark.parametrize("family", MEASURES)
 def test_numbers_have_not_drifted(tmp_path, family):
     found, golden = MEASURES[family](tmp_path), json.loads(GOLDEN.read_text())[family]
+    within = TOLERANCE[family]
     assert found["ranks"] == golden["ranks"]
     assert found["tokens"] == golden["tokens"]
-    assert found["relative_errors"] == pytest.approx(golden["relative_errors"], rel=1e-9)
-    assert found["losses"] == pytest.approx(golden["losses"], rel=1e-9)
+    assert found["relative_errors"] == pytest.approx(golden["relative_errors"], rel=within)
+    assert found["losses"] == pytest.approx(golden["losses"], rel=within)
 
 
 if __name__ == "__main__":
