@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from reproduce_tools import load
 
 import emloc
 from emloc.errors import ConfigError, DataError, EmlocError, NumericalError
@@ -373,3 +374,19 @@ def test_ctrl_c_says_how_to_go_on(options, tmp_path):
     assert process.returncode == 130
     assert "finished cells are kept" in errors
     assert "Traceback" not in errors
+
+
+def test_landed_records_are_finished_cells_elsewhere(whole, options, run, tmp_path):
+    """Only what is missing is run, at the learning rates that were chosen then."""
+    resume = load("resume").resume
+    landed = [r for r in records(whole[0]) if (r["label"], r["keep_ratio"]) != ("emloc", 0.7)]
+    other = {**landed[0], "digest": "0" * 64}
+    config = read_config({**options, "output_dir": str(tmp_path / "out")})
+    assert resume(config, [*landed, other]) == (6, 5, 1)
+    run_bench({**options, "output_dir": str(tmp_path / "out")}, run=run)
+    assert len(run.cells) == 1
+    assert "emloc, keep 0.7" in run.cells[0]
+    for ours, theirs in zip(records(tmp_path / "out"), records(whole[0]), strict=True):
+        assert ours["digest"] == theirs["digest"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert ours["learning_rate_losses"] == theirs["learning_rate_losses"]

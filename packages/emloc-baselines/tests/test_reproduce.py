@@ -1,23 +1,13 @@
 """The reproduction's configurations are valid, and its converters do what they say."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+from reproduce_tools import FOLDER, load
 
 from emloc_baselines.bench.config import read_config
 from emloc_baselines.bench.tables import budgets, labels, matching, summarise
 from emloc_llm.evaluation import matches
-
-FOLDER = Path(__file__).parents[3] / "tools/reproduce"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)

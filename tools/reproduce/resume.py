@@ -1,0 +1,73 @@
+"""Put landed records back as finished cells, so that `emloc bench` runs only what is missing.
+
+    python tools/reproduce/resume.py tools/reproduce/llm.yaml --results tools/reproduce/results/llm-*.jsonl \\
+        model_name_or_path=SMOLLM2 datasets.gsm8k.dataset=… output_dir=…
+
+A record is a cell of this configuration only if everything that went into it is the same, base model and
+data included; others are counted and left alone. The losses that chose learning rates come back as well.
+Prints how many cells there are, and how many of them are done.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from emloc.output import write_json
+from emloc_baselines.bench.cells import Cell, measured_cells, method_cell, prepare_data
+from emloc_baselines.bench.config import BenchConfig, read_config
+
+Record = dict[str, Any]
+
+
+def resume(config: BenchConfig, records: list[Record]) -> tuple[int, int, int]:
+    """Write the cells; returns how many the bench has, how many are done, and records of other benches."""
+    known = {record["digest"]: record for record in records}
+    cells: dict[str, Cell] = {}
+    for dataset in config.datasets:
+        data = prepare_data(config, dataset)
+        rates: dict[str, float] = {}
+        for label in config.methods:
+            own = [r for r in records if r["dataset"] == dataset and r["label"] == label]
+            losses: dict[str, float] = own[0]["learning_rate_losses"] if own else {}
+            tried = config.learning_rates(dataset, label)
+            for rate in (rate for rate in tried if f"{rate:g}" in losses):
+                cell = method_cell(
+                    config, data, dataset, label, config.keep_ratio[0], config.seeds[0], rate, True
+                )
+                record = {"digest": cell.digest, "loss": losses[f"{rate:g}"], "score": None}
+                _write(cell, config, record)
+            if len(tried) == 1 or losses:
+                rates[label] = min(tried, key=lambda rate: losses.get(f"{rate:g}", float("inf")))
+        found = measured_cells(config, data, dataset, rates)
+        cells |= {cell.digest: cell for cell in found}
+    done = [cell for digest, cell in cells.items() if digest in known]
+    for cell in done:
+        _write(cell, config, known[cell.digest])
+    return len(cells), len(done), len(known.keys() - cells.keys())
+
+
+def _write(cell: Cell, config: BenchConfig, record: Record) -> None:
+    path = cell.record(config.output_dir)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        write_json(path, record)
+
+
+def main() -> None:
+    """Read the records, write the cells."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--results", type=Path, nargs="+", required=True)
+    options = parser.parse_intermixed_args()
+    lines = [line for path in options.results for line in path.read_text("utf-8").splitlines()]
+    config = read_config(options.config, *options.overrides)
+    cells, done, others = resume(config, [json.loads(line) for line in lines])
+    print(f"{config.output_dir}: {done} of {cells} cells are done; {others} records are not of it")
+
+
+if __name__ == "__main__":
+    main()
