@@ -4,12 +4,14 @@
         model_name_or_path=SMOLLM2 datasets.gsm8k.dataset=… output_dir=…
 
 A record is a cell of this configuration only if everything that went into it is the same, base model and
-data included; others are counted and left alone. The losses that chose learning rates come back as well.
+data included; others are counted and left alone. The losses that chose a row's learning rate come back with
+its first cell, since it is trained at the first budget and seed, as they were.
 Prints how many cells there are, and how many of them are done.
 """
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +30,20 @@ def resume(config: BenchConfig, records: list[Record]) -> tuple[int, int, int]:
         data = prepare_data(config, dataset)
         rates: dict[str, float] = {}
         for label in config.methods:
-            own = [r for r in records if r["dataset"] == dataset and r["label"] == label]
-            losses: dict[str, float] = own[0]["learning_rate_losses"] if own else {}
             tried = config.learning_rates(dataset, label)
-            for rate in (rate for rate in tried if f"{rate:g}" in losses):
-                cell = method_cell(
-                    config, data, dataset, label, config.keep_ratio[0], config.seeds[0], rate, True
-                )
-                record = {"digest": cell.digest, "loss": losses[f"{rate:g}"], "score": None}
-                _write(cell, config, record)
-            if len(tried) == 1 or losses:
-                rates[label] = min(tried, key=lambda rate: losses.get(f"{rate:g}", float("inf")))
+            own = (r for r in records if (r["dataset"], r["label"]) == (dataset, label))
+            first = next(own, None)
+            cell = partial(
+                method_cell, config, data, dataset, label, config.keep_ratio[0], config.seeds[0]
+            )
+            if len(tried) == 1:
+                rates[label] = tried[0]
+            elif first and cell(first["learning_rate"]).digest == first["digest"]:
+                rates[label] = first["learning_rate"]
+                for rate, loss in first["learning_rate_losses"].items():
+                    _write(
+                        cell(float(rate), validation=True), config, {"loss": loss, "score": None}
+                    )
         found = measured_cells(config, data, dataset, rates)
         cells |= {cell.digest: cell for cell in found}
     done = [cell for digest, cell in cells.items() if digest in known]
@@ -51,7 +56,7 @@ def _write(cell: Cell, config: BenchConfig, record: Record) -> None:
     path = cell.record(config.output_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        write_json(path, record)
+        write_json(path, {"digest": cell.digest, **record})
 
 
 def main() -> None:
@@ -63,6 +68,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--results", type=Path, nargs="+", required=True)
     options = parser.parse_intermixed_args()
+    for path in options.results:
+        if not path.is_file():
+            parser.error(
+                f"there is no {path}; give records as emloc bench writes them (results.jsonl)"
+            )
     lines = [line for path in options.results for line in path.read_text("utf-8").splitlines()]
     config = read_config(options.config, *options.overrides)
     cells, done, others = resume(config, [json.loads(line) for line in lines])

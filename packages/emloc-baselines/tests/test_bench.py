@@ -390,3 +390,11 @@ def test_landed_records_are_finished_cells_elsewhere(whole, options, run, tmp_pa
         assert ours["digest"] == theirs["digest"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
         assert ours["learning_rate_losses"] == theirs["learning_rate_losses"]
+
+
+def test_losses_of_another_bench_choose_no_learning_rate(whole, options, tmp_path):
+    """Rows of the same name, of other training: nothing of them may be taken for this bench's."""
+    train = {**options["train"], "max_steps": 4}
+    config = read_config({**options, "train": train, "output_dir": str(tmp_path / "out")})
+    assert load("resume").resume(config, records(whole[0])) == (1, 1, 5)  # the base alone
+    assert len(list((tmp_path / "out/cells").iterdir())) == 1
