@@ -2,9 +2,11 @@
 
     python tools/reproduce/tables.py tools/reproduce/results/vlm.jsonl
     python tools/reproduce/tables.py tools/reproduce/results/llm-*.jsonl --config tools/reproduce/llm.yaml
+    python tools/reproduce/tables.py tools/reproduce/results/vlm.jsonl --plots PICTURES
 
 Prints what `emloc bench` writes as `tables.md`, of one file of records (`results.jsonl`) or of several;
-with a configuration, also the numbers that it says others published.
+with a configuration, also the numbers that it says others published. `--plots` draws its pictures, score,
+loss and gain over the budget, into a folder.
 """
 
 import argparse
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_baselines.bench.config import read_config
+from emloc_baselines.bench.plots import plot_bench
 from emloc_baselines.bench.tables import tables
 
 
@@ -28,6 +31,7 @@ def main() -> None:
     )
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--config", type=Path, help="a bench's YAML file with `published` numbers")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="also draw the pictures there")
     options = parser.parse_args()
     paths: list[Path] = options.results
     for path in paths:
@@ -36,7 +40,11 @@ def main() -> None:
                 f"there is no {path}; give records as emloc bench writes them (results.jsonl)"
             )
     published = read_config(options.config).published if options.config else None
-    print(tables(records(paths), published), end="")
+    found = records(paths)
+    print(tables(found, published), end="")
+    if options.plots:
+        options.plots.mkdir(parents=True, exist_ok=True)
+        plot_bench(found, options.plots)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 from reproduce_tools import FOLDER, load
 
 from emloc_baselines.bench.config import read_config
@@ -100,6 +101,15 @@ def test_tables_are_printed_from_records(monkeypatch, capsys):
     assert costs["| activation-aware, auto"] == "3, 0.3, 0, 3, 1, 0 |"
     assert costs["| activation-aware, L = 3"] == "3 |"
     assert costs["| lora"] == "– |"
+
+
+def test_pictures_are_drawn_from_records(monkeypatch, tmp_path):
+    path = FOLDER / "results/vlm.jsonl"
+    monkeypatch.setattr("sys.argv", ["tables.py", str(path), "--plots", str(tmp_path / "new")])
+    load("tables").main()
+    for name in ("score", "loss", "gain"):
+        with Image.open(tmp_path / f"new/{name}.png") as picture:
+            assert picture.width > picture.height > 400  # two data sets side by side
 
 
 def test_records_that_are_not_there_are_named(monkeypatch, capsys):
