@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -145,6 +146,29 @@ def test_ranking_takes_the_largest_z_scores_until_enough_is_saved(seed, share):
         saved += weight
     assert {(i, int(j)) for i, part in enumerate(closed) for j in part.nonzero()} == expected
     assert all(not bool(part.all()) for part in closed)
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+@pytest.mark.parametrize("rank_by", ["gradient", "magnitude"])
+def test_one_step_closes_by_the_gradient_or_by_its_magnitude(base, tiny, rank_by, tmp_path):
+    task = task_of(base, tiny.data)
+    task = replace(task, options={"search_steps": 1, "rank_by": rank_by})
+    kept = Manifest.read(Upop().build(task, tmp_path / "light")).layers
+    source = source_of(task)
+    stream = UnitStream(source.family, source.base)
+    structures = find_structures(stream.model, stream.blocks)
+    masks = [Masks.ones(found, torch.zeros(())) for found in structures]
+    accumulate_gradients(stream, source.batches[:1], masks)
+    order = {"gradient": lambda g: g, "magnitude": lambda g: -g.abs()}[rank_by]
+    left = [indices(layer["kept"]["neurons"]) for layer in kept.values()]
+    assert any(len(some) < len(mask.neurons) for some, mask in zip(left, masks))
+    everything = torch.cat([order(mask.neurons.grad) for mask in masks])
+    closed = torch.cat(
+        [~torch.isin(torch.arange(len(m.neurons)), torch.tensor(k)) for m, k in zip(masks, left)]
+    )
+    # Each block keeps its best-ranked entry, whatever the others say.
+    spared = torch.cat([order(m.neurons.grad) == order(m.neurons.grad).min() for m in masks])
+    assert everything[closed].min() >= everything[~closed & ~spared].max()
 
 
 def test_a_sliced_model_computes_what_the_masked_one_does(made):

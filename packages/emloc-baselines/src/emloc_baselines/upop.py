@@ -16,12 +16,15 @@ As in the authors' code: gradients add up over the search and are never cleared;
 every mask stays. Their sparsity loss adds the same number to all gradients of one kind, which z-scores take
 away again, and is left out. Their fixed weight of an attention's entry (36 neurons of BLIP) is, for any
 model, what the entry takes in bytes.
+
+Unlike theirs, the weights do not learn to live with the masks meanwhile. `rank_by=magnitude` is to see what
+that makes of the criterion: it closes first what moves the loss least, in either direction.
 """
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -46,6 +49,10 @@ class UpopOptions(StageConfig):
     """What UPop has of its own."""
 
     search_steps: int = Field(16, ge=1, description="steps of the search, one micro-batch each")
+    rank_by: Literal["gradient", "magnitude"] = Field(
+        "gradient",
+        description="what closes first: largest gradients (the authors'), or smallest |gradients|",
+    )
 
 
 class Upop:
@@ -98,7 +105,10 @@ def searched(source: Source, options: UpopOptions) -> LightModel:
         batch = source.batches[step % len(source.batches)]
         accumulate_gradients(stream, [batch], masks)
         share = schedule(step, steps)
-        closed = rank(_gradients(masks), weights, share * excess)
+        gradients = _gradients(masks)
+        if options.rank_by == "magnitude":
+            gradients = [-gradient.abs() for gradient in gradients]
+        closed = rank(gradients, weights, share * excess)
         for mask, dims, neurons in zip(masks, closed[::2], closed[1::2]):
             mask.set(*((~gone).to(like) + gone.to(like) * (1 - share) for gone in (dims, neurons)))
     kept = [
