@@ -103,6 +103,39 @@ def test_tables_are_printed_from_records(monkeypatch, capsys):
     assert costs["| lora"] == "– |"
 
 
+def test_rows_that_share_a_lora_are_compared_cell_by_cell(monkeypatch, capsys, tmp_path):
+    def record(label, seed, loss, keep_ratio=0.5):
+        return {
+            "label": label,
+            "dataset": "d",
+            "keep_ratio": keep_ratio,
+            "seed": seed,
+            "loss": loss,
+        }
+
+    records = [
+        record("base", None, 3.0, None), record("lora", 0, 1.0, None), record("a", 0, 1.0),
+        record("a", 1, 1.5), record("a", 2, 2.0), record("a", 3, 1.0), record("b", 0, 1.2),
+        record("b", 1, 1.4), record("b", 2, 2.0), record("b", 0, 9.0, 0.6), record("b", 3, 1.3),
+    ]  # fmt: skip
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    argv = ["paired.py", str(path), str(path), "--row", "a", "--against", "b"]
+    monkeypatch.setattr("sys.argv", argv)
+    load("paired").main()
+    printed = capsys.readouterr().out.splitlines()
+    assert "5.00%" in printed[-2 - 1], "0.1 of 2"
+    together = json.loads(printed[-1])
+    assert (together["lower"], together["higher"], together["equal"]) == (4, 2, 2)
+    assert together["mean"] == pytest.approx(0.1)
+    # Of six throws four or more on one side: (15 + 6 + 1) / 64, either side.
+    assert together["probability"] == pytest.approx(44 / 64)
+    monkeypatch.setattr("sys.argv", [*argv[:-1], "c"])
+    with pytest.raises(SystemExit):
+        load("paired").main()
+    assert "no cell of these files has both rows, a against c" in capsys.readouterr().err
+
+
 def test_pictures_are_drawn_from_records(monkeypatch, tmp_path):
     path = FOLDER / "results/vlm.jsonl"
     monkeypatch.setattr("sys.argv", ["tables.py", str(path), "--plots", str(tmp_path / "new")])
