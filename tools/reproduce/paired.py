@@ -72,7 +72,10 @@ def main() -> None:
         "", "data set", "lower", "higher", "equal", "mean difference", "of the gain", title=title
     )
     together: list[float] = []
-    for path in options.results:
+    paths: list[Path] = options.results
+    for path in paths:
+        if not path.is_file():
+            parser.error(f"there is no {path}; give records as emloc bench writes them")
         records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         found = differences(records, options.row, options.against)
         together += [difference for _, difference in found]

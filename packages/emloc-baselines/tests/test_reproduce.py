@@ -145,8 +145,11 @@ def test_pictures_are_drawn_from_records(monkeypatch, tmp_path):
             assert picture.width > picture.height > 400  # two data sets side by side
 
 
-def test_records_that_are_not_there_are_named(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["tables.py", "nowhere.jsonl"])
+@pytest.mark.parametrize(
+    "argv", [["tables", "nowhere.jsonl"], ["paired", "nowhere.jsonl", "--row=a", "--against=b"]]
+)
+def test_records_that_are_not_there_are_named(monkeypatch, capsys, argv):
+    monkeypatch.setattr("sys.argv", argv)
     with pytest.raises(SystemExit):
-        load("tables").main()
+        load(argv[0]).main()
     assert "there is no nowhere.jsonl; give records" in capsys.readouterr().err
