@@ -15,6 +15,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from emloc.errors import ConfigError
+from emloc_baselines.bench.records import read_records
+
 
 def overhead(records: list[dict[str, Any]], tokens: float) -> list[dict[str, Any]]:
     """A row per method and budget: measured seconds, and projected hours where a model was aligned."""
@@ -45,8 +48,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--tokens", type=float, required=True, help="of the authors' alignment")
     options = parser.parse_args()
-    lines = options.results.read_text("utf-8").splitlines()
-    rows = overhead([json.loads(line) for line in lines], options.tokens)
+    try:
+        rows = overhead(read_records(options.results), options.tokens)
+    except ConfigError as error:
+        parser.error(str(error))
     table = Table("", "keep_ratio", "measured overhead", "tokens / s", "hours", title="Overhead")
     for row in rows:
         rate = row.get("tokens_per_second")

@@ -19,7 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-Record = dict[str, Any]
+from emloc.errors import ConfigError
+from emloc_baselines.bench.records import Record, read_records
 
 
 def differences(records: list[Record], row: str, against: str) -> list[tuple[str, float]]:
@@ -74,9 +75,10 @@ def main() -> None:
     together: list[float] = []
     paths: list[Path] = options.results
     for path in paths:
-        if not path.is_file():
-            parser.error(f"there is no {path}; give records as emloc bench writes them")
-        records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        try:
+            records = read_records(path)
+        except ConfigError as error:
+            parser.error(str(error))
         found = differences(records, options.row, options.against)
         together += [difference for _, difference in found]
         for dataset in dict.fromkeys(dataset for dataset, _ in found):

@@ -10,16 +10,14 @@ Prints how many cells there are, and how many of them are done.
 """
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from emloc.errors import ConfigError
 from emloc.output import write_json
 from emloc_baselines.bench.cells import Cell, measured_cells, method_cell, prepare_data
 from emloc_baselines.bench.config import BenchConfig, read_config
-
-Record = dict[str, Any]
+from emloc_baselines.bench.records import Record, read_records
 
 
 def resume(config: BenchConfig, records: list[Record]) -> tuple[int, int, int]:
@@ -68,14 +66,13 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--results", type=Path, nargs="+", required=True)
     options = parser.parse_intermixed_args()
-    for path in options.results:
-        if not path.is_file():
-            parser.error(
-                f"there is no {path}; give records as emloc bench writes them (results.jsonl)"
-            )
-    lines = [line for path in options.results for line in path.read_text("utf-8").splitlines()]
-    config = read_config(options.config, *options.overrides)
-    cells, done, others = resume(config, [json.loads(line) for line in lines])
+    paths: list[Path] = options.results
+    try:
+        records = [record for path in paths for record in read_records(path)]
+        config = read_config(options.config, *options.overrides)
+    except ConfigError as error:
+        parser.error(str(error))
+    cells, done, others = resume(config, records)
     print(f"{config.output_dir}: {done} of {cells} cells are done; {others} records are not of it")
 
 

@@ -10,18 +10,13 @@ loss and gain over the budget, into a folder.
 """
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
+from emloc.errors import ConfigError
 from emloc_baselines.bench.config import read_config
 from emloc_baselines.bench.plots import plot_bench
+from emloc_baselines.bench.records import read_records
 from emloc_baselines.bench.tables import tables
-
-
-def records(paths: list[Path]) -> list[dict[str, Any]]:
-    """All lines of the files, in their order."""
-    return [json.loads(line) for path in paths for line in path.read_text("utf-8").splitlines()]
 
 
 def main() -> None:
@@ -34,13 +29,11 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="also draw the pictures there")
     options = parser.parse_args()
     paths: list[Path] = options.results
-    for path in paths:
-        if not path.is_file():
-            parser.error(
-                f"there is no {path}; give records as emloc bench writes them (results.jsonl)"
-            )
-    published = read_config(options.config).published if options.config else None
-    found = records(paths)
+    try:
+        found = [record for path in paths for record in read_records(path)]
+        published = read_config(options.config).published if options.config else None
+    except ConfigError as error:
+        parser.error(str(error))
     print(tables(found, published), end="")
     if options.plots:
         options.plots.mkdir(parents=True, exist_ok=True)

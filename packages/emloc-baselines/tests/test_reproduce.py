@@ -7,6 +7,7 @@ from PIL import Image
 from reproduce_tools import FOLDER, load
 
 from emloc_baselines.bench.config import read_config
+from emloc_baselines.bench.records import read_records
 from emloc_baselines.bench.tables import budgets, labels, matching, summarise
 from emloc_llm.evaluation import matches
 
@@ -74,7 +75,7 @@ def test_overhead_is_projected_from_measured_tokens():
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("results/*.jsonl")), ids=lambda path: path.stem)
 def test_the_readme_has_the_losses_of_the_records(path):
     shown = (FOLDER / "README.md").read_text().replace("**", "")
-    records = load("tables").records([path])
+    records = read_records(path)
     for budget in budgets(records):
         for label in labels(records):
             for dataset in {record["dataset"] for record in records}:
@@ -146,10 +147,23 @@ def test_pictures_are_drawn_from_records(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "argv", [["tables", "nowhere.jsonl"], ["paired", "nowhere.jsonl", "--row=a", "--against=b"]]
+    "argv",
+    [
+        ["tables", "FILE"],
+        ["paired", "FILE", "--row=a", "--against=b"],
+        ["overhead", "--results=FILE", "--tokens=1"],
+        ["resume", str(FOLDER / "llm.yaml"), "--results", "FILE"],
+    ],
+    ids=lambda argv: argv[0],
 )
-def test_records_that_are_not_there_are_named(monkeypatch, capsys, argv):
-    monkeypatch.setattr("sys.argv", argv)
-    with pytest.raises(SystemExit):
-        load(argv[0]).main()
-    assert "there is no nowhere.jsonl; give records" in capsys.readouterr().err
+def test_what_is_not_records_is_named(monkeypatch, capsys, tmp_path, argv):
+    (tmp_path / "lines.jsonl").write_text('{"dataset": "d"}\n3\n')
+    for name, said in (
+        ("nowhere.jsonl", "there is no nowhere.jsonl; give records"),
+        ("lines.jsonl", "line 2 of lines.jsonl is not a record; give records"),
+    ):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", [part.replace("FILE", name) for part in argv])
+        with pytest.raises(SystemExit):
+            load(argv[0]).main()
+        assert said in capsys.readouterr().err

@@ -26,12 +26,12 @@ from emloc_baselines.bench.cells import (
 )
 from emloc_baselines.bench.config import BenchConfig, read_config
 from emloc_baselines.bench.plots import plot_bench
+from emloc_baselines.bench.records import Record
 from emloc_baselines.bench.tables import tables
 
 RESULTS_NAME = "results.jsonl"
 RATES_NAME = "learning_rates.json"
 
-Record = dict[str, Any]
 Run = Callable[[Cell, Path], None]
 """Runs one cell; afterwards its record is there. Raises `EmlocError` where it failed."""
 

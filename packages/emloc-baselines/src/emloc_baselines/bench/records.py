@@ -1,0 +1,34 @@
+"""A bench's records, as `results.jsonl` has them: a line of JSON per cell."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from emloc.errors import ConfigError
+
+Record = dict[str, Any]
+
+
+def read_records(path: Path) -> list[Record]:
+    """All lines of one file, in their order.
+
+    Raises:
+        ConfigError: there is no such file, or a line of it is not a record.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            f"there is no {path}; give records as emloc bench writes them (results.jsonl)"
+        )
+    found: list[Record] = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or "dataset" not in record:
+            raise ConfigError(
+                f"line {number} of {path} is not a record; give records as emloc bench writes them "
+                f"(results.jsonl)"
+            )
+        found.append(record)
+    return found
