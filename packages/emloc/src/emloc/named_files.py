@@ -1,0 +1,92 @@
+"""Files that other files name, kept inside the folder that they are named in.
+
+A model, an adapter or a data set is somebody else's folder. Its index names shards, its `model_index.json`
+components, its rows images; each name could as well be `../../.ssh/id_rsa`, or a link that leads there, and
+what is read ends up in artefacts that people publish. Every such name is resolved here: links are followed,
+and where they lead must lie in the folder. The hub's cache is the one exception: a snapshot's files are
+links to the blobs of its own repository. Pipes and devices are refused without being opened, since reading
+one may never end.
+"""
+
+import stat
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from emloc.errors import CheckpointError, EmlocError
+
+
+def named_path(
+    folder: Path, name: object, where: object, error: type[EmlocError] = CheckpointError
+) -> Path:
+    """The path of what `name` means in `folder`, which need not exist.
+
+    Args:
+        folder: what the name must stay inside of.
+        name: as it stands in a file; relative to `folder`, or an absolute path inside of it.
+        where: the file that holds the name, for messages.
+        error: what is raised.
+
+    Raises:
+        EmlocError: of the type `error`: the name is no text, leads out of the folder, or is that of a pipe,
+            a socket or a device.
+    """
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
+        raise error(f"{where} names {name!r}, which is no file name; correct it.")
+    parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
+    path = folder / name
+    if ".." in parts or not _lies_inside(path, folder, where, error):
+        raise error(
+            f"{where} names {name}, which lies outside of {folder}; nothing outside of it is read."
+        )
+    refuse_special(path, error)
+    return path
+
+
+def named_file(
+    folder: Path, name: object, where: object, error: type[EmlocError] = CheckpointError
+) -> Path:
+    """`named_path` of an existing file.
+
+    Raises:
+        EmlocError: as `named_path`, or there is no such file.
+    """
+    path = named_path(folder, name, where, error)
+    if not path.is_file():
+        raise error(f"{where} names {name}, and {folder} has no such file.")
+    return path
+
+
+def refuse_special(path: Path, error: type[EmlocError] = CheckpointError) -> None:
+    """Let files, folders and what does not exist pass; what is none of these is never opened.
+
+    Raises:
+        EmlocError: of the type `error`: it is a pipe, a socket or a device.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return  # whoever opens it says why it cannot be
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise error(f"{path} is a {_kind(mode)} and no file; it is not opened.")
+
+
+def _lies_inside(path: Path, folder: Path, where: object, error: type[EmlocError]) -> bool:
+    try:
+        real, home = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError, ValueError) as problem:  # a link in a circle, a name too long
+        raise error(f"{where} names {path.name}, which cannot be resolved: {problem}.") from problem
+    return any(real.is_relative_to(allowed) for allowed in (home, *_blobs(home)))
+
+
+def _blobs(home: Path) -> list[Path]:
+    """Where the hub's cache keeps what the files of a snapshot link to."""
+    return [
+        parent.parent / "blobs"
+        for parent in home.parents
+        if parent.name == "snapshots" and (parent.parent / "blobs").is_dir()
+    ]
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISFIFO(mode):
+        return "pipe"
+    return "socket" if stat.S_ISSOCK(mode) else "device"
