@@ -1,6 +1,7 @@
 """Reading shards: what is there comes back, what is broken is named."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_promised_tensor_that_is_not_there(folder):
 def test_index_may_not_leave_the_folder(folder):
     index = {"weight_map": {"a.weight": "../model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="outside of its folder"):
+    with pytest.raises(CheckpointError, match="which lies outside of"):
         Checkpoint.open(folder)
 
 
@@ -99,3 +100,29 @@ def test_unknown_folder_and_hub_id(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="hub did not give it"):
         locate("nobody/nothing-here")
+
+
+def test_a_config_that_is_a_pipe_or_leads_out_is_not_opened(folder, tmp_path_factory):
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(CheckpointError, match=r"config.json is a pipe and no file"):
+        Checkpoint.open(folder)
+    (folder / "config.json").unlink()
+    outside = tmp_path_factory.mktemp("outside") / "config.json"
+    outside.write_text("{}")
+    for target in (outside, "/dev/zero"):
+        (folder / "config.json").symlink_to(target)
+        with pytest.raises(CheckpointError, match=r"config.json is a link that leads out of"):
+            Checkpoint.open(folder)
+        (folder / "config.json").unlink()
+
+
+def test_a_snapshot_of_the_hub_is_read_through_its_links(folder, tmp_path_factory):
+    repository = tmp_path_factory.mktemp("hub") / "models--a--b"
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(repository / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    assert list(Checkpoint.open(snapshot).tensors) == ["a.weight", "b.weight", "c.weight"]

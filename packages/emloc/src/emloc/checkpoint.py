@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -17,8 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from emloc.companions import PATTERNS, companions, file_identity
 from emloc.errors import CheckpointError
-from emloc.layout import PIPELINE_NAME, Layout, layout_of, part_names
+from emloc.json_files import read_json
+from emloc.layout import Layout, layout_of, part_names
+from emloc.named_files import named_path
+from emloc.weight_files import NAMED_BY_CONFIG, weight_files
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -38,9 +43,6 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 SAMPLE_BYTES = 4096
 """How much of each end of a tensor goes into a checkpoint's digest."""
-
-LARGE_BYTES = 64 << 20
-"""Files beside the weights that are larger (a pipeline's other models) are known by size and ends."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,16 @@ class Checkpoint:
         name = os.fspath(model_name_or_path)
         path = locate(name)
         layout = layout_of(path)
-        return cls.from_files(name, path, read_json(path / layout.config), _shards(path, layout))
+        config = read_json(named_path(path, layout.config, path))
+        files = weight_files(path, layout, config)
+        config.pop(
+            NAMED_BY_CONFIG, None
+        )  # it is about these files, and not about what is made of them
+        opened = cls.from_files(name, path, config, files)
+        opened.companions()  # a link out of the folder is refused before a library follows it
+        return opened
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
         """How the files are named."""
         return layout_of(self.path)
@@ -213,54 +222,23 @@ class Checkpoint:
         """Files that belong to the model beside weights and config: tokenizer, generation config, …
 
         Of a pipeline, all of its other models' files.
+
+        Raises:
+            CheckpointError: one is a link out of the folder.
         """
-        if self.layout.folder:
-            return _pipeline_companions(self.path, self.layout)
-        suffixes = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
-        skipped = {"config.json", "emloc.json"}
-        return sorted(
-            entry.name
-            for entry in self.path.iterdir()
-            if entry.is_file()
-            and entry.suffix in suffixes
-            and entry.name not in skipped
-            and not entry.name.endswith(".index.json")
-        )
+        return companions(self.path, self.layout)
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
+            path = named_path(self.path, file, self.path)
             try:
-                self._files[file] = safe_open(str(self.path / file), framework="pt")
+                self._files[file] = safe_open(str(path), framework="pt")
             except (SafetensorError, OSError, RuntimeError) as problem:
                 raise CheckpointError(
                     f"Shard {self.path / file} cannot be read ({problem}); "
                     f"it is incomplete or corrupt, download it again."
                 ) from problem
         return self._files[file]
-
-
-def _pipeline_companions(path: Path, layout: Layout) -> list[str]:
-    """What the pipeline's index names, and no training output or single-file copy beside it."""
-    found = [PIPELINE_NAME]
-    for component in read_json(path / PIPELINE_NAME):
-        folder = path / component
-        if component.startswith("_") or not folder.is_dir() or f"{component}/" == layout.folder:
-            continue
-        files = (entry for entry in folder.rglob("*") if entry.is_file())
-        kept = (file for file in files if file.suffix not in {".bin", ".ckpt", ".msgpack", ".onnx"})
-        found += [file.relative_to(path).as_posix() for file in kept]
-    return sorted(found)
-
-
-def file_identity(path: Path) -> bytes:
-    """SHA-256 of a file; of a large one, of its size and both ends."""
-    size = path.stat().st_size
-    if size <= LARGE_BYTES:
-        return hashlib.sha256(path.read_bytes()).digest()
-    with path.open("rb") as file:
-        head = file.read(LARGE_BYTES // 2)
-        file.seek(size - LARGE_BYTES // 2)
-        return hashlib.sha256(f"{size}|".encode() + head + file.read()).digest()
 
 
 def locate(name: str) -> Path:
@@ -278,65 +256,11 @@ def locate(name: str) -> Path:
         raise CheckpointError(f"No folder {name}; pass a local folder or a hub id.")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", *PATTERNS]))
     except Exception as problem:  # the hub's many errors all mean: not to be had
         raise CheckpointError(
             f"No folder {name}, and the hub did not give it ({type(problem).__name__}: "
             f"{str(problem).splitlines()[0] if str(problem) else ''}); check the name, the network "
             f"and HF_TOKEN, or download it first."
         ) from problem
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from disk.
-
-    Raises:
-        CheckpointError: the file is missing or is not a JSON object.
-    """
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as problem:
-        raise CheckpointError(
-            f"{path} does not exist; is {path.parent} a complete model?"
-        ) from problem
-    except (ValueError, OSError) as problem:
-        raise CheckpointError(f"{path} cannot be read as JSON: {problem}.") from problem
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} should hold a JSON object.")
-    return cast("dict[str, Any]", content)
-
-
-def _shards(path: Path, layout: Layout) -> dict[str, set[str] | None]:
-    """Shard files of a folder, each with the tensor names that the index promises (None: no index)."""
-    index_path = path / layout.index
-    if index_path.exists():
-        weight_map = read_json(index_path).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index_path} has no weight_map; download the checkpoint again.")
-        promised: dict[str, set[str] | None] = {}
-        for tensor, file in cast("dict[str, str]", weight_map).items():
-            # A shard named ../../x would make us read, and copy, files outside of the checkpoint.
-            if Path(file).name != file:
-                raise CheckpointError(f"{index_path} names a shard outside of its folder: {file}.")
-            names = promised.setdefault(layout.folder + file, set())
-            if names is not None:
-                names.add(tensor)
-        for file in promised:
-            if not (path / file).is_file():
-                raise CheckpointError(
-                    f"Shard {path / file} is missing though {Path(layout.index).name} lists it; "
-                    f"download the checkpoint again."
-                )
-        return promised
-    if (path / layout.single).is_file():
-        return {layout.single: None}
-    folder = path / layout.folder
-    pickled = sorted(entry.name for entry in folder.glob("*.bin"))
-    hint = (
-        f"only {pickled[0]} (pickle, which can run code); save it with safe_serialization first"
-        if pickled
-        else f"expected {Path(layout.single).name} or {Path(layout.index).name}"
-    )
-    raise CheckpointError(f"{folder} holds no safetensors weights: {hint}.")

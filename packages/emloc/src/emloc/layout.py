@@ -4,12 +4,19 @@ A model of transformers lies at the top of its folder. A pipeline of diffusers h
 in a folder of its own; the one that EMLoC works on is the denoiser, and the others are carried along.
 """
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
+
+from emloc.errors import CheckpointError
+from emloc.json_files import read_json
+from emloc.named_files import named_path
 
 PIPELINE_NAME = "model_index.json"
+STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}
+
+Library = Literal["transformers", "diffusers"]
 
 
 @dataclass(frozen=True)
@@ -18,11 +25,16 @@ class Layout:
 
     Attributes:
         folder: the component's folder with a slash at its end, or nothing.
-        stem: of the weights' file.
+        library: the one that loads the model, and so decides what its files are called.
     """
 
     folder: str = ""
-    stem: str = "model"
+    library: Library = "transformers"
+
+    @property
+    def stem(self) -> str:
+        """How the weights' files begin."""
+        return STEMS[self.library]
 
     @property
     def config(self) -> str:
@@ -51,33 +63,62 @@ class Layout:
 
 
 def layout_of(path: Path) -> Layout:
-    """How the files of a model's folder are named."""
+    """How the files of a model's folder are named.
+
+    Raises:
+        CheckpointError: its pipeline's index, or its config, cannot be read or is a link out of the folder.
+    """
+    for name in (PIPELINE_NAME, "config.json"):
+        named_path(path, name, path)
     if (path / PIPELINE_NAME).is_file():
-        component = _denoiser(path / PIPELINE_NAME)
+        component = _denoiser(components(path))
         if component is not None:
-            return Layout(f"{component}/", "diffusion_pytorch_model")
+            return Layout(f"{component}/", "diffusers")
+    if (path / "config.json").is_file() and "_class_name" in read_json(path / "config.json"):
+        return Layout(library="diffusers")  # a component of a pipeline by itself
     return Layout()
+
+
+def components(path: Path) -> Mapping[str, tuple[str, str]]:
+    """The components that a pipeline's index names, each with its library and class.
+
+    A component's name is that of its folder, below which everything is read and copied: it is one plain
+    name, and the folder lies in the pipeline's.
+
+    Raises:
+        CheckpointError: the index cannot be read, or a component's name leads elsewhere.
+    """
+    index = path / PIPELINE_NAME
+    found: dict[str, tuple[str, str]] = {}
+    for name, kind in read_json(index).items():
+        kind = cast("list[Any]", kind) if isinstance(kind, list) else []
+        if name.startswith("_") or len(kind) != 2 or None in kind:
+            continue  # an option of the pipeline, or a component that it does without
+        if not name or name in (".", "..") or {"/", "\\", "\0"} & set(name):
+            raise CheckpointError(
+                f"{index} names the component {name!r}, which is no plain name of a folder; nothing "
+                f"outside of {path} is read."
+            )
+        named_path(path, name, index)
+        found[name] = (str(kind[0]), str(kind[1]))
+    return found
 
 
 def part_names(path: Path) -> list[str]:
     """The other models of a pipeline, by folder; none where the folder is that of one model."""
-    if not layout_of(path).folder:
+    folder = layout_of(path).folder
+    if not folder:
         return []
-    components: dict[str, Any] = json.loads((path / PIPELINE_NAME).read_text("utf-8"))
     return [
         name
-        for name in components
-        if (path / name / "config.json").is_file() and f"{name}/" != layout_of(path).folder
+        for name in components(path)
+        if (path / name / "config.json").is_file() and f"{name}/" != folder
     ]
 
 
-def _denoiser(index: Path) -> str | None:
+def _denoiser(kinds: Mapping[str, tuple[str, str]]) -> str | None:
     """The component whose class is a `…Model` of diffusers; autoencoders and schedulers are not."""
-    try:
-        components: dict[str, Any] = json.loads(index.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    for name, kind in components.items():
-        if isinstance(kind, list) and kind[:1] == ["diffusers"] and str(kind[-1]).endswith("Model"):
+    for name, (library, class_name) in kinds.items():
+        if library == "diffusers" and class_name.endswith("Model"):
             return name
     return None

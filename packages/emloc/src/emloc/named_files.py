@@ -26,16 +26,22 @@ def named_path(
         error: what is raised.
 
     Raises:
-        EmlocError: of the type `error`: the name is no text, leads out of the folder, or is that of a pipe,
-            a socket or a device.
+        EmlocError: of the type `error`: the name is no text, it or a link leads out of the folder, or it is
+            that of a pipe, a socket or a device.
     """
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise error(f"{where} names {name!r}, which is no file name; correct it.")
     parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
     path = folder / name
-    if ".." in parts or not _lies_inside(path, folder, where, error):
+    inside = _lies_inside(path, folder, where, error)
+    if ".." in parts or (Path(name).is_absolute() and not inside):
         raise error(
             f"{where} names {name}, which lies outside of {folder}; nothing outside of it is read."
+        )
+    if not inside:
+        raise error(
+            f"{path} is a link that leads out of {folder}, to {path.resolve()}; nothing outside of the "
+            f"folder is read, so put the file itself there."
         )
     refuse_special(path, error)
     return path

@@ -16,7 +16,8 @@ from typing import Protocol, runtime_checkable
 from filelock import FileLock
 
 from emloc.cache import cache_folder
-from emloc.checkpoint import Checkpoint, file_identity
+from emloc.checkpoint import Checkpoint
+from emloc.companions import file_identity
 from emloc.errors import CheckpointError
 from emloc.family import FamilyEntry
 from emloc.output import others_writing, writing

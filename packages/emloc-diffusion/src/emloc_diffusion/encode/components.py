@@ -1,16 +1,18 @@
 """Parts of a diffusers pipeline folder, by what its `model_index.json` says; never the whole pipeline."""
 
 import gc
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from emloc.errors import CheckpointError
+from emloc.json_files import read_json
+from emloc.layout import PIPELINE_NAME, components
+from emloc.named_files import named_path
 
 # Parts are imported by the name that the folder gives: nothing but these two is.
 LIBRARIES = ("diffusers", "transformers")
@@ -21,20 +23,17 @@ def read_model_index(folder: str | Path) -> Mapping[str, Any]:
     when it is left out.
 
     Raises:
-        CheckpointError: it is missing or is not a JSON object.
+        CheckpointError: it is missing or is not a JSON object, or a component or a file in it lies elsewhere.
     """
-    path = Path(folder) / "model_index.json"
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(index, dict):
-            raise ValueError("not an object")
-    except FileNotFoundError as problem:
+    path = Path(folder)
+    if not (path / PIPELINE_NAME).is_file():
         raise CheckpointError(
-            f"{folder} has no model_index.json; pass the folder of a diffusers pipeline."
-        ) from problem
-    except (OSError, ValueError) as problem:
-        raise CheckpointError(f"{path} cannot be read as JSON; download it again.") from problem
-    return cast(Mapping[str, Any], index)
+            f"{folder} has no {PIPELINE_NAME}; pass the folder of a diffusers pipeline."
+        )
+    for name in components(path):  # a folder may lend parts without being opened as a model
+        for entry in (path / name).glob("*"):
+            named_path(path, f"{name}/{entry.name}", path / PIPELINE_NAME)
+    return read_json(path / PIPELINE_NAME)
 
 
 def check_libraries(folder: str | Path, index: Mapping[str, Any], parts: tuple[str, ...]) -> None:

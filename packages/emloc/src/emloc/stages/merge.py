@@ -14,6 +14,7 @@ from emloc.config import MergeConfig
 from emloc.errors import ConfigError, MismatchError, NumericalError
 from emloc.family import StoredParameter
 from emloc.finite import is_finite
+from emloc.json_files import read_json
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
 from emloc.memory import PeakMemory, return_large_blocks
 from emloc.merging import merged_weight
@@ -104,17 +105,16 @@ def _write_beside(base: Checkpoint, work: Path, written: Collection[str]) -> Non
         if name not in written:
             copy_file(base.path / name, work / name)
     layout = base.layout
-    if not base.translated:
-        for name in (layout.config, layout.index):
-            if (base.path / name).is_file():
-                copy_file(base.path / name, work / name)
-        return
-    write_json(work / layout.config, base.config)
-    index = {
-        "metadata": {"total_size": sum(info.nbytes for info in base.tensors.values())},
-        "weight_map": {name: layout.inside(info.file) for name, info in base.tensors.items()},
-    }
-    if index["weight_map"].keys() and {i.file for i in base.tensors.values()} != {layout.single}:
+    if read_json(base.path / layout.config) == base.config:
+        copy_file(base.path / layout.config, work / layout.config)
+    else:
+        write_json(work / layout.config, base.config)
+    # Written anew: the base's folder may hold the index of other files than those that were read.
+    if {info.file for info in base.tensors.values()} != {layout.single}:
+        index = {
+            "metadata": {"total_size": sum(info.nbytes for info in base.tensors.values())},
+            "weight_map": {name: layout.inside(info.file) for name, info in base.tensors.items()},
+        }
         write_json(work / layout.index, index)
 
 
