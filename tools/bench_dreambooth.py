@@ -30,7 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from emloc.demos.four_ways import FourWays
-from emloc_diffusion.data.images import SUFFIXES, read_upright
+from emloc_diffusion.data.folder import is_picture
+from emloc_diffusion.data.images import read_upright
 from emloc_diffusion.demo.base import trained_base
 from emloc_diffusion.demo.demo import GUIDANCE
 from emloc_diffusion.demo.small_stable_diffusion import PIXELS
@@ -106,7 +107,7 @@ def measure(
     found = {row: {key: one[key] for key in ("loss", *names)} for row, one in scores.items()}
     if encoders:
         return found
-    files = [path for path in (data / subject).iterdir() if path.suffix.lower() in SUFFIXES]
+    files = [path for path in (data / subject).iterdir() if is_picture(path)]
     real = [read_upright(path) for path in files]
     pipeline = load_pipeline(Path(options.base))
     for row, adapter in ways.adapters.items():

@@ -1,11 +1,13 @@
 """Folders of pictures, their captions, and the squares that are cut from them."""
 
+import os
 import random
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from diffusers.utils import load_image
+from PIL import Image, features
 
 from emloc.errors import ConfigError, DataError
 from emloc_diffusion.data.images import Picture, load_pictures, open_picture
@@ -50,7 +52,89 @@ def test_one_prompt_for_all(dog, capsys):
     assert [picture.path.name for picture in pictures] == ["A.JPG", "b.png", "c.webp"]
     assert {picture.caption for picture in pictures} == {"a photo of sks dog"}
     assert not any(picture.is_prior for picture in pictures)
+
+
+def test_what_is_not_read_is_counted_and_named(dog, capsys):
+    for name in ("b.txt", "A.txt"):
+        (dog / name).write_text("a caption")
+    load_pictures(dog, "a photo of sks dog")
+    text = said(capsys)
+    assert text.count("warning") == 1
+    assert "5 of 8 files in" in text
+    assert (
+        "2 captions (one prompt is given for all), 1 folder, 1 .md, 1 hidden: A.txt, b.txt, mor"
+        in text
+    )
+    (dog / "c.txt").write_text("a caption")
+    (dog / "orphan.txt").write_text("a caption")
+    (dog / "metadata.jsonl").touch()
+    (dog / ".DS_Store").touch()
+    load_pictures(dog)
+    text = said(capsys)
+    assert "5 of 8 files in" in text
+    assert "1 .jsonl" in text
+    assert "1 .txt" in text
+    load_pictures(dog, "sks dog", clean(dog, "class"), "dog")
+    assert said(capsys).count("are not read") == 1
+
+
+def clean(dog, name):
+    """A folder of the pictures alone."""
+    for number, file in enumerate(["b.png", "A.JPG", "c.webp"]):
+        painted(dog.parent / name / file, seed=number)
+    return dog.parent / name
+
+
+@pytest.mark.parametrize(
+    "suffix", ["gif", "tif", "tiff", "jfif", "jpe", "ppm", "tga", "apng", "avif"]
+)
+def test_whatever_pillow_reads_is_a_picture(tmp_path, suffix, capsys):
+    if suffix == "avif" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    for number in range(3):
+        painted(tmp_path / "dog" / f"{number}.{suffix}", seed=number)
+    squares = [open_picture(p, 48).pixels for p in load_pictures(tmp_path / "dog", "sks")]
+    assert len(squares) == 3
     assert said(capsys) == ""
+    expected = load_image(str(tmp_path / f"dog/0.{suffix}")).resize(
+        (64, 48), Image.Resampling.LANCZOS
+    )
+    expected = torch.from_numpy(np.asarray(expected, dtype=np.float32)[:, 8:56] / 127.5 - 1)
+    torch.testing.assert_close(squares[0], expected.permute(2, 0, 1))
+
+
+def test_links_stay_in_the_folder(dog, tmp_path):
+    (dog / "d.png").symlink_to("b.png")
+    assert len(load_pictures(dog, "sks")) == 4
+    painted(tmp_path / "elsewhere.png")
+    (dog / "e.png").symlink_to(tmp_path / "elsewhere.png")
+    with pytest.raises(DataError, match=r"instance_data_dir names e\.png, which lies outside"):
+        load_pictures(dog, "sks")
+    (dog / "e.png").unlink()
+    (tmp_path / "secret").write_text("a secret")
+    for name in "Abcd":
+        (dog / f"{name}.txt").write_text("a dog")
+    (dog / "c.txt").unlink()
+    (dog / "c.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(DataError, match=r"c\.webp names c\.txt, which lies outside"):
+        load_pictures(dog)
+
+
+def test_pipes_are_not_opened(dog):
+    os.mkfifo(dog / "e.png")
+    with pytest.raises(DataError, match=r"e\.png is a pipe and no file"):
+        load_pictures(dog, "sks")
+    (dog / "e.png").unlink()
+    os.mkfifo(dog / "b.txt")
+    with pytest.raises(DataError, match=r"b\.txt is a pipe and no file|A\.txt is missing"):
+        load_pictures(dog)
+
+
+def test_a_strip_that_no_square_can_be_cut_from(tmp_path):
+    painted(tmp_path / "a.png", size=(4000, 1))
+    with pytest.raises(DataError, match=r"a\.png: the picture is 4000 × 1, too narrow") as problem:
+        open_picture(Picture(tmp_path / "a.png", ""), 512)
+    message(problem)
 
 
 def test_captions_beside_the_pictures(dog):
@@ -104,8 +188,8 @@ def test_bad_folders(dog, tmp_path):
     with pytest.raises(DataError, match="is empty") as problem:
         load_pictures(tmp_path / "empty", "sks")
     message(problem)
-    (tmp_path / "empty" / "a.gif").touch()
-    with pytest.raises(DataError, match=r"has no pictures but a\.gif; png, jpg") as problem:
+    (tmp_path / "empty" / "a.heic").touch()
+    with pytest.raises(DataError, match=r"has no pictures but a\.heic; .*png, jpg") as problem:
         load_pictures(tmp_path / "empty", "sks")
     message(problem)
 
@@ -121,6 +205,7 @@ def test_a_broken_picture_is_named(dog, content):
 
 
 def test_few_small_and_mixed_pictures_are_said(dog, tmp_path, capsys):
+    dog = clean(dog, "clean")
     load_pictures(dog, "sks", resolution=60)
     assert said(capsys) == ""
     load_pictures(dog, "sks", resolution=64)

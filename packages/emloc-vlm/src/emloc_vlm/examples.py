@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from emloc.errors import DataError
-from emloc_vlm.images import ImageRef
+from emloc_vlm.images import ImageRef, image_source
 
 PLACEHOLDER = "<image>"
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
@@ -68,7 +68,7 @@ def example_of(row: Mapping[str, Any], where: str, folder: Path) -> Example:
     references = [str(a) for a in _listed(answer)] or [_text(turns[-1])]
     return Example(
         turns,
-        tuple(ImageRef(_source(source, folder, where), where) for source in sources),
+        tuple(ImageRef(image_source(source, folder, where), where) for source in sources),
         tuple(references),
         row.get("options") or {},
         row.get("kind"),
@@ -81,20 +81,6 @@ def _listed(value: Any) -> list[Any]:
     if value is None or value == "":
         return []
     return list(cast("list[Any]", value)) if isinstance(value, (list, tuple)) else [value]
-
-
-def _source(source: Any, folder: Path, where: str) -> Any:
-    """A path, bytes or PIL image out of what a column holds."""
-    if isinstance(source, Mapping):
-        entry = cast("Mapping[str, Any]", source)
-        source = entry.get("bytes") or entry.get("path")
-    if isinstance(source, (str, Path)):
-        if str(source).startswith(("http://", "https://")):
-            raise DataError(f"{where}: the image {source} is an address; download it first.")
-        return folder / source
-    if source is None:
-        raise DataError(f"{where}: an image entry names no image.")
-    return source
 
 
 def _from_table(row: Mapping[str, Any]) -> list[dict[str, Any]]:

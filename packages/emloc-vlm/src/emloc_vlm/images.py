@@ -1,13 +1,24 @@
-"""One image of a data set: where it is, and how it is opened."""
+"""One image of a data set: what a row may say of it, and how it is opened."""
 
-import io
+import base64
+import binascii
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, cast
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from emloc.errors import DataError
+from emloc.integrations.pictures import read_picture
+from emloc.named_files import named_path
+
+Source: TypeAlias = Path | bytes | Image.Image
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_SHOWN = 200
+"""Characters of a text that messages show: somebody's base64 may be megabytes."""
 
 
 @dataclass(frozen=True)
@@ -19,31 +30,99 @@ class ImageRef:
         where: file and line, or data set and row, for messages.
     """
 
-    source: Any
+    source: Source
     where: str
 
     def open(self) -> Image.Image:
-        """The image in RGB.
+        """The image in RGB (`emloc.integrations.pictures`).
 
         Raises:
-            DataError: missing or not an image; names file and line.
+            DataError: missing, not an image, or too large; names file and line.
         """
+        name = _short(str(self.source)) if isinstance(self.source, Path) else "in the row"
         try:
-            if isinstance(self.source, Image.Image):
-                return self.source.convert("RGB")
-            content: Any = (
-                io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
+            return read_picture(
+                self.source,
+                f"{self.where}: the image {name}",
+                "replace it, or pass on_bad_image=skip",
             )
-            with Image.open(content) as image:
-                return image.convert("RGB")
         except FileNotFoundError as problem:
             raise DataError(
-                f"{self.where}: there is no image {self.source}; correct the path, set image_folder, or "
-                f"pass on_bad_image=skip."
+                f"{self.where}: there is no image {name}; correct the path, set image_folder, or pass "
+                f"on_bad_image=skip."
             ) from problem
-        except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as problem:
-            name = self.source if isinstance(self.source, (str, Path)) else "in the row"
+
+
+def image_source(source: Any, folder: Path, where: str) -> Source:
+    """The path, bytes or PIL image that an entry of a row means; nothing is opened.
+
+    Args:
+        source: a path in `folder`, a `data:` address with base64, the bytes of a file, a PIL image, or
+            the mapping of `bytes` and `path` that the datasets library stores.
+        folder: where paths begin, and what they stay inside of.
+        where: file and line, for messages.
+
+    Raises:
+        DataError: it is none of these, an address, or a path that leads out of the folder.
+    """
+    if isinstance(source, Mapping):
+        entry = cast("Mapping[str, Any]", source)
+        content, path = entry.get("bytes"), entry.get("path")
+        if isinstance(content, (bytes, bytearray, memoryview)):
+            return bytes(content)
+        if content is not None or not isinstance(path, (str, Path)):
             raise DataError(
-                f"{self.where}: the image {name} cannot be read "
-                f"({str(problem).strip().splitlines()[0]}); replace it, or pass on_bad_image=skip."
-            ) from problem
+                f"{where}: an image entry has the keys {_short(', '.join(map(str, entry)))} and neither "
+                f"bytes nor a path in them; correct the row."
+            )
+        source = path
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    if isinstance(source, Image.Image):
+        return source
+    if not isinstance(source, (str, Path)):
+        raise DataError(
+            f"{where}: an image entry is {_short(repr(source))}, where a path, bytes or a picture should "
+            f"be; correct the row."
+        )
+    name = str(source)
+    if name.lower().startswith("data:"):
+        return _decoded(name, where)
+    if _ADDRESS.match(name):
+        raise DataError(
+            f"{where}: the image {_short(name)} is an address; download it first and name the file."
+        )
+    if ".." in Path(name).parts or (Path(name).is_absolute() and not _is_below(name, folder)):
+        raise DataError(
+            f"{where}: the image {_short(name)} lies outside of {folder}; set image_folder to a folder that "
+            f"holds all images, and name them from there."
+        )
+    return named_path(folder, name, where, DataError)
+
+
+def _is_below(name: str, folder: Path) -> bool:
+    """By name, or once links are followed; where a name inside leads is `named_path`'s matter."""
+    path, home = Path(name), folder.resolve()
+    if path.is_relative_to(folder.absolute()) or path.is_relative_to(home):
+        return True
+    try:
+        return path.resolve().is_relative_to(home)
+    except (OSError, RuntimeError, ValueError):  # a link in a circle, a name too long
+        return False
+
+
+def _decoded(address: str, where: str) -> bytes:
+    head, comma, content = address.partition(",")
+    try:
+        if not comma or not head.lower().endswith(";base64"):
+            raise binascii.Error("not base64")
+        return base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError) as problem:
+        raise DataError(
+            f"{where}: the image {_short(address)} is a data: address without valid base64; correct the "
+            f"row."
+        ) from problem
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"

@@ -5,22 +5,23 @@ before the model is loaded and not an hour later.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from rich.markup import escape
 from torch import Tensor
 
 from emloc.errors import ConfigError, DataError
+from emloc.integrations.pictures import PIXEL_LIMIT, read_picture
 from emloc.progress import console
+from emloc_diffusion.data.folder import picture_files, some
 from emloc_diffusion.data.prompts import read_caption
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FEW = 3
 
 
@@ -85,7 +86,7 @@ def load_pictures(
             f"class_data_dir and instance_data_dir are both {instance_dir}; the pictures of the class "
             f"must be others than those of the subject."
         )
-    files = _files(instance_dir, "instance_data_dir")
+    files = picture_files(instance_dir, "instance_data_dir", instance_prompt is None)
     pictures = [
         Picture(path, read_caption(path) if instance_prompt is None else instance_prompt)
         for path in files
@@ -97,11 +98,11 @@ def load_pictures(
         )
     blank = [picture.path.name for picture in pictures if not picture.caption.strip()]
     if blank:
-        console.print(f"[yellow]warning:[/] {len(blank)} captions are empty: {_some(blank)}")
+        console.print(f"[yellow]warning:[/] {len(blank)} captions are empty: {some(blank)}")
     if class_data_dir is not None and class_prompt is not None:
         pictures += [
             Picture(path, class_prompt, is_prior=True)
-            for path in _files(Path(class_data_dir), "class_data_dir")
+            for path in picture_files(Path(class_data_dir), "class_data_dir", False)
         ]
     sizes = {picture.path: read_upright(picture.path).size for picture in pictures}
     _say_sizes(sizes, resolution)
@@ -125,13 +126,18 @@ def open_picture(
         generator: of the random place and flip; None takes Python's own.
 
     Raises:
-        DataError: the file is missing or broken; names it.
+        DataError: the file is missing or broken, or far too narrow; names it.
     """
     draw: Any = generator or random
     image = read_upright(picture.path)
     width, height = image.size
     scale = resolution / min(width, height)
     resized = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+    if resized[0] * resized[1] > PIXEL_LIMIT:
+        raise DataError(
+            f"{picture.path}: the picture is {width} × {height}, too narrow to be cut to a square of "
+            f"{resolution} pixels; cut it yourself or take it out of the folder."
+        )
     if resized != image.size:
         image = image.resize(resized, Image.Resampling.LANCZOS)
     if random_flip and draw.random() < 0.5:
@@ -150,47 +156,9 @@ def read_upright(path: Path) -> Image.Image:
         DataError: the file is missing or broken; names it.
     """
     try:
-        with Image.open(path) as opened:
-            opened.load()
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16 bits of grey; PIL would clip instead of scale
-                grey = np.asarray(image).astype(np.float32) / 257.0
-                image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            return image.convert("RGB")
+        return read_picture(path, f"{path}: the picture", "replace it or take it out of the folder")
     except FileNotFoundError as problem:
         raise DataError(f"{path}: there is no such picture any more.") from problem
-    except (
-        OSError, ValueError, SyntaxError, EOFError, UnidentifiedImageError, Image.DecompressionBombError
-    ) as problem:  # fmt: skip
-        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        raise DataError(
-            f"{path}: the picture cannot be read ({reason}); replace it or take it out of the folder."
-        ) from problem
-
-
-def _files(folder: Path, option: str) -> list[Path]:
-    """The picture files of a folder, by name."""
-    if not folder.is_dir():
-        raise DataError(f"{option}: there is no folder {folder}; correct the path.")
-    try:
-        visible = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-    except OSError as problem:
-        raise DataError(
-            f"{option}: the folder {folder} cannot be read ({problem.strerror}); correct its permissions."
-        ) from problem
-    if not visible:
-        raise DataError(f"{option}: the folder {folder} is empty; put pictures into it.")
-    files = [path for path in visible if path.suffix.lower() in SUFFIXES and path.is_file()]
-    if not files:
-        raise DataError(
-            f"{option}: the folder {folder} has no pictures but {_some([p.name for p in visible])}; "
-            f"{', '.join(suffix[1:] for suffix in SUFFIXES)} files are read."
-        )
-    return files
 
 
 def _say_sizes(sizes: Mapping[Path, tuple[int, int]], resolution: int | None) -> None:
@@ -210,8 +178,3 @@ def _say_sizes(sizes: Mapping[Path, tuple[int, int]], resolution: int | None) ->
             f"the pictures have {len(set(sizes.values()))} different sizes; each is resized by its "
             f"shorter side and cut to a square"
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first names."""
-    return escape(", ".join(names[:3]) + (", …" if len(names) > 3 else ""))

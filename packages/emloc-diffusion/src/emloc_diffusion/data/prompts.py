@@ -9,6 +9,7 @@ from typing import Any
 from rich.markup import escape
 
 from emloc.errors import ConfigError, DataError
+from emloc.named_files import named_path
 from emloc.progress import console
 
 # Words that say how a subject is shown, never which one it is.
@@ -26,9 +27,10 @@ def read_caption(picture: Path) -> str:
     """The text of `name.txt` beside `name.png`, on one line.
 
     Raises:
-        DataError: there is no such file, or it is not UTF-8; names it.
+        DataError: there is no such file, it is a link out of the folder or a pipe, or not UTF-8; names it.
     """
-    path = picture.with_suffix(".txt")
+    name = picture.with_suffix(".txt").name
+    path = named_path(picture.parent, name, f"{picture.parent}, {picture.name}", DataError)
     try:
         return " ".join(path.read_text(encoding="utf-8-sig").split())
     except FileNotFoundError as problem:

@@ -9,6 +9,7 @@ from PIL import Image
 from emloc.config import DemoConfig
 from emloc.demos.four_ways import FourWays
 from emloc.demos.report import plot, print_table, write_summary
+from emloc_diffusion.data.images import read_upright
 from emloc_diffusion.demo.base import trained_base
 from emloc_diffusion.demo.small_stable_diffusion import PIXELS
 from emloc_diffusion.demo.subject import MEASURE, draw_subject, fidelity
@@ -58,7 +59,7 @@ def run_demo(config: DemoConfig) -> Path:
     )
     ways.make()
     scores = ways.score()
-    subject = [Image.open(path) for path in sorted(held_out.glob("*.png"))]
+    subject = [read_upright(path) for path in sorted(held_out.glob("*.png"))]
     pipeline = load_pipeline(Path(base))
     drawn: dict[str, list[Image.Image]] = {}
     for name, adapter in ways.adapters.items():

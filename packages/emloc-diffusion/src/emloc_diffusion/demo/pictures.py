@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from emloc_diffusion.data.images import read_upright
 from emloc_diffusion.demo.small_stable_diffusion import PIXELS
 
 SMALLEST = 14
@@ -56,10 +57,10 @@ def close_ups(paths: Iterable[Path], each: int, seed: int) -> tuple[Tensor, list
     found: list[np.ndarray] = []
     origins: list[Path] = []
     for path in paths:
-        with Image.open(path) as picture:
-            for _ in range(each):
-                cut = close_up(picture, draw)
-                if cut is not None:
-                    found.append(np.asarray(cut))
-                    origins.append(path)
+        picture = read_upright(path)
+        for _ in range(each):
+            cut = close_up(picture, draw)
+            if cut is not None:
+                found.append(np.asarray(cut))
+                origins.append(path)
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).float() / 127.5 - 1, origins

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 from huggingface_hub import constants, snapshot_download
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel, ViTModel
@@ -26,6 +26,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from emloc.checkpoint import read_json
 from emloc.errors import CheckpointError, DataError, DependencyError
+from emloc.integrations.pictures import read_picture
 
 ClassToken: TypeAlias = tuple[Callable[[Tensor], Tensor], int]
 """Pixels to class tokens, and the side of the pictures in pixels."""
@@ -312,8 +313,10 @@ def _rgb(images: Sequence[Image.Image]) -> Sequence[Image.Image]:
             raise DataError(
                 f"Picture {place} is a {type(image).__name__}; open it with PIL.Image.open first."
             )
-    # Cameras turn pictures by a tag only.
-    return [ImageOps.exif_transpose(image).convert("RGB") for image in images]
+    return [
+        read_picture(image, f"Picture {place}", "leave it out")
+        for place, image in enumerate(images)
+    ]
 
 
 def _pixels(prepare: Any, images: Sequence[Image.Image], device: str) -> Tensor:

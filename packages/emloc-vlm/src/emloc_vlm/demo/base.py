@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from PIL import Image
 from torch import Tensor
 
 from emloc.cache import cache_folder
@@ -29,6 +28,7 @@ from emloc_vlm.demo.small_internvl import (
     small_model,
     small_processor,
 )
+from emloc_vlm.images import ImageRef
 
 Loss = Callable[[], Tensor]
 
@@ -69,7 +69,7 @@ def _train(recipe: Recipe, folder: Path) -> None:
     processor = small_processor(text for q in asked for text in (q.text, q.answer))
     paths = sorted({q.image for q in asked})
     pictures = processor.image_processor(
-        [Image.open(path).convert("RGB") for path in paths], return_tensors="pt"
+        [ImageRef(path, str(path)).open() for path in paths], return_tensors="pt"
     )["pixel_values"]
     number = {path: index for index, path in enumerate(paths)}
     with torch.random.fork_rng():

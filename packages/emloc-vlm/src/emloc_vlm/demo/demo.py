@@ -42,7 +42,7 @@ def run_demo(config: DemoConfig) -> Path:
         out=out,
         train_data=str(write_table(out / "train.jsonl", fresh)),
         test_data=str(write_table(out / "test.jsonl", unseen)),
-        data={"seed": config.seed},
+        data={"seed": config.seed, "image_folder": str(easy_vqa())},
         compress={
             "keep_ratio": config.keep_ratio or KEEP_RATIO,
             "num_calibration_samples": 64,
@@ -57,6 +57,7 @@ def run_demo(config: DemoConfig) -> Path:
         model_name_or_path=base,
         dataset=str(write_table(out / "own.jsonl", own)),
         output_dir=out / "evaluation" / "base_own",
+        image_folder=easy_vqa(),
         **ways.evaluate,
     )
     rows = ways.rows(scores)

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from PIL import Image
+
+from emloc_vlm.images import ImageRef
 
 SHOWN = 8
 
@@ -24,8 +25,7 @@ def draw_samples(
     count = min(SHOWN, len(images))
     figure, axes = plt.subplots(1, count, figsize=(2.3 * count, 3.6), squeeze=False)
     for index, axis in enumerate(axes[0]):
-        with Image.open(images[index]) as image:
-            axis.imshow(image.convert("RGB"))
+        axis.imshow(ImageRef(images[index], str(images[index])).open())
         axis.axis("off")
         question = next(iter(answers.values()))[index]["question"]
         axis.set_title(question, fontsize=8, wrap=True)
