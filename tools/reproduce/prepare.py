@@ -14,6 +14,7 @@ Each prints the path of what it made. MathQA's FOLDER holds `dev.json` and `test
 import argparse
 import json
 import re
+import shutil
 from pathlib import Path
 
 from emloc.output import write_text
@@ -105,7 +106,8 @@ def easy_vqa(source: Path | None, out: Path | None) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
         chosen = [q for q in questions(easy_vqa(), split) if q.names_a_color]
-        write_table(out / f"{split}.jsonl", chosen)
+        write_table(out / f"{split}.jsonl", chosen, easy_vqa())
+        shutil.copytree(easy_vqa() / split / "images", out / split / "images", dirs_exist_ok=True)
     return out
 
 

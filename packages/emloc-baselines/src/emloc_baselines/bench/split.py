@@ -31,7 +31,8 @@ def split_rows(
             f"of its own, for example validation: {{dataset: FILE}}, or validation_samples: 0 and one "
             f"learning rate."
         )
-    rows = [line for line in source.read_text("utf-8").splitlines() if line.strip()]
+    # JSON may have separators in it at which `splitlines` would cut a row in two.
+    rows = [line for line in source.read_text("utf-8-sig").split("\n") if line.strip()]
     if len(rows) <= validation_samples:
         raise DataError(
             f"{source} has {len(rows)} rows; validation_samples asks for {validation_samples}."

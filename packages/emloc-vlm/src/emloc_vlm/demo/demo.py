@@ -33,16 +33,17 @@ def run_demo(config: DemoConfig) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     base = config.model_name_or_path or str(trained_base())
     steps, count = config.max_steps or MAX_STEPS, config.num_samples or NUM_SAMPLES
-    train, test = (questions(easy_vqa(), split) for split in ("train", "test"))
+    images = easy_vqa()
+    train, test = (questions(images, split) for split in ("train", "test"))
     fresh = draw([q for q in train if q.names_a_color], steps * BATCH, config.seed)
     unseen = draw([q for q in test if q.names_a_color], count, config.seed)
     own = draw([q for q in test if q.about_shape], count, config.seed)
     ways = FourWays(
         base=base,
         out=out,
-        train_data=str(write_table(out / "train.jsonl", fresh)),
-        test_data=str(write_table(out / "test.jsonl", unseen)),
-        data={"seed": config.seed, "image_folder": str(easy_vqa())},
+        train_data=str(write_table(out / "train.jsonl", fresh, images)),
+        test_data=str(write_table(out / "test.jsonl", unseen, images)),
+        data={"seed": config.seed, "image_folder": str(images)},
         compress={
             "keep_ratio": config.keep_ratio or KEEP_RATIO,
             "num_calibration_samples": 64,
@@ -55,9 +56,9 @@ def run_demo(config: DemoConfig) -> Path:
     scores = ways.score()
     known = emloc.evaluate(
         model_name_or_path=base,
-        dataset=str(write_table(out / "own.jsonl", own)),
+        dataset=str(write_table(out / "own.jsonl", own, images)),
         output_dir=out / "evaluation" / "base_own",
-        image_folder=easy_vqa(),
+        image_folder=images,
         **ways.evaluate,
     )
     rows = ways.rows(scores)

@@ -90,9 +90,16 @@ def questions(folder: Path, split: str) -> list[Question]:
     ]
 
 
-def write_table(path: Path, chosen: Sequence[Question]) -> Path:
-    """`image, question, answer` as JSONL, as anybody's data might be."""
-    rows = [{"image": str(q.image), "question": q.text, "answer": q.answer} for q in chosen]
+def write_table(path: Path, chosen: Sequence[Question], folder: Path) -> Path:
+    """`image, question, answer` as JSONL, as anybody's data might be.
+
+    Args:
+        folder: where the images' names begin.
+    """
+    rows = [
+        {"image": str(q.image.relative_to(folder)), "question": q.text, "answer": q.answer}
+        for q in chosen
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
