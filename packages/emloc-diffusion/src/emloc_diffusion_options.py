@@ -57,7 +57,9 @@ class PictureOptions(_Aliased):
     instance_prompt: str | None = Field(
         None, description="caption of every picture; by default name.txt beside name.png"
     )
-    class_data_dir: Path | None = Field(None, description="pictures of the class, to preserve it")
+    class_data_dir: Annotated[Path | None, NamesFiles()] = Field(
+        None, description="pictures of the class, to preserve it"
+    )
     class_prompt: str | None = Field(None, description="caption of those")
     resolution: int = Field(512, ge=8, description="side of the square that pictures become")
     random_flip: bool = Field(False, description="train on mirrored pictures as well")

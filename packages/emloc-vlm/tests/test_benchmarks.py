@@ -6,6 +6,7 @@ import pytest
 
 from emloc.errors import DataError
 from emloc_vlm.benchmarks import read_benchmark
+from emloc_vlm.rows import VisualOptions, load_examples
 from emloc_vlm.scoring import METRICS
 
 PMC_1 = (
@@ -59,7 +60,7 @@ def rows(path: Path, image_folder: Path | None = None) -> list[dict[str, Any]]:
     found = read_benchmark(path, image_folder)
     assert found is not None
     for row in found:
-        assert Path(row["image"]).is_absolute()
+        assert isinstance(row["image"], bytes) or Path(row["image"]).is_absolute()
         assert row["metric"] in METRICS
         # The right answer gets full marks from the benchmark's own metric.
         answered = {**row, "reference": row["answer"], "prediction": row["answer"]}
@@ -318,11 +319,145 @@ def test_what_is_no_text_file_is_left_to_other_readers(tmp_path: Path):
         ("a.json", [RAD[0], {**RAD[1], "answer_type": "YES"}], "row 2: answer_type is 'yes', neither"),
         ("a.json", [RAD[0], {**RAD[1], "answer": float("nan")}], "row 2: answer is no text"),
         ("a.json", [RAD[0], None], "row 2: this is no object"),
+        ("a.json", [RAD[0], {**RAD[1], "answer": 4.0}], "row 2: answer is the number 4.0, which may"),
+        ("a.json", [RAD[0], {**RAD[1], "answer": True}], "row 2: answer is no text"),
+        ("a.json", [RAD[0], {**RAD[1], "answer": ["4"]}], "row 2: answer is no text"),
+        ("a.jsonl", lines(RAD[0], {**RAD[1], "question": None}), "line 2: question is missing"),
+        ("a.csv", WEBSRC.replace("answer,element_id", "id,element_id"), None),
+        ("a.csv", WEBSRC.replace("answer_start", "answer"), "line 1: there are two columns 'answer'"),
+        ("a.csv", PMC_1.replace("A:Diffuse uptake", "A: Focal uptake ").replace(",Answer_label", "")
+         .replace(",B\n", "\n"), "line 2: the answer 'Focal uptake' is none of the choices"),
+        ("a.csv", PMC_1.replace(",Answer_label", "").replace(",B\n", "\n").replace("Focal uptake, A", "B, A")
+         .replace("C:None", "C: B"), "line 2: the answer 'B' is one choice's letter and another's text"),
+        ("a.jsonl", lines({"qa_id": 7, "question": "q", "options": ["a", None], "mcq_answer_index": 0,
+                           "answer": "a", "image_path": "a.png"}), "line 1: an option is no text"),
     ],
 )  # fmt: skip
-def test_a_malformed_row_is_named(tmp_path: Path, name: str, content: Any, message: str):
+def test_a_malformed_row_is_named(tmp_path: Path, name: str, content: Any, message: str | None):
     path = write(tmp_path / name, content)
+    if message is None:  # not the benchmark's columns
+        assert read_benchmark(path) is None
+        return
     with pytest.raises(DataError) as error:
         read_benchmark(path)
     assert str(error.value).startswith(f"{path}, {message}")
     assert str(error.value).endswith(" or remove it.")
+
+
+@pytest.mark.parametrize(
+    "answer", ["1.50", "007", "NA", "None", "nan", "2024-01-02", "True", "1e3"]
+)
+def test_answers_are_the_texts_of_the_file(tmp_path: Path, answer: str):
+    row = {**RAD[1], "answer": answer}
+    assert rows(write(tmp_path / "a.json", [row]))[0]["answer"] == answer
+    assert rows(write(tmp_path / "a.jsonl", lines(row)))[0]["answer"] == answer
+    table = f"id,question,answer,element_id\nmo040009941265,What?,{answer},1\n"
+    assert rows(write(tmp_path / "dataset.csv", table))[0]["answer"] == answer
+
+
+def test_numbers_keep_the_digits_of_the_file(tmp_path: Path):
+    row = lines({**RAD[1], "answer": 0}).replace('"answer": 0', '"answer": 2.50')
+    assert rows(write(tmp_path / "a.jsonl", row))[0]["answer"] == "2.50"
+    assert rows(write(tmp_path / "b.jsonl", lines({**RAD[1], "answer": 40})))[0]["answer"] == "40"
+
+
+def test_answers_that_a_table_has_turned_are_refused(tmp_path: Path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    kept = [{**row, "answer_type": str(row["answer_type"])} for row in RAD]
+    for answers, wrong in (([1.0, None], "the number 1.0"), ([2.5, 1.0], "the number 2.5")):
+        table = [{**row, "answer": answer} for row, answer in zip(kept, answers)]
+        parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "a.parquet")
+        with pytest.raises(DataError, match=f"row 1: answer is {wrong}"):
+            read_benchmark(tmp_path / "a.parquet")
+
+
+def test_a_choice_may_be_nought(tmp_path: Path):
+    row = {"Figure_path": "a.jpg", "Question": "How many?", "Answer": "A", "Choice A": 0, "Choice B": 1,
+           "Choice C": None, "Choice D": float("nan")}  # fmt: skip
+    assert rows(write(tmp_path / "a.jsonl", lines(row)))[0]["options"] == {"A": "0", "B": "1"}
+
+
+def test_worldcuisines_without_ids_shares_no_answers(tmp_path: Path):
+    path = write(
+        tmp_path / "a.jsonl", lines(cuisine(qa_id=None), cuisine(qa_id=None, answer="Okpa"))
+    )
+    assert [r["answer"] for r in rows(path) if r["kind"] == "open"] == ["Moin moin", "Okpa"]
+
+
+def test_what_most_people_said_is_trained_on(vqa: Path):
+    annotations = vqa / "v2_mscoco_val2014_annotations.json"
+    said = ["web", "net", "net", "mesh", "net", "web", 3, "net", "web", "net"]
+    content = json.loads(annotations.read_text())
+    content["annotations"][0]["answers"] = [{"answer": answer} for answer in said]
+    write(annotations, content)
+    [row] = rows(annotations)
+    assert row["answer"] == ["net"] * 5 + ["web"] * 3 + ["mesh", "3"]
+    for broken in (None, [], ["net"], [{"answer": None}]):
+        content["annotations"][0]["answers"] = broken
+        with pytest.raises(DataError, match=r"questions\.json, row 1: "):
+            read_benchmark(write(annotations, content))
+
+
+def test_images_stay_in_their_folder(tmp_path: Path):
+    for name in ("../secret.jpg", "/etc/passwd", "https://x/a.jpg", "images/../../a.jpg"):
+        row = {"image": name, "question": "?", "answer": "a", "answer_type": "OPEN"}
+        with pytest.raises(DataError, match=r"a\.jsonl, line 1: the image .* (outside|address)"):
+            read_benchmark(write(tmp_path / "a.jsonl", lines(row)))
+
+
+def test_images_in_the_rows_themselves(tmp_path: Path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    row = {"image": {"bytes": b"content", "path": "a.jpg"}, "question": "?", "answer": "a",
+           "answer_type": "OPEN"}  # fmt: skip
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    assert rows(tmp_path / "a.parquet")[0]["image"] == b"content"
+
+
+def test_a_folder_by_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    image = write(tmp_path / "data/images/a.jpg", "")
+    row = {"image": "a.jpg", "question": "?", "answer": "a", "answer_type": "OPEN"}
+    write(tmp_path / "data/a.jsonl", lines(row))
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert rows(Path("../data/a.jsonl"))[0]["image"] == str(image)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"answer_type": "free-form"}, {"answer_type": 3}, {"messages": []}, {"conversations": []}],
+)
+def test_a_table_of_ones_own_is_no_benchmark(tmp_path: Path, changes: dict[str, Any]):
+    row = {"image": "a.jpg", "question": "?", "answer": "a", "answer_type": "OPEN", **changes}
+    assert read_benchmark(write(tmp_path / "a.jsonl", lines(row))) is None
+
+
+def test_what_a_file_is_taken_for_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows(write(tmp_path / "a.json", RAD))
+    assert "is read as VQA-RAD, by its columns" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("split", "expected"), [("train", ["Yes"]), ("test", ["4"]), ("", ["4"])])
+def test_train_and_test_of_one_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str, expected: list[str]
+):
+    path = write(tmp_path / "a.json", RAD)
+    examples = load_examples(VisualOptions(dataset=str(path)), str(path), split)
+    assert [example.references[0] for example in examples] == expected
+    assert "holds 1 train and 1 test rows" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(DataError, match="no rows of split 'validation'"):
+        load_examples(VisualOptions(dataset=str(path)), str(path), "validation")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_later_row_in_another_encoding(tmp_path: Path, encoding: str):
+    first, second = lines(RAD[0]).encode(), lines({**RAD[1], "answer": "café"}).encode(encoding)
+    (tmp_path / "a.jsonl").write_bytes(first + second)
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: this is (not in UTF-8|no JSON)"):
+        read_benchmark(tmp_path / "a.jsonl")
+    many = WEBSRC + "mo040006527817,a?,yes,1,1\n" * 5000
+    table = many.encode() + "mo040006527817,café?,yes,1,1\n".encode("latin-1")
+    (tmp_path / "a.csv").write_bytes(table)
+    with pytest.raises(DataError, match="this is not in UTF-8"):
+        read_benchmark(tmp_path / "a.csv")

@@ -1,6 +1,6 @@
 """Vision-language models: any `AutoModelForImageTextToText` whose towers hold `nn.Linear`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from emloc.checkpoint import Checkpoint
-from emloc.config import CalibrationOptions, DemoConfig, EvaluateConfig, TrainConfig
+from emloc.config import CalibrationOptions, DataOptions, DemoConfig, EvaluateConfig, TrainConfig
 from emloc.family import Batch, EmulatorLayers, LossSum, StoredParameter
 from emloc.integrations.transformers.conversion import stored_parameter
 from emloc.integrations.transformers.loss import next_token_loss
@@ -22,11 +22,12 @@ from emloc.integrations.transformers.skeleton import (
 )
 from emloc.planning.described import Described
 from emloc_vlm.calibration import calibration_batches, patch_mask, without_patch_mask
+from emloc_vlm.data_files import files_of_rows
 from emloc_vlm.internvl_chat import is_internvl_chat, native_view
 from emloc_vlm.internvl_chat_config import native_config
 from emloc_vlm.parts import part_of
 from emloc_vlm.planned import PlannedVLM
-from emloc_vlm.rows import CalibrationVisualOptions
+from emloc_vlm.rows import CalibrationVisualOptions, VisualOptions
 
 
 class VLMFamily(PlannedVLM):
@@ -98,6 +99,10 @@ class VLMFamily(PlannedVLM):
     def emulator_config(self, checkpoint: Checkpoint, layers: EmulatorLayers) -> dict[str, Any]:
         """See `ModelFamily`."""
         return emulator_config(checkpoint, layers)
+
+    def data_files(self, options: DataOptions, dataset: str, split: str) -> Iterable[Path]:
+        """See `NamesDataFiles`: images, and what a meta file or a benchmark's puts beside it."""
+        return files_of_rows(cast(VisualOptions, options), dataset, split)
 
     def train(self, config: TrainConfig, work: Path) -> dict[str, Any]:
         """See `ModelFamily`; `emloc_vlm.training`."""

@@ -21,7 +21,7 @@ from emloc.config import CalibrationOptions, DataOptions
 from emloc.errors import ConfigError, DataError
 from emloc.integrations.transformers.tables import dataset_names, load_table, mix, shares
 from emloc.progress import console
-from emloc_vlm.benchmarks import read_benchmark
+from emloc_vlm.benchmarks import of_split, read_benchmark
 from emloc_vlm.examples import Example, example_of
 from emloc_vlm_options import ImageOptions
 
@@ -99,16 +99,19 @@ def _raw_rows(
 ) -> Iterator[tuple[Mapping[str, Any], str, Path]]:
     """Row, file and line, and the folder in which its image paths begin."""
     path = Path(name)
-    if path.is_file() and split not in ("train", ""):
+    found = None
+    if path.is_file() and not options.column_map:
+        found = read_benchmark(path, options.image_folder)
+    if found is not None and any("split" in row for row in found):
+        found = of_split(path, found, split)
+    elif path.is_file() and split not in ("train", ""):
         raise DataError(
             f"{name} is one file and has no split {split!r}; pass the file that holds it."
         )
-    if path.is_file() and not options.column_map:
-        found = read_benchmark(path, options.image_folder)
-        if found is not None:
-            for row in found:
-                yield row, f"{path}, line {row['line']}", path.parent
-            return
+    if found is not None:
+        for row in found:
+            yield row, f"{path}, line {row['line']}", path.parent
+        return
     if path.is_file() and path.suffix in (".json", ".jsonl", ".csv"):
         yield from _local_rows(path)
         return

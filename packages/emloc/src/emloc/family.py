@@ -4,7 +4,7 @@ Core streams, compresses, corrects and merges by tensor name; everything that de
 reads (text, images, latents) is behind `ModelFamily`.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from emloc.checkpoint import Checkpoint
-from emloc.config import CalibrationOptions, DemoConfig, EvaluateConfig, TrainConfig
+from emloc.config import CalibrationOptions, DataOptions, DemoConfig, EvaluateConfig, TrainConfig
 from emloc.convolution import as_matrix
 from emloc.targets import imported
 
@@ -160,6 +160,21 @@ class ModelFamily(Protocol):
 
     def write_example(self, folder: Path, seed: int) -> Mapping[str, Any]:
         """Save a tiny random model and data set; returns options that every stage accepts."""
+        ...
+
+
+@runtime_checkable
+class NamesDataFiles(Protocol):
+    """A family whose data sets name further files, such as pictures, which then belong to the data."""
+
+    def data_files(self, options: DataOptions, dataset: str, split: str) -> Iterable[Path]:
+        """The files that the rows of a local data set name, in any order; they need not exist.
+
+        Args:
+            options: of the stage that will read them.
+            dataset: of one name, a file or folder.
+            split: which part of it.
+        """
         ...
 
 

@@ -1,13 +1,20 @@
-"""Tables in CSV, JSON, JSONL and parquet as records that know where they stand."""
+"""Tables in CSV, JSON, JSONL and parquet as records that know where they stand.
+
+A cell is read as it stands in the file: JSON's numbers keep their digits, and what a table has turned on
+the way, such as an answer `1` into `1.0` because another row had none, is refused.
+"""
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, cast
 
 from emloc.errors import DataError
+from emloc_vlm.images import Source, image_source
 
 _ENCODING = "utf-8-sig"  # With or without a byte order mark.
 
@@ -38,26 +45,72 @@ class Record:
         """A cell that has to hold a text or a number.
 
         Raises:
+            DataError: it is missing, empty, a number that a table has turned, or something else.
+        """
+        value = self.cells.get(column)
+        if value is None:
+            raise self.wrong(f"{column} is missing")
+        text = self.as_text(value, column)
+        if not text:
+            raise self.wrong(f"{column} is empty")
+        return text
+
+    def as_text(self, value: Any, what: str) -> str:
+        """A text without space around it, or a number with the digits that it has in the file.
+
+        Raises:
+            DataError: it is neither, or a number that was another once.
+        """
+        if isinstance(value, str):
+            return value.strip()
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if isinstance(value, Decimal) and value.is_finite() and value != value.to_integral_value():
+            return str(value)
+        if isinstance(value, Decimal | float) and value == value:
+            raise self.wrong(
+                f"{what} is the number {value}, which may have been a text such as {value:g}"
+            )
+        raise self.wrong(f"{what} is no text")
+
+    def whole_number(self, column: str) -> str:
+        """A cell that has to hold a whole number, which tables turn into 2.0 where some row has none.
+
+        Raises:
             DataError: it is missing, empty or something else.
         """
         value = self.cells.get(column)
-        if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:
-            raise self.wrong(f"{column} is {'missing' if value is None else 'no text'}")
-        if not str(value).strip():
-            raise self.wrong(f"{column} is empty")
-        return str(value).strip()
+        if isinstance(value, Decimal | float) and float(value).is_integer():
+            return str(int(value))
+        return self.text(column).removesuffix(".0")
 
-    def image(self, name: str, *folders: str) -> str:
-        """The absolute path of an image in the first of the folders that has it, else in the first.
+    def has(self, column: str) -> bool:
+        """Whether the cell holds anything."""
+        value = self.cells.get(column)
+        if isinstance(value, str):
+            return bool(value.strip())
+        return value is not None and value == value  # NaN is a cell that a table has filled
+
+    def image(self, value: Any, *folders: str) -> Source | str:
+        """What a cell says of an image; a name becomes the absolute path in the first of the folders that
+        has it, else in the first.
 
         Whether there is an image says whoever opens it. Folders are inside the image folder.
+
+        Raises:
+            DataError: as `image_source`.
         """
-        here = (self.image_folder or self.path.parent).absolute()
-        candidates = [here / folder / name for folder in folders]
-        return str(next((path for path in candidates if path.is_file()), candidates[0]))
+        here = (self.image_folder or self.path.parent).resolve()
+        where = f"{self.path}, {self.unit} {self.number}"
+        source = image_source(value, here, where)
+        if not isinstance(source, Path):
+            return source
+        names = [str(Path(folder, value)) for folder in folders]
+        paths = [image_source(name, here, where) for name in names]
+        return str(next((p for p in paths if isinstance(p, Path) and p.is_file()), paths[0]))
 
     def row(
-        self, image: str, question: str, answer: str | list[str], metric: str
+        self, image: Source | str, question: str, answer: str | list[str], metric: str
     ) -> dict[str, Any]:
         """What every benchmark's row has."""
         return {
@@ -82,9 +135,13 @@ def open_document(path: Path) -> Any:
     if path.suffix != ".json" or not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding=_ENCODING))
-    except ValueError:
+        return _parsed(path.read_text(encoding=_ENCODING))
+    except (ValueError, RecursionError):
         return None
+
+
+def _parsed(text: str | bytes) -> Any:
+    return json.loads(text, parse_float=Decimal)
 
 
 def open_table(path: Path, document: Any = None) -> Table | None:
@@ -97,7 +154,7 @@ def open_table(path: Path, document: Any = None) -> Table | None:
         return None
     if isinstance(document, list):
         numbered = enumerate(cast("list[Any]", document), start=1)
-        records = (_record(path, number, "row", cells) for number, cells in numbered)
+        records = (as_record(path, number, "row", cells) for number, cells in numbered)
         return Table(_names(document[0] if document else None), records)
     try:
         if path.suffix == ".parquet":
@@ -108,7 +165,7 @@ def open_table(path: Path, document: Any = None) -> Table | None:
         if path.suffix in (".jsonl", ".json"):
             with path.open("rb") as file:
                 first = next((line for line in file if line.strip()), b"null")
-            return Table(_names(json.loads(first)), _jsonl(path))
+            return Table(_names(_parsed(first)), _jsonl(path))
     except (ImportError, OSError, ValueError, csv.Error):
         return None
     return None
@@ -122,7 +179,12 @@ def _names(first: Any) -> frozenset[str]:
     )
 
 
-def _record(path: Path, number: int, unit: str, cells: Any) -> Record:
+def as_record(path: Path, number: int, unit: str, cells: Any) -> Record:
+    """The row of a file.
+
+    Raises:
+        DataError: it is no object.
+    """
     if not isinstance(cells, dict):
         raise Record(path, number, unit, {}).wrong("this is no object with columns")
     return Record(path, number, unit, cast("dict[str, Any]", cells))
@@ -134,10 +196,12 @@ def _jsonl(path: Path) -> Iterator[Record]:
             if not line.strip():
                 continue
             try:
-                cells = json.loads(line)
-            except ValueError as problem:
+                cells = _parsed(line)
+            except UnicodeDecodeError as problem:
+                raise Record(path, number, "line", {}).wrong("this is not in UTF-8") from problem
+            except (ValueError, RecursionError) as problem:
                 raise Record(path, number, "line", {}).wrong("this is no JSON") from problem
-            yield _record(path, number, "line", cells)
+            yield as_record(path, number, "line", cells)
 
 
 def _csv(path: Path) -> Iterator[Record]:
@@ -151,13 +215,18 @@ def _csv(path: Path) -> Iterator[Record]:
                 begins = reader.line_num + 1
                 if not header:
                     header = cells
+                    twice = [name for name, count in Counter(header).items() if count > 1]
+                    if twice:
+                        raise record.wrong(f"there are two columns {twice[0]!r}")
                 elif cells and len(cells) != len(header):
                     raise record.wrong(
                         f"there are {len(cells)} cells for {len(header)} columns (quote cells with commas)"
                     )
                 elif cells:
                     yield record
-        except (csv.Error, UnicodeDecodeError) as problem:
+        except UnicodeDecodeError as problem:
+            raise Record(path, begins, "line", {}).wrong("this is not in UTF-8") from problem
+        except csv.Error as problem:
             raise Record(path, begins, "line", {}).wrong(f"this is no CSV ({problem})") from problem
 
 
@@ -166,5 +235,5 @@ def _parquet(path: Path) -> Table:
 
     file: Any = ParquetFile(path)
     rows = (cells for batch in file.iter_batches() for cells in batch.to_pylist())
-    records = (_record(path, number, "row", cells) for number, cells in enumerate(rows, start=1))
+    records = (as_record(path, number, "row", cells) for number, cells in enumerate(rows, start=1))
     return Table(frozenset(file.schema_arrow.names), records)

@@ -5,7 +5,7 @@ its letter in `Answer_label`, the images in `images/`; the second has the letter
 in `figures/`.
 """
 
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
 from emloc_vlm.benchmarks.files import Record
@@ -14,9 +14,17 @@ from emloc_vlm.scoring import normalise
 _CHOICES = {letter: f"Choice {letter}" for letter in "ABCD"}
 
 
+NAME = "PMC-VQA"
+
+
 def recognises(columns: Set[str]) -> bool:
     """Whether these are PMC-VQA's columns."""
     return columns >= {"Figure_path", "Question", "Answer", *_CHOICES.values()}
+
+
+def fits(cells: Mapping[str, Any]) -> bool:
+    """Whether the first row is one; no other tables have these columns."""
+    return True
 
 
 def rows(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
@@ -29,7 +37,7 @@ def rows(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
         options = {
             letter: text
             for letter, column in _CHOICES.items()
-            if (text := _without_letter(str(record.cells.get(column) or ""), letter))
+            if record.has(column) and (text := _without_letter(record.text(column), letter))
         }
         image = record.image(record.text("Figure_path"), "images", "figures", "images_2", "")
         letter = _right_letter(record, options)
@@ -39,9 +47,13 @@ def rows(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
 
 def _right_letter(record: Record, options: dict[str, str]) -> str:
     answer = record.text("Answer_label" if "Answer_label" in record.cells else "Answer")
-    if answer.upper() in options:
-        return answer.upper()
     same = [key for key, text in options.items() if normalise(text) == normalise(answer)]
+    if answer.upper() in options:
+        # Figures have panels A to D: the text of one choice may be the letter of another.
+        letters_only = "Answer_label" in record.cells or "Caption" in record.cells
+        if same and same != [answer.upper()] and not letters_only:
+            raise record.wrong(f"the answer {answer!r} is one choice's letter and another's text")
+        return answer.upper()
     if len(same) != 1:
         raise record.wrong(f"the answer {answer!r} is none of the choices")
     return same[0]

@@ -5,10 +5,13 @@ and test questions together, told apart by `phrase_type`; rows then have `split`
 are read too.
 """
 
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
 from emloc_vlm.benchmarks.files import Record
+
+NAME = "VQA-RAD"
+KINDS = ("closed", "open")
 
 
 def recognises(columns: Set[str]) -> bool:
@@ -16,6 +19,11 @@ def recognises(columns: Set[str]) -> bool:
     return columns >= {"question", "answer", "answer_type"} and bool(
         columns & {"image", "image_name"}
     )
+
+
+def fits(cells: Mapping[str, Any]) -> bool:
+    """Whether the first row is one, as `answer_type` is a name that others use too."""
+    return str(cells.get("answer_type")).strip().lower() in KINDS
 
 
 def rows(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
@@ -28,9 +36,9 @@ def rows(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
         if "image_name" in record.cells:
             image = record.image(record.text("image_name"), "VQA_RAD Image Folder", "images", "")
         else:
-            image = record.image(record.text("image"), "", "images")
+            image = record.image(record.cells.get("image"), "", "images")
         kind = record.text("answer_type").lower()
-        if kind not in ("closed", "open"):
+        if kind not in KINDS:
             raise record.wrong(f"answer_type is {kind!r}, neither OPEN nor CLOSED")
         row = record.row(image, record.text("question"), record.text("answer"), "vqa_rad")
         row["kind"] = kind

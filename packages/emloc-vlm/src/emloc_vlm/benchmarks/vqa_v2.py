@@ -4,12 +4,15 @@ The files are named `v2_OpenEnded_mscoco_val2014_questions.json` and `v2_mscoco_
 either one is enough to find the other. The images are COCO's, in a folder named for the subset.
 """
 
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from emloc.errors import DataError
-from emloc_vlm.benchmarks.files import Record, open_document
+from emloc_vlm.benchmarks.files import Record, as_record, open_document
+from emloc_vlm.images import Source
 
 _QUESTION = {"question_id", "image_id", "question"}
 _ANNOTATION = {"question_id", "answers"}
@@ -35,7 +38,9 @@ def rows(path: Path, document: Any, image_folder: Path | None) -> Iterator[dict[
         questions_path, questions = _other(path, "questions", _QUESTION)
         annotations = document
     answered: dict[Any, Any] = {
-        entry.get("question_id"): entry for entry in annotations["annotations"]
+        entry.get("question_id"): entry
+        for entry in annotations["annotations"]
+        if isinstance(entry, dict)
     }
     subset = questions.get("data_subtype") or annotations.get("data_subtype")
     if not isinstance(subset, str):
@@ -43,16 +48,36 @@ def rows(path: Path, document: Any, image_folder: Path | None) -> Iterator[dict[
             f"{questions_path} has no data_subtype, which names the images' folder; add it."
         )
     for number, cells in enumerate(questions["questions"], start=1):
-        record = Record(questions_path, number, "row", cells, image_folder)
+        record = replace(as_record(questions_path, number, "row", cells), image_folder=image_folder)
         annotation = answered.get(cells.get("question_id"), {})
-        answers = [str(entry["answer"]) for entry in annotation.get("answers", [])]
-        if not answers:
-            raise record.wrong("the question has no answers in the annotations")
+        answers = _answers(record, annotation.get("answers"))
         image = _image(record, subset)
         row = record.row(image, record.text("question"), answers, "vqa_accuracy")
         if "answer_type" in annotation:
             row["kind"] = str(annotation["answer_type"])
         yield row
+
+
+def files_beside(path: Path, document: Any) -> list[Path]:
+    """The annotations of questions, or the other way round.
+
+    Raises:
+        DataError: that file is missing or no such file.
+    """
+    asked = _entries(document, "questions", _QUESTION)
+    return [_other(path, *(("annotations", _ANNOTATION) if asked else ("questions", _QUESTION)))[0]]
+
+
+def _answers(record: Record, entries: Any) -> list[str]:
+    """What everybody asked has said; what most have comes first, as that is trained on."""
+    if not isinstance(entries, list) or not entries:
+        raise record.wrong("the question has no answers in the annotations")
+    answers: list[str] = []
+    for entry in cast("list[Any]", entries):
+        said = cast("dict[str, Any]", entry).get("answer") if isinstance(entry, dict) else None
+        answers.append(record.as_text(said, "an answer in the annotations"))
+    count = Counter(answers)
+    return sorted(answers, key=lambda answer: -count[answer])
 
 
 def _entries(document: Any, name: str, keys: set[str]) -> bool:
@@ -80,7 +105,7 @@ def _other(path: Path, name: str, keys: set[str]) -> tuple[Path, Any]:
     raise DataError(f"{path} needs the {name} beside it; put {names[0]} into {path.parent}.")
 
 
-def _image(record: Record, subset: str) -> str:
+def _image(record: Record, subset: str) -> Source | str:
     image_id = record.text("image_id")
     if not image_id.isdecimal():
         raise record.wrong(f"image_id is {image_id!r}, no number")

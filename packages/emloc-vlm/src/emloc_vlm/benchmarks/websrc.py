@@ -5,17 +5,26 @@ question's id are the page's. Tables with an `image` column say themselves where
 """
 
 import re
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
 from emloc_vlm.benchmarks.files import Record
+from emloc_vlm.images import Source
 
 _ID = re.compile(r"[a-z]{2}(\d{7})\d+")
+
+
+NAME = "WebSRC"
 
 
 def recognises(columns: Set[str]) -> bool:
     """Whether these are WebSRC's columns."""
     return columns >= {"question", "id", "element_id", "answer"}
+
+
+def fits(cells: Mapping[str, Any]) -> bool:
+    """Whether the first row is one; no other tables have these columns."""
+    return True
 
 
 def rows(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
@@ -30,9 +39,9 @@ def rows(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
         )
 
 
-def _screenshot(record: Record) -> str:
+def _screenshot(record: Record) -> Source | str:
     if "image" in record.cells:
-        return record.image(record.text("image"), "", "images")
+        return record.image(record.cells["image"], "", "images")
     name = record.text("id")
     match = _ID.fullmatch(name)
     if not match:

@@ -7,20 +7,29 @@ Release 1.0 writes the options into `multi_choice_prompt` and gives the image's 
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Set
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Set
+from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 from emloc_vlm.benchmarks.files import Record
+from emloc_vlm.images import Source
 
 _PROMPTS = {"multi_choice_prompt", "open_ended_prompt", "multi_choice_answer", "answer"}
 _LISTS = {"question", "options", "mcq_answer_index", "answer"}
 _OPTION = re.compile(r"^(\d+)\. ?(.*)$", re.MULTILINE)
 
 
+NAME = "WorldCuisines"
+
+
 def recognises(columns: Set[str]) -> bool:
     """Whether these are the columns of WorldCuisines' task files."""
     return columns >= _PROMPTS or columns >= _LISTS
+
+
+def fits(cells: Mapping[str, Any]) -> bool:
+    """Whether the first row is one; no other tables have these columns."""
+    return True
 
 
 def rows(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
@@ -56,7 +65,8 @@ def rows(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
 def _question_id(record: Record) -> str:
     cells = record.cells
     # Without an id no two rows are known to ask the same.
-    return f"{cells.get('task')} {cells.get('qa_id', f'line {record.number}')}"
+    number = cells["qa_id"] if record.has("qa_id") else f"line {record.number}"
+    return f"{cells.get('task')} {number}"
 
 
 def _choice(record: Record) -> tuple[str, dict[str, str], str]:
@@ -65,20 +75,20 @@ def _choice(record: Record) -> tuple[str, dict[str, str], str]:
         prompt = record.text("multi_choice_prompt")
         options = {match[1]: match[2].strip() for match in _OPTION.finditer(prompt)}
         question = _OPTION.split(prompt, maxsplit=1)[0].strip()
-        # Tables turn whole numbers into 2.0 where some row has none.
-        return question, options, record.text("multi_choice_answer").removesuffix(".0")
+        return question, options, record.whole_number("multi_choice_answer")
     listed = record.cells["options"]
     if not isinstance(listed, list):
         raise record.wrong("options is no list")
-    options = {str(number): str(text) for number, text in enumerate(listed, start=1)}
-    index = record.text("mcq_answer_index").removesuffix(".0")
+    texts = [record.as_text(text, "an option") for text in cast("list[Any]", listed)]
+    options = {str(number): text for number, text in enumerate(texts, start=1)}
+    index = record.whole_number("mcq_answer_index")
     number = str(int(index) + 1) if index.isdecimal() else index
     return record.text("question"), options, number
 
 
-def _image(record: Record) -> str:
+def _image(record: Record) -> Source | str:
     for column in ("image_path", "image"):
-        if isinstance(record.cells.get(column), str):
-            return record.image(record.text(column), "", "images")
+        if record.has(column):
+            return record.image(record.cells[column], "", "images")
     address = urlsplit(record.text("image_url")).path
     return record.image(unquote(address).rpartition("/")[2], "images", "")

@@ -7,7 +7,7 @@ from typing import Any
 from emloc.adapter import Adapter
 from emloc.checkpoint import Checkpoint
 from emloc.config import EvaluateConfig
-from emloc.digest import dataset_digest, named_digests
+from emloc.digest import data_digest, named_digests
 from emloc.errors import ConfigError, OutputError
 from emloc.family import ModelFamily
 from emloc.manifest import Manifest
@@ -55,7 +55,7 @@ def _settings(config: EvaluateConfig, model: Checkpoint, family: ModelFamily) ->
         if config.adapter
         else None,
         "companions_digest": model.companions_digest(),
-        "data_digest": dataset_digest(config.dataset),
+        "data_digest": data_digest(config.dataset, config.dataset_split, config, family),
         **({"named_digests": named} if named else {}),
     }
 

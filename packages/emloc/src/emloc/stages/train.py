@@ -10,7 +10,7 @@ from typing import Any
 
 from emloc.adapter import Adapter
 from emloc.config import TrainConfig
-from emloc.digest import dataset_digest
+from emloc.digest import data_digest, named_digests
 from emloc.errors import ConfigError, NumericalError
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
 from emloc.output import file_sha256, others_writing, stage_folder
@@ -55,13 +55,16 @@ def train(config: TrainConfig) -> Path:
     emulator = Manifest.read(model.path) if config.emulator else None
     if emulator is not None and emulator.kind != "emulator":
         raise ConfigError(f"train: {config.emulator} is not an emulator but a {emulator.kind}.")
-    digest = model.digest()
+    digest, named = model.digest(), named_digests(config)
     settings: dict[str, Any] = {
         **own_options(config, family, PATHS | WITHOUT_EFFECT),
         "model_digest": digest,
         "companions_digest": model.companions_digest(),
-        "data_digest": dataset_digest(config.dataset),
-        "eval_data_digest": dataset_digest(config.eval_dataset),
+        "data_digest": data_digest(config.dataset, config.dataset_split, config, family),
+        "eval_data_digest": data_digest(
+            config.eval_dataset, config.eval_dataset_split, config, family
+        ),
+        **({"named_digests": named} if named else {}),
     }
     if same_settings(Manifest.find(config.output_dir), settings):
         console.print(f"train: {config.output_dir} is complete already")
