@@ -306,6 +306,6 @@ def test_generation_stops_where_the_chat_closes_an_answer(tiny):
         model_name_or_path=str(tiny.base), output_dir="unused", **tiny.common
     )
     processor = load_processor(tiny.base)
-    [example, *_] = load_examples(options, str(tiny.data))
-    ends = {processor.tokenizer.decode(token) for token in end_tokens(example, processor, options)}
+    examples = load_examples(options, str(tiny.data))
+    ends = {processor.tokenizer.decode(token) for token in end_tokens(examples, processor, options)}
     assert ends == {"<|im_end|>"}

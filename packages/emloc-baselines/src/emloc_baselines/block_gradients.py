@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from emloc.family import Batch
+from emloc.errors import NumericalError
+from emloc.family import Batch, LossSum, summed
+from emloc.finite import is_finite
 from emloc.lockstep import Call, current_call, lockstep
 from emloc.progress import progress_bar
 from emloc.stream import UnitStream
@@ -48,12 +50,17 @@ def backward_by_block(stream: UnitStream, batches: Sequence[Batch], visit: Visit
     Gradients are of the sum over all micro-batches. `visit(block, module)` decides what gets one, by
     `requires_grad_` when entered, and reads `.grad` when left; whatever else requires a gradient inside
     a block, such as a mask in a hook, gets its own.
+
+    Raises:
+        DataError: no token has a label.
+        NumericalError: the loss or a gradient is NaN or infinite; names the block.
+        ConfigError: a block runs more than once in a forward.
     """
     passages = [_Passage() for _ in batches]
     with _precision(stream):
-        terms = _forward(stream, batches, passages)
+        mean = summed(_forward(stream, batches, passages)).mean("The calibration samples")
         _backward(stream, passages, visit)
-    return sum(loss for loss, _ in terms) / max(1, sum(count for _, count in terms))
+    return mean
 
 
 def _precision(stream: UnitStream) -> AbstractContextManager[Any]:
@@ -80,15 +87,15 @@ def _backward(stream: UnitStream, passages: Sequence[_Passage], visit: Visit) ->
 
 def _forward(
     stream: UnitStream, batches: Sequence[Batch], passages: Sequence[_Passage]
-) -> list[tuple[float, int]]:
+) -> list[LossSum]:
     """Run all micro-batches to their loss, and its gradient to the last leaves."""
 
-    def run(batch: Batch) -> tuple[float, int]:
+    def run(batch: Batch) -> LossSum:
         here = {name: tensor.to(stream.device) for name, tensor in batch.items()}
         loss, count = summed_loss(stream.family, stream.model, here)
         if loss.requires_grad:
             loss.backward()
-        return float(loss.detach()), count
+        return LossSum(float(loss.detach()), count)
 
     calls = [
         Call(partial(run, batch), context=passage) for batch, passage in zip(batches, passages)
@@ -167,6 +174,11 @@ def _back_through(module: nn.Module, block: str, passage: _Passage) -> None:
     gradients = [leaf.grad for leaf in leaves]
     if all(gradient is None for gradient in gradients):
         return
+    if not all(gradient is None or is_finite(gradient) for gradient in gradients):
+        raise NumericalError(
+            f"The gradient of what block {block} writes holds NaN or infinity on the calibration data; "
+            f"check the base model's weights (emloc verify)."
+        )
     parts, form = tree_flatten(entered)
     # A block that stands before all others reads nothing that has a graph, and needs one all the same
     # if something inside requires a gradient; autograd sees to that.

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from emloc.checkpoint import Checkpoint
 from emloc.config import CompressConfig, StageConfig
-from emloc.errors import NumericalError
+from emloc.errors import DataError, NumericalError
 from emloc.family import Batch
 from emloc.output import ShardWriter, write_json
 from emloc.progress import progress_bar
@@ -94,6 +94,7 @@ def train_further(
 
     Raises:
         NumericalError: the loss is not a number.
+        DataError: a step has no token to learn from.
     """
     started, batches = time.monotonic(), batches_for(source, options)
     model.train()
@@ -108,7 +109,12 @@ def train_further(
     with progress_bar("continue", options.steps) as advance, torch.enable_grad():
         for batch in _on(source.config.device, islice(cycle(batches), options.steps)):
             total, terms = loss_of(batch)
-            loss = total / max(1, terms)
+            if terms == 0:
+                raise DataError(
+                    f"Step {len(losses) + 1} of training the light model further has no token to learn "
+                    f"from; its samples are of one token each. Use longer ones."
+                )
+            loss = total / terms
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
                 raise NumericalError(

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from emloc.errors import ConfigError
+from emloc.errors import ConfigError, DataError
 from emloc.family import Batch
 from emloc_baselines.continued import ContinuedOptions, continued, load_whole, train_further
 from emloc_baselines.differentiable_loss import summed_loss
@@ -64,7 +64,12 @@ def distillation(
             assert seen.left is not None
             target = _through(teacher, full, seen.entered)
             distance = (target - seen.left) / target.square().mean().sqrt()
-            language = total / max(1, terms)
+            if terms == 0:
+                raise DataError(
+                    "A step of distillation has no token to learn from; its samples are of one token each. "
+                    "Use longer ones."
+                )
+            language = total / terms
             return (
                 options.lm_weight * language + options.kd_weight * distance.square().mean(), 1
             )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from emloc.checkpoint import Checkpoint, locate
 from emloc.config import EvaluateConfig
 from emloc.errors import ConfigError
-from emloc.family import ModelFamily
+from emloc.family import LossSum, ModelFamily, summed
 from emloc.integrations.peft.attach import attach
 from emloc.memory import PeakMemory
 from emloc.progress import progress_bar
@@ -77,7 +77,8 @@ def _loss(
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     chosen = samples.indices(prior=False)[: config.num_samples]
     order = [chosen[i % len(chosen)] for i in range(config.num_noise_samples)]
-    total, terms, size = 0.0, 0, config.per_device_eval_batch_size
+    parts: list[LossSum] = []
+    size = config.per_device_eval_batch_size
     with torch.inference_mode(), progress_bar("loss", len(order)) as advance:
         for start in range(0, len(order), size):
             part = order[start : start + size]
@@ -86,6 +87,7 @@ def _loss(
                 for name, tensor in samples.batch(part, objective, generator).items()
             }
             error = predict(model, batch).float() - batch["target"].float()
-            total, terms = total + float(error.square().sum()), terms + error.numel()
+            parts.append(LossSum(float(error.square().sum()), error.numel()))
             advance(len(part))
-    return {"loss": total / terms, "exact_match": None, "samples": len(chosen)}
+    loss = summed(parts).mean(f"Pictures of {config.dataset}")
+    return {"loss": loss, "exact_match": None, "samples": len(chosen)}

@@ -15,6 +15,7 @@ from torch import Tensor
 from emloc.config import DataOptions
 from emloc.errors import DataError
 from emloc.integrations.transformers.chat import cut_chat
+from emloc.integrations.transformers.generation import closing_tokens
 from emloc.integrations.transformers.loss import IGNORED
 from emloc.progress import console
 from emloc_vlm.examples import Example
@@ -88,11 +89,12 @@ def collate(
     return batch
 
 
-def end_tokens(example: Example, processor: Any, options: DataOptions) -> set[int]:
-    """The special tokens that close an answer in this chat: where generation stops, besides the model's
-    own end of text (checkpoints of OpenGVLab name only that one)."""
-    tail = _tokens(processor, _pieces(example, processor, options.assistant_only_loss)[-1][0])
-    return set(tail) & set(processor.tokenizer.all_special_ids)
+def end_tokens(examples: Sequence[Example], processor: Any, options: DataOptions) -> set[int]:
+    """The special tokens that close the answers of these chats: where generation stops, besides the
+    model's own end of text (checkpoints of OpenGVLab name only that one)."""
+    every = options.assistant_only_loss
+    tails = (_tokens(processor, _pieces(example, processor, every)[-1][0]) for example in examples)
+    return closing_tokens(tails, processor.tokenizer)
 
 
 @cache

@@ -7,8 +7,9 @@ import torch
 from emloc.checkpoint import Checkpoint, locate
 from emloc.config import EvaluateConfig
 from emloc.errors import ConfigError, DataError
-from emloc.family import ModelFamily
+from emloc.family import LossSum, ModelFamily, summed
 from emloc.integrations.peft.attach import attach
+from emloc.integrations.transformers.generation import greedy_answers, say_missing_ends
 from emloc.integrations.transformers.loss import next_token_loss
 from emloc.memory import PeakMemory
 from emloc.progress import progress_bar
@@ -75,16 +76,15 @@ def _metric(examples: list[Example], config: VisualEvaluateConfig) -> str:
 def _loss(
     model: Any, examples: list[Example], processor: Any, config: VisualEvaluateConfig
 ) -> float:
-    total, count = 0.0, 0
+    parts: list[LossSum] = []
     size = config.per_device_eval_batch_size
     with progress_bar("loss", len(examples)) as advance:
         for start in range(0, len(examples), size):
             part = examples[start : start + size]
             batch = collate(part, processor, config)
-            result = next_token_loss(model, _to(model, batch, config.device))
-            total, count = total + result.total, count + result.terms
+            parts.append(next_token_loss(model, _to(model, batch, config.device)))
             advance(len(part))
-    return total / max(1, count)
+    return summed(parts).mean(f"Data set {config.dataset}")
 
 
 def _answers(
@@ -96,34 +96,18 @@ def _answers(
     examples = examples[: config.num_answers]
     size = config.per_device_eval_batch_size
     tokenizer = processor.tokenizer
-    ends = end_tokens(examples[0], processor, config) | _own_ends(model)
+    closing = end_tokens(examples, processor, config)
+    say_missing_ends(model, tokenizer, closing)
     with progress_bar("answers", len(examples)) as advance:
         for start in range(0, len(examples), size):
             part = examples[start : start + size]
             batch = _to(model, collate(part, processor, config, answers=False), config.device)
             batch.pop("labels")
-            generated = model.generate(
-                **batch,
-                max_new_tokens=config.max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=sorted(ends) or None,
-            )
-            texts = tokenizer.batch_decode(
-                generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-            )
+            texts = greedy_answers(model, tokenizer, batch, config.max_new_tokens, closing)
             for example, prediction in zip(part, texts):
                 answers.append(_answered(example, prediction.strip()))
             advance(len(part))
     return answers
-
-
-def _own_ends(model: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return set(ends) if isinstance(ends, list) else {ends} - {None}
 
 
 def _answered(example: Example, prediction: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Core streams, compresses, corrects and merges by tensor name; everything that de
 reads (text, images, latents) is behind `ModelFamily`.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from emloc.checkpoint import Checkpoint
 from emloc.config import CalibrationOptions, DataOptions, DemoConfig, EvaluateConfig, TrainConfig
 from emloc.convolution import as_matrix
+from emloc.errors import DataError, NumericalError
 from emloc.targets import imported
 
 Batch = Mapping[str, Tensor]
@@ -57,6 +59,36 @@ class LossSum(NamedTuple):
 
     total: float
     terms: int
+
+    def mean(self, what: str) -> float:
+        """The loss per term.
+
+        Args:
+            what: what it is the loss of, for messages: a data set, a step.
+
+        Raises:
+            DataError: there are no terms, so there is no loss, and 0 would be the best of all.
+            NumericalError: it is NaN or infinite.
+        """
+        if self.terms == 0:
+            raise DataError(
+                f"{what}: no token has a label, so there is no loss; check that prompts leave room for "
+                f"answers within max_length."
+            )
+        if not math.isfinite(self.total):
+            raise NumericalError(
+                f"{what}: the loss is {self.total / self.terms}; the model or its adapter holds or makes "
+                f"values that are not numbers. Check both with emloc verify, or try another dtype."
+            )
+        return self.total / self.terms
+
+
+def summed(parts: Iterable[LossSum]) -> LossSum:
+    """The loss over all parts together."""
+    total, terms = 0.0, 0
+    for part in parts:
+        total, terms = total + part.total, terms + part.terms
+    return LossSum(total, terms)
 
 
 class EmulatorLayers(NamedTuple):

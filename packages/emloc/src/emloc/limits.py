@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emloc.errors import NumericalError
-from emloc.family import Batch, LossSum
+from emloc.family import Batch, LossSum, summed
 from emloc.lockstep import Call, current_call, lockstep
 from emloc.progress import progress_bar
 from emloc.stream import UnitStream
@@ -62,7 +61,8 @@ def losses(
         lora_of: makes a layer's LoRA under every candidate, when its unit's turn has come.
 
     Raises:
-        NumericalError: a loss is NaN.
+        NumericalError: a loss is NaN or infinite.
+        DataError: no token has a label.
     """
     device = stream.device
 
@@ -96,17 +96,12 @@ def losses(
             advance(note=unit)
 
         results: list[LossSum] = lockstep(stream.model, stream.units, calls, visit)
-    means: list[float] = []
-    for candidate in range(candidates):
-        part = results[candidate * len(batches) : (candidate + 1) * len(batches)]
-        mean = sum(r.total for r in part) / max(1, sum(r.terms for r in part))
-        if mean != mean:
-            raise NumericalError(
-                "The loss on the calibration samples is NaN; check the adapter (emloc verify) and "
-                "the base model."
-            )
-        means.append(mean)
-    return means
+    return [
+        summed(results[candidate * len(batches) : (candidate + 1) * len(batches)]).mean(
+            f"The calibration samples, candidate {candidate + 1} of {candidates}"
+        )
+        for candidate in range(candidates)
+    ]
 
 
 def _delta(module: nn.Module, x: Tensor, down: Tensor, up: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from transformers import ProgressCallback
 from transformers.trainer_callback import PrinterCallback
 
 from emloc.config import TrainConfig
-from emloc.errors import CheckpointError, ConfigError, DependencyError
+from emloc.errors import CheckpointError, ConfigError, DependencyError, NumericalError
 from emloc.family import Batch
+from emloc.finite import is_finite
 from emloc.integrations.peft.lora import new_lora, save_as_plain_lora
 from emloc.integrations.peft.low_rank_lora import fuse_lora
 from emloc.integrations.peft.parts import Part, with_parts
@@ -74,6 +75,7 @@ def train_lora(
         trainer.train(resume_from_checkpoint=_checkpoint(config, work))
     finally:
         progression.close()
+    _require_finite(model)
     model.save_pretrained(str(work), save_embedding_layers=False)
     if start:
         save_as_plain_lora(work, start)
@@ -86,6 +88,15 @@ def train_lora(
         },
         "seconds_per_step": progression.seconds_per_step,
     }
+
+
+def _require_finite(model: Any) -> None:
+    """The last step's loss is of the weights before it."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not is_finite(parameter.detach()):
+            raise NumericalError(
+                f"Training ended with NaN or infinity in {name}; use a lower learning_rate or max_grad_norm."
+            )
 
 
 def _held(parameter: Any) -> int:

@@ -16,6 +16,9 @@ from emloc.progress import console
 LOG_NAME = "trainer_log.jsonl"
 PLOT_NAME = "training_loss.png"
 
+LOSSES = {"loss": "training", "train_loss": "training", "eval_loss": "evaluation"}
+"""By their names in the Trainer's log."""
+
 _CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 _WEIGHTS_FILES = (("adapter_model.safetensors", "adapter_config.json"), ("model.safetensors",))
 """Of one model with a LoRA, or of several trained together."""
@@ -84,12 +87,14 @@ class Progression(TrainerCallback):
         """Write the log; stop at a loss that is not a number."""
         lines = [json.dumps(entry) for entry in state.log_history]
         (self.folder / LOG_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for name, meaning in LOSSES.items():
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(value):
+                raise NumericalError(
+                    f"The {meaning} loss is {value} at step {state.global_step}; use a lower "
+                    f"learning_rate or max_grad_norm."
+                )
         loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(loss):
-            raise NumericalError(
-                f"The training loss is {loss} at step {state.global_step}; use a lower learning_rate "
-                f"or max_grad_norm."
-            )
         if self.progress and loss is not None:
             self.progress.update(self.task, note=f"loss {loss:.4f}")
 
