@@ -53,7 +53,7 @@ def test_bit_exact_and_in_order():
         assert not result.requires_grad
 
 
-def test_stop_after_abandons_the_rest():
+def test_what_is_enough_abandons_the_rest():
     model = Skipping()
     reached = []
     model.up[0].register_forward_hook(lambda *_: reached.append(1))
@@ -63,7 +63,14 @@ def test_stop_after_abandons_the_rest():
         yield
 
     calls = [Call(lambda: model(torch.randn(2, 6))) for _ in range(3)]
-    assert lockstep(model, UNITS, calls, visit, stop_after="down.1") == [None] * 3
+    asked = []
+
+    def enough(waiting):
+        asked.append(set(waiting))
+        return waiting == {"up.0"}
+
+    assert lockstep(model, UNITS, calls, visit, enough) == [None] * 3
+    assert asked == [{"down.0"}, {"down.1"}, {"up.0"}]
     assert reached == []
     assert all(call.dead for call in calls)
     assert not model.up[0]._forward_pre_hooks

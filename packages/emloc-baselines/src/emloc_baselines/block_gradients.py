@@ -3,10 +3,10 @@
 Forward, all micro-batches go through the model in lockstep (`emloc.lockstep`), without a graph inside
 blocks; what enters each block is kept. Between blocks (residual glue, a projector, the head) autograd
 records as usual, from a block's output, made a leaf, to the inputs of the next. Backward, from the last
-block to the first, a block's weights are loaded again, it is run once more with a graph on what entered it,
-and the gradient of its output becomes those of its weights and of its inputs, which the glue carries to
-the leaves before it. This is gradient checkpointing whose checkpoints are blocks and whose weights come
-from disk.
+block that ran to the first, a block's weights are loaded again, it is run once more with a graph on what
+entered it, and the gradient of its output becomes those of its weights and of its inputs, which the glue
+carries to the leaves before it. This is gradient checkpointing whose checkpoints are blocks and whose
+weights come from disk.
 
 Memory: one block with its gradients, and per micro-batch the inputs of every block and the glue's graph.
 
@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from emloc.errors import NumericalError
 from emloc.family import Batch, LossSum, summed
 from emloc.finite import is_finite
-from emloc.lockstep import Call, current_call, lockstep
+from emloc.lockstep import Call, current_call, lockstep, refuse_again
 from emloc.progress import progress_bar
 from emloc.stream import UnitStream
 from emloc_baselines.differentiable_loss import summed_loss
@@ -75,9 +75,11 @@ def _precision(stream: UnitStream) -> AbstractContextManager[Any]:
 
 
 def _backward(stream: UnitStream, passages: Sequence[_Passage], visit: Visit) -> None:
-    blocks = list(stream.blocks)
-    with progress_bar("gradients", len(blocks)) as advance:
-        for block in reversed(blocks):
+    # As the forward came by them, which need not be as they are listed; the others have no gradient.
+    reached = list(dict.fromkeys(block for passage in passages for block in passage.entered))
+    others = [block for block in stream.blocks if block not in reached]
+    with progress_bar("gradients", len(stream.blocks)) as advance:
+        for block in [*reversed(reached), *others]:
             module = stream.model.get_submodule(block)
             with stream.filled(block), torch.enable_grad(), visit(block, module):
                 for passage in passages:
@@ -123,6 +125,7 @@ def _hooks(stream: UnitStream) -> Iterator[None]:
 
     def enter(block: str) -> Any:
         def before(_: nn.Module, inputs: Any, named: Any) -> None:
+            refuse_again(block, _passage().entered)
             _passage().entered[block] = (inputs, named)
             torch.set_grad_enabled(False)
 

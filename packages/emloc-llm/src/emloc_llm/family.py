@@ -20,9 +20,14 @@ from emloc.integrations.transformers.skeleton import (
     linears_within,
     repeated_blocks,
     shared_input_groups,
+    shared_linears,
 )
 from emloc_llm.data import draw_samples, in_batches, pad
 from emloc_llm.planned import PlannedLLM
+
+OTHER_ROWS = frozenset({"cpmant", "prophetnet", "xlnet"})
+"""Types whose layers do not read the micro-batch's tokens row by row: a learnt prompt stands in front,
+several streams are read at once, or tokens come before samples. Their samples go one by one, unpadded."""
 
 
 class LLMFamily(PlannedLLM):
@@ -60,8 +65,8 @@ class LLMFamily(PlannedLLM):
         return shared_input_groups(model, layers, forward)
 
     def kept_dense(self, model: nn.Module) -> Mapping[str, str]:
-        """See `ModelFamily`; linear layers of blocks are all compressed."""
-        return {}
+        """See `ModelFamily`; linear layers of blocks are compressed where their weight is their own."""
+        return shared_linears(model, self.blocks(model))
 
     def calibration_batches(
         self, checkpoint: Checkpoint, options: CalibrationOptions
@@ -70,10 +75,9 @@ class LLMFamily(PlannedLLM):
         tokenizer = load_tokenizer(checkpoint.path)
         samples = draw_samples(options, tokenizer)
         samples.sort(key=lambda sample: -len(sample.input_ids))
-        return [
-            pad(part, tokenizer.pad_token_id)
-            for part in in_batches(samples, options.calibration_batch_size)
-        ]
+        alone = checkpoint.config.get("model_type") in OTHER_ROWS
+        size = 1 if alone else options.calibration_batch_size
+        return [pad(part, tokenizer.pad_token_id) for part in in_batches(samples, size)]
 
     def token_mask(self, batch: Batch, layer: str | None = None) -> Tensor | None:
         """See `ModelFamily`."""

@@ -17,6 +17,15 @@ from emloc_vlm.examples import Example
 from emloc_vlm.processor import load_processor
 from emloc_vlm.rows import CalibrationVisualOptions, load_examples, readable
 
+OTHER_ROWS = frozenset(
+    {"blip", "blip-2", "florence2", "git", "idefics", "idefics2", "instructblip", "instructblipvideo",
+     "mllama"}
+)  # fmt: skip
+"""Types whose text layers read tokens of images from beside the text, by cross-attention or put in front.
+Their samples go one by one, without padding."""
+
+PIXEL_MASKS = ("pixel_attention_mask", "pixel_mask")
+
 PATCH_MASK = "emloc_patch_mask"
 """Which patches are real; not for the model."""
 
@@ -30,7 +39,8 @@ def calibration_batches(path: Path, options: CalibrationVisualOptions) -> Sequen
     processor = load_processor(path, options.max_dynamic_patch)
     patch_size = _patch_size(path)
     examples = draw_examples(options, processor)
-    size = options.calibration_batch_size
+    kind = json.loads((path / "config.json").read_text("utf-8")).get("model_type")
+    size = 1 if kind in OTHER_ROWS else options.calibration_batch_size
     return [
         _with_patch_mask(collate(examples[start : start + size], processor, options), patch_size)
         for start in range(0, len(examples), size)
@@ -73,14 +83,16 @@ def _patch_size(path: Path) -> int | None:
 
 
 def _with_patch_mask(batch: Mapping[str, Tensor], patch_size: int | None) -> Batch:
-    """Processors that pad images (Idefics3, SmolVLM) say which pixels are real; so are their patches.
+    """Processors that pad images (Idefics3, SmolVLM, Aria) say which pixels are real; so are their patches.
 
     A patch is real if any of its pixels is; images that are padding altogether never reach the vision
-    tower.
+    tower. Processors that cut images into patches themselves (LFM2-VL) say it of patches.
     """
-    pixels = batch.get("pixel_attention_mask")
+    pixels = next((batch[name] for name in PIXEL_MASKS if name in batch), None)
     if pixels is None or patch_size is None or bool(pixels.all()):
         return batch
+    if pixels.ndim == 2:
+        return {**batch, PATCH_MASK: pixels.bool()}
     images = pixels.reshape(-1, *pixels.shape[-2:])
     images = images[images.flatten(1).any(dim=1)]
     patches = images.unfold(1, patch_size, patch_size).unfold(2, patch_size, patch_size)

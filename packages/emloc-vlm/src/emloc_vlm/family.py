@@ -19,6 +19,7 @@ from emloc.integrations.transformers.skeleton import (
     linears_within,
     repeated_blocks,
     shared_input_groups,
+    shared_linears,
 )
 from emloc.planning.described import Described
 from emloc_vlm.calibration import calibration_batches, patch_mask, without_patch_mask
@@ -76,8 +77,8 @@ class VLMFamily(PlannedVLM):
         return shared_input_groups(model, linears_within(model, self.blocks(model)), read, look)
 
     def kept_dense(self, model: nn.Module) -> Mapping[str, str]:
-        """See `ModelFamily`; linear layers of blocks are all compressed."""
-        return {}
+        """See `ModelFamily`; linear layers of blocks are compressed where their weight is their own."""
+        return shared_linears(model, self.blocks(model))
 
     def calibration_batches(
         self, checkpoint: Checkpoint, options: CalibrationOptions
@@ -86,8 +87,9 @@ class VLMFamily(PlannedVLM):
         return calibration_batches(checkpoint.path, cast(CalibrationVisualOptions, options))
 
     def token_mask(self, batch: Batch, layer: str | None = None) -> Tensor | None:
-        """Text layers skip padded tokens, vision layers the patches of padded image borders."""
-        if layer is not None and part_of(layer) == "vision":
+        """Text layers skip padded tokens, those of the vision tower and the projector the patches of padded
+        image borders; a projector that makes other tokens of patches does not fit their mask."""
+        if layer is not None and part_of(layer) != "language":
             return patch_mask(batch)
         mask = batch["attention_mask"].bool()
         return None if layer is not None and bool(mask.all()) else mask

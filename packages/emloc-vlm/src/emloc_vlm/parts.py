@@ -5,7 +5,10 @@ from typing import Any
 
 from emloc_vlm_options import FreezeOptions
 
-VISION = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_encoder")
+VISION = (
+    "vision_tower", "vision_model", "visual", "vision_encoder", "image_encoder", "image_tower",
+    "video_tower",
+)  # fmt: skip
 PROJECTOR = ("multi_modal_projector", "connector", "mlp1", "aligner", "merger", "embed_vision")
 
 

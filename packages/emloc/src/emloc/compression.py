@@ -12,24 +12,28 @@ bytes as an uninterrupted one.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from emloc.convolution import channels_last
 from emloc.emulator import SPECTRUM, EmulatorFolder
 from emloc.errors import ConfigError
 from emloc.family import Batch
 from emloc.gram import Moments, Side, smaller_side
-from emloc.groups import Group
-from emloc.lockstep import Call, current_call, lockstep
+from emloc.groups import Group, Plan
+from emloc.lockstep import Call, current_call, lockstep, refuse_again
 from emloc.lowrank import factorise
 from emloc.progress import progress_bar
+from emloc.real_rows import is_expert, real_rows
 from emloc.sensitivity import BlockProbe
 from emloc.stream import UnitStream
+
+SMALL = 0.25
+"""Of the largest block: a module behind the last block that is run to see whether blocks come again, as in
+models that loop. A head is larger, and too dear to run for that."""
 
 Factors = tuple[Tensor, Sequence[Tensor]]
 """A group's right factor, and the left ones of its layers."""
@@ -40,24 +44,23 @@ def compress_blocks(stream: UnitStream, folder: EmulatorFolder, batches: Sequenc
 
     Raises:
         NumericalError: a weight or an activation is NaN; names the layer.
-        ConfigError: a block runs more than once in a forward.
+        ConfigError: a block runs more than once in a forward, layers share a weight, or it is not known
+            which of the rows that a layer reads are padding.
     """
+    _refuse_shared(stream, folder.plan)
     blocks, done, seen = stream.blocks, folder.finished_blocks(), set[str]()
     if done >= set(blocks):
         return
     calls = [_call(stream, batch) for batch in batches]
     probe = BlockProbe(stream)
     probed = [block for block in blocks if any(group.span for group in folder.plan.within(block))]
+    small = SMALL * max(_numel(stream, block) for block in blocks)
     with progress_bar("compress", len(blocks)) as advance:
 
         @contextmanager
         def visit(unit: str) -> Iterator[None]:
-            if unit in seen:
-                raise ConfigError(
-                    f"Block {unit} runs more than once in a forward of {stream.checkpoint.name}; its "
-                    f"moments would have to be kept for all blocks, which is not supported."
-                )
             if unit in blocks:
+                refuse_again(unit, seen)
                 seen.add(unit)
             with stream.filled(unit):
                 if unit in blocks and unit not in done:
@@ -68,8 +71,47 @@ def compress_blocks(stream: UnitStream, folder: EmulatorFolder, batches: Sequenc
             if unit in blocks:
                 advance(note=unit)
 
+        def enough(waiting: Set[str | None]) -> bool:
+            """Once all blocks are through, and none of them comes again as far as can be seen cheaply."""
+            if not seen.issuperset(blocks) or not waiting.isdisjoint(blocks):
+                return False
+            return len(waiting) > 1 or any(_numel(stream, str(unit)) > small for unit in waiting)
+
         with probe.watching(probed):
-            lockstep(stream.model, stream.units, calls, visit, stop_after=blocks[-1])
+            lockstep(stream.model, stream.units, calls, visit, enough)
+        for block in blocks:
+            if block not in seen | done:  # a tower that no sample needs
+                folder.write_block(block, {}, _report({}, _layers_of(folder, block), 0.0))
+                advance(note=block)
+
+
+def _numel(stream: UnitStream, unit: str) -> int:
+    return sum(p.numel() for p in stream.model.get_submodule(unit).parameters())
+
+
+def _layers_of(folder: EmulatorFolder, block: str) -> list[str]:
+    return [name for group in folder.plan.within(block) for name in group.layers]
+
+
+def _report(layers: dict[str, Any], unreached: list[str], seconds: float) -> dict[str, Any]:
+    return {"layers": layers, "unreached": unreached, "seconds": round(seconds, 3)}
+
+
+def _refuse_shared(stream: UnitStream, plan: Plan) -> None:
+    """A weight that several layers have in common reads more than one of them shows."""
+    names: dict[int, list[str]] = {}
+    for name, module in stream.model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    holders: dict[str, str] = {}
+    for layer in (layer for group in plan.groups for layer in group.layers):
+        found = names[id(stream.model.get_submodule(layer))]
+        other = holders.setdefault(stream.weight_name(layer), layer)
+        if len(found) > 1 or other != layer:
+            others = [name for name in (*found, other) if name != layer]
+            raise ConfigError(
+                f"Layers {layer} and {others[0]} share one weight, which cannot be compressed for one of "
+                f"them; exclude both."
+            )
 
 
 def _call(stream: UnitStream, batch: Batch) -> Call:
@@ -86,7 +128,7 @@ def _compress_block(
     moments = {group.owner: Moments(_side(stream, group), group.owner) for group in groups}
     handles = [
         stream.model.get_submodule(group.owner).register_forward_hook(
-            _folding(stream, group, moments[group.owner])
+            _folding(stream, block, group, moments[group.owner])
         )
         for group in groups
     ]
@@ -104,12 +146,7 @@ def _compress_block(
             unreached += group.layers
         else:
             factors[group.owner], layers[group.owner] = _factorise(stream, group, found, probe)
-    report = {
-        "layers": layers,
-        "unreached": unreached,
-        "seconds": round(time.monotonic() - started, 3),
-    }
-    folder.write_block(block, factors, report)
+    folder.write_block(block, factors, _report(layers, unreached, time.monotonic() - started))
 
 
 def _side(stream: UnitStream, group: Group) -> Side:
@@ -128,27 +165,28 @@ def _is_convolution(stream: UnitStream, group: Group) -> bool:
     return isinstance(stream.model.get_submodule(group.owner), nn.Conv2d)
 
 
-def _folding(stream: UnitStream, group: Group, moments: Moments) -> Any:
+def _folding(stream: UnitStream, block: str, group: Group, moments: Moments) -> Any:
+    expert = is_expert(stream.model, block, group.owner)
+    convolution = _is_convolution(stream, group)
+
     def fold(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         call = current_call()
         batch: Batch = {} if call is None else call.context
         mask = stream.family.token_mask(batch, group.owner)
+        if expert and inputs[0].ndim == 2:  # tokens in an order and number of its own
+            mask = None
 
-        def real(rows: Tensor) -> Tensor:
-            # An expert reads tokens in an order and number of its own.
-            if mask is None or mask.numel() != rows.shape[0]:
-                return rows
-            return rows[mask.reshape(-1)]
+        def real(values: Tensor) -> Tensor:
+            return real_rows(values, mask, f"Layer {group.owner}")
 
         if moments.side == "input":
-            moments.fold(real(inputs[0].reshape(-1, group.d_in)))
+            moments.fold(real(inputs[0]))
         elif len(group.layers) == 1:
-            rows = channels_last(output) if _is_convolution(stream, group) else output
-            y = real(rows.reshape(-1, group.d_out[0]))
+            y = real(output.movedim(-3, -1) if convolution else output)
             bias = dict(module.named_parameters()).get("bias")
             moments.fold(y if bias is None else y - bias)
         else:
-            x = real(inputs[0].reshape(-1, group.d_in))
+            x = real(inputs[0])
             moments.fold(torch.cat([x @ weight.T for weight in _weights(stream, group)], dim=1))
 
     return fold

@@ -151,8 +151,9 @@ class ModelFamily(Protocol):
         """Which tokens are real (True) and which are padding; None where all are real.
 
         Args:
-            layer: of what this layer reads: flattened, the mask matches its inputs' rows. Without a
-                layer: of the micro-batch's own tokens, for counting them.
+            layer: of what this layer reads, or what this block writes: in the shape that its tokens have
+                there, or one that flattens to the same order (`emloc.real_rows`). Without a layer: of the
+                micro-batch's own tokens, for counting them.
         """
         ...
 

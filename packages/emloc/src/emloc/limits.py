@@ -81,7 +81,9 @@ def losses(
         @contextmanager
         def visit(unit: str) -> Iterator[None]:
             with stream.filled(unit):
-                inside = [n for n in layers if n == unit or n.startswith(f"{unit}.")]
+                # By module: two units may hold the same one.
+                held = set(stream.model.get_submodule(unit).modules())
+                inside = [n for n in layers if stream.model.get_submodule(n) in held]
                 handles = [
                     stream.model.get_submodule(name).register_forward_hook(
                         _adding(lora_of(name).to(stream))

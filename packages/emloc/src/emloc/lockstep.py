@@ -13,7 +13,7 @@ only one call's logits exist at a time.
 `torch.no_grad` and autocast belong to the thread, not to a greenlet: enter them once, outside.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -21,11 +21,24 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 
-from emloc.errors import EmlocError
+from emloc.errors import ConfigError, EmlocError
 
 
 class LockstepError(EmlocError, RuntimeError):
     """The calls do not pass the model's units in the same order."""
+
+
+def refuse_again(block: str, seen: Container[str]) -> None:
+    """What is kept of a block's first run would be taken for all of it.
+
+    Raises:
+        ConfigError: the block was run already in these forwards.
+    """
+    if block in seen:
+        raise ConfigError(
+            f"Block {block} runs more than once in a forward of this model; what it reads would have to be "
+            f"kept for all blocks, which is not supported."
+        )
 
 
 class Call(greenlet):
@@ -78,14 +91,15 @@ def lockstep(
     units: Sequence[str],
     calls: Sequence[Call],
     visit: Callable[[str], AbstractContextManager[None]],
-    stop_after: str | None = None,
+    enough: Callable[[Set[str | None]], bool] | None = None,
 ) -> list[Any]:
     """Advance `calls` together through `units`; returns their results in order.
 
     Args:
         units: module names; must not contain one another.
         visit: entered when all calls stand before the named unit, left when all are through it.
-        stop_after: abandon the calls once they are through this unit; their results are None.
+        enough: asked whenever calls have left a unit, with the units that they stand before now (None: it
+            has returned); if it says so they are abandoned, and their results are None.
 
     Raises:
         LockstepError: the calls stand before different units.
@@ -98,6 +112,8 @@ def lockstep(
                 waiting = {call.waiting_for for call in calls}
                 if waiting == {None}:
                     return [call.result for call in calls]
+                if enough is not None and enough(waiting):
+                    return [None for _ in calls]
                 if len(waiting) != 1:
                     raise LockstepError(
                         f"The calibration samples take different paths through the model: they wait "
@@ -107,8 +123,6 @@ def lockstep(
                 with visit(name):
                     for call in calls:
                         call.advance()
-                if name == stop_after:
-                    return [None for _ in calls]
         finally:
             for call in calls:
                 if not call.dead:

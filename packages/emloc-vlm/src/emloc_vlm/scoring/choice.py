@@ -21,6 +21,8 @@ _CUE = (
     r"\b(?:answer|choice|option|letter)\b\s*(?:(?:is|would be|should be|must be)\b\s*:?|:)"
     r"(?:\s*(?:the\s+)?(?:option|choice|letter|number)\b)?"
 )
+_NO_NUMBER_BEFORE = r"(?<!\d[.,:/])(?<!\A[-.])(?<![\s(=][-.])"
+"""Neither the rest of a longer number nor a sign."""
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 """Scripts that put no spaces around each word: Thai, Lao, Japanese, Chinese; Korean's endings."""
 
@@ -120,9 +122,9 @@ def _concluded(text: str, keys: str, options: Mapping[str, str]) -> list[str]:
 
 
 def _key(keys: str) -> str:
-    """A key that is no part of a word or number, and not one of several: "B-cell", "3.5", "B or C"."""
+    """A key that is no part of a word or number, and not one of several: "B-cell", "3.5", "3:30", "B or C"."""
     another = rf"[^\w\n]*(?:(?:and|or)\b[^\w\n]*)?(?:{keys})(?:[^\w\n]*(?:\Z|\n)|[.,;:)/]|\s+(?:and|or)\b)"
-    return rf"({keys})(?![-'’]?\w|[.,]\d)(?!{another})"
+    return rf"({keys})(?![-'’]?\w|[.,:/]\d|\s?[%°])(?!{another})"
 
 
 def _contained(text: str, options: Mapping[str, str]) -> set[str]:
@@ -138,6 +140,9 @@ def _contained(text: str, options: Mapping[str, str]) -> set[str]:
 
 
 def _has_words(text: str, words: str) -> bool:
+    """Whether a text has these words or this number, whole: 3 is not in "-3", "1.3" or "3/4"."""
     if _UNSPACED.search(words):
         return words in text
-    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
+    before = _NO_NUMBER_BEFORE if words[0].isdigit() else ""
+    after = r"(?![.,:/]\d)" if words[-1].isdigit() else ""
+    return re.search(rf"(?<!\w){before}{re.escape(words)}(?!\w){after}", text) is not None

@@ -108,6 +108,10 @@ def _references(row: Mapping[str, Any]) -> list[str]:
 
 
 def _vqa_exact(reference: str, prediction: str) -> float:
+    if not vqa_normalise(
+        reference
+    ):  # an article or a mark alone, which is all that there is to compare
+        return exact(reference, prediction)
     return exact(reference, prediction, vqa_normalise)
 
 

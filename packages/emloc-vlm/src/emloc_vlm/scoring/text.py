@@ -5,12 +5,18 @@ import string
 import unicodedata
 
 _FULL_STOPS = ".。 "
+_MINUS = str.maketrans({"\u2212": "-"})
+_POWER = re.compile(r"(?<=\d)[\u00b2\u00b3\u00b9\u2070-\u2079]")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise(text: str) -> str:
-    """Without case, width of characters, repeated spaces, and full stops at the end; in any language."""
+    """Without case, width of characters, repeated spaces, and full stops at the end; in any language.
+
+    Every minus sign is a hyphen, and raised digits stay apart from the number that they stand at.
+    """
+    text = _POWER.sub(r"^\g<0>", text.translate(_MINUS))
     text = unicodedata.normalize("NFKC", text).casefold()
     # Folding case may leave characters apart that belong together.
     text = unicodedata.normalize("NFKC", text)

@@ -6,6 +6,7 @@ checkpoint stores them.
 
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -102,7 +103,28 @@ def _has_linear(module: nn.Module) -> bool:
 
 
 def linears_within(model: nn.Module, blocks: Sequence[str]) -> list[str]:
-    """Names of the linear layers inside `blocks`, in module order."""
+    """Names of the linear layers inside `blocks`, in module order, that have a weight of their own."""
+    shared = shared_linears(model, blocks)
+    return [name for name in _all_linears(model, blocks) if name not in shared]
+
+
+def shared_linears(model: Any, blocks: Sequence[str]) -> dict[str, str]:
+    """Linear layers inside `blocks` whose weight is that of another one too, with this as the reason.
+
+    They are the same module under two names, or tied. Whatever is fitted to what one of them reads is not
+    fitted to the others.
+    """
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    shared = {name.removesuffix(".weight") for pair in tied.items() for name in pair}
+    found = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    return {
+        name: "layers share its weight"
+        for name in _all_linears(model, blocks)
+        if name in shared or found[id(model.get_submodule(name))] > 1
+    }
+
+
+def _all_linears(model: nn.Module, blocks: Sequence[str]) -> list[str]:
     return [
         name
         for name, module in model.named_modules()

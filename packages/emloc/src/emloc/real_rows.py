@@ -1,0 +1,59 @@
+"""Take padding out of what a layer reads, and never guess where it is.
+
+A family's mask says which tokens are real, in the shape that they have in the micro-batch. A layer may read
+them in that shape (samples × tokens × d), with axes merged (all tokens × d) or with an axis of one in
+between. Anything else, tokens before samples, a prompt put in front, another number of rows, means that the
+mask is of something else than what is read. It would be silently wrong to use it, and to leave it out.
+
+Experts are the exception: they read the tokens that chose them, in an order of their own, padding among
+them; all of those count.
+"""
+
+from itertools import accumulate
+from math import prod
+from operator import mul
+
+from torch import Tensor, nn
+
+from emloc.errors import ConfigError
+
+
+def real_rows(values: Tensor, mask: Tensor | None, what: str) -> Tensor:
+    """The rows of `values` (…, d) that are no padding, as rows × d.
+
+    Args:
+        mask: true where a token is real; None where all are.
+        what: what reads or writes the values, for messages.
+
+    Raises:
+        ConfigError: the mask is of another shape than the values.
+    """
+    rows = values.reshape(-1, values.shape[-1])
+    if mask is None:
+        return rows
+    if not _same_order(tuple(values.shape[:-1]), tuple(mask.shape)):
+        if not bool(rows.any()):  # what stands for a state before the first token
+            return rows[:0]
+        raise ConfigError(
+            f"{what} has {_shown(values.shape[:-1])} rows where {_shown(mask.shape)} tokens are padded to "
+            f"one length, so it is not known which of them are padding; use calibration_batch_size=1, "
+            f"where nothing is padded, or exclude it."
+        )
+    return rows[mask.reshape(-1).to(rows.device)]
+
+
+def is_expert(model: nn.Module, block: str, layer: str) -> bool:
+    """Whether a layer lies in one of several modules that a block has side by side in a list or dict."""
+    parts = layer.removeprefix(f"{block}.").split(".")
+    above = [f"{block}.{'.'.join(parts[:depth])}" for depth in range(1, len(parts))]
+    return any(isinstance(model.get_submodule(n), (nn.ModuleList, nn.ModuleDict)) for n in above)
+
+
+def _same_order(shape: tuple[int, ...], mask: tuple[int, ...]) -> bool:
+    """Whether one is the other with neighbouring axes merged: flattened, both count alike."""
+    ends, others = set(accumulate(shape, mul)), set(accumulate(mask, mul))
+    return prod(shape) == prod(mask) and (ends - {1} <= others or others - {1} <= ends)
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))
