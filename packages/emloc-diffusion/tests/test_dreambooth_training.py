@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import emloc
-from emloc.errors import ConfigError, DataError
+from emloc.errors import ConfigError, DataError, OutputError
 from emloc.manifest import Manifest
 from emloc_diffusion import samples, training
 from emloc_diffusion.data import prompts
@@ -37,6 +37,10 @@ def test_prior_preservation_changes_what_is_learnt(tiny, tmp_path):
         log = (folder / "trainer_log.jsonl").read_text().splitlines()
         losses[name] = json.loads(log[0])["loss"]
     assert losses["with"] > 1.3 * losses["off"]
+    emloc.train(output_dir=tmp_path / "with", **options, **prior)
+    write_pictures(tmp_path / "class", 2, seed=6)  # others of the same names
+    with pytest.raises(OutputError, match="exists"):
+        emloc.train(output_dir=tmp_path / "with", **options, **prior)
 
 
 def test_bad_input_is_one_sentence(tiny, tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,17 +78,19 @@ def _files_digest(files: Iterable[Path]) -> str:
     """SHA-256 of the files' contents in this order, wherever they are; what is missing counts as that."""
     paths = list(files)
     sha = hashlib.sha256()
+    shown = (
+        progress_bar("data files", len(paths)) if len(paths) >= MANY else nullcontext(lambda: None)
+    )
     # Hashing lets go of the interpreter, and so does waiting for a disk.
-    with ThreadPoolExecutor() as pool:
-        digests = pool.map(lambda path: file_sha256(path) if path.is_file() else "missing", paths)
-        if len(paths) < MANY:
-            sha.update("|".join(digests).encode())
-        else:
-            with progress_bar("data files", len(paths)) as advance:
-                for digest in digests:
-                    sha.update(f"{digest}|".encode())
-                    advance()
+    with shown as advance, ThreadPoolExecutor() as pool:
+        for digest in pool.map(_content, paths):
+            sha.update(f"{digest}|".encode())
+            advance()
     return sha.hexdigest()
+
+
+def _content(path: Path) -> str:
+    return file_sha256(path) if path.is_file() else "missing"
 
 
 @dataclass(frozen=True)
