@@ -22,6 +22,7 @@ from emloc_diffusion.loading import load_denoiser
 from emloc_diffusion.objective import objective_of
 from emloc_diffusion.picture_plan import DenoiserEvaluateConfig, plan_pictures
 from emloc_diffusion.samples import Options, Samples, encode_samples
+from emloc_diffusion.text_options import refuse_text_options
 
 HELD_OUT_SEED = 0x5EED
 """Of noise and timesteps; training's depend on its own seed and never begin here."""
@@ -46,6 +47,7 @@ def evaluate_model(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any
 def _evaluate(config: DenoiserEvaluateConfig, family: ModelFamily) -> dict[str, Any]:
     if config.tasks:
         raise ConfigError("evaluate: tasks are lm-eval's, for language models; pass pictures.")
+    refuse_text_options("evaluate", config)
     checkpoint = Checkpoint.open(locate(config.model_name_or_path))
     plan = plan_pictures(config, checkpoint)
     if plan is not None:

@@ -12,12 +12,17 @@ from typing import Any, TypeAlias
 
 import torch
 from diffusers import DDPMScheduler
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
 
 from emloc.checkpoint import read_json
 from emloc.errors import CheckpointError
 
-TRAIN_TIMESTEPS = 1000
+DDPM_SCHEDULERS = {scheduler.name for scheduler in KarrasDiffusionSchedulers} | {
+    "LCMScheduler", "TCDScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler",
+}  # fmt: skip
+DDPM_SCHEDULERS -= {"EDMEulerScheduler"}
+"""Samplers of models that were trained with DDPM's noise: each one's configuration is also DDPM's."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,17 @@ class Diffusion:
     """Noise of the pipeline's own schedule, timesteps uniform."""
 
     def __init__(self, config: dict[str, Any]) -> None:
+        name = config.get("_class_name", "DDPMScheduler")
+        if name not in DDPM_SCHEDULERS or config.get("timestep_type") == "continuous":
+            raise CheckpointError(
+                f"The pipeline's scheduler is a {name}, whose noise is neither DDPM's nor flow "
+                f"matching's; use the pipeline of a Stable Diffusion or FLUX.1."
+            )
+        if config.get("use_flow_sigmas"):
+            raise CheckpointError(
+                f"The pipeline's scheduler is a {name} with use_flow_sigmas; give it the model's own "
+                f"FlowMatchEulerDiscreteScheduler."
+            )
         known = {key: value for key, value in config.items() if not key.startswith("_")}
         self._scheduler: Any = DDPMScheduler.from_config(known)
         self._kind = str(known.get("prediction_type", "epsilon"))
@@ -64,6 +80,7 @@ class FlowMatching:
     def __init__(self, config: dict[str, Any]) -> None:
         dynamic = bool(config.get("use_dynamic_shifting"))
         self._shift = 1.0 if dynamic else float(config.get("shift", 1.0))
+        self._steps = int(config.get("num_train_timesteps", 1000))
 
     def draw(self, latents: Tensor, generator: torch.Generator) -> Noised:
         """One σ and one noise per sample."""
@@ -71,7 +88,7 @@ class FlowMatching:
         u = torch.sigmoid(torch.randn(len(latents), generator=generator))
         sigma = self._shift * u / (1 + (self._shift - 1) * u)
         wide = sigma.view(-1, 1, 1, 1)
-        return Noised((1 - wide) * latents + wide * noise, sigma * TRAIN_TIMESTEPS, noise - latents)
+        return Noised((1 - wide) * latents + wide * noise, sigma * self._steps, noise - latents)
 
 
 Objective: TypeAlias = Diffusion | FlowMatching

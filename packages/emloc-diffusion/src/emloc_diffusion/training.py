@@ -30,11 +30,10 @@ from emloc_diffusion.family import DiffusionFamily
 from emloc_diffusion.loading import load_denoiser
 from emloc_diffusion.objective import Objective, objective_of
 from emloc_diffusion.samples import Options, Samples, encode_samples
+from emloc_diffusion.text_options import refuse_text_options
 from emloc_diffusion.text_training import TextTraining
 from emloc_diffusion.validation import DrawValidation
 from emloc_diffusion_options import DreamBoothOptions, PictureOptions
-
-TEXT_ONLY = ("packing", "streaming", "eval_dataset", "assistant_only_loss", "dataset_weights")
 
 
 class DreamBoothConfig(TrainConfig, PictureOptions, DreamBoothOptions):
@@ -125,9 +124,11 @@ def train_lora(config: TrainConfig, work: Path) -> dict[str, Any]:
 
 
 def _train(config: DreamBoothConfig, work: Path) -> dict[str, Any]:
-    for name in TEXT_ONLY:
-        if getattr(config, name):
-            raise ConfigError(f"train: {name} is for text; leave it out with pictures.")
+    refuse_text_options("train", config)
+    if config.class_data_dir is None and "prior_loss_weight" in config.model_fields_set:
+        raise ConfigError(
+            "train: prior_loss_weight is set without class_data_dir, whose pictures it weighs; leave it out."
+        )
     # Gradients are checkpointed by diffusers' own switch, below.
     plain = config.model_copy(update={"gradient_checkpointing": False})
     arguments = training_arguments(TrainingArguments, plain, work, remove_unused_columns=False)
