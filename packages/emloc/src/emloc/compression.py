@@ -132,6 +132,7 @@ def _compress_block(
         )
         for group in groups
     ]
+    handles += [handle for group in groups for handle in _watch_shared_input(stream, group)]
     try:
         yield
     finally:
@@ -147,6 +148,33 @@ def _compress_block(
         else:
             factors[group.owner], layers[group.owner] = _factorise(stream, group, found, probe)
     folder.write_block(block, factors, _report(layers, unreached, time.monotonic() - started))
+
+
+def _watch_shared_input(stream: UnitStream, group: Group) -> list[Any]:
+    """Layers were found to read the same tensor in one forward; they must in these."""
+    read: list[Tensor] = []
+
+    def first(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        read[:] = [inputs[0]]
+
+    def same(name: str) -> Any:
+        def check(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0]
+            if not read or (read[0] is not x and not torch.equal(read[0], x)):
+                raise ConfigError(
+                    f"Layers {group.owner} and {name} do not always read the same, so they cannot share a "
+                    f"factor; pass share_factors=false."
+                )
+
+        return check
+
+    if len(group.layers) == 1:
+        return []
+    owner, *others = (stream.model.get_submodule(name) for name in group.layers)
+    return [
+        owner.register_forward_pre_hook(first),
+        *(m.register_forward_pre_hook(same(n)) for m, n in zip(others, group.layers[1:])),
+    ]
 
 
 def _side(stream: UnitStream, group: Group) -> Side:

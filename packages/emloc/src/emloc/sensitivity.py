@@ -9,8 +9,9 @@ the hidden state that the block passes on, token by token:
 
 where h is the block's output and h_g that with group g alone compressed to its uniform rank. Padding, by
 the mask of what the block writes, does not count. It costs a run of the block per group, on one
-micro-batch. Measured on SmolLM2-135M, the second-order increase of the loss that a layer's error predicts, `Σ_tokens (∂L/∂y · Δy)²`, is 1.5e4 to 3e4 times s_g for nine layers
-in ten, from the first block to the last.
+micro-batch. Measured on SmolLM2-135M, the second-order increase of the loss that a layer's error predicts,
+`Σ_tokens (∂L/∂y · Δy)²`, is 1.5e4 to 3e4 times s_g for nine layers in ten, from the first block to the
+last.
 
 Precision: the block runs as it does for the moments; ratios are averaged in float64.
 """
