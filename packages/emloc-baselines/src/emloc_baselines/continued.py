@@ -174,7 +174,7 @@ def _write_beside(
         by_file.setdefault(info.file, []).append(name)
     for file, names in by_file.items():
         declared = {name: (old.tensors[name].dtype, old.tensors[name].shape) for name in names}
-        with ShardWriter(beside / file, declared) as shard:
+        with ShardWriter(beside / file, declared, old.name) as shard:
             for name in names:
                 new = places.get(name)
                 value = old.read(name) if new is None else new.detach().cpu()

@@ -180,7 +180,7 @@ def _write(base: Checkpoint, light: LightModel, work: Path) -> Checkpoint:
                 advance(len(pieces))
                 continue
             declared = {piece.name: (piece.dtype, piece.shape) for piece in pieces}
-            with ShardWriter(work / file, declared) as shard:
+            with ShardWriter(work / file, declared, base.name) as shard:
                 for piece in pieces:
                     shard.write(piece.name, piece.make())
                     advance(note=piece.name)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from emloc.adapted_weights import base_weights
+from emloc.adapted_weights import adapted_weights
 from emloc.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, Adapter, LoraLayer
 from emloc.errors import MismatchError
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
@@ -92,7 +92,7 @@ def recover_adapter(
         with PeakMemory() as peak:
             tensors, names = _tensors(trained, recover, rename)
             declared = {key: (value.dtype, tuple(value.shape)) for key, value in tensors.items()}
-            with ShardWriter(work / WEIGHTS_NAME, declared) as shard:
+            with ShardWriter(work / WEIGHTS_NAME, declared, str(adapter)) as shard:
                 for key, value in tensors.items():
                     shard.write(key, value)
             write_json(work / CONFIG_NAME, _config(trained, names, base.reference_name()))
@@ -165,4 +165,4 @@ def _require_fit(work: Path, family: Any, base: Any) -> None:
     import torch
 
     skeleton = family.skeleton(base, torch.float32)
-    base_weights(Adapter.open(str(work)), lambda name: family.stored(skeleton, name, base), base)
+    adapted_weights(Adapter.open(str(work)), family, skeleton, base)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from emloc.checkpoint import Checkpoint
 from emloc.config import CalibrationOptions, DemoConfig, EvaluateConfig, TrainConfig
 from emloc.family import Batch, EmulatorLayers, LossSum, StoredParameter
-from emloc.integrations.transformers.conversion import stored_parameter
+from emloc.integrations.transformers.conversion import module_name, stored_parameter
 from emloc.integrations.transformers.loading import load_tokenizer
 from emloc.integrations.transformers.loss import next_token_loss
 from emloc.integrations.transformers.quantizer import emulator_config
@@ -22,6 +22,7 @@ from emloc.integrations.transformers.skeleton import (
     shared_input_groups,
     shared_linears,
 )
+from emloc.integrations.transformers.untying import untied_config
 from emloc_llm.data import draw_samples, in_batches, pad
 from emloc_llm.planned import PlannedLLM
 
@@ -49,6 +50,14 @@ class LLMFamily(PlannedLLM):
     ) -> StoredParameter | None:
         """See `ModelFamily`."""
         return stored_parameter(model, parameter, checkpoint)
+
+    def module_name(self, model: nn.Module, name: str) -> str:
+        """See `KnowsOlderNames`."""
+        return module_name(model, name)
+
+    def untied_config(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any] | None:
+        """See `UntiesWeights`."""
+        return untied_config(checkpoint, model)
 
     def blocks(self, model: nn.Module) -> Sequence[str]:
         """See `ModelFamily`."""

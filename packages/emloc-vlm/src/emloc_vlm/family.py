@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 from emloc.checkpoint import Checkpoint
 from emloc.config import CalibrationOptions, DataOptions, DemoConfig, EvaluateConfig, TrainConfig
 from emloc.family import Batch, EmulatorLayers, LossSum, StoredParameter
-from emloc.integrations.transformers.conversion import stored_parameter
+from emloc.integrations.transformers.conversion import module_name, stored_parameter
 from emloc.integrations.transformers.loss import next_token_loss
 from emloc.integrations.transformers.quantizer import emulator_config
 from emloc.integrations.transformers.skeleton import (
@@ -21,6 +21,7 @@ from emloc.integrations.transformers.skeleton import (
     shared_input_groups,
     shared_linears,
 )
+from emloc.integrations.transformers.untying import untied_config
 from emloc.planning.described import Described
 from emloc_vlm.calibration import calibration_batches, patch_mask, without_patch_mask
 from emloc_vlm.data_files import files_of_rows
@@ -54,6 +55,14 @@ class VLMFamily(PlannedVLM):
     ) -> StoredParameter | None:
         """See `ModelFamily`."""
         return stored_parameter(model, parameter, checkpoint)
+
+    def module_name(self, model: nn.Module, name: str) -> str:
+        """See `KnowsOlderNames`."""
+        return module_name(model, name)
+
+    def untied_config(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any] | None:
+        """See `UntiesWeights`."""
+        return untied_config(checkpoint, model)
 
     def blocks(self, model: nn.Module) -> Sequence[str]:
         """Of both towers, the vision tower's first."""

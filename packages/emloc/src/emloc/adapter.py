@@ -3,41 +3,31 @@
 Of a pipeline, subfolders may hold LoRAs of its other models, each under its model's name. Those models are
 never compressed.
 
-Only what changes a linear layer by `scaling · B · A` (and DoRA's magnitude) can be corrected and
-merged; everything else that PEFT offers is refused with its reason.
+A file holds more than LoRA where modules were trained whole (`modules_to_save`), and where PEFT saves a
+frozen copy of a base weight beside a LoRA on the embeddings or the head. Every tensor of the file is one of
+these three; any other is refused here, or by `adapted_weights`, which knows the base.
 """
 
 import hashlib
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 
+from emloc.adapter_config import CONFIG_NAME, refuse_unsupported, require_rank, scaling_of
 from emloc.checkpoint import Checkpoint, read_json
-from emloc.convolution import as_matrix
+from emloc.convolution import as_matrix, matrix_shape
 from emloc.errors import CheckpointError, MismatchError
 from emloc.finite import is_finite
-from emloc.output import file_sha256
-from emloc.rank import match_pattern
+from emloc.named_files import named_path, refuse_special
+from emloc.output import file_sha256, write_json
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "adapter_config.json"
 PREFIX = "base_model.model."
-
-_CHANGES_BASE = {"pissa", "olora", "corda", "loftq", "lora_ga"}
-_UNSUPPORTED = {
-    "layer_replication": "it repeats layers",
-    "target_parameters": "it adapts parameters instead of linear layers",
-    "trainable_token_indices": "it trains token embeddings",
-    "lora_bias": "it trains biases inside the LoRA",
-    "use_qalora": "it pools the inputs",
-    "alora_invocation_tokens": "it acts on some tokens only",
-    "arrow_config": "it mixes several LoRAs",
-    "megatron_config": "it is split over processes",
-}
+COPY = ".base_layer"
+"""What PEFT puts between a module's name and the base's own weight, where a LoRA is on the module."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +61,7 @@ class Adapter:
     Attributes:
         layers: the adapted ones.
         saved: parameters of `modules_to_save`, trained whole, with their tensors' names.
+        copies: parameters of the base that lie in the file as well, with their tensors' names.
         parts: adapters of the pipeline's other models, by name (`with_parts`).
     """
 
@@ -79,6 +70,7 @@ class Adapter:
     tensors: Checkpoint
     layers: tuple[LoraLayer, ...]
     saved: Mapping[str, str]
+    copies: Mapping[str, str]
     parts: Mapping[str, "Adapter"] = field(default_factory=dict[str, "Adapter"])
 
     @classmethod
@@ -93,6 +85,7 @@ class Adapter:
         if not path.is_dir():
             raise CheckpointError(f"No folder {folder}; pass the folder of a PEFT adapter.")
         for name in (CONFIG_NAME, WEIGHTS_NAME):
+            refuse_special(path / name)
             if not (path / name).is_file():
                 inner = sorted(p.parent.name for p in path.glob(f"*/{CONFIG_NAME}"))
                 if inner:
@@ -101,25 +94,45 @@ class Adapter:
                     )
                 raise CheckpointError(f"{path} is not a PEFT adapter: it has no {name}.")
         config = read_json(path / CONFIG_NAME)
-        _refuse_unsupported(path, config)
+        refuse_unsupported(path, config)
         tensors = Checkpoint.from_files(folder, path, config, {WEIGHTS_NAME: None})
         layers = _layers(path, config, tensors)
-        return cls(path, config, tensors, tuple(layers), _saved(path, config, tensors, layers))
-
-    @property
-    def trained_on(self) -> Path | None:
-        """The local folder that the adapter's config names as its base, if it is one."""
-        name = self.config.get("base_model_name_or_path")
-        return Path(str(name)) if name and Path(str(name)).is_dir() else None
+        return cls(path, config, tensors, tuple(layers), *_others(path, config, tensors, layers))
 
     def with_parts(self, names: Iterable[str]) -> "Adapter":
         """The same with the adapters that lie in subfolders of these names, where there are any.
 
         Raises:
-            CheckpointError, MismatchError: as `open`.
+            CheckpointError, MismatchError: as `open`, or a name leads out of the folder.
         """
-        found = [name for name in names if (self.path / name / CONFIG_NAME).is_file()]
-        return replace(self, parts={name: Adapter.open(str(self.path / name)) for name in found})
+        folders = {name: named_path(self.path, name, self.path) for name in names}
+        found = {name: path for name, path in folders.items() if (path / CONFIG_NAME).is_file()}
+        return replace(self, parts={name: Adapter.open(str(p)) for name, p in found.items()})
+
+    def renamed(self, module_name: Callable[[str], str]) -> "Adapter":
+        """The same under other names of modules; keys of the file, and parts, stay.
+
+        Raises:
+            MismatchError: two tensors of the file come to be of one module.
+        """
+
+        def parameter(name: str) -> str:
+            module, _, leaf = name.rpartition(".")
+            return f"{module_name(module)}.{leaf}" if module else name
+
+        layers = [replace(layer, name=module_name(layer.name)) for layer in self.layers]
+        saved = [(parameter(name), key) for name, key in self.saved.items()]
+        copies = [(parameter(name), key) for name, key in self.copies.items()]
+        _refuse_doubles(self.path, [(layer.name, layer.down_key) for layer in layers])
+        _refuse_doubles(self.path, saved)
+        _refuse_doubles(self.path, copies)
+        return replace(self, layers=tuple(layers), saved=dict(saved), copies=dict(copies))
+
+    def name_base(self, name: str) -> None:
+        """Write what the model that it was trained on is called into its config, and the parts'."""
+        for adapter in (self, *self.parts.values()):
+            config = read_json(adapter.path / CONFIG_NAME)
+            write_json(adapter.path / CONFIG_NAME, {**config, "base_model_name_or_path": name})
 
     @property
     def files(self) -> list[str]:
@@ -153,69 +166,76 @@ class Adapter:
             part.require_finite(lambda key, name=name: fail(f"{name}/{key}"))
 
 
-def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise MismatchError(f"{path} is a {kind} adapter; only LoRA can be corrected and merged.")
-    for option, reason in _UNSUPPORTED.items():
-        if config.get(option):
-            raise MismatchError(f"{path} uses {option}, which is not supported: {reason}.")
-    if config.get("bias", "none") != "none":
-        raise MismatchError(
-            f"{path} trains biases (bias={config['bias']!r}), which is not supported: they would be "
-            f"left out; train with bias='none'."
-        )
-    start = str(config.get("init_lora_weights")).lower()
-    if any(start.startswith(name) for name in _CHANGES_BASE):
-        raise MismatchError(
-            f"{path} was initialised with {start}, which changes the emulator's weights; convert it "
-            f"to a plain LoRA with PEFT's path_initial_model_for_weight_conversion first."
-        )
-
-
 def _layers(path: Path, config: dict[str, Any], tensors: Checkpoint) -> list[LoraLayer]:
-    rank_pattern = cast("dict[str, int]", config.get("rank_pattern") or {})
-    alpha_pattern = cast("dict[str, float]", config.get("alpha_pattern") or {})
     found: list[LoraLayer] = []
     for key, info in tensors.tensors.items():
         if not key.endswith(".lora_A.weight"):
             continue
         name = key.removesuffix(".lora_A.weight").removeprefix(PREFIX)
         up_key = key.replace(".lora_A.weight", ".lora_B.weight")
-        if up_key not in tensors.tensors:
-            raise CheckpointError(
-                f"{path / WEIGHTS_NAME} holds {key} and no {up_key}; it is incomplete."
-            )
+        magnitude_key = key.replace(".lora_A.weight", ".lora_magnitude_vector")
+        dora = bool(config.get("use_dora"))
+        for wanted in (up_key, *([magnitude_key] if dora else [])):
+            if wanted not in tensors.tensors:
+                raise CheckpointError(
+                    f"{path / WEIGHTS_NAME} holds {key} and no {wanted}; it is incomplete."
+                )
         rank = info.shape[0]
-        expected = match_pattern(rank_pattern, name) or config.get("r")
-        if rank != expected:
+        require_rank(path, config, name, key, rank)
+        if matrix_shape(tensors.tensors[up_key].shape)[1] != rank:
             raise CheckpointError(
-                f"{path}: {key} has rank {rank}, its {CONFIG_NAME} says {expected}; the two files do "
-                f"not belong together."
+                f"{path / WEIGHTS_NAME}: {key} has {rank} rows, and {up_key} as many columns as "
+                f"{tensors.tensors[up_key].shape} says; it is damaged."
             )
-        alpha = match_pattern(alpha_pattern, name)
-        alpha = float(config.get("lora_alpha", 8) if alpha is None else alpha)
-        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        magnitude = key.replace(".lora_A.weight", ".lora_magnitude_vector")
-        magnitude_key = magnitude if magnitude in tensors.tensors else None
-        found.append(LoraLayer(name, rank, scaling, key, up_key, magnitude_key))
+        scaling = scaling_of(path, config, name, rank)
+        found.append(LoraLayer(name, rank, scaling, key, up_key, magnitude_key if dora else None))
     if not found:
         raise CheckpointError(f"{path / WEIGHTS_NAME} holds no LoRA tensors.")
+    _refuse_doubles(path, [(layer.name, layer.down_key) for layer in found])
     return found
 
 
-def _saved(
-    path: Path, config: dict[str, Any], tensors: Checkpoint, layers: Sequence[LoraLayer]
-) -> dict[str, str]:
-    """What is in the file beside LoRA: parameters of modules that were trained whole."""
+def _others(
+    path: Path, config: dict[str, Any], tensors: Checkpoint, layers: list[LoraLayer]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """What is in the file beside LoRA: parameters that were trained whole, and copies of the base's."""
     used = {key for layer in layers for key in (layer.down_key, *layer.changed_keys)}
     modules = cast("list[str]", config.get("modules_to_save") or [])
     saved: dict[str, str] = {}
+    copies: dict[str, str] = {}
     for key in sorted(tensors.tensors.keys() - used):
         name = key.removeprefix(PREFIX)
-        parts = name.split(".")[:-1]
+        if ".lora_embedding_" in key:
+            raise MismatchError(
+                f"{path / WEIGHTS_NAME} holds {key}, a LoRA on an embedding, which is not supported; "
+                f"train the embedding whole (modules_to_save), or leave it out."
+            )
+        if ".lora_" in key:
+            raise MismatchError(
+                f"{path / WEIGHTS_NAME} holds {key}, which is not LoRA by its {CONFIG_NAME}; the two files "
+                f"do not belong together."
+            )
+        module, _, leaf = name.rpartition(".")
+        parts = module.split(".")
         above = [".".join(parts[: count + 1]) for count in range(len(parts))]
-        if not any(module.endswith(given) for module in above for given in modules):  # as PEFT does
-            raise MismatchError(f"{path / WEIGHTS_NAME} holds a tensor that is not LoRA: {key}.")
-        saved[name] = key
-    return saved
+        if any(path.endswith(given) for path in above for given in modules):  # as PEFT does
+            saved[name] = key
+        else:
+            copies[f"{module.removesuffix(COPY)}.{leaf}"] = key
+    if config.get("ensure_weight_tying"):
+        # PEFT's config names the embeddings alone; the file has what is tied to them as well.
+        tied = {name: key for name, key in copies.items() if COPY not in key}
+        saved |= tied
+        copies = {name: key for name, key in copies.items() if name not in tied}
+    return saved, copies
+
+
+def _refuse_doubles(path: Path, named: Iterable[tuple[str, str]]) -> None:
+    known: dict[str, str] = {}
+    for name, key in named:
+        if name in known:
+            raise MismatchError(
+                f"{path / WEIGHTS_NAME} holds {known[name]} and {key}, which both are of {name}; it "
+                f"mixes names of two versions of the model."
+            )
+        known[name] = key

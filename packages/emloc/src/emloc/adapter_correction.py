@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emloc.adapted_weights import base_weights
-from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, LoraLayer
+from emloc.adapted_weights import AdaptedWeights
+from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, LoraLayer
 from emloc.checkpoint import Checkpoint
 from emloc.config import CorrectConfig
 from emloc.convolution import as_matrix
@@ -41,22 +41,18 @@ class AdapterCorrection:
         manifest: the emulator's.
         stream: the base model, for names and for comparing limits.
         emulator: its factors.
-        adapter: as trained on the emulator.
+        adapted: the adapter as trained on the emulator, and what it changes in the base.
     """
 
     config: CorrectConfig
     stream: UnitStream
     emulator: Checkpoint
     manifest: Manifest
-    adapter: Adapter
+    adapted: AdaptedWeights
 
     def __post_init__(self) -> None:
         self.base = self.stream.checkpoint
-        self.weights = base_weights(
-            self.adapter,
-            lambda name: self.stream.family.stored(self.stream.model, name, self.base),
-            self.base,
-        )
+        self.adapter, self.weights = self.adapted.adapter, self.adapted.layers
         self.owners = {
             name: owner for owner, entry in self.manifest.layers.items() for name in entry["layers"]
         }
@@ -176,7 +172,7 @@ class AdapterCorrection:
         declared = {key: (info.dtype, info.shape) for key, info in infos.items()}
         last: tuple[str, Tensor] | None = None  # keys of a layer lie side by side
         with (
-            ShardWriter(work / WEIGHTS_NAME, declared) as shard,
+            ShardWriter(work / WEIGHTS_NAME, declared, str(self.adapter.path)) as shard,
             progress_bar("correct", len(self.adapter.layers)) as advance,
         ):
             for key in infos:
@@ -206,6 +202,11 @@ class AdapterCorrection:
         assert mismatch is not None
         corrected = correct_up(mismatch, limit)
         stored = corrected.up.to(self.adapter.tensors.tensors[layer.up_key].dtype).cpu()
+        if is_finite(corrected.up) and not is_finite(stored):
+            raise NumericalError(
+                f"The correction of {layer.name} does not fit {str(stored.dtype).removeprefix('torch.')}, "
+                f"the dtype of {self.adapter.path}; save the adapter in bfloat16 or float32 first."
+            )
         return stored, {
             "rank": layer.rank,
             "scaling": layer.scaling,

@@ -100,7 +100,7 @@ class EmulatorFolder:
                 tensors[name] = stored.to(self._target_dtype(stored.dtype))
         declared: Declared = {n: (t.dtype, tuple(t.shape)) for n, t in sorted(tensors.items())}
         file = self.shards[self.stream.blocks.index(block)]
-        with ShardWriter(self.work / file, declared) as shard:
+        with ShardWriter(self.work / file, declared, self.base.name) as shard:
             for name in declared:
                 shard.write(name, tensors[name])
         write_json(self.report_path(block), {**report, "sha256": {file: shard.sha256}})
@@ -148,7 +148,7 @@ class EmulatorFolder:
             for name, info in self.base.tensors.items()
             if name not in inside
         }
-        with ShardWriter(self.work / self.shards[-1], declared) as shard:
+        with ShardWriter(self.work / self.shards[-1], declared, self.base.name) as shard:
             for name, (dtype, _) in declared.items():
                 shard.write(name, self.base.read(name).to(dtype))
         return shard.sha256

@@ -211,6 +211,31 @@ class NamesDataFiles(Protocol):
         ...
 
 
+@runtime_checkable
+class KnowsOlderNames(Protocol):
+    """A `ModelFamily` whose models' modules were called otherwise in earlier versions of its library."""
+
+    def module_name(self, model: nn.Module, name: str) -> str:
+        """What a module of an adapter is called now; `name` itself where that is not known."""
+        ...
+
+
+@runtime_checkable
+class UntiesWeights(Protocol):
+    """A `ModelFamily` whose models may store a tensor of its own for each of several tied parameters."""
+
+    def untied_config(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any] | None:
+        """The config under which the model ties none of its parameters, and else computes the same.
+
+        Args:
+            model: the skeleton.
+
+        Returns:
+            None where there is no such config.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class FamilyEntry:
     """A family as a plugin registers it, without importing it.

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from emloc.checkpoint import DTYPES
 from emloc.errors import OutputError
+from emloc.finite import require_writable
 
 SETTINGS_NAME = "stage_settings.json"
 _UNFINISHED = SETTINGS_NAME + ".tmp"
@@ -129,12 +130,21 @@ class ShardWriter:
     The format is an 8-byte little-endian length, a JSON header and the tensors' bytes in order
     (https://huggingface.co/docs/safetensors). Used as a context manager; the file appears under its
     name only if all declared tensors were written.
+
+    Args:
+        path: the file.
+        tensors: dtype and shape of each, in the order that they come in.
+        source: what the tensors are read from or made of, for messages.
     """
 
     def __init__(
-        self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+        self,
+        path: Path,
+        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        source: str = "",
     ) -> None:
         self.path = path
+        self._source = source or str(path)
         self._temporary = path.with_name(path.name + ".tmp")
         self._pending = list(tensors.items())[::-1]
         self._header = _header(tensors)
@@ -151,13 +161,18 @@ class ShardWriter:
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor; tensors come in the declared order, with declared dtype and shape."""
+        """Append a tensor; tensors come in the declared order, with declared dtype and shape.
+
+        Raises:
+            NumericalError: it holds NaN or infinity.
+        """
         expected, (dtype, shape) = self._pending.pop()
         if (name, tensor.dtype, tuple(tensor.shape)) != (expected, dtype, shape):
             raise ValueError(
                 f"{self.path}: expected {expected} {dtype} {shape}, got {name} "
                 f"{tensor.dtype} {tuple(tensor.shape)}"
             )
+        require_writable(name, tensor.detach(), self._source)
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
             self._put(memoryview(cast(bytes, flat.view(torch.uint8).numpy())))

@@ -91,7 +91,7 @@ def _cut(folder: EmulatorFolder, block: str) -> None:
         for name in wide.tensors
     }
     declared = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with ShardWriter(folder.work / file, declared) as shard:
+    with ShardWriter(folder.work / file, declared, folder.base.name) as shard:
         for name, tensor in tensors.items():
             shard.write(name, tensor)
     write_json(folder.report_path(block), {**report, "sha256": {file: shard.sha256}})

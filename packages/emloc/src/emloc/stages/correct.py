@@ -8,8 +8,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from emloc.adapted_weights import part_weights
+import torch
+
+from emloc.adapted_weights import adapted_weights, part_weights
 from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
+from emloc.adapter_base import folder_named
 from emloc.adapter_correction import AdapterCorrection
 from emloc.checkpoint import Checkpoint
 from emloc.config import CorrectConfig
@@ -56,6 +59,9 @@ def correct(config: CorrectConfig) -> Path:
     adapter = adapter.with_parts(base.parts)
     emulator = Checkpoint.open(config.emulator)
     _refuse_foreign_parts(adapter, emulator, base)
+    skeleton = family.skeleton(base, torch.float32)
+    adapted = adapted_weights(adapter, family, skeleton, base)
+    adapter = adapted.adapter
     contract = None
     if config.memory is not None:
         contract = correct_contract(config, base, family, adapter)
@@ -76,7 +82,7 @@ def correct(config: CorrectConfig) -> Path:
         with PeakMemory(config.device, limit=config.memory) as peak:
             saved = {name: adapter.read(key) for name, key in adapter.saved.items()}
             stream = UnitStream(family, base, config.device, instead=saved)
-            correction = AdapterCorrection(config, stream, emulator, emulator_manifest, adapter)
+            correction = AdapterCorrection(config, stream, emulator, emulator_manifest, adapted)
             chosen, summary = correction.choose(batches)
             layers = correction.write(work, chosen)
             for name, part in adapter.parts.items():
@@ -155,7 +161,7 @@ def _refuse_foreign_adapter(adapter: Adapter, emulator: str, manifest: Manifest)
 
 def _refuse_foreign_folder(adapter: Adapter, emulator: str, manifest: Manifest) -> None:
     """Trained by somebody else's trainer: PEFT's config may still name what it was trained on."""
-    folder = adapter.trained_on
+    folder = folder_named(adapter)
     if folder is None or folder.resolve() == Path(emulator).resolve():
         return
     named = Manifest.find(folder)

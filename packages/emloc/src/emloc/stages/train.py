@@ -77,6 +77,7 @@ def train(config: TrainConfig) -> Path:
             figures = family.train(of_folder(config, model), work)
         adapter = Adapter.open(str(work)).with_parts(model.parts)
         adapter.require_finite(_diverged)
+        adapter.name_base(reference.name_or_path)
         exported = family.export_adapter(model, work)
         summary = figures.pop("summary", {})
         if contract is not None:

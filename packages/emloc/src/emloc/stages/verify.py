@@ -1,19 +1,22 @@
 """Check what a stage wrote: digests, shapes, finiteness, and keys against the base's configuration."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from emloc.adapted_weights import base_weights, part_weights
+from emloc.adapted_weights import adapted_weights, part_weights
 from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
+from emloc.adapter_base import named_base
 from emloc.checkpoint import Checkpoint
 from emloc.config import VerifyConfig
 from emloc.convolution import matrix_shape
 from emloc.errors import CheckpointError, EmlocError, MismatchError, NumericalError
 from emloc.family import ModelFamily
-from emloc.finite import is_finite
-from emloc.manifest import Manifest
+from emloc.finite import is_finite, is_mask
+from emloc.manifest import MANIFEST_NAME, Manifest
+from emloc.named_files import named_file
 from emloc.output import file_sha256
 from emloc.plugins import family_named, family_of, open_model
 from emloc.progress import progress_bar
@@ -51,9 +54,7 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
 
 def _verify_files(folder: Path, manifest: Manifest | None) -> int:
     for name, digest in (manifest.files if manifest else {}).items():
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name} is missing though the manifest lists it.")
-        if file_sha256(folder / name) != digest:
+        if file_sha256(named_file(folder, name, folder / MANIFEST_NAME)) != digest:
             raise CheckpointError(
                 f"{folder / name} is not what was written (SHA-256 differs); make it again."
             )
@@ -63,7 +64,8 @@ def _verify_files(folder: Path, manifest: Manifest | None) -> int:
 def _verify_finite(checkpoint: Checkpoint) -> int:
     with progress_bar("verify", len(checkpoint.tensors)) as advance:
         for name in checkpoint.tensors:
-            if not is_finite(checkpoint.read(name)):
+            tensor = checkpoint.read(name)
+            if not is_finite(tensor) and not is_mask(tensor):
                 raise NumericalError(f"Tensor {name} of {checkpoint.path} holds NaN or infinity.")
             advance(note=name)
     return len(checkpoint.tensors)
@@ -121,22 +123,28 @@ def _prefix(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> str
 def _verify_base(config: VerifyConfig, manifest: Manifest) -> None:
     origin = manifest.base_model
     name = config.model_name_or_path or origin.name_or_path
-    if config.model_name_or_path is None and not Path(name).exists():
+    if config.model_name_or_path is None and not _is_here(name):
         return  # the base is elsewhere, and nobody asked for it
     base, _ = open_model(name, config.single_file_config or origin.single_file_config)
     if base.digest() != origin.digest:
         raise MismatchError(f"{config.path} was made from other weights than those of {name}.")
 
 
+def _is_here(name: str) -> bool:
+    """Whether a recorded name is of something on this machine; a folder below ours may be another."""
+    return os.path.isabs(name) and Path(name).exists()
+
+
 def _verify_adapter(config: VerifyConfig, manifest: Manifest | None) -> dict[str, Any]:
     adapter = Adapter.open(str(config.path))
     checked = _verify_files(config.path, manifest)
-    name = config.model_name_or_path or adapter.config.get("base_model_name_or_path")
+    name = config.model_name_or_path or named_base(adapter, manifest)
     base = family = None
-    if name and (config.model_name_or_path or Path(str(name)).exists()):
+    if name and (config.model_name_or_path or _is_here(name)):
         named = manifest.base_model.single_file_config if manifest else None
-        base, family = open_model(str(name), config.single_file_config or named)
-    listed = {Path(file).parent.name for file in (manifest.files if manifest else ())} - {""}
+        base, family = open_model(name, config.single_file_config or named)
+    paths = [Path(file).parts for file in (manifest.files if manifest else ())]
+    listed = {parts[0] for parts in paths if len(parts) == 2}
     adapter = adapter.with_parts(sorted(listed | set(base.parts if base else ())))
 
     def fail(key: str) -> EmlocError:
@@ -148,10 +156,10 @@ def _verify_adapter(config: VerifyConfig, manifest: Manifest | None) -> dict[str
     against = None
     if base is not None and family is not None and "quantization_config" not in base.config:
         model = family.skeleton(base, torch.float32)
-        base_weights(adapter, lambda key: family.stored(model, key, base), base)
+        adapter = adapted_weights(adapter, family, model, base).adapter
         for part in adapter.parts:
             part_weights(adapter.parts[part], base.part(part))
-        against = str(name)
+        against = name
     return {
         "path": str(config.path),
         "kind": manifest.kind if manifest else "adapter",

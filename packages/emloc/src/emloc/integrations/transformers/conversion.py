@@ -28,6 +28,7 @@ from emloc.family import StoredParameter
 _KNOWN: "weakref.WeakKeyDictionary[Any, dict[str, dict[str, StoredParameter]]]" = (
     weakref.WeakKeyDictionary()
 )
+_MODULES: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionary()
 
 
 def stored_parameter(model: Any, parameter: str, checkpoint: Checkpoint) -> StoredParameter | None:
@@ -36,6 +37,28 @@ def stored_parameter(model: Any, parameter: str, checkpoint: Checkpoint) -> Stor
     if str(checkpoint.path) not in known:
         known[str(checkpoint.path)] = _all_stored(model, checkpoint)
     return known[str(checkpoint.path)].get(parameter)
+
+
+def module_name(model: Any, name: str) -> str:
+    """What a module of an adapter is called in `model`, by the renamings that its weights went through.
+
+    PEFT puts an adapter's LoRA through the same when it loads one. A name that the model has, or that no
+    renaming makes one of, stays.
+    """
+    modules = _modules(model)
+    if name in modules:
+        return name
+    renamings = [
+        rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)
+    ]
+    renamed = rename_source_key(f"{name}.weight", renamings, [])[0].removesuffix(".weight")
+    return renamed if renamed in modules else name
+
+
+def _modules(model: Any) -> set[str]:
+    if model not in _MODULES:
+        _MODULES[model] = {name for name, _ in model.named_modules()}
+    return _MODULES[model]
 
 
 def _all_stored(model: Any, checkpoint: Checkpoint) -> dict[str, StoredParameter]:

@@ -43,6 +43,7 @@ def empty_model(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype) -> 
             f"transformers cannot build {checkpoint.name} from its config.json: "
             f"{str(problem).strip().splitlines()[0]}"
         ) from problem
+    model.tie_weights()  # what is tied is one parameter, which moving to meta had made several
     _report_real_device(model)
     return model.eval()
 
