@@ -60,9 +60,15 @@ class OffsiteTuning:
                 f"{NAME} adapts the blocks at both ends; leave lora_layers_to_transform out."
             )
         ends = build(OffsiteOptions, task.options, NAME).trained_blocks
-        count = len(Manifest.read(light).layers)
-        chosen = [*range(ends), *range(count - ends, count)]
-        return train_light(task, light, out, lora_layers_to_transform=chosen)
+        blocks = list(Manifest.read(light).layers)
+        chosen = [*range(ends), *range(len(blocks) - ends, len(blocks))]
+        return train_light(
+            task,
+            light,
+            out,
+            lora_layers_to_transform=chosen,
+            lora_layers_pattern=[blocks[0].rpartition(".")[0]],
+        )
 
     def recover(self, task: Task, light: Path | None, adapter: Path, out: Path) -> Path:
         """See `Method`; blocks get their numbers in the full model back."""

@@ -5,8 +5,6 @@ rank and scaling stay. What comes out is an ordinary PEFT adapter whose config n
 one, with a manifest like that of a corrected adapter.
 """
 
-import math
-import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from emloc.adapted_weights import adapted_weights
 from emloc.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, Adapter, LoraLayer
+from emloc.adapter_config import exact_patterns
 from emloc.errors import MismatchError
 from emloc.manifest import Manifest, ModelReference, same_settings, versions
 from emloc.memory import PeakMemory
@@ -137,17 +136,8 @@ def _tensors(
 
 def _config(trained: Adapter, names: Mapping[str, LoraLayer], base_name: str) -> dict[str, Any]:
     """The adapter's config with every layer named in full; patterns where they differ from r and alpha."""
-    rank, root = trained.config["r"], bool(trained.config.get("use_rslora"))
-    alpha = trained.config.get("lora_alpha", 8)
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for name, layer in names.items():
-        own = layer.scaling * (math.sqrt(layer.rank) if root else layer.rank)
-        pattern = f"^{re.escape(name)}"
-        if layer.rank != rank:
-            ranks[pattern] = layer.rank
-        if not math.isclose(own, alpha):
-            alphas[pattern] = own
+    layers = [(name, layer.rank, layer.scaling) for name, layer in names.items()]
+    ranks, alphas = exact_patterns(trained.config, layers)
     return {
         **trained.config,
         "base_model_name_or_path": base_name,

@@ -149,7 +149,8 @@ class DiffusionFamily(PlannedDiffusion):
         """
         from emloc_diffusion.export import export_adapter
 
-        if Adapter.open(str(folder)).saved:
+        adapter = Adapter.open(str(folder))
+        if adapter.saved or adapter.copies:
             return ()
         component = checkpoint.layout.folder.rstrip("/")
         return [path.name for path in export_adapter(folder, component)]

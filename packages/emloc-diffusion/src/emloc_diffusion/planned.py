@@ -12,6 +12,7 @@ from emloc.config import StageConfig, TrainConfig
 from emloc.errors import ConfigError
 from emloc.family import Batch
 from emloc.integrations.diffusers.skeleton import empty_model, is_layer
+from emloc.integrations.peft.blocks import in_chosen_blocks
 from emloc.planning.described import Described, weight_dtype
 from emloc.planning.family import Groups, OtherModel
 from emloc.planning.operations import Layer
@@ -81,12 +82,14 @@ class PlannedDiffusion:
         if wanted == ["all-linear"]:
             groups = cast(Any, self).layer_groups(model)
             names = [name for group in groups for name in group]
-            return [name for name in names if isinstance(model.get_submodule(name), kinds)]
-        return [
-            name
-            for name, module in model.named_modules()
-            if is_layer(module) and any(name == t or name.endswith(f".{t}") for t in wanted)
-        ]
+            names = [name for name in names if isinstance(model.get_submodule(name), kinds)]
+        else:
+            names = [
+                name
+                for name, module in model.named_modules()
+                if is_layer(module) and any(name == t or name.endswith(f".{t}") for t in wanted)
+            ]
+        return in_chosen_blocks(model, names, options)
 
     def stacks(self, checkpoint: Checkpoint) -> Sequence[int]:
         """Of transformers, their blocks by kind; a UNet's differ all."""
@@ -114,7 +117,8 @@ class PlannedDiffusion:
         replace_layers(model, [{"layers": list(names), "rank": rank} for names, rank in groups])
         if options.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        options = options.model_copy(update={"lora_target_modules": targets})
+        chosen = {"lora_layers_to_transform": [], "lora_layers_pattern": []}  # taken in already
+        options = options.model_copy(update={"lora_target_modules": targets, **chosen})
         return with_planned_lora(model.requires_grad_(False), options)
 
     def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:

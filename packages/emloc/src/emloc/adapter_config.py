@@ -5,6 +5,8 @@ merged; everything else that PEFT offers is refused with its reason.
 """
 
 import math
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -89,3 +91,26 @@ def scaling_of(path: Path, config: dict[str, Any], name: str, rank: int) -> floa
             f"makes NaN; set lora_alpha (or alpha_pattern) to what it was trained with."
         )
     return float(scaling)
+
+
+def exact_patterns(
+    config: Mapping[str, Any], layers: Iterable[tuple[str, int, float]]
+) -> tuple[dict[str, int], dict[str, float]]:
+    """PEFT's `rank_pattern` and `alpha_pattern` for layers by their full names.
+
+    Args:
+        config: the adapter's; layers of its `r` and `lora_alpha` need no pattern.
+        layers: name, rank and scaling of each.
+    """
+    rank, root = config["r"], bool(config.get("use_rslora"))
+    alpha = config.get("lora_alpha", 8)
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name, own_rank, scaling in layers:
+        own = scaling * (math.sqrt(own_rank) if root else own_rank)
+        pattern = f"^{re.escape(name)}"
+        if own_rank != rank:
+            ranks[pattern] = own_rank
+        if not math.isclose(own, alpha):
+            alphas[pattern] = own
+    return ranks, alphas

@@ -167,7 +167,9 @@ class AdapterCorrection:
     def write(self, work: Path, limit: Limit) -> dict[str, dict[str, Any]]:
         """Write the adapter under `limit`; returns what happened to each layer."""
         reports: dict[str, dict[str, Any]] = {}
-        infos = self.adapter.tensors.tensors
+        # Copies of the base's weights go: PEFT would read an emulator's, rounded, in the base's place.
+        copies = set(self.adapter.copies.values())
+        infos = {k: i for k, i in self.adapter.tensors.tensors.items() if k not in copies}
         by_key = {key: layer for layer in self.adapter.layers for key in layer.changed_keys}
         declared = {key: (info.dtype, info.shape) for key, info in infos.items()}
         last: tuple[str, Tensor] | None = None  # keys of a layer lie side by side

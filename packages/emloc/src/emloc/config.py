@@ -156,6 +156,9 @@ class LoraOptions(StageConfig):
     lora_layers_to_transform: Annotated[
         list[Annotated[int, Field(ge=0)]], BeforeValidator(_split)
     ] = Field([], description="numbers of the blocks to adapt; by default all")
+    lora_layers_pattern: Names = Field(
+        [], description="names of the stacks that blocks are numbered in, where there are several"
+    )
     lora_modules_to_save: Names = Field([], description="modules trained whole, such as lm_head")
     loraplus_lr_ratio: float | None = Field(
         None, gt=0, description="LoRA+: learning rate of B over that of A"

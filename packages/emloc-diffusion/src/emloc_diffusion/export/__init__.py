@@ -16,6 +16,7 @@ from torch import Tensor
 
 from emloc.adapter import Adapter
 from emloc.errors import CheckpointError, ConfigError, MismatchError, OutputError
+from emloc.finite import require_writable
 from emloc.output import file_sha256, others_writing, writing
 from emloc_diffusion.export.diffusers_format import diffusers_file
 from emloc_diffusion.export.kohya_format import kohya_file
@@ -92,6 +93,11 @@ def export_adapter(
 
 def _open(folder: Path) -> Adapter:
     adapter = Adapter.open(str(folder))
+    if adapter.copies:
+        raise MismatchError(
+            f"{folder} holds {next(iter(adapter.copies.values()))}, which is not LoRA, and which files for "
+            f"pipelines cannot hold; save the adapter with save_embedding_layers=False."
+        )
     if adapter.saved:
         raise MismatchError(
             f"{folder} holds {next(iter(adapter.saved))}, trained whole (modules_to_save), which files "
@@ -107,6 +113,8 @@ def _open(folder: Path) -> Adapter:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    for name, tensor in tensors.items():
+        require_writable(name, tensor, str(path.parent))
     temporary = path.with_name(path.name + ".tmp")
     with writing(path), others_writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

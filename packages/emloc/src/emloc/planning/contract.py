@@ -36,7 +36,7 @@ from emloc.planning.fitting import changed_for, fit
 from emloc.planning.ledger import Lines, StageMemory, total
 from emloc.planning.memory_plan import MemoryPlan
 from emloc.planning.report import ordered, verdict
-from emloc.planning.setting import Matrices, Setting
+from emloc.planning.setting import Setting
 from emloc.planning.subject import Subject
 from emloc.plugin_options import with_plugin_options
 from emloc.progress import console
@@ -180,7 +180,7 @@ def correct_contract(
             config.device, base, config, num_calibration_samples=config.num_calibration_samples
         ),
         given=Plan((), {}),
-        adapter=_matrices(adapter),
+        **_existing(adapter),
         candidates=len(config.limit_candidates) if config.limit == "auto" else 0,
         correction_samples=config.num_calibration_samples,
     )
@@ -192,7 +192,7 @@ def merge_contract(
 ) -> Contract:
     """The contract of merging an adapter, which is done on the CPU."""
     subject, options = Subject.opened(base, family), plan_options("cpu", base, config)
-    setting = Setting(subject, options, given=Plan((), {}), adapter=_matrices(adapter))
+    setting = Setting(subject, options, given=Plan((), {}), **_existing(adapter))
     return _agreed("merge", setting, config)
 
 
@@ -234,9 +234,15 @@ def _group(subject: Subject, entry: Mapping[str, Any]) -> Group:
     return Group(layers, int(entry["rank"]), outputs, subject.shapes[layers[0]][1])
 
 
-def _matrices(adapter: Adapter) -> Matrices:
-    shapes = {key: matrix_shape(info.shape) for key, info in adapter.tensors.tensors.items()}
+def _existing(adapter: Adapter) -> dict[str, Any]:
+    """What a setting is to know of an adapter that is there."""
+    infos = adapter.tensors.tensors
+    shapes = {key: matrix_shape(info.shape) for key, info in infos.items() if len(info.shape) > 1}
     return {
-        layer.name: (layer.rank, shapes[layer.up_key][0], shapes[layer.down_key][1])
-        for layer in adapter.layers
+        "adapter": {
+            layer.name: (layer.rank, shapes[layer.up_key][0], shapes[layer.down_key][1])
+            for layer in adapter.layers
+        },
+        "adapter_bytes": sum(info.nbytes for info in infos.values()),
+        "adapter_whole": {name: infos[key].shape for name, key in adapter.saved.items()},
     }

@@ -16,6 +16,7 @@ FIRST = (
     "block in float32",
     "head in float32",
     "LoRA",
+    "modules to save",
     "gradients",
     "optimiser",
     "activations",

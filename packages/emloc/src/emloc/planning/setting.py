@@ -9,7 +9,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from emloc.config import PlanConfig
+from emloc.convolution import matrix_shape
 from emloc.errors import ConfigError
 from emloc.groups import Plan
 from emloc.planning.calls import (
@@ -29,15 +32,17 @@ from emloc.planning.step import StepSizes
 from emloc.planning.streaming import compress_lines, correct_lines, merge_lines
 from emloc.planning.subject import Subject
 from emloc.planning.training import (
+    Trained,
     lora_itemsize,
     lora_shapes,
     planned_step,
     training_lines,
 )
+from emloc.planning.whole import Shapes, untied_parameters
 
 STAGES = ("compress", "train", "correct", "merge", "inference")
 
-RESIDENT = ("weights", "LoRA", "block in float32", "head in float32")
+RESIDENT = ("weights", "LoRA", "modules to save", "block in float32", "head in float32")
 """Lines of what stays as it is; the others come and go, and an allocator has slack for them."""
 
 CALIBRATION = (
@@ -63,6 +68,8 @@ class Setting:
         options: of all stages.
         given: what an emulator that exists has compressed; by default what compress would.
         adapter: rank, d_out and d_in of the layers of a LoRA that exists; by default what train would adapt.
+        adapter_bytes: of its file.
+        adapter_whole: the parameters that it has whole.
         candidates: limits that correct compares; 0: the limit is given.
         correction_samples: on which it does.
     """
@@ -71,6 +78,8 @@ class Setting:
     options: PlanConfig
     given: Plan | None = None
     adapter: Matrices | None = None
+    adapter_bytes: int = 0
+    adapter_whole: Shapes = field(default_factory=dict[str, tuple[int, ...]])
     candidates: int = CANDIDATES
     correction_samples: int = CORRECTION_SAMPLES
     _made: dict[str, StageMemory] = field(default_factory=dict[str, StageMemory], init=False)
@@ -106,12 +115,18 @@ class Setting:
 
     @cached_property
     def learnt(self) -> int:
-        """Bytes of the LoRA as it is saved."""
-        itemsize = lora_itemsize(self.subject.itemsize(self.options.dtype))
-        if self.adapter is not None:
-            return sum(r * (d_out + d_in) for r, d_out, d_in in self.adapter.values()) * itemsize
-        shapes = lora_shapes(self._step[1], self.options)
-        return sum(rows * columns for rows, columns in shapes) * itemsize
+        """Bytes of the adapter as it is saved."""
+        return self._trained_of(self._step[1]).bytes if self.adapter is None else self.adapter_bytes
+
+    def _trained_of(self, layers: Mapping[str, Layer]) -> Trained:
+        """What training changes, given the layers with their LoRA."""
+        itemsize = self.subject.itemsize(self.options.dtype)
+        whole = [matrix_shape(shape or (1,)) for shape in self._whole.values()]
+        return Trained(lora_shapes(layers, self.options), lora_itemsize(itemsize), whole, itemsize)
+
+    @cached_property
+    def _whole(self) -> Shapes:
+        return self.subject.whole(self.options) if self.adapter is None else self.adapter_whole
 
     def stage(self, name: str) -> StageMemory:
         """One of `STAGES`, worked out when it is asked for."""
@@ -177,15 +192,12 @@ class Setting:
         self, weights: int, step: StepSizes | None, layers: Mapping[str, Layer], work: int
     ) -> StageMemory:
         options = self.options
-        itemsize = lora_itemsize(self.subject.itemsize(options.dtype))
-        lora = lora_shapes(layers, options)
-        lines = dict(training_lines(weights, lora, step, options, itemsize))
+        trained = self._trained_of(layers)
+        lines = dict(training_lines(weights, trained, step, options))
         if work:
             lines["dequantised layer"] = work
-        resumable = lines.get("LoRA", 0) + lines.get("optimiser", 0)
-        disk = lines_of(
-            adapter=lines.get("LoRA", 0), checkpoints=options.save_total_limit * resumable
-        )
+        resumable = trained.bytes + lines.get("optimiser", 0)
+        disk = lines_of(adapter=trained.bytes, checkpoints=options.save_total_limit * resumable)
         return self._after_encoding(lines, {}, disk, TRAINING)
 
     def qlora(self) -> StageMemory:
@@ -224,9 +236,12 @@ class Setting:
 
     def merge(self) -> StageMemory:
         """Tensor by tensor, on the CPU whatever the device."""
-        lines = merge_lines(self.subject, self._lora)
+        lines = merge_lines(self.subject, self._lora, self._whole)
         host = {**lines, **slack("cpu", sum(lines.values()))}
-        disk = lines_of(merged_model=self.subject.bytes, other_models=self._companions)
+        changed = [*(f"{name}.weight" for name in self._lora), *self._whole]
+        apart = untied_parameters(self.subject.model, changed).values()
+        added = sum(torch.Size(shape).numel() for shape in apart) * self.subject.stored.itemsize
+        disk = lines_of(merged_model=self.subject.bytes + added, other_models=self._companions)
         return StageMemory({}, host, disk) if self.on_gpu else StageMemory(host, {}, disk)
 
     @cached_property

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from emloc.eigen import BLOCK, CHECKS, LARGEST
 from emloc.gram import Side
 from emloc.groups import Group, Plan
@@ -27,6 +29,7 @@ from emloc.planning.calls import Calls, Matrices, compute_itemsize, side_of
 from emloc.planning.ledger import Lines, largest, lines_of
 from emloc.planning.step import Passing
 from emloc.planning.subject import Subject
+from emloc.planning.whole import Shapes
 
 DOUBLE = 8
 
@@ -232,10 +235,11 @@ def correct_lines(
     return moments[name], name
 
 
-def merge_lines(subject: Subject, lora: Matrices) -> Lines:
+def merge_lines(subject: Subject, lora: Matrices, whole: Shapes) -> Lines:
     """The machine's memory while tensors are merged."""
     stored = subject.stored.itemsize
-    sizes = sorted((d_out * d_in for _, d_out, d_in in lora.values()), reverse=True)
+    sizes = [d_out * d_in for _, d_out, d_in in lora.values()]
+    sizes = sorted([*sizes, *(torch.Size(s).numel() for s in whole.values())], reverse=True)
     widest = max((d_in for _, _, d_in in lora.values()), default=0)
     return lines_of(
         merged_tensors=sum(sizes[:2]) * stored,

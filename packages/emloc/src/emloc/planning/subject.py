@@ -22,6 +22,7 @@ from emloc.planning.family import PlannedFamily
 from emloc.planning.layers import layer_shapes
 from emloc.planning.operations import Layer
 from emloc.planning.step import BlockKind
+from emloc.planning.whole import Shapes, whole_parameters
 from emloc.rank import match_pattern
 
 KINDS = 2
@@ -141,8 +142,13 @@ class Subject:
         if self._adapted is None:
             family = self.planned
             names = family.adapted_layers(self.model, config) if family else ()
-            self._adapted = frozenset(names)
+            whole = {name.rpartition(".")[0] for name in self.whole(config)}
+            self._adapted = frozenset(names) - whole
         return self._adapted
+
+    def whole(self, config: TrainConfig) -> Shapes:
+        """Parameters that are trained whole."""
+        return whole_parameters(self.model, config.lora_modules_to_save)
 
     def emulator(self, config: CompressConfig) -> Plan:
         """Which layers become factors, as compress decides."""

@@ -1,12 +1,12 @@
-"""What training takes: weights, LoRA, gradients, optimiser, and the step's largest moment.
+"""What training takes: weights, what is trained, gradients, optimiser, and the step's largest moment.
 
-Optimisers hold per parameter of the LoRA so many elements of its dtype (AdamW: two moments). Those of 8
+Optimisers hold per trained parameter so many elements of its dtype (AdamW: two moments). Those of 8
 bits (bitsandbytes) hold a byte for each, and a float32 scale per 256; tensors of fewer than 4096 elements
 stay in 32 bits.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -84,7 +84,9 @@ def planned_step(
         few = family.shallow(subject.checkpoint, blocks) if blocks else subject.checkpoint
         names = {name for name, _ in subject.family.skeleton(few, torch.float32).named_modules()}
         inside = [(layers, rank) for layers, rank in grouped if names.issuperset(layers)]
-        model = family.trainable(few, inside, config)
+        # A shallow model lacks the blocks that were chosen; with a LoRA on all it takes no less.
+        chosen = {"lora_layers_to_transform": [], "lora_layers_pattern": []} if blocks else {}
+        model = family.trainable(few, inside, config.model_copy(update=chosen))
         return trace_step(model, batch, family.training_loss, on_gpu)
 
     return extrapolate(Depths(family.stacks(subject.checkpoint), count)), layers, "trace"
@@ -95,17 +97,51 @@ def is_plain(config: TrainConfig) -> bool:
     return not (config.use_dora or config.lora_dropout or config.lora_modules_to_save)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a step changes.
+
+    Attributes:
+        lora: the trainable matrices of the LoRA.
+        lora_itemsize: bytes of their elements.
+        whole: shapes of the parameters that are trained whole.
+        whole_itemsize: bytes of their elements.
+    """
+
+    lora: LoraShapes
+    lora_itemsize: int
+    whole: LoraShapes = ()
+    whole_itemsize: int = 0
+
+    @property
+    def lora_bytes(self) -> int:
+        """Of the LoRA."""
+        return sum(rows * columns for rows, columns in self.lora) * self.lora_itemsize
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of the copies that are trained whole."""
+        return sum(rows * columns for rows, columns in self.whole) * self.whole_itemsize
+
+    @property
+    def bytes(self) -> int:
+        """Of both, as they are saved."""
+        return self.lora_bytes + self.whole_bytes
+
+
 def training_lines(
-    weights: int, lora: LoraShapes, step: StepSizes | None, config: TrainConfig, itemsize: int
+    weights: int, trained: Trained, step: StepSizes | None, config: TrainConfig
 ) -> dict[str, int]:
     """The lines of a device, but for the allocator's slack."""
-    learnt = sum(rows * columns for rows, columns in lora) * itemsize
     moment = step.largest if step else Moment()
+    optimiser = optimizer_bytes(config.optim, trained.lora, trained.lora_itemsize)
+    optimiser += optimizer_bytes(config.optim, trained.whole, trained.whole_itemsize)
     return lines_of(
         weights=weights,
-        LoRA=learnt,
-        gradients=learnt,
-        optimiser=optimizer_bytes(config.optim, lora, itemsize),
+        LoRA=trained.lora_bytes,
+        modules_to_save=trained.whole_bytes,
+        gradients=trained.bytes,
+        optimiser=optimiser,
         activations=moment.kept,
         logits_and_loss=moment.loss,
         working_tensors=moment.working,

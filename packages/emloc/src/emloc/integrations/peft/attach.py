@@ -7,10 +7,13 @@ left of it, if anything.
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
 
 from emloc.adapted_weights import adapted_weights, differs, is_copy, under_current_names
-from emloc.adapter import Adapter
+from emloc.adapter import PREFIX, Adapter
+from emloc.adapter_config import exact_patterns
 from emloc.checkpoint import Checkpoint
 from emloc.errors import MismatchError
 from emloc.family import ModelFamily
@@ -39,13 +42,59 @@ def attach(model: Any, adapter: str, checkpoint: Checkpoint, family: ModelFamily
                 f"Adapter {adapter}: {checkpoint.name} has no layer {layer.name}; it was trained for "
                 f"another model."
             )
-    for older, newer in zip((*opened.saved, *opened.copies), (*lora.saved, *lora.copies)):
-        if older != newer:  # PEFT renames LoRAs alone
-            raise MismatchError(
-                f"Adapter {adapter} holds {older}, which the model calls {newer} now, and PEFT does not "
-                f"rename what was trained whole; merge the adapter, and evaluate the merged model."
-            )
-    return PeftModel.from_pretrained(model, adapter).eval()
+    adapted = _loaded(model, lora)
+    _require_loaded(adapted, lora)
+    return adapted.eval()
+
+
+def _loaded(model: Any, lora: Adapter) -> Any:
+    """The model with the adapter's tensors, on the modules that the file has them for.
+
+    PEFT renames what older versions called otherwise, but not for all models, and neither what was trained
+    whole nor targets. So it is given the names that the modules have now, one by one.
+    """
+    config: Any = PeftConfig.from_pretrained(str(lora.path))
+    config.target_modules = {layer.name for layer in lora.layers}
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    config.rank_pattern, config.alpha_pattern = exact_patterns(
+        lora.config, ((layer.name, layer.rank, layer.scaling) for layer in lora.layers)
+    )
+    config.init_lora_weights = True  # other beginnings look at data or weights, and are overwritten
+    adapted = get_peft_model(model, config)
+    named: dict[str, str] = {}
+    for layer in lora.layers:
+        for key in (layer.down_key, *layer.changed_keys):
+            named[f"{PREFIX}{layer.name}.{key[key.rindex('.lora_') + 1 :]}"] = key
+    named |= {f"{PREFIX}{name}": key for name, key in lora.saved.items()}
+    set_peft_model_state_dict(adapted, {name: lora.read(key) for name, key in named.items()})
+    return adapted
+
+
+def _require_loaded(adapted: Any, lora: Adapter) -> None:
+    """Every tensor of the file is on the model."""
+    wanted = {layer.name: layer for layer in lora.layers}
+    held = adapted.get_base_model()
+    for name, module in held.named_modules():
+        layer = wanted.get(name) if isinstance(module, LoraLayer) else None
+        if layer is not None:
+            [adapter] = module.lora_B
+            parts = (module.lora_A[adapter].weight, module.lora_B[adapter].weight)
+            if all(map(_equal, parts, map(lora.read, (layer.down_key, layer.up_key)))):
+                del wanted[name]
+    unused = [layer.down_key for layer in wanted.values()]
+    for parameter, key in lora.saved.items():
+        module, _, leaf = parameter.rpartition(".")
+        if not _equal(getattr(held.get_submodule(module), leaf), lora.read(key)):
+            unused.append(key)
+    if unused:
+        raise MismatchError(
+            f"PEFT uses {len(lora.tensors.tensors) - len(unused)} of the {len(lora.tensors.tensors)} "
+            f"tensors of {lora.path} and not {unused[0]}; it is for another model."
+        )
+
+
+def _equal(held: Any, stored: Tensor) -> bool:
+    return torch.equal(held.detach().cpu(), stored.to(held.dtype).reshape(held.shape))
 
 
 def _require_places(lora: Adapter, model: Any, name: str) -> None:
@@ -80,4 +129,6 @@ def attach_part(part: Any, adapter: Adapter) -> None:
                 f"{shape[0]}x{shape[1]}; it was trained for another model."
             )
     _require_places(adapter, part, type(part).__name__)
-    PeftModel.from_pretrained(part, str(adapter.path)).eval()
+    adapted = _loaded(part, adapter)
+    _require_loaded(adapted, adapter)
+    adapted.eval()

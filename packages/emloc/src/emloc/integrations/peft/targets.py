@@ -7,6 +7,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from emloc.config import LoraOptions, nearest
 from emloc.errors import ConfigError
+from emloc.integrations.peft.blocks import in_chosen_blocks
 from emloc.integrations.transformers.skeleton import is_linear
 from emloc.layers.low_rank_linear import LowRankLinear
 from emloc.progress import console
@@ -76,7 +77,7 @@ def chosen_targets(
     """Names as the user gave them, or all linear layers; those of the blocks asked for.
 
     Raises:
-        ConfigError: a target does not exist, or nothing is left of them.
+        ConfigError: a target or block does not exist, or nothing is left of them.
     """
     names = [name for name, _ in model.named_modules()]
     wanted = config.lora_target_modules
@@ -86,17 +87,15 @@ def chosen_targets(
             raise ConfigError(f"lora_target_modules: the model has no module {target}.{hint}")
     chosen = all_linear(model, excluded) if wanted == ["all-linear"] else wanted
     blocks = config.lora_layers_to_transform
-    if not blocks and not excluded:
+    if not blocks and not config.lora_layers_pattern and not excluded:
         return chosen
+    ends = tuple(f".{target}" for target in chosen)
     found = [
-        name
-        for name in names
-        if name not in excluded
-        and any(name == target or name.endswith(f".{target}") for target in chosen)
-        and (not blocks or any(part in map(str, blocks) for part in name.split(".")))
+        name for name in names if name not in excluded and (name in chosen or name.endswith(ends))
     ]
-    if not found and not blocks:
+    if not found:
         raise ConfigError(f"lora_target_modules: all of {', '.join(chosen)} lie in frozen parts.")
+    found = in_chosen_blocks(model, found, config)
     if not found:
         raise ConfigError(f"lora_layers_to_transform: no target lies in the blocks {blocks}.")
     return found
