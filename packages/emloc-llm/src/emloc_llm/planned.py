@@ -22,6 +22,9 @@ from emloc.planning.family import Groups
 from emloc.planning.operations import Layer
 from emloc.planning.step import StepOptions, StepSizes
 
+TASK_TYPE = "CAUSAL_LM"
+"""PEFT's name of what these models are for."""
+
 
 class PlannedLLM(PlannedTransformer):
     """`PlannedFamily` for causal language models."""
@@ -56,7 +59,7 @@ class PlannedLLM(PlannedTransformer):
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
         if options.gradient_checkpointing:
             run_blocks_twice(model)
-        return with_planned_lora(model, options)
+        return with_planned_lora(model, options, task_type=TASK_TYPE)
 
     def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """As TRL's `SFTTrainer` computes it."""

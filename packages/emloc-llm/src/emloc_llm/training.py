@@ -19,6 +19,7 @@ from emloc.integrations.transformers.tables import dataset_names, shares
 from emloc.memory import PeakMemory, return_large_blocks
 from emloc_llm.activations import TILE_ROWS, TILE_TOKENS
 from emloc_llm.data import Sample, encode, encode_all, in_batches, load_samples, pad, say_truncated
+from emloc_llm.planned import TASK_TYPE
 from emloc_llm.rows import load_rows
 
 
@@ -101,7 +102,7 @@ def _train(config: TrainConfig, work: Path) -> dict[str, Any]:
     model = load_model(path, AutoModelForCausalLM, config.dtype, config.device)
     parts = in_batches(samples, config.per_device_train_batch_size)
     batches = (pad(part, tokenizer.pad_token_id) for part in parts)
-    figures = train_with(config, work, model, make_trainer, batches)
+    figures = train_with(config, work, model, make_trainer, batches, task_type=TASK_TYPE)
     tokenizer.save_pretrained(work)
     figures["summary"] |= {
         "samples": len(samples),

@@ -26,6 +26,9 @@ from emloc_vlm.parts import frozen_modules
 from emloc_vlm.rows import CalibrationVisualOptions
 from emloc_vlm_options import FreezeOptions
 
+TASK_TYPE = "CAUSAL_LM"
+"""PEFT's name of what these models are for: images are part of what precedes the text."""
+
 MOST_TILES = 12
 """InternVL's own limit, where the config says none: that of its processor's files."""
 
@@ -87,7 +90,7 @@ class PlannedVLM(PlannedTransformer):
         )
         if options.gradient_checkpointing:
             run_blocks_twice(model)
-        return with_planned_lora(model, options, frozen_modules(model, options))
+        return with_planned_lora(model, options, frozen_modules(model, options), TASK_TYPE)
 
     def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """As transformers' Trainer computes it."""

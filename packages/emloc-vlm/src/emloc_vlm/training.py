@@ -20,6 +20,7 @@ from emloc_vlm.encode import collate
 from emloc_vlm.examples import Example
 from emloc_vlm.loading import load_vlm
 from emloc_vlm.parts import frozen_modules
+from emloc_vlm.planned import TASK_TYPE
 from emloc_vlm.processor import load_processor
 from emloc_vlm.rows import VisualOptions, load_examples, mixed_examples, readable
 from emloc_vlm_options import FreezeOptions, ImageOptions
@@ -86,7 +87,7 @@ def _train(config: VisualTrainConfig, work: Path) -> dict[str, Any]:
             yield into_batch(examples[start : start + size])
 
     frozen = frozen_modules(model, config)
-    figures = train_with(config, work, model, make_trainer, batches(), frozen)
+    figures = train_with(config, work, model, make_trainer, batches(), frozen, task_type=TASK_TYPE)
     processor.save_pretrained(work)
     figures["summary"] |= {"samples": len(examples)}
     return figures

@@ -59,6 +59,7 @@ def _loaded(model: Any, lora: Adapter) -> Any:
     config.rank_pattern, config.alpha_pattern = exact_patterns(
         lora.config, ((layer.name, layer.rank, layer.scaling) for layer in lora.layers)
     )
+    config.base_model_name_or_path = None  # what it was trained on is no news here
     config.init_lora_weights = True  # other beginnings look at data or weights, and are overwritten
     adapted = get_peft_model(model, config)
     named: dict[str, str] = {}

@@ -19,7 +19,6 @@ from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError, DataError
@@ -38,17 +37,19 @@ def new_lora(
     config: TrainConfig,
     batches: Iterable[Batch],
     excluded: Container[str] = (),
+    task_type: str | None = None,
 ) -> tuple[Any, Start]:
     """The model with a LoRA, and what it began with where that was taken off the weights.
 
     Args:
         batches: training batches; only EVA looks at them, at the first `EVA_BATCHES`.
         excluded: modules that are not adapted, whatever targets say.
+        task_type: PEFT's name of what the model is for, if it has one.
 
     Raises:
         ConfigError: a target does not exist, or options exclude one another.
     """
-    lora = lora_config(config, model, excluded)
+    lora = lora_config(config, model, excluded, task_type)
     if config.lora_init == "eva":
         first = [
             {name: tensor.to(config.device) for name, tensor in batch.items()}
@@ -56,10 +57,10 @@ def new_lora(
         ]
         if not first:
             raise DataError("lora_init=eva looks at samples first, which streaming does not keep.")
-        model = get_peft_model(model, lora)
+        model = _wrapped(model, lora)
         initialize_lora_eva_weights(model, first, show_progress_bar=False)
         return model, {}
-    model = get_peft_model(model, lora)
+    model = _wrapped(model, lora)
     if config.lora_init not in ("pissa", "olora"):
         return model, {}
     if config.use_dora:
@@ -71,11 +72,21 @@ def new_lora(
     }
 
 
-def lora_config(config: TrainConfig, model: Any, excluded: Container[str]) -> LoraConfig:
+def _wrapped(model: Any, lora: LoraConfig) -> Any:
+    """`get_peft_model`, with a path that means the same from every folder as the base's name."""
+    wrapped: Any = get_peft_model(model, lora)
+    if lora.base_model_name_or_path and Path(lora.base_model_name_or_path).exists():
+        lora.base_model_name_or_path = str(Path(lora.base_model_name_or_path).absolute())
+    return wrapped
+
+
+def lora_config(
+    config: TrainConfig, model: Any, excluded: Container[str], task_type: str | None = None
+) -> LoraConfig:
     """PEFT's own options; see `new_lora`."""
     start: Any = {"default": True, "gaussian": "gaussian", "eva": "eva"}.get(config.lora_init, True)
     return LoraConfig(
-        task_type="CAUSAL_LM" if isinstance(model, PreTrainedModel) else None,
+        task_type=task_type,
         r=config.lora_r,
         lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType] (PEFT takes both)
         lora_dropout=config.lora_dropout,

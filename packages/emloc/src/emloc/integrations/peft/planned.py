@@ -12,12 +12,15 @@ from emloc.integrations.peft.low_rank_lora import fuse_lora
 
 
 def with_planned_lora(
-    model: nn.Module, config: TrainConfig, excluded: Container[str] = ()
+    model: nn.Module,
+    config: TrainConfig,
+    excluded: Container[str] = (),
+    task_type: str | None = None,
 ) -> nn.Module:
     """The model on the meta device with its LoRA, fused where training fuses it, in training mode."""
     made: Any = get_peft_model(
         model,  # pyright: ignore[reportArgumentType]
-        lora_config(config, model, excluded),
+        lora_config(config, model, excluded, task_type),
         low_cpu_mem_usage=True,
     )
     fuse_lora(made)

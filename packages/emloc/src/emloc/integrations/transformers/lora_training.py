@@ -43,6 +43,7 @@ def train_lora(
     batches: Iterable[Batch],
     excluded: Container[str] = (),
     parts: Mapping[str, Part] | None = None,
+    task_type: str | None = None,
 ) -> dict[str, Any]:
     """Train a LoRA on `model` into `work`; returns figures for the manifest.
 
@@ -51,6 +52,7 @@ def train_lora(
         batches: training batches, for beginnings of the LoRA that look at data.
         excluded: modules that are not adapted, whatever targets say.
         parts: other models to train along, by the names of the subfolders that their adapters go to.
+        task_type: PEFT's name of what the model is for, such as `CAUSAL_LM`, if it has one.
 
     Raises:
         DataError, ConfigError, NumericalError: see their messages.
@@ -60,7 +62,7 @@ def train_lora(
     parts = parts or {}
     held = [model, *(part.model for part in parts.values())]
     weight_bytes = sum(_held(parameter) for each in held for parameter in each.parameters())
-    model, start = new_lora(model, config, batches, excluded)
+    model, start = new_lora(model, config, batches, excluded, task_type)
     fuse_lora(model)
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
