@@ -90,7 +90,14 @@ def test_tools_reach_the_template():
         sample = encode({"messages": MESSAGES, "tools": given}, tooled, options())
         assert tooled.decode(sample.input_ids).startswith("[weather]<|im_start|>system")
     calls = [*MESSAGES[:2], {"role": "assistant", "tool_calls": [{"name": "weather"}]}]
-    assert encode({"messages": calls}, tooled, options()).reference == '[{"name": "weather"}]'
+    with pytest.raises(DataError, match="turn 3 calls a tool"):  # and would be an empty answer
+        encode({"messages": calls}, tooled, options())
+    tooled.chat_template = CHAT_TEMPLATE.replace(
+        "<|im_end|>", "{% if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}<|im_end|>"
+    )
+    sample = encode({"messages": calls}, tooled, options())
+    assert sample.reference == '[{"name": "weather"}]'
+    assert learnt(sample) == '[{"name": "weather"}]<|im_end|>\n'
 
 
 def test_several_data_sets_with_weights(tmp_path, capfd):

@@ -1,12 +1,13 @@
 """From rows of data sets to token ids and labels, the same for calibration, training and scoring.
 
-Chats go through the tokenizer's chat template (`emloc_llm.chat`). A plain prompt and completion are
-concatenated and ended by the end-of-sequence token, as TRL does. Labels are -100 where there is no
+Chats go through the tokenizer's chat template. A plain prompt and completion are concatenated and ended by
+the end-of-sequence token, as TRL does. Either is tokenised as a whole. Labels are -100 where there is no
 loss: on prompts, unless asked otherwise.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,11 +15,16 @@ from torch import Tensor
 
 from emloc.config import CalibrationOptions, DataOptions
 from emloc.errors import DataError
+from emloc.integrations.transformers.chat import render
+from emloc.integrations.transformers.data.columns import form_of
+from emloc.integrations.transformers.data.rows import RowStream, where_of
+from emloc.integrations.transformers.data.texts import text_of
+from emloc.integrations.transformers.data.turns import Turn, alpaca_question, chat_of
 from emloc.integrations.transformers.loss import IGNORED
 from emloc.integrations.transformers.tables import dataset_names, mix, shares
+from emloc.integrations.transformers.tokens import token_ids, tokens_of
 from emloc.progress import console
-from emloc_llm.chat import Piece, chat_pieces
-from emloc_llm.rows import alpaca_question, as_chat, load_rows
+from emloc_llm.rows import load_rows
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,8 @@ class Sample:
         prompt_length: tokens before the completion; 0 for plain text.
         reference: the completion as text; None for plain text.
         truncated: whether max_length cut it.
+        prompt: what a model is given to answer: the prompt's tokens by themselves, not cut. They are the
+            first of `input_ids`, save where a word reaches over the prompt's end.
     """
 
     input_ids: list[int]
@@ -38,60 +46,105 @@ class Sample:
     prompt_length: int
     reference: str | None
     truncated: bool
+    prompt: list[int] = field(default_factory=list[int])
 
 
 def encode(row: Mapping[str, Any], tokenizer: Any, options: DataOptions) -> Sample:
     """Token ids and labels of one row.
 
     Raises:
-        DataError: the row is malformed.
+        DataError: the row is malformed, or the chat template refuses it.
     """
-    chats = getattr(tokenizer, "chat_template", None) is not None
-    if chats or row.get("conversations"):
-        row = as_chat(row)
-    if row.get("messages"):
-        pieces = chat_pieces(row["messages"], row.get("tools"), tokenizer, options)
-    elif isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
-        turns = [*row["prompt"], *row["completion"]]
-        pieces = chat_pieces(turns, row.get("tools"), tokenizer, options)
-    else:
-        pieces = _text_pieces(row, tokenizer)
-    ids = [token for piece in pieces for token in piece.ids]
-    everywhere = not (options.completion_only_loss or options.assistant_only_loss)
-    learnt = [piece.answer or everywhere for piece in pieces]
-    labels = [
-        token if learn else IGNORED for piece, learn in zip(pieces, learnt) for token in piece.ids
-    ]
-    plain = len(pieces) == 1
-    last = 0 if plain else len(pieces[-1].ids)
-    limit = options.max_length
-    return Sample(
-        ids[:limit],
-        labels[:limit],
-        0 if plain else len(ids) - last,
-        pieces[-1].text,
-        len(ids) > limit,
+    where = where_of(row)
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    form = form_of(row)
+    chat = chat_of(row, where) if has_template or form != "alpaca" else None
+    if chat is None:
+        return _plain(row, form, tokenizer, options, where)
+    rendered = render(chat, tokenizer, options.assistant_only_loss, where)
+    tokens = tokens_of(tokenizer, rendered.text, False, where)
+    return _sample(
+        tokens.ids,
+        tokens.labels(rendered.answers, IGNORED),
+        tokens.upto(rendered.last),
+        _said(chat.turns[-1]),
+        token_ids(tokenizer, rendered.prompt, False, where),
+        options,
     )
 
 
-def _text_pieces(row: Mapping[str, Any], tokenizer: Any) -> list[Piece]:
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if prompt is None and row.get("instruction") is not None:  # Alpaca, for a model without chats
-        prompt = alpaca_question(row) + "\n\n"
-        completion = row.get("output")
-    if prompt is not None and completion is not None:
-        answer = tokenizer(str(completion), add_special_tokens=False)["input_ids"]
-        return [
-            Piece(tokenizer(str(prompt))["input_ids"], False, None),
-            Piece(answer + _end(tokenizer), True, str(completion)),
-        ]
-    if row.get("text") is not None:
-        return [Piece(tokenizer(str(row["text"]))["input_ids"] + _end(tokenizer), True, None)]
-    raise DataError(f"A row has neither messages, nor prompt and completion, nor text: {row}.")
+def _sample(
+    ids: list[int],
+    labels: list[int],
+    prompt_length: int,
+    reference: str | None,
+    prompt: list[int],
+    options: DataOptions,
+) -> Sample:
+    everywhere = not (options.completion_only_loss or options.assistant_only_loss)
+    limit = options.max_length
+    labels = ids if everywhere else labels
+    return Sample(
+        ids[:limit], labels[:limit], prompt_length, reference, len(ids) > limit, prompt
+    )
 
 
-def _end(tokenizer: Any) -> list[int]:
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+def _said(turn: Turn) -> str:
+    """What a turn says, or which tools it calls, as JSON."""
+    if turn.get("content"):
+        return str(turn["content"])
+    return json.dumps(turn["tool_calls"], ensure_ascii=False) if "tool_calls" in turn else ""
+
+
+def _plain(
+    row: Mapping[str, Any], form: str | None, tokenizer: Any, options: DataOptions, where: str
+) -> Sample:
+    """A sample without turns."""
+    if form == "text":
+        text = text_of(row["text"], "text", where)
+        ids = _ended(_begun(token_ids(tokenizer, text, True, where), tokenizer), tokenizer)
+        return _sample(ids, ids, 0, None, [], options)
+    if form == "alpaca":  # for a model without chats
+        prompt, completion = alpaca_question(row, where) + "\n\n", row["output"]
+    elif form == "prompt":
+        prompt, completion = text_of(row["prompt"], "prompt", where), row["completion"]
+    else:
+        raise DataError(
+            f"{where} has neither messages, nor prompt and completion, nor text: its columns are "
+            f"{', '.join(map(str, row))}."
+        )
+    for column in ("system", "history", "tools"):
+        if row.get(column):
+            raise DataError(
+                f"{where}: the column {column} has no place in a prompt that is plain text; write it into "
+                f"the prompt, or use messages and a model with a chat template."
+            )
+    reference = text_of(completion, "completion" if form == "prompt" else "output", where)
+    tokens = tokens_of(tokenizer, prompt + reference, True, where)
+    ids = _begun(tokens.ids, tokenizer)
+    length = max(0, tokens.upto(len(prompt)) - (len(tokens.ids) - len(ids)))
+    ids = _ended(ids, tokenizer)
+    asked = _begun(token_ids(tokenizer, prompt, True, where), tokenizer)
+    end = tokenizer.eos_token_id
+    if asked[-1:] == [end] and not prompt.endswith(tokenizer.eos_token):
+        asked.pop()  # of a tokenizer that ends whatever it is given
+    return _sample(ids, [IGNORED] * length + ids[length:], length, reference, asked, options)
+
+
+def _begun(ids: list[int], tokenizer: Any) -> list[int]:
+    """Begun once, where a text begins with the token that the tokenizer puts before it."""
+    begin = tokenizer.bos_token_id
+    return ids[1:] if begin is not None and ids[:2] == [begin, begin] else ids
+
+
+def _ended(ids: list[int], tokenizer: Any) -> list[int]:
+    """Ended once, whether by the text, by the tokenizer, or by neither."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        return ids
+    while ids[-1:] == [end]:
+        ids = ids[:-1]
+    return [*ids, end]
 
 
 def encode_all(rows: Any, tokenizer: Any, options: DataOptions, name: str) -> list[Sample]:
@@ -119,6 +172,7 @@ def load_samples(options: DataOptions, tokenizer: Any, seed: int) -> list[Sample
     parts = [encode_all(load_rows(options, name), tokenizer, options, name) for name in names]
     for name, part in zip(names, parts):
         say_truncated(part, options, f"samples of {name}")
+        say_merged(part, f"samples of {name}")
     if len(parts) == 1:
         return parts[0]
     wanted = shares(options, [len(part) for part in parts])
@@ -134,13 +188,8 @@ def draw_samples(options: CalibrationOptions, tokenizer: Any) -> list[Sample]:
     As many as `num_calibration_samples`, or until there are `num_calibration_tokens`.
     """
     names = dataset_names(options) or [""]
-    tables = [load_rows(options, name) for name in names]
-    if options.streaming:
-        tables = [table.shuffle(seed=options.seed, buffer_size=1000) for table in tables]
-        sizes = [1] * len(tables)
-    else:
-        tables = [table.shuffle(seed=options.seed) for table in tables]
-        sizes = [len(table) for table in tables]
+    tables = [load_rows(options, name).shuffled(options.seed) for name in names]
+    sizes = [1 if isinstance(table, RowStream) else len(table) for table in tables]
     drawn: list[Sample] = []
     for name, table, share in zip(names, tables, shares(options, sizes)):
         part = _draw(table, tokenizer, options, share)
@@ -170,6 +219,20 @@ def say_truncated(samples: Sequence[Sample], options: DataOptions, what: str) ->
         console.print(
             f"{cut} of {len(samples)} {what} are longer than max_length={options.max_length} and "
             f"were truncated"
+        )
+
+
+def say_merged(samples: Sequence[Sample], what: str) -> None:
+    """Tell the user in how many samples a word reaches over the end of the prompt."""
+    merged = sum(
+        sample.prompt[: len(sample.input_ids)] != sample.input_ids[: len(sample.prompt)]
+        for sample in samples
+    )
+    if merged:
+        console.print(
+            f"in {merged} of {len(samples)} {what} the last word of the prompt and the first of the answer "
+            f"are one token; asked for the answer alone, the model sees others (end prompts without a "
+            f"space, and begin answers with it)"
         )
 
 

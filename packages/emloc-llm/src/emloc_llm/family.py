@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from emloc.checkpoint import Checkpoint
 from emloc.config import CalibrationOptions, DemoConfig, EvaluateConfig, TrainConfig
 from emloc.family import Batch, EmulatorLayers, LossSum, StoredParameter
+from emloc.integrations.transformers.capacity import capacity_of
 from emloc.integrations.transformers.conversion import module_name, stored_parameter
 from emloc.integrations.transformers.loading import load_tokenizer
 from emloc.integrations.transformers.loss import next_token_loss
@@ -83,6 +84,9 @@ class LLMFamily(PlannedLLM):
         """Samples drawn by seed, longest first, so that a micro-batch pads little."""
         tokenizer = load_tokenizer(checkpoint.path)
         samples = draw_samples(options, tokenizer)
+        capacity_of(self.skeleton(checkpoint, torch.float32)).check(
+            (sample.input_ids for sample in samples), tokenizer, "The calibration samples"
+        )
         samples.sort(key=lambda sample: -len(sample.input_ids))
         alone = checkpoint.config.get("model_type") in OTHER_ROWS
         size = 1 if alone else options.calibration_batch_size

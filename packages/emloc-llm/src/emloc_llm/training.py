@@ -1,5 +1,6 @@
 """Train a LoRA with TRL's `SFTTrainer` on tokenised samples."""
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +12,8 @@ from trl import SFTConfig, SFTTrainer
 from emloc.checkpoint import locate
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError
+from emloc.integrations.transformers.capacity import Capacity, load_capacity
+from emloc.integrations.transformers.data.rows import where_of
 from emloc.integrations.transformers.loading import load_model, load_tokenizer
 from emloc.integrations.transformers.lora_training import train_lora as train_with
 from emloc.integrations.transformers.lora_training import training_arguments
@@ -78,11 +81,16 @@ def _train(config: TrainConfig, work: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(path)
     if config.streaming and config.max_steps <= 0:
         raise ConfigError("train: streaming needs max_steps, since the data's length is not known.")
+    capacity = load_capacity(path, AutoModelForCausalLM)
+    if config.packing:
+        capacity.check_packed(config.max_length)
     samples = [] if config.streaming else _learnable(load_samples(config, tokenizer, config.seed))
     evaluation = None
     if config.eval_dataset:
         split = "" if Path(config.eval_dataset).is_file() else config.eval_dataset_split
         evaluation = _learnable(_evaluation_samples(config, tokenizer, config.eval_dataset, split))
+    found = [*samples, *(evaluation or [])]
+    capacity.check((sample.input_ids for sample in found), tokenizer, "The samples")
     arguments = training_arguments(
         SFTConfig,
         config,
@@ -95,7 +103,7 @@ def _train(config: TrainConfig, work: Path) -> dict[str, Any]:
     make_trainer = partial(
         Trainer,
         args=arguments,
-        train_dataset=_stream(config, tokenizer) if config.streaming else _dataset(samples),
+        train_dataset=_stream(config, tokenizer, capacity) if config.streaming else _dataset(samples),
         eval_dataset=_dataset(evaluation) if evaluation else None,
         processing_class=tokenizer,
     )
@@ -122,26 +130,24 @@ def _learnable(samples: list[Sample]) -> list[Sample]:
     return [sample for sample in samples if any(label >= 0 for label in sample.labels)]
 
 
-def _stream(config: TrainConfig, tokenizer: Any) -> Any:
+def _stream(config: TrainConfig, tokenizer: Any, capacity: Capacity) -> Any:
     """Rows encoded as they come, interleaved by weight."""
-    from datasets import Features, Sequence, Value, interleave_datasets
+    from datasets import Features, IterableDataset, Sequence, Value, interleave_datasets
 
     tokens = Sequence(Value("int64"))
     features = Features({"input_ids": tokens, "labels": tokens})
 
-    def encoded(row: dict[str, Any]) -> dict[str, Any]:
-        sample = encode(row, tokenizer, config)
-        return {"input_ids": sample.input_ids, "labels": sample.labels}
+    def encoded(name: str) -> Iterator[dict[str, Any]]:
+        for row in load_rows(config, name):
+            sample = encode(row, tokenizer, config)
+            capacity.check([sample.input_ids], tokenizer, where_of(row))
+            if _learnable([sample]):
+                yield {"input_ids": sample.input_ids, "labels": sample.labels}
 
-    def learnable(row: dict[str, Any]) -> bool:
-        return any(label >= 0 for label in row["labels"])
-
-    parts: list[Any] = []
-    for name in dataset_names(config):
-        rows = load_rows(config, name)
-        columns = list(next(iter(rows)))
-        rows = rows.map(encoded, remove_columns=columns, features=features)
-        parts.append(rows.filter(learnable))
+    parts = [
+        IterableDataset.from_generator(partial(encoded, name), features=features)
+        for name in dataset_names(config)
+    ]
     weights = shares(config, [1] * len(parts))
     mixed = (
         parts[0]

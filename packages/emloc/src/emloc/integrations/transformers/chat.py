@@ -1,44 +1,194 @@
-"""Cut a chat, as a template renders it, into what the assistant says and what it does not.
+"""A chat as its template renders it: the whole, the prompt of the last answer, and where answers stand.
 
 A turn of the assistant begins where the template puts its prompt for an answer and ends where the next
-turn begins.
+turn begins. Templates that mark the assistant's words themselves (`{% generation %}`) are taken by their word.
+Positions are those of characters, so an answer is found where it stands and never by its words.
+
+Templates are programs of somebody's. Some refuse a turn, some leave one out: both are errors here, since a
+model must not learn from half a row.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from emloc.errors import DataError
+import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from emloc.errors import CheckpointError, DataError
+from emloc.integrations.transformers.data.turns import Chat, Turn
+from emloc.progress import console
+
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_OTHER = "Something else."
+_TELLING = 20
+"""Characters that do not stand in a chat by chance."""
+_USUAL_KEYS = frozenset({"role", "content", "tool_calls", "tool_call_id", "id"})
 
 
-def cut_chat(
-    messages: Sequence[Mapping[str, Any]], render: Callable[..., str], every_answer: bool
-) -> list[tuple[str, bool]]:
-    """Consecutive texts, each with whether it is an answer; the last one is.
+@dataclass(frozen=True)
+class Rendered:
+    """A chat as text.
+
+    Attributes:
+        text: the whole.
+        prompt: what a model is given to answer the last turn.
+        answers: first and last character (exclusive) of what the loss counts on, in order.
+        last: first character of the last answer.
+    """
+
+    text: str
+    prompt: str
+    answers: Sequence[tuple[int, int]]
+    last: int
+
+
+def render(chat: Chat, tokenizer: Any, every_answer: bool, where: str) -> Rendered:
+    """The chat by the template of a tokenizer or processor.
 
     Args:
-        render: the first `count` messages as text, optionally with `add_generation_prompt=True`.
-        every_answer: cut at every turn of the assistant instead of the last one only.
+        every_answer: of the chat, instead of the last one only.
 
     Raises:
-        DataError: the chat does not end with an answer, or its template cannot be cut.
+        DataError: there is no template, it refuses the chat, leaves a turn out, or cannot be cut.
+        CheckpointError: it is no template.
     """
-    if messages[-1].get("role") != "assistant":
-        raise DataError(f"A chat must end with the assistant's turn: {messages}.")
-    whole = render(len(messages))
-    first = 0 if every_answer else len(messages) - 1
-    pieces: list[tuple[str, bool]] = []
-    done = 0
-    for index in range(first, len(messages)):
-        if messages[index]["role"] != "assistant":
+    template = _template(tokenizer, chat.tools, where)
+    _check_keys(chat, template, where)
+    turns = list(chat.turns)
+
+    def text(turns: Sequence[Turn], prompt: bool = False) -> str:
+        return _apply(chat, turns, tokenizer, prompt, where)
+
+    whole = text(turns)
+    prompt = text(turns[:-1], prompt=True)
+    if not whole.startswith(prompt):
+        raise DataError(
+            f"{where}: the chat template renders a prompt differently once it is answered, so the answer "
+            f"cannot be cut off; use prompt and completion columns."
+        )
+    last = len(prompt)
+    for index, turn in enumerate(turns):
+        _check_rendered(turns, index, turn, whole, text, where)
+    if not every_answer:
+        return Rendered(whole, prompt, [(last, len(whole))], last)
+    if _MARKS.search(template):
+        return Rendered(whole, prompt, _marked(chat, tokenizer, template, whole, where), last)
+    answers: list[tuple[int, int]] = []
+    for index, turn in enumerate(turns[:-1]):
+        if turn["role"] != "assistant":
             continue
-        head = render(index, add_generation_prompt=True)
-        turn = render(index + 1)
-        if not (whole.startswith(head) and whole.startswith(turn)):
+        head, through = text(turns[:index], prompt=True), text(turns[: index + 1])
+        if not (whole.startswith(through) and through.startswith(head)):
             raise DataError(
-                "The tokenizer's chat template renders a prompt differently once it is answered; use "
-                "prompt and completion columns."
+                f"{where}: the chat template renders turn {index + 1} differently once the chat goes on, so "
+                f"the answer cannot be cut out; leave assistant_only_loss out."
             )
-        pieces.append((whole[done : len(head)], False))
-        pieces.append((whole[len(head) : len(turn)], True))
-        done = len(turn)
-    return pieces
+        answers.append((len(head), len(through)))
+    return Rendered(whole, prompt, [*answers, (last, len(whole))], last)
+
+
+def _template(tokenizer: Any, tools: Any, where: str) -> str:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise DataError(
+            f"{where} is a chat and the model has no chat template; use an instruct model, or prompt and "
+            f"completion columns."
+        )
+    try:
+        if hasattr(tokenizer, "get_chat_template"):
+            return str(tokenizer.get_chat_template(None, tools))
+        return str(tokenizer._resolve_chat_template(None))
+    except (ValueError, AttributeError) as problem:
+        raise CheckpointError(f"The model's chat template cannot be chosen: {problem}") from problem
+
+
+def _apply(chat: Chat, turns: Sequence[Turn], tokenizer: Any, prompt: bool, where: str) -> str:
+    if not turns:
+        raise DataError(f"{where}: the chat begins with the assistant's turn, so nothing is asked.")
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                list(turns),
+                tools=chat.tools,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **chat.options,
+            )
+        )
+    except jinja2.TemplateSyntaxError as problem:
+        raise CheckpointError(
+            f"The model's chat template is no Jinja template ({problem}); download it again."
+        ) from problem
+    except Exception as problem:  # a template is a program, which may fail in any way
+        first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        raise DataError(
+            f"{where}: the model's chat template refuses the chat ({first}); change the row, or use a model "
+            f"that takes such chats."
+        ) from problem
+
+
+def _check_keys(chat: Chat, template: str, where: str) -> None:
+    """What the template does not even mention, it leaves out."""
+    if chat.tools and "tools" not in template:
+        _say_once("The model's chat template shows no tools: the column tools is not used")
+    for number, turn in enumerate(chat.turns, start=1):
+        if turn.get("tool_calls") and "tool_calls" not in template:
+            raise DataError(
+                f"{where}: turn {number} calls a tool and the model's chat template leaves such calls out; "
+                f"use a model that calls tools."
+            )
+        for key in turn.keys() - _USUAL_KEYS:
+            if key not in template:
+                _say_once(f"The model's chat template does not show {key!r} of turns: it is not used")
+
+
+@cache
+def _say_once(sentence: str) -> None:
+    """Once per sentence and process."""
+    console.print(sentence, markup=False, highlight=False)
+
+
+def _check_rendered(
+    turns: Sequence[Turn], index: int, turn: Turn, whole: str, text: Any, where: str
+) -> None:
+    """Refuse a template that leaves a turn out; the assistant's earlier thoughts are the template's matter."""
+    if turn["role"] == "assistant" or not turn.get("content"):
+        return
+    content: Any = turn["content"]
+    parts: list[Any] = [content] if isinstance(content, str) else content
+    texts = [part if isinstance(part, str) else part.get("text", "") for part in parts]
+    known = turn["role"] == "user" or max(map(len, texts)) >= _TELLING
+    if known and all(one.strip() in whole for one in texts):
+        return
+    # Not there as it is written, which may be the template's way, or too short to tell.
+    other = _OTHER if isinstance(content, str) else [{"type": "text", "text": _OTHER}]
+    changed = [*turns[:index], {**turn, "content": other}, *turns[index + 1 :]]
+    try:
+        without = text(changed)
+    except DataError:  # so it is read
+        return
+    if without == whole:
+        raise DataError(
+            f"{where}: the model's chat template leaves out turn {index + 1} ({turn['role']}); take it out, "
+            f"or use a model that takes such turns."
+        )
+
+
+def _marked(
+    chat: Chat, tokenizer: Any, template: str, whole: str, where: str
+) -> list[tuple[int, int]]:
+    """What the template marks as the assistant's."""
+    names: Mapping[str, Any] = getattr(tokenizer, "tokenizer", tokenizer).special_tokens_map
+    texts, spans = render_jinja_template(
+        conversations=[list(chat.turns)],
+        tools=chat.tools,
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **{**names, **chat.options},
+    )
+    found = [(int(start), int(end)) for start, end in spans[0] if end > start]
+    if texts[0] != whole or not found:
+        raise DataError(f"{where}: the chat template marks no words as the assistant's.")
+    return found

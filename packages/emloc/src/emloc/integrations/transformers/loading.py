@@ -16,14 +16,29 @@ def load_tokenizer(path: Path) -> Any:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as problem:
+    except Exception as problem:  # whatever a broken file makes three libraries raise
         raise CheckpointError(
             f"{path} has no tokenizer that transformers can read; copy tokenizer.json and "
             f"tokenizer_config.json of the model there."
         ) from problem
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    give_padding(tokenizer, path)
     return tokenizer
+
+
+def give_padding(tokenizer: Any, path: Path) -> None:
+    """Pad with the end of a text, or with the unknown, where a tokenizer has no padding of its own.
+
+    Raises:
+        CheckpointError: it has none of the three.
+    """
+    if tokenizer.pad_token_id is not None:
+        return
+    tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise CheckpointError(
+            f"The tokenizer of {path} has neither pad_token, eos_token nor unk_token, so nothing can be "
+            f"padded or ended; set them in its tokenizer_config.json."
+        )
 
 
 def load_model(path: Path, auto_class: Any, dtype: str, device: str) -> Any:

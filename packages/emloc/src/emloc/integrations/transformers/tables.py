@@ -1,54 +1,119 @@
-"""Data sets through the datasets library: local files, folders and hub ids, one or several."""
+"""Data sets by name: local files, folders and hub ids, one or several, mixed by weights."""
 
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from emloc.config import DataOptions
 from emloc.errors import ConfigError, DataError
+from emloc.integrations.transformers.data.columns import (
+    FORMS,
+    Forms,
+    check_column_map,
+    known_columns,
+    renamed,
+    say_unused,
+)
+from emloc.integrations.transformers.data.files import SUFFIXES, read_file
+from emloc.integrations.transformers.data.folders import ADDRESS, folder_rows
+from emloc.integrations.transformers.data.hub import hub_rows
+from emloc.integrations.transformers.data.rows import AnyRows, Row, Rows, RowStream
+from emloc.named_files import refuse_special
 
 SampleT = TypeVar("SampleT")
-_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def load_table(name: str, split: str, streaming: bool) -> Any:
-    """A `datasets.Dataset`, or an `IterableDataset` if streamed.
+def load_table(name: str, split: str, streaming: bool) -> AnyRows:
+    """The rows of one data set as they are written, none of them empty.
+
+    Args:
+        split: also a part of one, such as `train[:100]`, or several, `train+test`, unless streamed.
 
     Raises:
-        DataError: there is none, it is empty, or it cannot be parsed.
+        DataError: there is no such data set, it is empty, or it cannot be parsed.
     """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-    from datasets.utils.logging import disable_progress_bar
+    read = _reader(name, split, streaming)
+    rows: AnyRows = RowStream(read) if streaming else Rows(read())
+    if next(iter(rows), None) is None:
+        raise DataError(f"Data set {name} is empty.")
+    return rows
 
-    disable_progress_bar()
+
+def load_known(
+    options: DataOptions,
+    name: str,
+    split: str,
+    forms: Forms = FORMS,
+    others: Sequence[str] = (),
+    read: Callable[[], Iterable[Row]] | None = None,
+) -> AnyRows:
+    """The rows of one data set under our names of columns; what is not used of them is said.
+
+    Args:
+        forms: what a row may be written in.
+        others: columns that are used with any form.
+        read: instead of `load_table`.
+
+    Raises:
+        DataError: as `load_table`, or the first row has no column of a name that is mapped.
+        ConfigError: columns are mapped to no column of ours.
+    """
+    check_column_map(options.column_map, [*known_columns(forms), *others])
+    table = load_table(name, split, options.streaming) if read is None else read()
+
+    def known() -> Iterator[Row]:
+        return say_unused(renamed(table, options.column_map, name), name, forms, others)
+
+    return RowStream(known) if isinstance(table, RowStream) else Rows(known())
+
+
+def _reader(name: str, split: str, streaming: bool) -> Callable[[], Iterable[Row]]:
+    """What reads the data set, from its beginning each time."""
     path = Path(name)
+    refuse_special(path, DataError)
+    if path.is_file():
+        require_whole_file(name, split)
+        return lambda: read_file(path)
+    looks_local = name.startswith((".", "/", "~")) or path.suffix in SUFFIXES
+    if not path.exists() and (looks_local or ADDRESS.search(name)):
+        raise DataError(f"No data set {name}: there is no such file or folder.")
+
+    def part(split: str) -> Iterable[Row]:
+        return folder_rows(path, split) if path.exists() else hub_rows(name, split, streaming)
+
+    if re.fullmatch(r"[\w.-]+", split):
+        return lambda: part(split)
+    if streaming:
+        raise DataError(f"A stream has no part {split!r}; pass a whole split as dataset_split.")
+    return lambda: _parts(part, split)
+
+
+def require_whole_file(name: str, split: str) -> None:
+    """Refuse a split of a single file.
+
+    Raises:
+        DataError: says so.
+    """
+    if split not in ("train", ""):
+        raise DataError(
+            f"{name} is one file and has no split {split!r}; pass the file that holds it."
+        )
+
+
+def _parts(read: Callable[[str], Iterable[Row]], split: str) -> Iterator[Row]:
+    """`train[:10%]+test` as the datasets library means it."""
+    from datasets import ReadInstruction
+
+    names = {part.partition("[")[0].strip() for part in split.split("+")}
+    rows = {name: list(read(name)) for name in names}
     try:
-        if path.is_file():
-            if split not in ("train", ""):
-                raise DataError(
-                    f"{name} is one file and has no split {split!r}; pass the file that holds it."
-                )
-            if path.suffix not in _LOADERS:
-                raise DataError(f"{name}: expected a file ending in {', '.join(_LOADERS)}.")
-            if path.stat().st_size == 0:
-                raise DataError(f"Data set {name} is empty.")
-            return load_dataset(
-                _LOADERS[path.suffix], data_files=name, split="train", streaming=streaming
-            )
-        looks_local = name.startswith((".", "/", "~")) or path.suffix in _LOADERS
-        if path.exists() or not looks_local:
-            return load_dataset(name, split=split, streaming=streaming)
-    except DatasetGenerationError as problem:
-        cause = str(problem.__cause__ or problem).splitlines()[0]
-        raise DataError(f"Data set {name} cannot be parsed: {cause}") from problem
-    except (DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError) as problem:
-        if isinstance(problem, DataError):
-            raise
-        first = str(problem).strip().splitlines()[0]
-        raise DataError(f"Data set {name} cannot be loaded: {first}") from problem
-    raise DataError(f"No data set {name}: there is no such file or folder.")
+        parts = ReadInstruction.from_spec(split).to_absolute({n: len(r) for n, r in rows.items()})
+    except (ValueError, AssertionError) as problem:
+        raise DataError(f"dataset_split={split}: {problem}") from problem
+    for part in parts:
+        yield from rows[part.splitname][part.from_ : part.to]
 
 
 def dataset_names(options: DataOptions) -> list[str]:

@@ -1,0 +1,180 @@
+"""Local tables, read row by row: nothing is inferred, and a fault names its line.
+
+CSV cells are text and stay text: `00123`, `1.50`, `NA` and dates are what they look like. JSON values keep
+the types that they are written with, row by row: rows need not have the same keys, and what one row has is
+not made up for another. Parquet has types of its own; pictures in it are neither decoded nor fetched.
+"""
+
+import codecs
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from emloc.errors import DataError
+from emloc.integrations.transformers.data.arrow import parquet_rows
+from emloc.integrations.transformers.data.rows import Row
+from emloc.named_files import refuse_special
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+LONGEST_CELL = 2**31 - 1
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def read_file(path: Path) -> Iterator[Row]:
+    """The rows of one local file, by its suffix.
+
+    Raises:
+        DataError: it is of another kind, is no regular file, or is malformed; names the line.
+    """
+    refuse_special(path, DataError)
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise DataError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}.")
+    with _opened(path) as file:
+        yield from read_open(file, suffix, str(path), path.parent)
+
+
+def read_open(file: BinaryIO, suffix: str, name: str, folder: Path) -> Iterator[Row]:
+    """`read_file` of an open file.
+
+    Args:
+        file: in binary mode.
+        suffix: what the name ends in, in small letters.
+        name: for messages.
+        folder: where paths in the rows begin.
+    """
+    if suffix == ".parquet":
+        yield from parquet_rows(file, name, folder)
+        return
+    if file.peek(2)[:2] in _UTF16:  # pyright: ignore[reportAttributeAccessIssue]
+        raise DataError(f"{name} is UTF-16; save it as UTF-8.")
+    readers: dict[str, Callable[[BinaryIO, str], Iterable[tuple[str, Any]]]] = {
+        ".csv": lambda file, name: csv_cells(file, name, ","),
+        ".tsv": lambda file, name: csv_cells(file, name, "\t"),
+        ".json": _json_cells,
+    }
+    for where, cells in readers.get(suffix, _line_cells)(file, name):
+        if not isinstance(cells, dict):
+            raise DataError(f"{where} should be an object with columns.")
+        yield Row(cast("dict[str, Any]", cells), where, folder)
+
+
+def parsed_json(path: Path) -> Any:
+    """The value of a whole JSON file, None where it holds several lines of JSON instead.
+
+    Raises:
+        DataError: it is neither, or not UTF-8.
+    """
+    refuse_special(path, DataError)
+    with _opened(path) as file:
+        try:
+            return json.loads(_text(file.read(), str(path)))
+        except json.JSONDecodeError as problem:
+            if problem.msg == "Extra data":
+                return None
+            raise DataError(f"{path} is not JSON: {problem}.") from problem
+        except (ValueError, RecursionError) as problem:
+            raise DataError(f"{path} is not JSON: {problem}.") from problem
+
+
+def csv_cells(file: BinaryIO, name: str, delimiter: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Rows of a CSV file with a header, each with its line.
+
+    Raises:
+        DataError: a row has more or fewer cells than the header, quotes are broken, or it is not UTF-8.
+    """
+    csv.field_size_limit(LONGEST_CELL)  # the default refuses long texts
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    # Strict: or a quote that is never closed swallows the rest of the file without a word.
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    header: list[str] = []
+    begins = 1
+    try:
+        for cells in reader:
+            where, begins = f"{name}, line {begins}", reader.line_num + 1
+            if not cells:
+                continue
+            if not header:
+                header = _header(cells, name)
+            elif len(cells) != len(header):
+                raise DataError(
+                    f"{where}: there are {len(cells)} cells for {len(header)} columns; put cells that hold "
+                    f"a comma or a quote in quotes."
+                )
+            else:
+                yield where, dict(zip(header, cells))
+    except csv.Error as problem:
+        raise DataError(f"{name}, line {begins}: this is no CSV ({problem}).") from problem
+    except UnicodeDecodeError as problem:
+        raise _not_utf8(problem, f"{name}, line {begins} or one soon after it") from problem
+    finally:
+        text.detach()
+
+
+def _header(cells: list[str], name: str) -> list[str]:
+    twice = {cell for cell in cells if cells.count(cell) > 1}
+    if twice:
+        raise DataError(f"{name} has two columns of the name {min(twice)!r}; rename one.")
+    return cells
+
+
+def _line_cells(file: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(file, start=1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.isspace():
+            where = f"{name}, line {number}"
+            yield where, _parsed(line, where)
+
+
+def _json_cells(file: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
+    """A list of rows, one row, or rows on lines of their own."""
+    content = file.read()
+    try:
+        value = json.loads(_text(content, name))
+    except json.JSONDecodeError as problem:
+        if problem.msg != "Extra data":
+            raise DataError(f"{name} is not JSON: {problem}.") from problem
+        yield from _line_cells(io.BytesIO(content), name)
+        return
+    except (ValueError, RecursionError) as problem:
+        raise DataError(f"{name} is not JSON: {problem}.") from problem
+    if not isinstance(value, list):
+        yield name, value
+        return
+    for number, cells in enumerate(cast("list[Any]", value), start=1):
+        yield f"{name}, entry {number}", cells
+
+
+def _parsed(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as problem:
+        raise _not_utf8(problem, where) from problem
+    except (ValueError, RecursionError) as problem:
+        raise DataError(f"{where} is not JSON: {problem}.") from problem
+
+
+def _text(content: bytes, name: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        line = content.count(b"\n", 0, problem.start) + 1
+        raise _not_utf8(problem, f"{name}, line {line}") from problem
+
+
+def _not_utf8(problem: UnicodeDecodeError, where: str) -> DataError:
+    byte = problem.object[problem.start]
+    return DataError(
+        f"{where} is not UTF-8 (byte 0x{byte:02x}); it may be Latin-1: save the file as UTF-8."
+    )
+
+
+def _opened(path: Path) -> io.BufferedReader:
+    try:
+        return path.open("rb")
+    except OSError as problem:
+        raise DataError(f"{path} cannot be read: {problem.strerror}.") from problem

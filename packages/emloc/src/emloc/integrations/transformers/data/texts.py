@@ -1,0 +1,72 @@
+"""Text is text: nothing else is made into it.
+
+`str()` of an object is Python and no answer, of a float it is another number than was written, and of nothing
+it is `None`. So where a text belongs, anything else is refused. Only what a chat's schema has as objects (turns,
+tools, the calls of tools) may be objects, and those may be written as JSON text.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any, cast
+
+from emloc.errors import DataError
+
+_KINDS = {bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object",
+          type(None): "missing", bytes: "bytes"}  # fmt: skip
+_SHOWN = 60
+
+
+def text_of(value: Any, what: str, where: str) -> str:
+    """The value, which has to be text.
+
+    Raises:
+        DataError: it is something else.
+    """
+    if isinstance(value, str):
+        return value
+    kind = _KINDS.get(type(value), f"of the type {type(value).__name__}")
+    if value is None:
+        raise DataError(f"{where}: {what} is missing.")
+    raise DataError(
+        f"{where}: {what} is {kind} ({_short(value)}) and should be text; write it as text, in quotes."
+    )
+
+
+def listed(value: Any, what: str, where: str) -> list[Any]:
+    """A list, also out of JSON text.
+
+    Raises:
+        DataError: it is no list.
+    """
+    found = _parsed(value, what, where)
+    if not isinstance(found, (list, tuple)):
+        raise DataError(f"{where}: {what} should be a list and is {_short(value)}.")
+    return list(cast("list[Any]", found))
+
+
+def mapped(value: Any, what: str, where: str) -> dict[str, Any]:
+    """An object, also out of JSON text.
+
+    Raises:
+        DataError: it is no object.
+    """
+    found = _parsed(value, what, where)
+    if not isinstance(found, Mapping):
+        raise DataError(f"{where}: {what} should be an object and is {_short(value)}.")
+    return dict(cast("Mapping[str, Any]", found))
+
+
+def _parsed(value: Any, what: str, where: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as problem:
+        raise DataError(
+            f"{where}: {what} is text and no JSON ({_short(value)}); write it as JSON."
+        ) from problem
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
