@@ -132,20 +132,22 @@ def _learnable(samples: list[Sample]) -> list[Sample]:
 
 def _stream(config: TrainConfig, tokenizer: Any, capacity: Capacity) -> Any:
     """Rows encoded as they come, interleaved by weight."""
-    from datasets import Features, IterableDataset, Sequence, Value, interleave_datasets
+    from datasets import DatasetInfo, Features, IterableDataset, Sequence, Value, interleave_datasets
+    from datasets.iterable_dataset import ExamplesIterable
 
     tokens = Sequence(Value("int64"))
     features = Features({"input_ids": tokens, "labels": tokens})
 
-    def encoded(name: str) -> Iterator[dict[str, Any]]:
+    def encoded(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for row in load_rows(config, name):
             sample = encode(row, tokenizer, config)
             capacity.check([sample.input_ids], tokenizer, where_of(row))
             if _learnable([sample]):
-                yield {"input_ids": sample.input_ids, "labels": sample.labels}
+                yield row.where, {"input_ids": sample.input_ids, "labels": sample.labels}
 
+    # from_generator would hash what the generator holds, for a cache that a stream has not.
     parts = [
-        IterableDataset.from_generator(partial(encoded, name), features=features)
+        IterableDataset(ExamplesIterable(encoded, {"name": name}), info=DatasetInfo(features=features))
         for name in dataset_names(config)
     ]
     weights = shares(config, [1] * len(parts))
