@@ -176,8 +176,8 @@ def test_padded_patches_are_no_calibration_tokens(tiny, tmp_path, monkeypatch):
     lively_model(AutoModelForImageTextToText, config, 0).save_pretrained(base)
     processor.save_pretrained(base)
 
-    def with_borders(*args):
-        batch = collate(*args)
+    def with_borders(*args, **options):
+        batch = collate(*args, **options)
         batch["pixel_attention_mask"][::2, ..., 7:] = 0  # of four patches in a row, two are left
         batch["pixel_values"][::2, ..., 7:] = 0
         return batch

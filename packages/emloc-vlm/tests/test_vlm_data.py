@@ -162,7 +162,7 @@ def test_malformed_rows_name_file_and_line(folder, row, message):
 
 def test_a_column_map_to_nothing_we_know_is_refused(folder):
     path = write(folder / "t.jsonl", [{"image": "pictures/a.png", "question": "?", "answer": "x"}])
-    with pytest.raises(ConfigError, match="maps question to query, none of"):
+    with pytest.raises(ConfigError, match="maps question to query, which is none of"):
         only(path, column_map={"question": "query"})
 
 

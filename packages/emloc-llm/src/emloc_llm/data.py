@@ -18,7 +18,7 @@ from emloc.errors import DataError
 from emloc.integrations.transformers.chat import render
 from emloc.integrations.transformers.data.columns import form_of
 from emloc.integrations.transformers.data.rows import RowStream, where_of
-from emloc.integrations.transformers.data.texts import text_of
+from emloc.integrations.transformers.data.texts import answer_of, text_of
 from emloc.integrations.transformers.data.turns import Turn, alpaca_question, chat_of
 from emloc.integrations.transformers.loss import IGNORED
 from emloc.integrations.transformers.tables import dataset_names, mix, shares
@@ -119,7 +119,7 @@ def _plain(
                 f"{where}: the column {column} has no place in a prompt that is plain text; write it into "
                 f"the prompt, or use messages and a model with a chat template."
             )
-    reference = text_of(completion, "completion" if form == "prompt" else "output", where)
+    reference = answer_of(completion, "completion" if form == "prompt" else "output", where)
     tokens = tokens_of(tokenizer, prompt + reference, True, where)
     ids = _begun(tokens.ids, tokenizer)
     length = max(0, tokens.upto(len(prompt)) - (len(tokens.ids) - len(ids)))

@@ -11,6 +11,7 @@ from emloc.config import EvaluateConfig
 from emloc.errors import DataError, DependencyError
 from emloc.family import LossSum, ModelFamily, summed
 from emloc.integrations.peft.attach import attach
+from emloc.integrations.transformers.capacity import load_capacity
 from emloc.integrations.transformers.generation import (
     closing_tokens,
     greedy_answers,
@@ -51,6 +52,11 @@ def _evaluate(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any]:
     if config.max_new_tokens == 0:
         asked = []
     _require_questions(asked, config)
+    capacity = load_capacity(path, AutoModelForCausalLM)
+    capacity.check((sample.input_ids for sample in samples), tokenizer, "The samples")
+    capacity.check(
+        (sample.prompt for sample in asked), tokenizer, "The prompts", more=config.max_new_tokens
+    )
     model = load_model(path, AutoModelForCausalLM, config.dtype, config.device).eval()
     if config.adapter:
         model = attach(model, config.adapter, Checkpoint.open(str(path)), family)
@@ -86,10 +92,7 @@ def _answers(
     say_missing_ends(model, tokenizer, closing)
     with progress_bar("answers", len(asked)) as advance:
         for part in in_batches(asked, config.per_device_eval_batch_size):
-            prompts = [
-                Sample(s.input_ids[: s.prompt_length], [], s.prompt_length, None, False)
-                for s in part
-            ]
+            prompts = [Sample(s.prompt, [], len(s.prompt), None, False) for s in part]
             batch = pad(prompts, tokenizer.pad_token_id, left=True)
             inputs = {
                 name: batch[name].to(config.device) for name in ("input_ids", "attention_mask")
@@ -103,9 +106,9 @@ def _answers(
 
 def _require_questions(asked: Sequence[Sample], config: EvaluateConfig) -> None:
     """An answer to nothing, or to half a question, would be scored like any other."""
-    if any(sample.prompt_length == 0 for sample in asked):
+    if any(not sample.prompt for sample in asked):
         raise DataError("A sample has an empty prompt, so there is nothing to answer.")
-    cut = sum(sample.prompt_length > len(sample.input_ids) for sample in asked)
+    cut = sum(len(sample.prompt) > config.max_length for sample in asked)
     if cut:
         raise DataError(
             f"{cut} of {len(asked)} prompts of {config.dataset} are longer than max_length="
@@ -117,9 +120,7 @@ def _require_questions(asked: Sequence[Sample], config: EvaluateConfig) -> None:
 def _scored(sample: Sample, prediction: str, tokenizer: Any, answer: str) -> dict[str, Any]:
     reference = str(sample.reference).strip()
     return {
-        "prompt": tokenizer.decode(
-            sample.input_ids[: sample.prompt_length], skip_special_tokens=True
-        ),
+        "prompt": tokenizer.decode(sample.prompt, skip_special_tokens=True),
         "reference": reference,
         "prediction": prediction,
         "match": matches(reference, prediction, answer),

@@ -14,6 +14,7 @@ from emloc.family import Batch
 from emloc.integrations.transformers.tables import dataset_names, shares
 from emloc_vlm.encode import collate
 from emloc_vlm.examples import Example
+from emloc_vlm.loading import load_vlm_capacity
 from emloc_vlm.processor import load_processor
 from emloc_vlm.rows import CalibrationVisualOptions, load_examples, readable
 
@@ -41,10 +42,10 @@ def calibration_batches(path: Path, options: CalibrationVisualOptions) -> Sequen
     examples = draw_examples(options, processor)
     kind = json.loads((path / "config.json").read_text("utf-8")).get("model_type")
     size = 1 if kind in OTHER_ROWS else options.calibration_batch_size
-    return [
-        _with_patch_mask(collate(examples[start : start + size], processor, options), patch_size)
-        for start in range(0, len(examples), size)
-    ]
+    capacity = load_vlm_capacity(path)
+    parts = (examples[start : start + size] for start in range(0, len(examples), size))
+    batches = (collate(part, processor, options, capacity=capacity) for part in parts)
+    return [_with_patch_mask(batch, patch_size) for batch in batches]
 
 
 def draw_examples(options: CalibrationVisualOptions, processor: Any) -> list[Example]:

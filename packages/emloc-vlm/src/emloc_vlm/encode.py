@@ -1,11 +1,11 @@
 """From chats with images to what a model's forward takes, the same for all stages.
 
-The processor renders the prompt, opens out the images' places and makes the tensors; the answer is
-tokenised by itself and put behind, so that generation continues exactly what training saw. Images are
-opened when a micro-batch is made, not before.
+The processor renders the chat, opens out the images' places and makes the tensors. The whole chat is encoded at
+once, as a chat with the model would be, and answers are labelled where they stand. Images are opened when a
+micro-batch is made, not before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -14,11 +14,16 @@ from torch import Tensor
 
 from emloc.config import DataOptions
 from emloc.errors import DataError
-from emloc.integrations.transformers.chat import cut_chat
+from emloc.integrations.transformers.capacity import Capacity
+from emloc.integrations.transformers.chat import Rendered, render
 from emloc.integrations.transformers.generation import closing_tokens
 from emloc.integrations.transformers.loss import IGNORED
+from emloc.integrations.transformers.tokens import Tokens, token_ids, tokens_of
 from emloc.progress import console
 from emloc_vlm.examples import Example
+
+_OF_IMAGES = ("pixel", "image")
+"""How tensors are called that are no part of the text, whatever their shape."""
 
 
 def collate(
@@ -26,75 +31,73 @@ def collate(
     processor: Any,
     options: DataOptions,
     answers: bool = True,
+    capacity: Capacity | None = None,
 ) -> dict[str, Tensor]:
     """One micro-batch: `input_ids`, `attention_mask`, `labels` (samples × longest, int64), and images.
 
     Args:
         answers: with the answers, padded on the right; without, for generation, padded on the left.
+        capacity: the model's, to refuse samples that it has no rows for.
 
     Raises:
-        DataError: a sample is longer than `max_length` before its answer ends in it, or its image
-            cannot be read.
+        DataError: a sample is longer than `max_length` before its answer begins, or its image cannot be
+            read.
+        CheckpointError: the tokenizer gives a token that the model has no row for.
     """
-    every = options.assistant_only_loss
-    chats = [_pieces(example, processor, every) for example in examples]
-    prompts = ["".join(text for text, _ in pieces[:-1]) for pieces in chats]
+    chats = [_rendered(example, processor, options) for example in examples]
+    texts = [chat.text if answers else chat.prompt for chat in chats]
     images = [[image.open() for image in example.images] for example in examples]
-    inputs = dict(_processed(processor, prompts, images))
-    mask = inputs["attention_mask"].bool()
-    heads = [row[kept].tolist() for row, kept in zip(inputs["input_ids"], mask)]
-    tails = [_tokens(processor, pieces[-1][0]) if answers else [] for pieces in chats]
-    rows: list[tuple[list[int], list[int]]] = []
-    for example, head, tail, pieces in zip(examples, heads, tails, chats):
-        labels = [IGNORED] * len(head) + tail
-        if not (options.completion_only_loss or every):
-            labels = [*head, *tail]
-        elif every and answers:
-            _label_answers(
-                labels, head, [_tokens(processor, t) for t, a in pieces[:-1] if a], example
-            )
-        if len(head) >= options.max_length:
+    batch, tokens = _processed(processor, texts, images, "right" if answers else "left", examples)
+    lengths = [len(found.ids) for found in tokens]
+    labels = torch.full_like(batch["input_ids"], IGNORED)
+    for row, (example, chat, found) in enumerate(zip(examples, chats, tokens)):
+        length = lengths[row]
+        head = found.upto(chat.last) if answers else length
+        if head >= options.max_length:
             raise DataError(
-                f"{example.where}: its prompt and images take {len(head)} tokens, which leaves nothing "
-                f"of max_length={options.max_length} for the answer; raise max_length or lower "
+                f"{example.where}: its prompt and images take {head} tokens, which leaves nothing of "
+                f"max_length={options.max_length} for the answer; raise max_length or lower "
                 f"max_dynamic_patch."
             )
-        if len(head) + len(tail) > options.max_length:
+        if length > options.max_length:
             _say_cut(options.max_length, example.where)
-        rows.append(((head + tail)[: options.max_length], labels[: options.max_length]))
-    pad = processor.tokenizer.pad_token_id
-    longest = max(len(ids) for ids, _ in rows)
-
-    def fill(values: list[int], filler: int) -> list[int]:
-        blank = [filler] * (longest - len(values))
-        return values + blank if answers else blank + values
-
-    batch = {
-        "input_ids": torch.tensor([fill(ids, pad) for ids, _ in rows]),
-        "attention_mask": torch.tensor([fill([1] * len(ids), 0) for ids, _ in rows]),
-        "labels": torch.tensor([fill(labels, IGNORED) for _, labels in rows]),
-    }
-    for name, tensor in inputs.items():
-        if name in batch or not isinstance(tensor, Tensor):
-            continue
-        if tensor.shape == mask.shape:  # of the text as well, such as which tokens are images
-            parts = [row[kept].tolist() for row, kept in zip(tensor, mask)]
-            tensor = torch.tensor(
-                [
-                    fill((part + [0] * len(tail))[: options.max_length], 0)
-                    for part, tail in zip(parts, tails)
-                ]
-            )
-        batch[name] = tensor
+        if answers:
+            everywhere = not (options.completion_only_loss or options.assistant_only_loss)
+            learnt = found.ids if everywhere else found.labels(chat.answers, IGNORED)
+            if not everywhere and any(found.upto(a) == found.upto(b) for a, b in chat.answers):
+                raise DataError(
+                    f"{example.where}: an answer before an image cannot be found among the tokens of this "
+                    f"model's processor; leave assistant_only_loss out."
+                )
+            labels[row, :length] = torch.tensor(learnt)
+    batch["labels"] = labels
+    size = tuple(labels.shape)
+    longest = min(options.max_length, size[1]) if answers else size[1]
+    for name, tensor in batch.items():
+        of_text = tuple(tensor.shape[:2]) == size and not name.startswith(_OF_IMAGES)
+        batch[name] = tensor[:, :longest] if of_text else tensor
+    if capacity is not None:
+        # The places of images are replaced by what the tower makes of them: they need no row.
+        places = set(getattr(processor, "image_token_ids", None) or [])
+        ids = ([0 if n in places else n for n in t.ids[: options.max_length]] for t in tokens)
+        capacity.check(ids, processor.tokenizer, f"{examples[0].where} and on")
     return batch
+
+
+def _rendered(example: Example, processor: Any, options: DataOptions) -> Rendered:
+    return render(example.chat, processor, options.assistant_only_loss, example.where)
 
 
 def end_tokens(examples: Sequence[Example], processor: Any, options: DataOptions) -> set[int]:
     """The special tokens that close the answers of these chats: where generation stops, besides the
     model's own end of text (checkpoints of OpenGVLab name only that one)."""
-    every = options.assistant_only_loss
-    tails = (_tokens(processor, _pieces(example, processor, every)[-1][0]) for example in examples)
-    return closing_tokens(tails, processor.tokenizer)
+    tokenizer = processor.tokenizer
+    chats = [_rendered(example, processor, options) for example in examples]
+    tails = (
+        token_ids(tokenizer, chat.text[chat.last :], False, example.where)
+        for example, chat in zip(examples, chats)
+    )
+    return closing_tokens(tails, tokenizer)
 
 
 @cache
@@ -103,53 +106,78 @@ def _say_cut(max_length: int, where: str) -> None:
     console.print(f"[yellow]warning:[/] {where}: its answer is cut at max_length={max_length}")
 
 
-def _pieces(example: Example, processor: Any, every: bool) -> list[tuple[str, bool]]:
-    if getattr(processor, "chat_template", None) is None:
-        raise DataError("The model's processor has no chat template; use an instruct model.")
-
-    def render(count: int, **more: Any) -> str:
-        messages = list(example.messages[:count])
-        return str(processor.apply_chat_template(messages, tokenize=False, **more))
-
-    return cut_chat(example.messages, render, every)
-
-
-def _processed(processor: Any, prompts: list[str], images: list[list[Any]]) -> Any:
+def _processed(
+    processor: Any,
+    texts: list[str],
+    images: list[list[Any]],
+    side: str,
+    examples: Sequence[Example],
+) -> tuple[dict[str, Any], list[Tokens]]:
+    """The processor's tensors, and each text's tokens by the characters of the text that was given."""
     bos = processor.tokenizer.bos_token
     # A template that writes the beginning of the sequence itself must not get a second one.
-    special = {"add_special_tokens": False} if bos and prompts[0].startswith(bos) else {}
-    given = {"images": images} if any(images) else {}
+    special = not (bos and texts[0].startswith(bos))
+    given: dict[str, Any] = {"images": images} if any(images) else {}
     try:
-        return processor(
-            text=prompts,
-            **given,
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
-            **special,
+        found: dict[str, Any] = dict(
+            processor(
+                text=texts,
+                **given,
+                padding=True,
+                padding_side=side,
+                return_tensors="pt",
+                add_special_tokens=special,
+                return_offsets_mapping=True,
+                return_text_replacement_offsets=True,
+            )
         )
-    except (ValueError, IndexError) as problem:
+    except (ValueError, IndexError, TypeError, KeyError, NotImplementedError) as problem:
         raise DataError(
-            f"The processor cannot encode a sample: {str(problem).strip().splitlines()[0]}"
+            f"{examples[0].where} and on: the processor cannot encode a sample: "
+            f"{(str(problem).strip() or type(problem).__name__).splitlines()[0]}"
         ) from problem
+    mask = found["attention_mask"].bool()
+    offsets = found.pop("offset_mapping")
+    replaced: Any = found.pop("text_replacement_offsets", None) or [[] for _ in texts]
+    if any(images) and not any(replaced):
+        replaced = [
+            _as_one(processor, text, offsets[row][mask[row]][:, 1].tolist(), special)
+            for row, text in enumerate(texts)
+        ]
+    tokens: list[Tokens] = []
+    for row, kept in enumerate(mask):
+        ends = offsets[row][kept][:, 1].tolist()
+        ids = found["input_ids"][row][kept].tolist()
+        tokens.append(Tokens(ids, _as_given(ends, replaced[row])))
+    found = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    return found, tokens
 
 
-def _tokens(processor: Any, text: str) -> list[int]:
-    return list(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+def _as_one(
+    processor: Any, text: str, ends: list[int], special: bool
+) -> list[Mapping[str, Any]]:
+    """For processors that do not say what they put for images: all text up to the last one as one place.
+
+    What comes behind is as far from the end as it was.
+    """
+    token = getattr(processor, "image_token", None)
+    last = text.rfind(token) + len(token) if token and token in text else 0
+    given = tokens_of(processor.tokenizer, text, special, "A row")
+    shift = max(ends, default=0) - given.end
+    return [{"span": (0, last), "new_span": (0, last + shift)}] if last and shift else []
 
 
-def _label_answers(
-    labels: list[int], head: list[int], answers: list[list[int]], example: Example
-) -> None:
-    """Label the earlier answers of a chat where they stand in the prompt."""
-    start = 0
-    for answer in answers:
-        while head[start : start + len(answer)] != answer:
-            start += 1
-            if start + len(answer) > len(head):
-                raise DataError(
-                    f"{example.where}: an earlier answer is tokenised differently inside the chat; leave "
-                    f"assistant_only_loss out."
-                )
-        labels[start : start + len(answer)] = answer
-        start += len(answer)
+def _as_given(ends: list[int], replaced: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Characters of the text with images opened out, as characters of the text that was given."""
+    moved: list[int] = []
+    for end in ends:
+        shift = 0
+        for place in replaced:
+            (_, old), (new_start, new) = place["span"], place["new_span"]
+            if end >= new:
+                shift = new - old
+            elif end > new_start:  # within the image's own tokens
+                end, shift = old, 0
+                break
+        moved.append(end - shift)
+    return moved

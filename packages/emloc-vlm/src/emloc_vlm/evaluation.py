@@ -9,6 +9,7 @@ from emloc.config import EvaluateConfig
 from emloc.errors import ConfigError, DataError
 from emloc.family import LossSum, ModelFamily, summed
 from emloc.integrations.peft.attach import attach
+from emloc.integrations.transformers.capacity import capacity_of
 from emloc.integrations.transformers.generation import greedy_answers, say_missing_ends
 from emloc.integrations.transformers.loss import next_token_loss
 from emloc.memory import PeakMemory
@@ -77,11 +78,11 @@ def _loss(
     model: Any, examples: list[Example], processor: Any, config: VisualEvaluateConfig
 ) -> float:
     parts: list[LossSum] = []
-    size = config.per_device_eval_batch_size
+    size, capacity = config.per_device_eval_batch_size, capacity_of(model)
     with progress_bar("loss", len(examples)) as advance:
         for start in range(0, len(examples), size):
             part = examples[start : start + size]
-            batch = collate(part, processor, config)
+            batch = collate(part, processor, config, capacity=capacity)
             parts.append(next_token_loss(model, _to(model, batch, config.device)))
             advance(len(part))
     return summed(parts).mean(f"Data set {config.dataset}")

@@ -1,16 +1,30 @@
 """One row of a visual data set, whatever its form, as a chat with images."""
 
+import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from PIL import Image
+
 from emloc.errors import DataError
+from emloc.integrations.transformers.data.columns import CHAT, FORMS, Forms, form_of
+from emloc.integrations.transformers.data.texts import answer_of, listed, mapped, text_of
+from emloc.integrations.transformers.data.turns import Chat, Turn, chat_of
 from emloc_vlm.images import ImageRef, image_source
 
 PLACEHOLDER = "<image>"
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-          "system": "system"}  # fmt: skip
+VISUAL_FORMS: Forms = {
+    **{name: columns for name, columns in FORMS.items() if name != "text"},
+    "table": (("question", "answer"), ("options", "kind", *CHAT)),
+}
+IMAGE_COLUMNS = ("image", "images")
+REFERENCES = "answer"
+_TURNS_BEFORE = re.compile(r"(^|\n)\Z")
+_LIKE_IMAGE = re.compile(r"image|img|picture|photo|figure|pixel", re.IGNORECASE)
+_KEYS = ("image", "path", "url", "image_url")
 
 
 @dataclass(frozen=True)
@@ -18,7 +32,7 @@ class Example:
     """One chat with images.
 
     Attributes:
-        messages: turns whose content is a list of `{"type": "image"}` and `{"type": "text", "text"}`.
+        chat: turns whose content is a list of `{"type": "image"}` and `{"type": "text", "text"}`.
         images: in the order of their entries.
         references: accepted answers of the last turn; the turn itself holds the first.
         options: letters to texts, where the question is one of multiple choice.
@@ -27,7 +41,7 @@ class Example:
         where: file and line.
     """
 
-    messages: Sequence[Mapping[str, Any]]
+    chat: Chat
     images: tuple[ImageRef, ...]
     references: tuple[str, ...]
     options: Mapping[str, str]
@@ -35,125 +49,185 @@ class Example:
     metric: str | None
     where: str
 
+    @property
+    def messages(self) -> Sequence[Turn]:
+        """The turns."""
+        return self.chat.turns
 
-def example_of(row: Mapping[str, Any], where: str, folder: Path) -> Example:
+
+def example_of(
+    row: Mapping[str, Any], where: str, folder: Path, metric: str | None = None
+) -> Example:
     """The row as a chat.
 
     Args:
         where: file and line, for messages.
         folder: where its image paths begin.
+        metric: how the benchmark scores it, if it is one's.
 
     Raises:
         DataError: it has no columns that we know, or is malformed.
     """
-    if row.get("messages"):
-        turns, inside = _from_messages(row["messages"], where)
-    elif row.get("conversations"):
-        turns, inside = _from_conversations(row["conversations"], where), []
-    elif row.get("question") is not None and row.get("answer") is not None:
-        turns, inside = _from_table(row), []
-    else:
+    options = mapped(row["options"], "options", where) if row.get("options") else {}
+    options = {key: text_of(one, f"option {key}", where) for key, one in options.items()}
+    chat = _chat(row, options, where)
+    given = [*_listed(row.get("images"), where), *_listed(row.get("image"), where)]
+    turns, sources = _placed([dict(turn) for turn in chat.turns], given, where)
+    if not sources:
+        _check_no_image(row, where)
+    accepted = row.get(REFERENCES)
+    references = [
+        answer_of(one, "answer", where)
+        for one in (accepted if isinstance(accepted, (list, tuple)) else [accepted])
+        if one is not None
+    ]
+    kind = row.get("kind")
+    return Example(
+        replace(chat, turns=turns),
+        tuple(ImageRef(image_source(source, folder, where), where) for source in sources),
+        tuple(references) or (_said(turns[-1]),),
+        options,
+        None if kind is None else text_of(kind, "kind", where),
+        metric,
+        where,
+    )
+
+
+def _chat(row: Mapping[str, Any], options: Mapping[str, str], where: str) -> Chat:
+    form = form_of(row, VISUAL_FORMS)
+    if form is None:
         raise DataError(
             f"{where} has the columns {', '.join(sorted(map(str, row)))}; needed are messages, "
             f"conversations, or image, question and answer. Name yours with column_map, for example "
             f"query=question."
         )
-    given = _listed(row.get("images")) or _listed(row.get("image"))
-    sources = [found if found is not None else given.pop(0) for found in inside if found or given]
-    sources += given
-    turns = _with_entries(turns, len(sources), where)
-    if turns[-1]["role"] != "assistant":
-        raise DataError(f"{where}: the chat must end with the assistant's turn.")
-    answer = row.get("answer")
-    references = [str(a) for a in _listed(answer)] or [_text(turns[-1])]
-    return Example(
-        turns,
-        tuple(ImageRef(image_source(source, folder, where), where) for source in sources),
-        tuple(references),
-        row.get("options") or {},
-        row.get("kind"),
-        row.get("metric"),
-        where,
-    )
-
-
-def _listed(value: Any) -> list[Any]:
-    if value is None or value == "":
-        return []
-    return list(cast("list[Any]", value)) if isinstance(value, (list, tuple)) else [value]
-
-
-def _from_table(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    question = str(row["question"])
-    options = cast("Mapping[str, str]", row.get("options") or {})
-    question += "".join(f"\n{letter}. {text}" for letter, text in options.items())
-    answer = str(_listed(row["answer"])[0]) if _listed(row["answer"]) else ""
-    return [_turn("user", question), _turn("assistant", answer)]
-
-
-def _from_conversations(turns: Any, where: str) -> list[dict[str, Any]]:
-    chat: list[dict[str, Any]] = []
-    for turn in turns:
-        speaker = str(turn.get("from") or turn.get("role"))
-        if speaker not in _ROLES:
-            raise DataError(f"{where}: a turn from {speaker!r}; known are {', '.join(_ROLES)}.")
-        value = turn.get("value", turn.get("content"))
-        chat.append(_turn(_ROLES[speaker], str(value)))
+    if form == "table":
+        question = text_of(row["question"], "question", where)
+        question += "".join(f"\n{letter}. {text}" for letter, text in options.items())
+        answer = row["answer"]
+        first = answer[0] if isinstance(answer, (list, tuple)) else answer
+        turns = [("user", question), ("assistant", answer_of(first, "answer", where))]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        row = {**{key: row.get(key) for key in CHAT}, "messages": messages}
+    chat = chat_of(row, where, _content)
+    if chat is None:
+        raise DataError(
+            f"{where}: prompt and completion are plain text; name them question and answer with column_map, "
+            f"or write turns."
+        )
     return chat
 
 
-def _from_messages(turns: Any, where: str) -> tuple[list[dict[str, Any]], list[Any]]:
-    """The turns with image entries left empty, and what those entries held (None: nothing)."""
-    chat: list[dict[str, Any]] = []
-    inside: list[Any] = []
-    for turn in turns:
-        content = turn.get("content")
-        if isinstance(content, str):
-            chat.append(_turn(str(turn["role"]), content))
-            continue
-        parts: list[dict[str, Any]] = []
-        for part in content or []:
-            if part.get("type") == "image":
-                inside.append(
-                    next((part[k] for k in ("image", "path", "url") if part.get(k)), None)
-                )
-                parts.append({"type": "image"})
-            elif part.get("type") == "text":
-                parts.append({"type": "text", "text": str(part["text"])})
-            else:
-                raise DataError(
-                    f"{where}: a content entry of type {part.get('type')!r}; known are image and text."
-                )
-        chat.append({"role": str(turn["role"]), "content": parts})
-    return chat, inside
+def _content(value: Any, what: str, where: str) -> list[dict[str, Any]]:
+    """Content as entries; those of images hold their `source`, None where a column has it."""
+    if not isinstance(value, (list, tuple)):
+        return _marked(text_of(value, what, where))
+    entries: list[dict[str, Any]] = []
+    for part in cast("Sequence[Any]", value):
+        entry = cast("Mapping[str, Any]", part) if isinstance(part, Mapping) else {}
+        kind = entry.get("type")
+        if kind in ("image", "image_url"):
+            found = next((entry[key] for key in _KEYS if entry.get(key)), None)
+            if kind == "image_url" and isinstance(found, Mapping):
+                found = cast("Mapping[str, Any]", found).get("url")
+            entries.append({"type": "image", "source": found})
+        elif kind == "text":
+            text = text_of(entry.get("text"), f"a text entry of {what}", where)
+            entries.append({"type": "text", "text": text})
+        else:
+            raise DataError(
+                f"{where}: {what} has an entry of type {kind!r}; known are image and text."
+            )
+    return entries
 
 
-def _turn(role: str, text: str) -> dict[str, Any]:
-    """A turn whose `<image>` marks have become entries."""
-    parts: list[dict[str, Any]] = []
-    for index, piece in enumerate(text.split(PLACEHOLDER)):
+def _marked(text: str) -> list[dict[str, Any]]:
+    """Text whose `<image>` marks have become entries.
+
+    A mark on a line of its own takes the line's end with it, for templates set images off themselves. All
+    other space stays.
+    """
+    entries: list[dict[str, Any]] = []
+    pieces = text.split(PLACEHOLDER)
+    for index, piece in enumerate(pieces):
         if index:
-            parts.append({"type": "image"})
-        # InternVL writes the mark on a line of its own; templates set images off themselves.
-        piece = piece.strip("\n") if PLACEHOLDER in text else piece
-        if piece:
-            parts.append({"type": "text", "text": piece})
-    return {"role": role, "content": parts or [{"type": "text", "text": ""}]}
+            entries.append({"type": "image", "source": None})
+        kept = piece
+        if index and _TURNS_BEFORE.search(pieces[index - 1]):
+            kept = re.sub(r"\A\r?\n", "", kept)
+        if index == len(pieces) - 2 and not pieces[-1]:
+            kept = re.sub(r"\r?\n\Z", "", kept)
+        if kept:
+            entries.append({"type": "text", "text": kept})
+    return entries or [{"type": "text", "text": ""}]
 
 
-def _with_entries(turns: list[dict[str, Any]], images: int, where: str) -> list[dict[str, Any]]:
-    """As many image entries as images: without any marks, images come before the first question."""
-    marks = sum(part["type"] == "image" for turn in turns for part in turn["content"])
-    if marks == images:
-        return turns
-    if marks:
-        raise DataError(f"{where}: {marks} places for images and {images} images.")
+def _placed(turns: list[Turn], given: list[Any], where: str) -> tuple[list[Turn], list[Any]]:
+    """The turns with bare image entries, and the images' sources in the order of the entries.
+
+    Without any marks, images come before the first question.
+    """
+    places = [
+        entry for turn in turns for entry in turn.get("content", []) if entry["type"] == "image"
+    ]
+    empty = sum(entry["source"] is None for entry in places)
+    if given and not places:
+        asked = next((turn for turn in turns if turn["role"] == "user"), None)
+        if asked is None:
+            raise DataError(f"{where}: there are images and no turn of the user.")
+        entries = [{"type": "image", "source": source} for source in given]
+        asked["content"] = [*entries, *asked["content"]]
+    elif empty != len(given):
+        raise DataError(
+            f"{where}: {len(places)} places for images and {len(places) - empty + len(given)} images."
+        )
+    rest = iter(given)
+    sources: list[Any] = []
     for turn in turns:
-        if turn["role"] == "user":
-            turn["content"] = [{"type": "image"}] * images + turn["content"]
-            return turns
-    raise DataError(f"{where}: there are images and no turn of the user.")
+        entries = turn.get("content", [])
+        for entry in entries:
+            if entry["type"] == "image":
+                sources.append(next(rest) if entry["source"] is None else entry["source"])
+        if entries:
+            turn["content"] = [
+                {key: one for key, one in entry.items() if key != "source"} for entry in entries
+            ]
+    return turns, sources
 
 
-def _text(turn: Mapping[str, Any]) -> str:
-    return "".join(part["text"] for part in turn["content"] if part["type"] == "text")
+def _check_no_image(row: Mapping[str, Any], where: str) -> None:
+    """Refuse a row without images that has one in a column of another name."""
+    used = {column for pair in VISUAL_FORMS.values() for part in pair for column in part}
+    for column, value in row.items():
+        if column not in used and value and _is_image(column, value):
+            raise DataError(
+                f"{where}: the column {column} seems to hold an image, and images are read from the columns "
+                f"image and images; pass column_map {column}=image, or take the column out."
+            )
+
+
+def _is_image(column: str, value: Any) -> bool:
+    one = value[0] if isinstance(value, (list, tuple)) else value
+    if isinstance(one, (bytes, Image.Image)):
+        return True
+    if isinstance(one, Mapping):
+        return {"bytes", "path"} & one.keys() != set()
+    if not isinstance(one, str):
+        return False
+    named = Path(one).suffix.lower() in Image.registered_extensions() if len(one) < 4096 else False
+    return named or bool(_LIKE_IMAGE.search(column)) or one.startswith("data:image")
+
+
+def _listed(value: Any, where: str) -> list[Any]:
+    if value is None or value == "":
+        return []
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        return listed(value, "images", where)
+    return list(cast("list[Any]", value)) if isinstance(value, (list, tuple)) else [value]
+
+
+def _said(turn: Turn) -> str:
+    """What a turn says, or which tools it calls, as JSON."""
+    texts = (entry["text"] for entry in turn.get("content", []) if entry["type"] == "text")
+    calls = turn.get("tool_calls")
+    return "".join(texts) or (json.dumps(calls, ensure_ascii=False) if calls else "")

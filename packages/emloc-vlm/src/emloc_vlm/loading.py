@@ -8,9 +8,22 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from emloc.checkpoint import Checkpoint
+from emloc.integrations.transformers.capacity import Capacity, capacity_of
 from emloc.integrations.transformers.loading import load_model
 from emloc.integrations.transformers.skeleton import empty_model
 from emloc_vlm.internvl_chat import is_internvl_chat, native_view
+
+
+def load_vlm_capacity(path: Path) -> Capacity:
+    """What the model of a folder has rows for, from its config alone.
+
+    Raises:
+        CheckpointError: transformers does not know the architecture.
+    """
+    checkpoint: Any = Checkpoint.open(path)
+    if is_internvl_chat(checkpoint.config):
+        checkpoint = native_view(checkpoint)
+    return capacity_of(empty_model(checkpoint, AutoModelForImageTextToText, torch.float32))
 
 
 def load_vlm(path: Path, dtype: str, device: str) -> Any:

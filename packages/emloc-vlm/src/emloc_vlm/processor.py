@@ -15,6 +15,7 @@ from transformers import AutoProcessor, ProcessorMixin
 from transformers.utils.import_utils import is_torchvision_available
 
 from emloc.errors import CheckpointError, EmlocError
+from emloc.integrations.transformers.loading import give_padding
 from emloc_vlm.internvl_chat import has_original_processor, native_processor
 
 
@@ -38,8 +39,7 @@ def load_processor(path: Path, max_dynamic_patch: int | None = None) -> Any:
             f"copy preprocessor_config.json, the tokenizer's files and the chat template there."
         ) from problem
     tokenizer = processor.tokenizer
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    give_padding(tokenizer, path)
     if max_dynamic_patch is not None:
         if not hasattr(processor.image_processor, "max_patches"):
             raise CheckpointError(

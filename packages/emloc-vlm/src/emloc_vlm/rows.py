@@ -5,27 +5,32 @@
 - Chats of transformers: `messages` whose content is text or a list of `{"type": "image"}` and
   `{"type": "text"}` entries; images inside the entries, or in a column `images`.
 - Tables with `image`, `question`, `answer`; and the public files of benchmarks (`benchmarks`).
-
-Local JSON, JSONL and CSV files are read line by line, so that a fault names its line; parquet files,
-folders and hub ids through the datasets library.
+- ShareGPT, Alpaca and turns as prompt and completion, as language models read them, with a column `image`
+  or `images`.
 """
 
-import csv
-import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from emloc.config import CalibrationOptions, DataOptions
-from emloc.errors import ConfigError, DataError
-from emloc.integrations.transformers.tables import dataset_names, load_table, mix, shares
+from emloc.errors import DataError
+from emloc.integrations.transformers.data.files import SUFFIXES, parsed_json, read_open
+from emloc.integrations.transformers.data.folders import ADDRESS
+from emloc.integrations.transformers.data.rows import Row, Rows
+from emloc.integrations.transformers.tables import (
+    dataset_names,
+    load_known,
+    mix,
+    require_whole_file,
+    shares,
+)
+from emloc.named_files import named_path, refuse_special
 from emloc.progress import console
 from emloc_vlm.benchmarks import of_split, read_benchmark
-from emloc_vlm.examples import Example, example_of
+from emloc_vlm.examples import IMAGE_COLUMNS, REFERENCES, VISUAL_FORMS, Example, example_of
 from emloc_vlm_options import ImageOptions
-
-COLUMNS = ("messages", "images", "image", "question", "answer", "conversations", "options", "kind")
 
 
 class VisualOptions(DataOptions, ImageOptions):
@@ -44,15 +49,18 @@ def load_examples(
     Raises:
         DataError: it cannot be read, is empty, has no columns that we know, or a row is malformed.
     """
-    _check_columns(options.column_map)
     split = options.dataset_split if split is None else split
-    examples: list[Example] = []
-    for row, where, folder in _raw_rows(options, name, split):
-        mapped = {options.column_map.get(key, key): value for key, value in row.items()}
-        examples.append(example_of(mapped, where, options.image_folder or folder))
-    if not examples:
-        raise DataError(f"Data set {name} is empty.")
-    return examples
+    image_folder = options.image_folder
+    benchmark = _benchmark_rows(options, name, split)
+    if benchmark is not None:
+        return [
+            example_of(row, row.where, image_folder or row.folder, row["metric"])
+            for row in benchmark
+        ]
+    others = (*IMAGE_COLUMNS, REFERENCES)
+    meta = _meta_rows(options, name, split)
+    rows = load_known(options, name, split, VISUAL_FORMS, others, meta)
+    return [example_of(row, row.where, image_folder or row.folder) for row in rows]
 
 
 def mixed_examples(options: VisualOptions, seed: int) -> list[Example]:
@@ -89,102 +97,88 @@ def readable(examples: Sequence[Example], options: ImageOptions) -> list[Example
     if first is not None:
         console.print(
             f"{len(examples) - len(good)} of {len(examples)} samples are skipped for their images; the "
-            f"first: {first}"
+            f"first: {first}",
+            markup=False,
         )
     return good
 
 
-def _raw_rows(
+def _benchmark_rows(
     options: "VisualOptions | CalibrationVisualOptions", name: str, split: str
-) -> Iterator[tuple[Mapping[str, Any], str, Path]]:
-    """Row, file and line, and the folder in which its image paths begin."""
+) -> Iterable[Row] | None:
+    """The rows of a benchmark's file; None of any other."""
     path = Path(name)
-    found = None
-    if path.is_file() and not options.column_map:
-        found = read_benchmark(path, options.image_folder)
-    if found is not None and any("split" in row for row in found):
+    refuse_special(path, DataError)
+    if not path.is_file() or options.column_map:
+        return None
+    found = read_benchmark(path, options.image_folder)
+    if found is None:
+        return None
+    if any("split" in row for row in found):
         found = of_split(path, found, split)
-    elif path.is_file() and split not in ("train", ""):
-        raise DataError(
-            f"{name} is one file and has no split {split!r}; pass the file that holds it."
-        )
-    if found is not None:
-        for row in found:
-            yield row, f"{path}, line {row['line']}", path.parent
-        return
-    if path.is_file() and path.suffix in (".json", ".jsonl", ".csv"):
-        yield from _local_rows(path)
-        return
-    for index, row in enumerate(load_table(name, split, streaming=options.streaming)):
-        yield row, f"{name}, row {index}", path if path.is_dir() else path.parent
+    else:
+        require_whole_file(name, split)
+    return [Row(row, f"{path}, line {row['line']}", path.parent) for row in found]
 
 
-def _local_rows(path: Path) -> Iterator[tuple[Mapping[str, Any], str, Path]]:
-    if path.suffix == ".csv":
-        with path.open(encoding="utf-8", newline="") as file:
-            for row in (reader := csv.DictReader(file)):
-                yield row, f"{path}, line {reader.line_num}", path.parent
-        return
-    if path.suffix == ".jsonl":
-        yield from _lines(path, path.parent)
-        return
-    content = _parsed(path.read_text("utf-8"), str(path))
-    if isinstance(content, dict):
-        entries = cast("dict[str, Any]", content)
-        if all(isinstance(entry, dict) and "annotation" in entry for entry in entries.values()):
-            yield from _meta(path, entries)
-            return
-    if not isinstance(content, list):
-        raise DataError(
-            f"{path} should hold a list of rows, or an object of data sets with root and annotation."
-        )
-    for index, row in enumerate(cast("list[Any]", content)):
-        yield _mapping(row, f"{path}, entry {index}"), f"{path}, entry {index}", path.parent
+def _meta_rows(
+    options: "VisualOptions | CalibrationVisualOptions", name: str, split: str
+) -> Callable[[], Rows] | None:
+    """What reads the rows of InternVL's meta file; None of any other."""
+    path = Path(name)
+    if path.suffix != ".json" or not path.is_file():
+        return None
+    content = parsed_json(path)
+    entries = cast("dict[str, Any]", content) if isinstance(content, dict) else {}
+    if not entries or not all(isinstance(e, dict) and "annotation" in e for e in entries.values()):
+        return None
+    require_whole_file(name, split)
+    folders = [Path(), path.parent, *([options.image_folder] if options.image_folder else [])]
+
+    def read() -> Rows:
+        rows = Rows(row for entry in entries.items() for row in _annotated(path, *entry, folders))
+        if not rows:
+            raise DataError(f"Data set {name} is empty.")
+        return rows
+
+    return read
 
 
-def _lines(path: Path, folder: Path) -> Iterator[tuple[Mapping[str, Any], str, Path]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                yield _mapping(_parsed(line, where), where), where, folder
+def _annotated(
+    path: Path, name: str, entry: Mapping[str, Any], folders: Sequence[Path]
+) -> Iterator[Row]:
+    """The rows of one entry; a repeat_time below 1 takes that share of them, by a fixed seed."""
+    where = f"{path}: {name}"
+    annotation = _named(entry["annotation"], where, "annotation", folders)
+    if not annotation.is_file():
+        raise DataError(f"{where} names the annotation {annotation}, which is no file.")
+    root = entry.get("root") or None
+    folder = path.parent if root is None else _named(root, where, "root", folders)
+    with annotation.open("rb") as file:
+        suffix = annotation.suffix.lower()
+        known = suffix if suffix in SUFFIXES else ".jsonl"
+        rows = list(read_open(file, known, str(annotation), folder))
+    times = entry.get("repeat_time", 1)
+    if isinstance(times, bool) or not isinstance(times, (int, float)) or not 0 <= times < 10**6:
+        raise DataError(f"{where} has repeat_time {times!r}, which is no number of times.")
+    whole, part = int(times), times - int(times)
+    yield from rows * whole
+    yield from random.Random(0).sample(rows, round(part * len(rows)))
 
 
-def _meta(path: Path, entries: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str, Path]]:
-    """InternVL's meta file; a repeat_time below 1 takes that share of the rows, by a fixed seed."""
-    for name, entry in entries.items():
-        annotation = _beside(path, str(entry["annotation"]))
-        if not annotation.is_file():
-            raise DataError(
-                f"{path}: {name} names the annotation {annotation}, which does not exist."
-            )
-        rows = list(_lines(annotation, _beside(path, str(entry.get("root", "")))))
-        times = float(entry.get("repeat_time", 1))
-        whole, part = int(times), times - int(times)
-        yield from rows * whole
-        yield from random.Random(0).sample(rows, round(part * len(rows)))
-
-
-def _beside(path: Path, name: str) -> Path:
-    """A path that a meta file names: as it is from the working folder, or from the file's."""
-    return Path(name) if Path(name).is_absolute() or Path(name).exists() else path.parent / name
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as problem:
-        raise DataError(f"{where} is not JSON: {problem}.") from problem
-
-
-def _mapping(row: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(row, dict):
-        raise DataError(f"{where} should be an object with columns.")
-    return cast("dict[str, Any]", row)
-
-
-def _check_columns(mapping: Mapping[str, str]) -> None:
-    """Refuse a column map to a name that is none of ours."""
-    for theirs, ours in mapping.items():
-        if ours not in COLUMNS:
-            raise ConfigError(f"column_map maps {theirs} to {ours}, none of {', '.join(COLUMNS)}.")
+def _named(name: Any, where: str, what: str, folders: Sequence[Path]) -> Path:
+    """What a meta file names: in the working folder, beside the file, or in the image folder."""
+    if not isinstance(name, str) or ADDRESS.search(name):
+        raise DataError(f"{where} names the {what} {name!r}, which is no path of a local file.")
+    refused: DataError | None = None
+    for folder in folders:
+        try:
+            path = named_path(folder, name, where, DataError)
+        except DataError as problem:
+            refused = refused or problem
+            continue
+        if path.exists():
+            return path
+    if refused is not None:
+        raise refused
+    raise DataError(f"{where} names the {what} {folders[1] / name}, which does not exist.")

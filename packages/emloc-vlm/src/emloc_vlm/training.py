@@ -18,7 +18,7 @@ from emloc.integrations.transformers.lora_training import training_arguments
 from emloc.memory import PeakMemory, return_large_blocks
 from emloc_vlm.encode import collate
 from emloc_vlm.examples import Example
-from emloc_vlm.loading import load_vlm
+from emloc_vlm.loading import load_vlm, load_vlm_capacity
 from emloc_vlm.parts import frozen_modules
 from emloc_vlm.planned import TASK_TYPE
 from emloc_vlm.processor import load_processor
@@ -70,7 +70,8 @@ def _train(config: VisualTrainConfig, work: Path) -> dict[str, Any]:
         evaluation = readable(load_examples(options, config.eval_dataset, split), config)
     arguments = training_arguments(TrainingArguments, config, work, remove_unused_columns=False)
     torch.manual_seed(config.seed)
-    into_batch = partial(collate, processor=processor, options=config)
+    capacity = load_vlm_capacity(path)
+    into_batch = partial(collate, processor=processor, options=config, capacity=capacity)
     make_trainer = partial(
         Trainer,
         args=arguments,

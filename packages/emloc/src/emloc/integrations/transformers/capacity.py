@@ -57,7 +57,7 @@ class Capacity:
             behind = f" and {more} to write behind it" if more else ""
             raise DataError(
                 f"{what}: one has {longest} tokens{behind}, and the model has {self.positions} positions; "
-                f"pass max_length={max(self.positions - more, 1)}, or less."
+                f"{_advice(self.positions, longest, more)}."
             )
 
     def check_packed(self, max_length: int) -> None:
@@ -84,6 +84,12 @@ class Capacity:
                 f"model has rows for {self.tokens} tokens; resize its embeddings (resize_token_embeddings) "
                 f"and save it, or take the added token out of the tokenizer."
             )
+
+
+def _advice(positions: int, longest: int, more: int) -> str:
+    if more and longest < positions:
+        return f"pass max_new_tokens={positions - longest}, or less"
+    return f"pass max_length={positions}, or less"
 
 
 def load_capacity(path: Path, auto_class: Any) -> Capacity:

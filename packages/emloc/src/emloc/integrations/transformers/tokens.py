@@ -25,6 +25,11 @@ class Tokens:
         self._before = next((n for n, end in enumerate(ends) if end), 0)
         self._ends = [end for end in ends if end]
 
+    @property
+    def end(self) -> int:
+        """The character behind the last one of all tokens."""
+        return self._ends[-1] if self._ends else 0
+
     def upto(self, character: int) -> int:
         """How many tokens end at or before a character; those before all text are among them."""
         return self._before + bisect_right(self._ends, character)
@@ -44,6 +49,7 @@ class PrefixTokens(Tokens):
     def __init__(self, tokenizer: Any, text: str, special: bool, where: str) -> None:
         self._encode = lambda text: token_ids(tokenizer, text, special, where)
         self._text = text
+        self._ends = [len(text)]
         self.ids = self._encode(text)
 
     def upto(self, character: int) -> int:

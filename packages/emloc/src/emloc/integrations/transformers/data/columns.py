@@ -51,7 +51,8 @@ def check_column_map(mapping: Mapping[str, str], known: Sequence[str]) -> None:
     for theirs, ours in mapping.items():
         if ours not in known:
             raise ConfigError(
-                f"column_map maps {theirs} to {ours}, which is none of {', '.join(known)}."
+                f"column_map maps {theirs} to {ours}, which is none of "
+                f"{', '.join(dict.fromkeys(known))}."
             )
     twice = [ours for ours in mapping.values() if list(mapping.values()).count(ours) > 1]
     if twice:

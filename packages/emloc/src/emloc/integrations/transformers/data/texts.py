@@ -2,7 +2,8 @@
 
 `str()` of an object is Python and no answer, of a float it is another number than was written, and of nothing
 it is `None`. So where a text belongs, anything else is refused. Only what a chat's schema has as objects (turns,
-tools, the calls of tools) may be objects, and those may be written as JSON text.
+tools, the calls of tools) may be objects, and those may be written as JSON text; in a template they become JSON
+as the template says. One thing has the same text in every language: an answer may be a whole number.
 """
 
 import json
@@ -30,6 +31,16 @@ def text_of(value: Any, what: str, where: str) -> str:
     raise DataError(
         f"{where}: {what} is {kind} ({_short(value)}) and should be text; write it as text, in quotes."
     )
+
+
+def answer_of(value: Any, what: str, where: str) -> str:
+    """An answer, which has to be text or a whole number.
+
+    Raises:
+        DataError: it is something else.
+    """
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return str(value) if whole else text_of(value, what, where)
 
 
 def listed(value: Any, what: str, where: str) -> list[Any]:

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, cast
 
 from emloc.errors import DataError
 from emloc.integrations.transformers.data.columns import FORMS, form_of
-from emloc.integrations.transformers.data.texts import listed, mapped, text_of
+from emloc.integrations.transformers.data.texts import answer_of, listed, mapped, text_of
 
 Turn: TypeAlias = dict[str, Any]
 ReadContent: TypeAlias = Callable[[Any, str, str], Any]
@@ -120,7 +120,8 @@ def _alpaca(row: Mapping[str, Any], where: str, read_content: ReadContent) -> li
         if len(both) != 2:
             raise DataError(f"{where}: {what} should be a question and its answer.")
         texts.append((both[0], both[1], what))
-    texts.append((alpaca_question(row, where), row["output"], "output"))
+    output = answer_of(row["output"], "output", where)
+    texts.append((alpaca_question(row, where), output, "output"))
     turns: list[Turn] = []
     for question, answer, what in texts:
         turns += [
@@ -137,8 +138,9 @@ def _is_turns(prompt: Any) -> bool:
 
 def _continued(row: Mapping[str, Any], where: str, read_content: ReadContent) -> list[Turn]:
     completion = row["completion"]
-    if isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
+    if not isinstance(completion, (list, tuple)):
+        answer = answer_of(completion, "completion", where)
+        completion = [{"role": "assistant", "content": answer}]
     return [
         _turn(turn, f"turn {number} of {column}", where, read_content)
         for column, part in (("prompt", row["prompt"]), ("completion", completion))
