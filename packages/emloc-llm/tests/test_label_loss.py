@@ -7,6 +7,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, default_data_collator
 from trl import SFTConfig, SFTTrainer
 
+from emloc.errors import DataError, NumericalError
+from emloc.family import LossSum, summed
 from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
 from emloc.integrations.transformers.loss import (
     IGNORED,
@@ -167,3 +169,41 @@ def test_gradients_flow_through_labelled_logits_alone():
     torch.testing.assert_close(
         ours, model.model.layers[0].mlp.up_proj.weight.grad, rtol=1e-4, atol=1e-5
     )
+
+
+def packed(length):
+    """Two samples behind one another as one, the first answer's and the second prompt's end inside."""
+    ids = torch.randint(VOCABULARY, (1, length), generator=torch.manual_seed(4))
+    labels = ids.clone()
+    labels[0, :3] = labels[0, 7:10] = IGNORED
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def masked():
+    """Labels with holes, at the first token (which nothing predicts) and the last one."""
+    batch = batch_of(((0, 12), (4, 12), (1, 7)))
+    batch["labels"][0, 3:5] = IGNORED
+    return batch
+
+
+@pytest.mark.parametrize(
+    "batch", [batch_of(), packed(15), masked()], ids=["padded", "packed", "masked"]
+)
+def test_ours_trls_and_transformers_losses_are_one(make, batch):
+    trainer = make(SFTTrainer)
+    model = trainer.model.eval()
+    with torch.no_grad():
+        ours = next_token_loss(model, batch).mean("It")
+        stock = float(reference(model, batch))
+        trls = float(trainer.compute_loss(model, dict(batch)))
+        mine = float(make(Trainer).compute_loss(model, dict(batch)))
+    assert [ours, trls, mine] == pytest.approx([stock] * 3, rel=1e-6, abs=1e-6)
+
+
+def test_a_loss_of_nothing_or_of_no_number_is_an_error():
+    with pytest.raises(DataError, match="Data set x: no token has a label"):
+        LossSum(0.0, 0).mean("Data set x")
+    for total in (float("nan"), float("inf")):
+        with pytest.raises(NumericalError, match="Data set x: the loss is"):
+            summed([LossSum(1.0, 2), LossSum(total, 3)]).mean("Data set x")
+    assert summed([LossSum(1.0, 2), LossSum(2.0, 4)]).mean("it") == 0.5

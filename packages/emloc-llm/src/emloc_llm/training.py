@@ -14,6 +14,7 @@ from emloc.config import TrainConfig
 from emloc.errors import ConfigError
 from emloc.integrations.transformers.capacity import Capacity, load_capacity
 from emloc.integrations.transformers.data.rows import where_of
+from emloc.integrations.transformers.generation import closing_tokens, say_missing_ends
 from emloc.integrations.transformers.loading import load_model, load_tokenizer
 from emloc.integrations.transformers.lora_training import train_lora as train_with
 from emloc.integrations.transformers.lora_training import training_arguments
@@ -108,6 +109,8 @@ def _train(config: TrainConfig, work: Path) -> dict[str, Any]:
         processing_class=tokenizer,
     )
     model = load_model(path, AutoModelForCausalLM, config.dtype, config.device)
+    closing = closing_tokens((s.input_ids[s.prompt_length :] for s in samples), tokenizer)
+    say_missing_ends(model, tokenizer, closing)
     parts = in_batches(samples, config.per_device_train_batch_size)
     batches = (pad(part, tokenizer.pad_token_id) for part in parts)
     figures = train_with(config, work, model, make_trainer, batches, task_type=TASK_TYPE)

@@ -122,7 +122,7 @@ def _concluded(text: str, keys: str, options: Mapping[str, str]) -> list[str]:
 
 
 def _key(keys: str) -> str:
-    """A key that is no part of a word or number, and not one of several: "B-cell", "3.5", "3:30", "B or C"."""
+    """A key that is no part of a word or number, and not one of several: "B-cell", "3:30", "B or C"."""
     another = rf"[^\w\n]*(?:(?:and|or)\b[^\w\n]*)?(?:{keys})(?:[^\w\n]*(?:\Z|\n)|[.,;:)/]|\s+(?:and|or)\b)"
     return rf"({keys})(?![-'’]?\w|[.,:/]\d|\s?[%°])(?!{another})"
 
