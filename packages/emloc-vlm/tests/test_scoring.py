@@ -316,3 +316,38 @@ def test_vqa_rad_metric_reports_closed_and_open_questions_apart():
         "open_recall": 0.75,
         "open_recall_count": 2,
     }
+
+
+@pytest.mark.parametrize(
+    ("prediction", "chosen"),
+    [
+        ("-3", None), ("It is -3.", None), ("1.5", None), ("3,5", None), ("12.5 cm", None),
+        ("3/4", None), ("12:30", None), ("=-3", None), ("there are 3.", "A"), ("x=3", "A"),
+        ("it is 12,", "C"), ("12.", "C"), ("1/2", "D"), ("It is 1/2.", "D"),
+    ],
+)  # fmt: skip
+def test_a_number_is_no_part_of_another(prediction: str, chosen: str | None):
+    options = {"A": "3", "B": "5", "C": "12", "D": "1/2"}
+    assert chosen_option(prediction, options) == chosen
+
+
+@pytest.mark.parametrize(
+    ("prediction", "chosen"),
+    [("3:30", None), ("Answer: 3:30", None), ("The answer is 3%", None), ("3/4", None),
+     ("The answer is 2 because", "2"), ("3. plum", "3"), ("2: pear", "2"), ("(3)", "3")],
+)  # fmt: skip
+def test_a_key_is_no_part_of_a_number(prediction: str, chosen: str | None):
+    assert chosen_option(prediction, {"1": "apple", "2": "pear", "3": "plum"}) == chosen
+
+
+def test_signs_and_powers_count():
+    assert exact("-3", "−3") == 1
+    assert exact("3", "-3") == 0
+    assert exact("102", "10²") == 0
+    assert exact("m2", "m²") == 1
+
+
+def test_an_article_alone_is_not_any_other():
+    score = METRICS["vqa_rad"].score
+    assert score({"reference": "A", "prediction": "the"})["exact_match"] == 0
+    assert score({"reference": "A", "prediction": "a."})["exact_match"] == 1

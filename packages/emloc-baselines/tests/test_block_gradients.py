@@ -1,0 +1,82 @@
+"""Gradients block by block, where blocks do not run as they are listed, or again, or give no number."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from pruning_reference import gradients
+from safetensors.torch import load_file, save_file
+from transformers import XLMConfig, XLMWithLMHeadModel
+
+from emloc.config import CompressConfig
+from emloc.errors import ConfigError, NumericalError
+from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
+from emloc.plugins import open_model
+from emloc.stream import UnitStream
+from emloc_baselines.block_gradients import backward_by_block
+from emloc_llm.example import write_model
+
+
+def stream_of(base, data):
+    checkpoint, family = open_model(str(base))
+    options = CompressConfig(
+        model_name_or_path=str(base), output_dir="x", dataset=str(data), max_length=96,
+        num_calibration_samples=6, calibration_batch_size=3,
+    )  # fmt: skip
+    return UnitStream(family, checkpoint), family.calibration_batches(checkpoint, options)
+
+
+def found_by(stream, batches):
+    found = {}
+
+    @contextmanager
+    def visit(block, module):
+        for parameter in module.parameters():
+            parameter.requires_grad_(True)
+        yield
+        found.update({f"{block}.{n}": p.grad for n, p in module.named_parameters()})
+
+    backward_by_block(stream, batches, visit)
+    return found
+
+
+def test_blocks_go_back_in_the_order_in_which_they_ran(tmp_path, tiny):
+    """XLM lists all attentions before all feed-forwards, and runs them in turn."""
+    tokenizer = byte_tokenizer()
+    config = XLMConfig(
+        vocab_size=len(tokenizer), emb_dim=24, n_layers=3, n_heads=4, max_position_embeddings=128,
+        pad_index=0, bos_index=1, eos_index=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        causal=True, dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = XLMWithLMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    stream, batches = stream_of(tmp_path / "base", tiny.data)
+    assert stream.blocks[:2] == ["transformer.attentions.0", "transformer.attentions.1"]
+    found, expected = found_by(stream, batches), gradients(model, batches)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-3)
+        assert gradient.any(), name
+
+
+def test_a_block_that_runs_again_is_refused(tmp_path, tiny):
+    stream, batches = stream_of(write_model(tmp_path / "base"), tiny.data)
+    first, second, *_ = stream.model.model.layers
+    run = second.forward
+    second.forward = lambda x, *more, **named: run(first(x, *more, **named), *more, **named)
+    with pytest.raises(ConfigError, match=r"Block model\.layers\.0 runs more than once"):
+        found_by(stream, batches)
+
+
+def test_a_loss_that_is_no_number_is_an_error(tmp_path, tiny):
+    base = write_model(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"][3] = float("nan")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericalError, match="The calibration samples: the loss is nan"):
+        found_by(*stream_of(base, tiny.data))
