@@ -138,33 +138,38 @@ def _processed(
         ) from problem
     mask = found["attention_mask"].bool()
     offsets = found.pop("offset_mapping")
-    replaced: Any = found.pop("text_replacement_offsets", None) or [[] for _ in texts]
+    replaced: Any = found.pop("text_replacement_offsets", None)
+    if not isinstance(replaced, list) or not replaced:  # an empty one may have become a tensor
+        replaced = [[] for _ in texts]
     if any(images) and not any(replaced):
-        replaced = [
-            _as_one(processor, text, offsets[row][mask[row]][:, 1].tolist(), special)
-            for row, text in enumerate(texts)
-        ]
+        replaced = None
     tokens: list[Tokens] = []
     for row, kept in enumerate(mask):
         ends = offsets[row][kept][:, 1].tolist()
         ids = found["input_ids"][row][kept].tolist()
-        tokens.append(Tokens(ids, _as_given(ends, replaced[row])))
+        places = (
+            _as_one(processor, texts[row], ids, ends, special) if replaced is None else replaced[row]
+        )
+        tokens.append(Tokens(ids, _as_given(ends, places)))
     found = {name: value for name, value in found.items() if isinstance(value, Tensor)}
     return found, tokens
 
 
 def _as_one(
-    processor: Any, text: str, ends: list[int], special: bool
+    processor: Any, text: str, ids: list[int], ends: list[int], special: bool
 ) -> list[Mapping[str, Any]]:
     """For processors that do not say what they put for images: all text up to the last one as one place.
 
-    What comes behind is as far from the end as it was.
+    What comes behind is as far from the end as it was. Where an image stays one token (Mllama), what was put
+    in stands before all text.
     """
     token = getattr(processor, "image_token", None)
-    last = text.rfind(token) + len(token) if token and token in text else 0
-    given = tokens_of(processor.tokenizer, text, special, "A row")
-    shift = max(ends, default=0) - given.end
-    return [{"span": (0, last), "new_span": (0, last + shift)}] if last and shift else []
+    if not token or token not in text:
+        return []
+    shift = max(ends, default=0) - tokens_of(processor.tokenizer, text, special, "A row").end
+    alone = ids.count(processor.tokenizer.convert_tokens_to_ids(token)) == text.count(token)
+    last = 0 if alone else text.rfind(token) + len(token)
+    return [{"span": (0, last), "new_span": (0, last + shift)}] if shift else []
 
 
 def _as_given(ends: list[int], replaced: Sequence[Mapping[str, Any]]) -> list[int]:
