@@ -55,17 +55,18 @@ def test_what_was_asked_for_stays_and_the_rest_is_chosen(wide, tmp_path, capsys)
     options["train"] = {"max_steps": 1}
     whole = most_of(wide, tmp_path)
     emloc.run(options, f"memory={int(0.8 * whole)}")
-    settings = Manifest.read(tmp_path / "run/adapter").settings
-    assert settings["gradient_checkpointing"]
-    assert settings["max_length"] == 96
+    made = Manifest.read(tmp_path / "run/adapter")
+    assert made.measured["gradient_checkpointing"]
+    assert made.settings["max_length"] == 96
     assert "Given up for it, in this order: gradient_checkpointing" in " ".join(
         capsys.readouterr().err.split()
     )
     options["train"]["gradient_checkpointing"] = False
     options["output_dir"] = str(tmp_path / "other")
     emloc.run(options, f"memory={int(0.8 * whole)}")
-    settings = Manifest.read(tmp_path / "other/adapter").settings
-    assert not settings["gradient_checkpointing"]
+    made = Manifest.read(tmp_path / "other/adapter")
+    assert not made.measured["gradient_checkpointing"]
+    settings = made.settings
     assert settings["per_device_train_batch_size"] == 1
     assert settings["gradient_accumulation_steps"] == 8
 

@@ -15,11 +15,12 @@ import emloc
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError, DependencyError
 from emloc.integrations.transformers.optimizers import (
-    check_optimizer,
     set_optimizer,
     trainers_name,
+    warn_of_slow_learning,
 )
 from emloc.integrations.transformers.training import Progression
+from emloc.training_needs import check_optimizer
 
 NAME = "adapter_model.safetensors"
 
@@ -117,7 +118,8 @@ def test_an_interrupted_run_resumes_exactly(tiny, tmp_path, monkeypatch):
 
 def test_a_low_rate_of_prodigy_is_said(tmp_path, capsys):
     def said(rate):
-        check_optimizer(TrainConfig(output_dir=tmp_path, optim="prodigy", learning_rate=rate))
+        config = TrainConfig(output_dir=tmp_path, optim="prodigy", learning_rate=rate)
+        warn_of_slow_learning(config)
         return " ".join(capsys.readouterr().err.split())
 
     assert "low for Prodigy" in said(2e-4)
@@ -148,8 +150,9 @@ def test_what_cannot_run_is_refused_before_any_work(tiny, tmp_path, monkeypatch)
 
 def test_eight_bits_are_asked_of_bitsandbytes(tmp_path, monkeypatch):
     """Where there is a GPU and the package, the name reaches the trainer, which knows it."""
-    config = TrainConfig(output_dir=tmp_path, optim="adamw_8bit", device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = TrainConfig(output_dir=tmp_path, optim="adamw_8bit", device="cuda")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DependencyError, match="pip install bitsandbytes"):
         check_optimizer(config)

@@ -115,7 +115,7 @@ def test_on_a_cpu_the_machine_is_the_device(bare):
     found = emloc.plan(model_name_or_path=bare, device="cpu")
     assert all(not row["host_bytes"]["lines"] for row in found["stages"].values())
     assert found["stages"]["merge"]["device_bytes"]["total"] > 0
-    gpu = emloc.plan(model_name_or_path=bare)
+    gpu = emloc.plan(model_name_or_path=bare, device="cuda")
     assert gpu["stages"]["merge"]["device_bytes"]["total"] == 0
     assert gpu["stages"]["train"]["device_bytes"]["lines"]["CUDA context"] > 0
 
@@ -239,7 +239,7 @@ def test_a_family_that_does_not_say_how_it_trains(wide):
     subject.__dict__.update(
         checkpoint=wide.checkpoint, family=foreign, model=wide.model, _adapted=None
     )
-    setting = Setting(subject, config_of(model_name_or_path="x"))
+    setting = Setting(subject, config_of(model_name_or_path="x", device="cuda"))
     assert setting.counted_by.startswith("not counted")
     lines = setting.stages["train"].device
     assert "activations" not in lines

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from emloc.errors import OutputError
-from emloc.output import SETTINGS_NAME, ShardWriter, file_sha256, stage_folder
+from emloc.output import ShardWriter, file_sha256
+from emloc.stage_folder import SETTINGS_NAME, stage_folder
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool]
 
@@ -79,7 +80,7 @@ def test_results_and_interrupted_runs_are_never_overwritten(tmp_path):
     assert not (tmp_path / "refused.partial").exists()
     (tmp_path / "mine.partial").mkdir()
     (tmp_path / "mine.partial" / "thesis").write_text("x")
-    with pytest.raises(OutputError, match="other settings"), stage_folder(tmp_path / "mine", {}):
+    with pytest.raises(OutputError, match="no run of ours"), stage_folder(tmp_path / "mine", {}):
         pass
     assert (tmp_path / "mine.partial" / "thesis").exists()
 

@@ -19,13 +19,14 @@ from emloc.config import CompressConfig, StageConfig, build
 from emloc.digest import batches_digest
 from emloc.errors import CheckpointError, ConfigError
 from emloc.family import Batch, ModelFamily
-from emloc.manifest import Manifest, ModelReference, same_settings, versions
+from emloc.manifest import Manifest, ModelReference, is_complete, versions
 from emloc.memory import PeakMemory, return_large_blocks
 from emloc.methods import Task
-from emloc.output import ShardWriter, copy_file, file_sha256, stage_folder, write_json
-from emloc.plugin_options import own_options, with_plugin_options
+from emloc.output import ShardWriter, copy_file, file_sha256, write_json
+from emloc.plugin_options import of_family, own_options, with_plugin_options
 from emloc.plugins import method_named, open_model
 from emloc.progress import progress_bar
+from emloc.stage_folder import stage_folder
 from emloc_baselines.identity import content_of
 
 NOTES_NAME = "build_notes.json"
@@ -115,17 +116,18 @@ def build_light(
     given = {**task.compress, "keep_ratio": task.keep_ratio, "seed": task.seed}
     kind: type[CompressConfig] = with_plugin_options(CompressConfig)
     config = build(kind, {**given, "model_name_or_path": base.name, "output_dir": out}, method)
+    config = of_family(config, family)
     batches = family.calibration_batches(base, config) if calibrated else []
     paths = {"output_dir", "model_name_or_path", "dataset"}
     settings: dict[str, Any] = {
-        **own_options(config, family, paths),
+        **own_options(config, paths),
         "method": method,
         "options": content_of(options.model_dump(mode="json")),
         "base_digest": base.digest(),
         "companions_digest": base.companions_digest(),
         "data_digest": batches_digest(batches),
     }
-    if same_settings(Manifest.find(out), settings):
+    if is_complete("build", "emulator", out, settings):
         return out
     started = time.monotonic()
     return_large_blocks()

@@ -16,10 +16,11 @@ from emloc.adapted_weights import adapted_weights
 from emloc.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, Adapter, LoraLayer
 from emloc.adapter_config import exact_patterns
 from emloc.errors import MismatchError
-from emloc.manifest import Manifest, ModelReference, same_settings, versions
+from emloc.manifest import Manifest, ModelReference, is_complete, versions
 from emloc.memory import PeakMemory
-from emloc.output import ShardWriter, file_sha256, stage_folder, write_json
+from emloc.output import ShardWriter, file_sha256, write_json
 from emloc.plugins import open_model
+from emloc.stage_folder import stage_folder
 
 
 class Recovered(NamedTuple):
@@ -85,7 +86,7 @@ def recover_adapter(
         "emulator_digest": digest,
         "adapter_digest": trained.digest(),
     }
-    if same_settings(Manifest.find(out), settings):
+    if is_complete("recover", "corrected_adapter", out, settings):
         return out
     with stage_folder(out, settings) as work:
         with PeakMemory() as peak:

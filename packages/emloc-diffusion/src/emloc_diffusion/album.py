@@ -16,8 +16,9 @@ from PIL import Image
 
 from emloc.checkpoint import read_json
 from emloc.errors import OutputError
-from emloc.output import stage_folder, write_bytes, write_json
+from emloc.output import write_bytes, write_json
 from emloc.progress import progress_bar
+from emloc.stage_folder import stage_folder
 
 INDEX_NAME = "pictures.json"
 

@@ -19,7 +19,7 @@ from emloc.integrations.transformers.chat import Rendered, render
 from emloc.integrations.transformers.generation import closing_tokens
 from emloc.integrations.transformers.loss import IGNORED
 from emloc.integrations.transformers.tokens import Tokens, token_ids, tokens_of
-from emloc.progress import console
+from emloc.progress import warn
 from emloc_vlm.examples import Example
 
 _OF_IMAGES = ("pixel", "image")
@@ -103,7 +103,7 @@ def end_tokens(examples: Sequence[Example], processor: Any, options: DataOptions
 @cache
 def _say_cut(max_length: int, where: str) -> None:
     """Once per sample."""
-    console.print(f"[yellow]warning:[/] {where}: its answer is cut at max_length={max_length}")
+    warn(f"{where}: its answer is cut at max_length={max_length}")
 
 
 def _processed(

@@ -18,9 +18,15 @@ from rich.console import Console
 from rich.table import Table
 
 import emloc
+from emloc.config import nearest
 from emloc.errors import EmlocError, Interrupted
+from emloc.option_text import from_command_line
 from emloc.plugin_options import with_plugin_options
 from emloc.plugins import Plugins, load_plugins
+from emloc.progress import quiet_libraries
+
+UsageError: Any = typer.BadParameter.__bases__[0]
+"""Of click, or of typer's own copy of it."""
 
 app = typer.Typer(
     name="emloc",
@@ -37,13 +43,39 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     # Libraries announce their own renamings to whoever calls them; that is us, not the user.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")
+    quiet_libraries()
     found = load_plugins()
     build_app(found)
     try:
-        app()
+        code = app(standalone_mode=False)
+    except UsageError as problem:
+        print(_usage(problem), file=sys.stderr)
+        sys.exit(problem.exit_code)
     except EmlocError as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(problem.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(problem: Any) -> str:
+    """One sentence for a command line that cannot be read; the help, where nothing was asked for."""
+    message: str = problem.format_message()
+    if "\n" in message:
+        return message
+    command = problem.ctx.info_name if problem.ctx else "emloc"
+    option = str(getattr(problem, "option_name", "") or "").lstrip("-")
+    if not option:
+        return f"error: {command}: {message[0].lower()}{message[1:].rstrip('.')}; see --help."
+    if command in ("run", "bench"):
+        return f"error: {command}: options are given as {option}=VALUE, without dashes; see --help."
+    owners = [
+        name
+        for name in emloc.STAGES
+        if name != "run" and option in getattr(emloc, name).config.model_fields
+    ]
+    own = getattr(emloc, command).config.model_fields if command in emloc.STAGES else {}
+    hint = f" It is one of {' and '.join(owners)}." if owners else nearest(option, list(own))
+    return f"error: {command}: there is no option {option}.{hint}"
 
 
 @contextmanager
@@ -102,7 +134,14 @@ def _command(name: str) -> Any:
         stage = getattr(emloc, name)
         as_table = name == "plan" and not given.pop("json")
         with _interruptible():
-            outcome = stage(**{key: value for key, value in given.items() if value is not None})
+            fields = stage.config.model_fields
+            outcome = stage(
+                **{
+                    key: from_command_line(fields[key], value)
+                    for key, value in given.items()
+                    if value is not None
+                }
+            )
         if name == "demo":
             return  # its own last line says what to try next
         if as_table:

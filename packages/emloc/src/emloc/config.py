@@ -4,67 +4,116 @@ One model per stage, unknown keys refused with the nearest known name.
 """
 
 import difflib
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
+from emloc.device import Device, PlannedDevice
 from emloc.errors import ConfigError
+from emloc.option_text import whole_numbers
+from emloc.output_place import OutputDir
 from emloc.planning.amounts import Bytes
+from emloc.settings import WithoutEffect
+from emloc.yaml_file import parse_value, text_of
+
+DEVICES = "cpu, cuda, cuda:1; auto: cuda where there is one"
+_SHOWN_CHARACTERS = 100
 
 
 def _split(value: Any) -> Any:
-    """`a,b` or a JSON list from a command line as a list."""
-    if isinstance(value, str) and value.startswith("["):
-        return json.loads(value)
-    return [part for part in value.split(",") if part] if isinstance(value, str) else value
+    """`a,b` or `[a, b]` from a command line as a list; one number as a list of one."""
+    if isinstance(value, (int, float)):
+        return [value]
+    if not isinstance(value, str):
+        return value
+    if value.startswith("[") and isinstance(listed := parse_value(value), list):
+        return [_typed(one) for one in cast("list[Any]", listed)]
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _typed(value: Any) -> Any:
+    """What was typed in a list or mapping, for the option's own type to parse."""
+    return text_of(value) if isinstance(value, (int, float)) else value
 
 
 def _pairs(value: Any) -> Any:
-    """`a=b,c=d` or JSON from a command line as a mapping."""
+    """`a=b,c=d` or `{a: b}` from a command line as a mapping."""
     if not isinstance(value, str):
         return value
-    if value.lstrip().startswith("{"):
-        return json.loads(value)
-    if any("=" not in part for part in value.split(",")):
-        raise ValueError("expected name=value,name=value or a JSON object")
-    return dict(part.rsplit("=", 1) for part in value.split(","))
+    text = value.strip()
+    if text.startswith("{") and isinstance(mapped := parse_value(text), dict):
+        return {name: _typed(one) for name, one in cast("dict[str, Any]", mapped).items()}
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if any("=" not in part for part in parts):
+        raise ValueError("expected name=value,name=value or {name: value}")
+    return dict(part.rsplit("=", 1) for part in parts)
 
 
 def _joined(value: Any) -> Any:
-    """A list of data sets as the comma-separated text that a command line gives."""
-    return ",".join(map(str, cast("list[Any]", value))) if isinstance(value, list) else value
+    """A list of data sets as the comma-separated text that a command line gives; `~` is the home folder."""
+    if isinstance(value, list):
+        value = ",".join(map(str, cast("list[Any]", value)))
+    if not isinstance(value, str):
+        return value
+    return ",".join(str(_home(part)) for part in value.split(",")) if "~" in value else _home(value)
 
 
 def _limit(value: Any) -> Any:
     return "none" if value is None else value
 
 
+def _home(value: Any) -> Any:
+    """`~` as the home folder, in what may be a path; an empty name, of a variable that is not set, is
+    refused."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        raise ValueError("it is empty; name something, or leave the option out")
+    return os.path.expanduser(value) if value[:1] == "~" else value
+
+
 Names = Annotated[list[str], BeforeValidator(_split)]
 TextMap = Annotated[dict[str, str], BeforeValidator(_pairs)]
 RatioMap = Annotated[dict[str, Annotated[float, Field(gt=0, le=1)]], BeforeValidator(_pairs)]
 CountMap = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(_pairs)]
+Located = Annotated[str, BeforeValidator(_home)]
+"""A local folder or file, or a hub id."""
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Optimizer = Literal[
     "adamw_torch_fused", "adamw_torch", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit",
     "paged_adamw_32bit", "adafactor", "sgd", "prodigy",
 ]  # fmt: skip
+Scheduler = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+    "inverse_sqrt",
+]  # fmt: skip
+"""transformers' schedules that need nothing but a length and a warm-up."""
+
 Limit = Annotated[Annotated[float, Field(ge=0)] | Literal["auto", "none"], BeforeValidator(_limit)]
 
 
 class StageConfig(BaseModel):
     """Base of all stage options: immutable, no unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelOptions(StageConfig):
     """How the model's files are read."""
 
-    single_file_config: str | None = Field(
+    single_file_config: Located | None = Field(
         None,
         description="of a model in one file: a folder or hub id with its configuration; by default a guess",
     )
@@ -73,7 +122,7 @@ class ModelOptions(StageConfig):
 class MemoryOptions(StageConfig):
     """What a stage may take."""
 
-    memory: Bytes | None = Field(
+    memory: Annotated[Bytes | None, WithoutEffect()] = Field(
         None,
         description="what the device has for it, such as 24GiB: planned before, and held to it",
     )
@@ -98,7 +147,21 @@ class DataOptions(StageConfig):
     assistant_only_loss: bool = Field(False, description="loss on every answer of a chat")
 
 
-class CalibrationOptions(DataOptions):
+class LearntDataOptions(DataOptions):
+    """Data that are mixed by weight."""
+
+    @model_validator(mode="after")
+    def _one_weight_each(self) -> "LearntDataOptions":
+        names = self.dataset.split(",") if self.dataset else []
+        if self.dataset_weights and names and len(names) != len(self.dataset_weights):
+            raise ValueError(
+                f"dataset_weights has {len(self.dataset_weights)} weights for {len(names)} data sets; "
+                f"give one for each"
+            )
+        return self
+
+
+class CalibrationOptions(LearntDataOptions):
     """Which samples stand for the data when compressing and when choosing a limit."""
 
     num_calibration_samples: int = Field(64, ge=1, description="samples drawn by seed")
@@ -112,10 +175,10 @@ class CalibrationOptions(DataOptions):
 class CompressConfig(CalibrationOptions, ModelOptions, MemoryOptions):
     """Stage 1: write a low-rank emulator of a model."""
 
-    model_name_or_path: str = Field(
+    model_name_or_path: Located = Field(
         description="local folder or hub id of the base model, or its one file"
     )
-    output_dir: Path = Field(description="where the emulator goes; must not exist")
+    output_dir: OutputDir = Field(description="where the emulator goes; must not exist")
     keep_ratio: float = Field(
         0.4,
         gt=0,
@@ -134,7 +197,9 @@ class CompressConfig(CalibrationOptions, ModelOptions, MemoryOptions):
         [], description="regular expressions of layers to compress that are kept dense by default"
     )
     dtype: Dtype = Field("auto", description="of the emulator's weights; auto: the base's")
-    device: str = Field("cpu", description="cpu, cuda, cuda:1, …")
+    device: Annotated[Device, WithoutEffect()] = Field(
+        "auto", validate_default=True, description=DEVICES
+    )
 
 
 class LoraOptions(StageConfig):
@@ -165,18 +230,20 @@ class LoraOptions(StageConfig):
     )
 
 
-class TrainConfig(DataOptions, LoraOptions, ModelOptions, MemoryOptions):
+class TrainConfig(LearntDataOptions, LoraOptions, ModelOptions, MemoryOptions):
     """Stage 2: train a LoRA on an emulator (or, as a reference, on the model itself)."""
 
-    emulator: str | None = Field(None, description="folder that compress wrote")
-    model_name_or_path: str | None = Field(
+    emulator: Located | None = Field(None, description="folder that compress wrote")
+    model_name_or_path: Located | None = Field(
         None, description="train on this model instead of an emulator"
     )
-    output_dir: Path = Field(description="where the adapter goes; must not exist")
-    eval_dataset: str | None = Field(None, description="evaluated every eval_steps")
+    output_dir: OutputDir = Field(description="where the adapter goes; must not exist")
+    eval_dataset: Located | None = Field(None, description="evaluated every eval_steps")
     eval_dataset_split: str = Field("test", description="split of a hub data set")
     dtype: Dtype = Field("auto", description="of the frozen weights; auto: as stored")
-    device: str = Field("cpu", description="cpu, cuda, …")
+    device: Annotated[Device, WithoutEffect()] = Field(
+        "auto", validate_default=True, description=DEVICES
+    )
     seed: int = Field(0, ge=0, description="initialisation, data order and dropout")
     per_device_train_batch_size: int = Field(8, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
@@ -184,31 +251,39 @@ class TrainConfig(DataOptions, LoraOptions, ModelOptions, MemoryOptions):
     optim: Optimizer = Field(
         "adamw_torch_fused", description="transformers' names; 8 bits need a GPU; prodigy"
     )
-    lr_scheduler_type: str = Field("cosine", description="any of transformers'")
+    lr_scheduler_type: Scheduler = Field("cosine", description="under transformers' name")
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    max_steps: int = Field(-1, description="overrides num_train_epochs where positive")
+    max_steps: int = Field(-1, ge=-1, description="overrides num_train_epochs where positive")
     num_train_epochs: float = Field(3.0, gt=0)
     packing: bool = Field(False, description="fill max_length with several samples, cut anywhere")
-    gradient_checkpointing: bool = Field(False, description="less memory, slower steps")
-    logging_steps: int = Field(10, ge=1)
-    save_steps: int = Field(100, ge=1, description="steps between resumable checkpoints")
-    save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
+    gradient_checkpointing: Annotated[bool, WithoutEffect()] = Field(
+        False, description="less memory, slower steps"
+    )
+    logging_steps: Annotated[int, WithoutEffect()] = Field(10, ge=1)
+    save_steps: Annotated[int, WithoutEffect()] = Field(
+        100, ge=1, description="steps between resumable checkpoints"
+    )
+    save_total_limit: Annotated[int, WithoutEffect()] = Field(
+        2, ge=1, description="checkpoints kept"
+    )
     eval_steps: int | None = Field(None, ge=1)
-    resume_from_checkpoint: str = Field(
+    resume_from_checkpoint: Annotated[Located, WithoutEffect()] = Field(
         "auto", description="auto: go on with an interrupted run; never; or a checkpoint's folder"
     )
-    report_to: Names = Field([], description="tensorboard, wandb, …; none by default")
+    report_to: Annotated[Names, WithoutEffect()] = Field(
+        [], description="tensorboard, wandb, …; none by default"
+    )
 
 
 class CorrectConfig(CalibrationOptions, ModelOptions, MemoryOptions):
     """Stage 3: fit the LoRA to the original model."""
 
-    adapter: str = Field(description="PEFT adapter trained on the emulator")
-    emulator: str = Field(description="the emulator it was trained on")
-    output_dir: Path = Field(description="where the corrected adapter goes; must not exist")
-    model_name_or_path: str | None = Field(
+    adapter: Located = Field(description="PEFT adapter trained on the emulator")
+    emulator: Located = Field(description="the emulator it was trained on")
+    output_dir: OutputDir = Field(description="where the corrected adapter goes; must not exist")
+    model_name_or_path: Located | None = Field(
         None, description="the base model; by default the one that the emulator names"
     )
     num_calibration_samples: int = Field(32, ge=1, description="samples drawn by seed")
@@ -218,15 +293,17 @@ class CorrectConfig(CalibrationOptions, ModelOptions, MemoryOptions):
     limit_candidates: Annotated[list[Limit], BeforeValidator(_split)] = Field(
         [0.0, 0.3, 1.0, 3.0, "none"], description="what auto tries; 0 is no correction"
     )
-    device: str = Field("cpu", description="cpu, cuda, …")
+    device: Annotated[Device, WithoutEffect()] = Field(
+        "auto", validate_default=True, description=DEVICES
+    )
 
 
 class MergeConfig(ModelOptions, MemoryOptions):
     """Write base + adapter as a full checkpoint."""
 
-    adapter: str = Field(description="PEFT adapter of the base model")
-    output_dir: Path = Field(description="where the merged model goes; must not exist")
-    model_name_or_path: str | None = Field(
+    adapter: Located = Field(description="PEFT adapter of the base model")
+    output_dir: OutputDir = Field(description="where the merged model goes; must not exist")
+    model_name_or_path: Located | None = Field(
         None, description="the base model; by default the one that the adapter names"
     )
 
@@ -234,9 +311,9 @@ class MergeConfig(ModelOptions, MemoryOptions):
 class EvaluateConfig(DataOptions, ModelOptions):
     """Loss and exact match of a model, with or without an adapter."""
 
-    model_name_or_path: str = Field(description="model or emulator")
-    adapter: str | None = Field(None, description="PEFT adapter to put on it")
-    output_dir: Path | None = Field(None, description="where evaluation.json goes")
+    model_name_or_path: Located = Field(description="model or emulator")
+    adapter: Located | None = Field(None, description="PEFT adapter to put on it")
+    output_dir: OutputDir | None = Field(None, description="where evaluation.json goes")
     num_samples: int | None = Field(None, ge=1, description="the first so many; by default all")
     per_device_eval_batch_size: int = Field(16, ge=1)
     max_new_tokens: int = Field(256, ge=0, description="0: loss only")
@@ -248,14 +325,16 @@ class EvaluateConfig(DataOptions, ModelOptions):
     )
     tasks: Names = Field([], description="lm-eval tasks instead of a data set")
     dtype: Dtype = Field("auto", description="auto: as stored")
-    device: str = Field("cpu", description="cpu, cuda, …")
+    device: Annotated[Device, WithoutEffect()] = Field(
+        "auto", validate_default=True, description=DEVICES
+    )
 
 
 class VerifyConfig(ModelOptions):
     """Check an emulator, adapter or merged model."""
 
-    path: Path = Field(description="folder to check")
-    model_name_or_path: str | None = Field(
+    path: OutputDir = Field(description="folder to check")
+    model_name_or_path: Located | None = Field(
         None, description="the base model; by default the one that the folder names"
     )
 
@@ -266,15 +345,19 @@ class PlanConfig(CompressConfig, TrainConfig):
     Takes the options of compress and train; those that change no byte are accepted all the same.
     """
 
-    model_name_or_path: str = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+    model_name_or_path: Located = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
         description="local folder or hub id; weights are neither needed nor downloaded"
     )
     memory: Bytes | None = Field(
         None, description="what the device has, such as 24GiB; by default nothing is chosen"
     )
-    device: str = Field("cuda", description="cuda, or cpu, whose memory is the machine's")
+    device: Annotated[PlannedDevice, WithoutEffect()] = Field(
+        "auto",
+        validate_default=True,
+        description=f"{DEVICES}; cuda need not be here, and cpu's memory is the machine's",
+    )
     dtype: Dtype = Field("auto", description="of the weights; auto: what the config says")
-    output_dir: Path | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+    output_dir: OutputDir | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
         None, description="where plan.json and plan.png go"
     )
 
@@ -283,12 +366,15 @@ class DemoConfig(StageConfig):
     """The whole method on a small real model."""
 
     family: str = Field("llm", description="which plugin's demo")
-    output_dir: Path = Field(Path("demo-output"), description="where everything goes")
-    model_name_or_path: str | None = Field(None, description="another model than the demo's own")
+    output_dir: OutputDir = Field(Path("demo-output"), description="where everything goes")
+    model_name_or_path: Located | None = Field(
+        None, description="another model than the demo's own"
+    )
     keep_ratio: float | None = Field(None, gt=0, le=1, description="by default the demo's own")
     max_steps: int | None = Field(None, ge=1, description="by default the demo's own")
     num_samples: int | None = Field(None, ge=1, description="unseen examples to evaluate on")
     seed: int = Field(0, ge=0)
+    device: Device = Field("auto", validate_default=True, description=DEVICES)
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
@@ -307,7 +393,7 @@ def build(model: type[ConfigT], options: Mapping[str, Any], where: str) -> Confi
         ConfigError: one sentence on the first thing wrong.
     """
     try:
-        return model(**options)
+        return model(**whole_numbers(model, options))
     except ValidationError as problem:
         raise ConfigError(f"{where}: {_sentence(model, problem.errors()[0])}") from problem
 
@@ -318,5 +404,18 @@ def _sentence(model: type[BaseModel], first: ErrorDetails) -> str:
         return f"unknown option {name}.{nearest(name, cast('dict[str, Any]', model.model_fields))}"
     if first["type"] == "missing":
         return f"{name} is required ({model.model_fields[name].description})."
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{name} = {first['input']!r}: {message}."
+    message = first["msg"].removeprefix("Value error, ").rstrip(".")
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        allowed = _allowed(model, name)
+        message += f".{nearest(first['input'], allowed)}" if allowed else ""
+    shown = repr(first["input"])
+    shown = shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[: _SHOWN_CHARACTERS - 1]}…"
+    start = f"{name} = {shown}: " if name else ""
+    end = "" if message.endswith(("?", ".")) else "."
+    return f"{start}{message[0].lower()}{message[1:]}{end}"
+
+
+def _allowed(model: type[BaseModel], name: str) -> list[str]:
+    field = model.model_fields.get(name)
+    values = get_args(field.annotation) if field and get_origin(field.annotation) is Literal else ()
+    return [value for value in values if isinstance(value, str)]

@@ -12,8 +12,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from emloc.checkpoint import Checkpoint, read_json
-from emloc.errors import CheckpointError
+from emloc.errors import CheckpointError, OutputError
 from emloc.output import write_json
+from emloc.progress import console
+from emloc.settings import difference, same
 
 MANIFEST_NAME = "emloc.json"
 FORMAT = 1
@@ -60,7 +62,8 @@ class Manifest(BaseModel):
         files: SHA-256 of the files written.
         method: which method's light model it is, or is trained on; None for EMLoC's own, and for a LoRA
             trained on the base.
-        measured: `seconds`, `peak_bytes` (anonymous memory over the stage's start) and the like.
+        measured: `seconds`, `peak_bytes` (anonymous memory over the stage's start) and the like, and under
+            which options that shape no result.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -119,6 +122,26 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
-def same_settings(manifest: Manifest | None, settings: Mapping[str, Any]) -> bool:
-    """Whether an existing artefact was made with exactly these settings."""
-    return manifest is not None and manifest.settings == dict(settings)
+def is_complete(stage: str, kind: Kind, output_dir: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether an artefact made with these settings is there already, which is said.
+
+    Args:
+        kind: of the artefact that the stage makes.
+
+    Raises:
+        OutputError: another artefact is there; the message says what differs.
+        CheckpointError: its manifest cannot be read.
+    """
+    found = Manifest.find(output_dir)
+    if found is None:
+        return False
+    if found.kind != kind:
+        what = f"holds an artefact of another kind ({found.kind.replace('_', ' ')})"
+    elif not same(found.settings, settings):
+        what = f"was made with {difference(found.settings, settings)}"
+    else:
+        console.print(f"{stage}: {output_dir} is complete already")
+        return True
+    raise OutputError(
+        f"{output_dir} {what}. Choose another output_dir or remove it; nothing is ever overwritten."
+    )

@@ -1,9 +1,4 @@
-"""Everything a stage writes appears complete or not at all.
-
-A stage works in `<output_dir>.partial` and renames it when done. A killed stage leaves the partial
-folder, and the same stage with the same settings continues in it; other settings are refused.
-Files inside are written under a temporary name, synced and renamed, so whatever is there is whole.
-"""
+"""Writers of files: under a temporary name, synced and renamed, so whatever is there is whole."""
 
 import errno
 import hashlib
@@ -11,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,17 +14,12 @@ from types import TracebackType
 from typing import Any, cast
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
 from emloc.checkpoint import DTYPES
 from emloc.errors import OutputError
 from emloc.finite import require_writable
-
-SETTINGS_NAME = "stage_settings.json"
-_UNFINISHED = SETTINGS_NAME + ".tmp"
-"""All that is left of a run that was killed before it had begun."""
 
 SYNC_BYTES = 64 << 20
 """After so many bytes a shard that is being written is synced."""
@@ -248,77 +237,3 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             sha.update(chunk)
     return sha.hexdigest()
-
-
-@contextmanager
-def stage_folder(output_dir: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
-    """The folder to work in; becomes `output_dir` when the block ends without an error.
-
-    Raises:
-        OutputError: `output_dir` exists, another process is writing it, an interrupted run with other
-            settings is in its place, or it cannot be written.
-    """
-    work = output_dir.with_name(output_dir.name + ".partial")
-    with _locked(output_dir):
-        with writing(work):
-            _make_way(output_dir)
-            recorded = _prepare(work, json.dumps(settings, sort_keys=True))
-        try:
-            yield work
-        except BaseException:
-            _forget_if_unused(work)
-            raise
-        with writing(output_dir):
-            work.rename(output_dir)
-            (output_dir / recorded).unlink()
-
-
-def _forget_if_unused(work: Path) -> None:
-    """A run that was refused before it wrote anything leaves nothing to go on with."""
-    if [path.name for path in work.iterdir()] == [SETTINGS_NAME]:
-        shutil.rmtree(work)
-
-
-@contextmanager
-def _locked(output_dir: Path) -> Iterator[None]:
-    # The lock lies in the system's temporary folder and stays there: a lock file that is removed
-    # could be held twice, and the user's folder is not the place for it.
-    key = hashlib.sha256(str(output_dir.absolute()).encode()).hexdigest()[:24]
-    lock = FileLock(str(Path(tempfile.gettempdir()) / f"emloc-{key}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as problem:
-        raise OutputError(
-            f"Another process is writing {output_dir}; wait for it to end."
-        ) from problem
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _make_way(output_dir: Path) -> None:
-    """Nothing may be in the place of the result, and that is found out before the work, not after."""
-    if output_dir.is_dir() and not any(output_dir.iterdir()):
-        output_dir.rmdir()
-    if output_dir.exists():
-        raise OutputError(
-            f"{output_dir} exists and is not empty; nothing is ever overwritten, so choose another "
-            f"output_dir or remove it."
-        )
-
-
-def _prepare(work: Path, settings: str) -> str:
-    """Make the working folder, or check that it is this run's own."""
-    begun = [path for path in work.iterdir() if path.name != _UNFINISHED] if work.exists() else []
-    if begun:
-        recorded = work / SETTINGS_NAME
-        if not (recorded.is_file() and recorded.read_text("utf-8") == settings):
-            raise OutputError(
-                f"{work} holds an interrupted run with other settings; run it with those to go on, or "
-                f"remove the folder to start over."
-            )
-    else:
-        work.mkdir(parents=True, exist_ok=True)
-        write_text(work / SETTINGS_NAME, settings)
-    return SETTINGS_NAME

@@ -17,10 +17,11 @@ from pydantic import BaseModel
 from emloc import hookspecs
 from emloc.checkpoint import Checkpoint
 from emloc.config import nearest
-from emloc.errors import PluginError
+from emloc.errors import CheckpointError, PluginError
 from emloc.family import FamilyEntry, ModelFamily
 from emloc.manifest import Manifest
 from emloc.methods import CORE_METHODS, MethodEntry
+from emloc.option_names import check_options
 from emloc.single_file import model_folder
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
@@ -63,8 +64,8 @@ def add_plugin(found: Plugins, name: str, module: Any) -> None:
     """Register one plugin module.
 
     Raises:
-        PluginError: a hook that does not exist, a name of a family or method that is taken, or a plugin
-            registered twice.
+        PluginError: a hook that does not exist, a name of a family or method that is taken, an option that
+            cannot stand beside the others, or a plugin registered twice.
     """
     manager = found.manager
     try:
@@ -75,6 +76,7 @@ def add_plugin(found: Plugins, name: str, module: Any) -> None:
         [methods] = manager.subset_hook_caller("emloc_register_methods", others)() or [[]]
         _refuse_taken("family", families, found.families)
         _refuse_taken("method", methods, found.methods)
+        check_options(families, found.families.values())
         found.families.update({entry.name: entry.owned_by(name) for entry in families})
         found.methods.update({entry.name: entry.owned_by(name) for entry in methods})
     except Exception:
@@ -111,6 +113,7 @@ def open_model(
     path, folder = Path(model_name_or_path), model_name_or_path
     if path.is_file():
         folder = model_folder(path, single_file_config, load_plugins().families)
+    _refuse_adapter(model_name_or_path)
     checkpoint = Checkpoint.open(folder)
     manifest = Manifest.find(checkpoint.path)
     if manifest is not None and manifest.method is not None:
@@ -120,6 +123,16 @@ def open_model(
     if path.is_file():
         native.name, native.single_file_config = str(path), single_file_config
     return native, family
+
+
+def _refuse_adapter(folder: str | os.PathLike[str]) -> None:
+    names = (
+        {entry.name for entry in Path(folder).iterdir()} if Path(folder).is_dir() else set[str]()
+    )
+    if "adapter_config.json" in names and "config.json" not in names:
+        raise CheckpointError(
+            f"{folder} is a LoRA adapter, not a model; pass it as adapter beside the model it belongs to."
+        )
 
 
 def of_folder(config: ConfigT, model: Checkpoint) -> ConfigT:

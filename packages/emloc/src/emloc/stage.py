@@ -1,11 +1,12 @@
 """A stage is one function of one options model: call it with keywords, or from the command line.
 
 `@stage(Config)` turns `def compress(config: CompressConfig)` into a function whose keywords are the
-config's fields, so Python, YAML and the command line can never disagree on names.
+config's fields, so Python, YAML and the command line can never disagree on names. `check=` is asked before
+the stage begins, and by a run of several stages before the first of them does.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
@@ -21,8 +22,14 @@ ResultT = TypeVar("ResultT")
 class Stage(Generic[ConfigT, ResultT]):
     """A callable with keyword options; `config` is its options model."""
 
-    def __init__(self, config: type[ConfigT], function: Callable[[ConfigT], ResultT]) -> None:
+    def __init__(
+        self,
+        config: type[ConfigT],
+        function: Callable[[ConfigT], ResultT],
+        check: Callable[[ConfigT], object] | None = None,
+    ) -> None:
         self._config = config
+        self._check = check
         self.function = function
         self.name = function.__name__
         self.__name__ = function.__name__
@@ -52,7 +59,22 @@ class Stage(Generic[ConfigT, ResultT]):
 
     def __call__(self, **options: Any) -> ResultT:
         """Validate the options and run the stage."""
-        return self.function(build(self.config, options, self.name))
+        return self.function(self.checked(options, self.name))
+
+    def checked(self, options: Mapping[str, Any], where: str) -> ConfigT:
+        """The options, validated, with all that can be known before the stage begins.
+
+        Args:
+            where: names their origin in messages.
+
+        Raises:
+            ConfigError: an option is wrong.
+            EmlocError: as the stage's check says, for example of a folder that cannot be written.
+        """
+        config = build(self.config, options, where)
+        if self._check is not None:
+            self._check(config)
+        return config
 
 
 def _default(field: FieldInfo) -> str:
@@ -60,11 +82,11 @@ def _default(field: FieldInfo) -> str:
 
 
 def stage(
-    config: type[ConfigT],
+    config: type[ConfigT], check: Callable[[ConfigT], object] | None = None
 ) -> Callable[[Callable[[ConfigT], ResultT]], Stage[ConfigT, ResultT]]:
-    """Decorate a function of `config` to become a `Stage`."""
+    """Decorate a function of `config` to become a `Stage`; `check` refuses what cannot work."""
 
     def wrap(function: Callable[[ConfigT], ResultT]) -> Stage[ConfigT, ResultT]:
-        return Stage(config, function)
+        return Stage(config, function, check)
 
     return wrap

@@ -25,7 +25,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-import yaml
 from pydantic import BeforeValidator, Field
 
 from emloc.config import (
@@ -39,8 +38,12 @@ from emloc.config import (
 )
 from emloc.errors import ConfigError
 from emloc.methods import MethodEntry
+from emloc.option_text import from_file
+from emloc.output_place import OutputDir, require_folder
 from emloc.plugin_options import with_plugin_options
 from emloc.plugins import method_named
+from emloc.training_needs import check_training
+from emloc.yaml_file import parse_value, read_yaml
 
 Section = dict[str, Any]
 
@@ -82,7 +85,7 @@ Sections = Annotated[dict[str, Section], BeforeValidator(_sections)]
 class BenchConfig(StageConfig):
     """A grid of methods, budgets, seeds and data sets."""
 
-    output_dir: Path = Field(description="where results, tables, plots and all artefacts go")
+    output_dir: OutputDir = Field(description="where results, tables, plots and all artefacts go")
     model_name_or_path: str = Field(description="the base model")
     datasets: Sections = Field(description="name: options of its stages")
     methods: Sections = Field(description="row: its method, stage options, own options")
@@ -127,7 +130,8 @@ class BenchConfig(StageConfig):
             data.get(stage) or {},
             row.get(stage) or {},
         )
-        return {name: value for layer in layers for name, value in layer.items()}
+        found = {name: value for layer in layers for name, value in layer.items()}
+        return from_file(with_plugin_options(STAGES[stage]), found)
 
     def own_options(self, label: str) -> Section:
         """A row's options of its method."""
@@ -151,12 +155,13 @@ def read_config(source: str | Path | Mapping[str, Any], *overrides: str) -> Benc
         ConfigError: an unknown key, method or value anywhere, in one sentence.
     """
     where = "bench" if isinstance(source, Mapping) else str(source)
-    options = dict(source) if isinstance(source, Mapping) else _load(Path(source))
+    options = dict(source) if isinstance(source, Mapping) else read_yaml(Path(source).expanduser())
     for override in overrides:
         _override(options, override)
     own = set(BenchConfig.model_fields) - {"shared"}
     shared = {name: options.pop(name) for name in list(options) if name not in own}
-    config = build(BenchConfig, {**options, "shared": shared}, where)
+    config = build(BenchConfig, {**from_file(BenchConfig, options), "shared": shared}, where)
+    require_folder(config.output_dir)
     _refuse_unknown(shared, where, [*own])
     for name, section in config.datasets.items():
         _refuse_unknown(section, f"{where}: datasets.{name}", ["measure", "validation", *STAGES])
@@ -183,7 +188,11 @@ def _check_rows(config: BenchConfig, where: str) -> None:
                 required = {
                     name: "given" for name in GIVEN[stage] if kind.model_fields[name].is_required()
                 }
-                build(with_plugin_options(kind), {**options, **required}, f"{place}: {stage}")
+                built = build(
+                    with_plugin_options(kind), {**options, **required}, f"{place}: {stage}"
+                )
+                if isinstance(built, TrainConfig):
+                    check_training(built)
 
 
 def _refuse_unknown(section: Mapping[str, Any], where: str, more: list[str]) -> None:
@@ -192,19 +201,6 @@ def _refuse_unknown(section: Mapping[str, Any], where: str, more: list[str]) -> 
         if key not in known and key not in more:
             hint = nearest(key, [*sorted(known), *more])
             raise ConfigError(f"{where}: unknown key {key}.{hint}")
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        content: Any = yaml.safe_load(path.read_text("utf-8"))
-    except FileNotFoundError as problem:
-        raise ConfigError(f"No file {path}.") from problem
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        first = str(problem).replace("\n", " ")
-        raise ConfigError(f"{path} is not valid YAML: {first}.") from problem
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} should hold keys and values.")
-    return cast("dict[str, Any]", content)
 
 
 def _override(options: dict[str, Any], override: str) -> None:
@@ -219,4 +215,4 @@ def _override(options: dict[str, Any], override: str) -> None:
             inner = {str(name): None for name in cast("list[Any]", inner)}
         target[part] = dict(cast("Mapping[str, Any]", inner or {}))
         target = target[part]
-    target[last] = yaml.safe_load(text)
+    target[last] = parse_value(text)

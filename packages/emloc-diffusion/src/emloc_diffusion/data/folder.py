@@ -4,12 +4,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.markup import escape
 
 from emloc.errors import DataError
 from emloc.integrations.pictures import picture_suffixes
 from emloc.named_files import named_path
-from emloc.progress import console
+from emloc.progress import warn
 
 CAPTION = ".txt"
 """How the file ends that says what the picture of its name shows."""
@@ -62,7 +61,7 @@ def is_picture(path: Path) -> bool:
 
 def some(names: Sequence[str]) -> str:
     """The first names."""
-    return escape(", ".join(names[:3]) + (", …" if len(names) > 3 else ""))
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _say_unread(unread: Sequence[Path], read: Sequence[Path], folder: Path) -> None:
@@ -79,8 +78,8 @@ def _say_unread(unread: Sequence[Path], read: Sequence[Path], folder: Path) -> N
         return "folder" if path.is_dir() else path.suffix.lower() or "without suffix"
 
     kinds = Counter(map(kind, unread)).most_common()
-    console.print(
-        f"[yellow]warning:[/] {len(unread)} of {len(unread) + len(read)} files in {escape(str(folder))} are "
-        f"not read: {escape(', '.join(f'{count} {name}' for name, count in kinds))}: "
+    warn(
+        f"{len(unread)} of {len(unread) + len(read)} files in {folder} are not read: "
+        f"{', '.join(f'{count} {name}' for name, count in kinds)}: "
         f"{some([path.name for path in unread])}"
     )

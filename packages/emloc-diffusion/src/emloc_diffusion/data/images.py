@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from rich.markup import escape
 from torch import Tensor
 
 from emloc.errors import ConfigError, DataError
 from emloc.integrations.pictures import PIXEL_LIMIT, read_picture
-from emloc.progress import console
+from emloc.progress import console, warn
 from emloc_diffusion.data.folder import picture_files, some
 from emloc_diffusion.data.prompts import read_caption
 
@@ -92,13 +91,13 @@ def load_pictures(
         for path in files
     ]
     if len(files) < FEW:
-        console.print(
-            f"[yellow]warning:[/] {escape(str(instance_dir))} has only {len(files)} picture"
+        warn(
+            f"{instance_dir} has only {len(files)} picture"
             f"{'s' * (len(files) > 1)}; three to five from different sides teach a subject better"
         )
     blank = [picture.path.name for picture in pictures if not picture.caption.strip()]
     if blank:
-        console.print(f"[yellow]warning:[/] {len(blank)} captions are empty: {some(blank)}")
+        warn(f"{len(blank)} captions are empty: {some(blank)}")
     if class_data_dir is not None and class_prompt is not None:
         pictures += [
             Picture(path, class_prompt, is_prior=True)
@@ -168,8 +167,8 @@ def _say_sizes(sizes: Mapping[Path, tuple[int, int]], resolution: int | None) ->
         if small:
             path, (width, height) = min(small.items(), key=lambda item: min(item[1]))
             others = f" (and {len(small) - 1} more)" if len(small) > 1 else ""
-            console.print(
-                f"[yellow]warning:[/] {escape(path.name)} is {width} × {height}{others}, "
+            warn(
+                f"{path.name} is {width} × {height}{others}, "
                 f"{resolution - min(width, height)} pixels short of resolution={resolution}; it will be "
                 f"enlarged and look soft"
             )

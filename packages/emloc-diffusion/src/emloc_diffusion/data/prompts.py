@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from emloc.errors import ConfigError, DataError
 from emloc.named_files import named_path
-from emloc.progress import console
+from emloc.progress import warn
 
 # Words that say how a subject is shown, never which one it is.
 ORDINARY_WORDS = """
@@ -73,8 +71,8 @@ def check_unique_token(
             f"such as {_improved(instance_prompt)!r}."
         )
     if tokenizer is not None and not any(_is_rare(word, tokenizer) for word in unique):
-        console.print(
-            f"[yellow]warning:[/] the words of instance_prompt {escape(repr(instance_prompt))} are "
+        warn(
+            f"the words of instance_prompt {instance_prompt!r} are "
             f"everyday ones, whose meaning training will change; a rare word for the subject, such as "
             f"sks, is safer"
         )

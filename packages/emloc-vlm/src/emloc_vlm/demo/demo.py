@@ -43,7 +43,7 @@ def run_demo(config: DemoConfig) -> Path:
         out=out,
         train_data=str(write_table(out / "train.jsonl", fresh, images)),
         test_data=str(write_table(out / "test.jsonl", unseen, images)),
-        data={"seed": config.seed, "image_folder": str(images)},
+        data={"seed": config.seed, "image_folder": str(images), "device": config.device},
         compress={
             "keep_ratio": config.keep_ratio or KEEP_RATIO,
             "num_calibration_samples": 64,
@@ -59,6 +59,7 @@ def run_demo(config: DemoConfig) -> Path:
         dataset=str(write_table(out / "own.jsonl", own, images)),
         output_dir=out / "evaluation" / "base_own",
         image_folder=images,
+        device=config.device,
         **ways.evaluate,
     )
     rows = ways.rows(scores)

@@ -15,7 +15,7 @@ import emloc
 from emloc.demos.report import Row
 from emloc.errors import EmlocError
 from emloc.manifest import Manifest
-from emloc.progress import console
+from emloc.progress import headline
 
 Options = Mapping[str, Any]
 
@@ -68,7 +68,7 @@ class FourWays:
         scores: dict[str, dict[str, Any]] = {}
         known = {name: value for name, value in self.data.items() if name != "seed"}
         for name, adapter in self.adapters.items():
-            console.rule(f"[bold]evaluate[/] {name}", align="left")
+            headline("evaluate", name)
             scores[name] = emloc.evaluate(
                 model_name_or_path=self.base,
                 adapter=None if adapter is None else str(adapter),
@@ -129,7 +129,7 @@ def run_stage(name: str, output_dir: Path, **options: Any) -> None:
             command.append(f"--{key}" if value else f"--no_{key}")
         else:
             command += [f"--{key}", str(value)]
-    console.rule(f"[bold]{name}[/] → {output_dir.name}", align="left")
+    headline(name, f"→ {output_dir.name}")
     code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
     if code:
         failure = EmlocError(f"It stopped in emloc {name}; the reason stands above.")

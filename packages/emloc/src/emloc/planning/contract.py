@@ -38,7 +38,7 @@ from emloc.planning.memory_plan import MemoryPlan
 from emloc.planning.report import ordered, verdict
 from emloc.planning.setting import Setting
 from emloc.planning.subject import Subject
-from emloc.plugin_options import with_plugin_options
+from emloc.plugin_options import of_family, with_plugin_options
 from emloc.progress import console
 
 
@@ -143,7 +143,9 @@ def compress_contract(
 ) -> tuple[CompressConfig, Contract]:
     """The options, with what the plan chose where nothing was asked for, and the contract."""
     assert config.memory is not None
-    setting = Setting(Subject.opened(base, family), plan_options(config.device, base, config))
+    setting = Setting(
+        Subject.opened(base, family), plan_options(config.device, base, family, config)
+    )
     if "keep_ratio" not in config.model_fields_set:
         found = fit(setting, config.memory)
         require_fit(found)
@@ -166,7 +168,7 @@ def train_contract(config: TrainConfig, model: Checkpoint, family: ModelFamily) 
     manifest = Manifest.find(model.path)
     entries = manifest.layers if manifest is not None and manifest.method is None else {}
     groups = [_group(subject, entry) for entry in entries.values() if "rank" in entry]
-    options = plan_options(config.device, model, config)
+    options = plan_options(config.device, model, family, config)
     return _agreed("train", Setting(subject, options, given=Plan(tuple(groups), {})), config)
 
 
@@ -177,7 +179,11 @@ def correct_contract(
     setting = Setting(
         Subject.opened(base, family),
         plan_options(
-            config.device, base, config, num_calibration_samples=config.num_calibration_samples
+            config.device,
+            base,
+            family,
+            config,
+            num_calibration_samples=config.num_calibration_samples,
         ),
         given=Plan((), {}),
         **_existing(adapter),
@@ -191,12 +197,14 @@ def merge_contract(
     config: MergeConfig, base: Checkpoint, family: ModelFamily, adapter: Adapter
 ) -> Contract:
     """The contract of merging an adapter, which is done on the CPU."""
-    subject, options = Subject.opened(base, family), plan_options("cpu", base, config)
+    subject, options = Subject.opened(base, family), plan_options("cpu", base, family, config)
     setting = Setting(subject, options, given=Plan((), {}), **_existing(adapter))
     return _agreed("merge", setting, config)
 
 
-def plan_options(device: str, model: Checkpoint, *configs: StageConfig, **given: Any) -> PlanConfig:
+def plan_options(
+    device: str, model: Checkpoint, family: ModelFamily, *configs: StageConfig, **given: Any
+) -> PlanConfig:
     """What stages were asked for as options of a plan; of two that name an option the later one wins."""
     kind: type[PlanConfig] = with_plugin_options(PlanConfig)
     asked = {
@@ -206,7 +214,7 @@ def plan_options(device: str, model: Checkpoint, *configs: StageConfig, **given:
         if name in kind.model_fields and name not in ("output_dir", "memory")
     }
     named = {"model_name_or_path": str(model.path), "device": device}
-    return build(kind, {**asked, **given, **named}, "plan")
+    return of_family(build(kind, {**asked, **given, **named}, "plan"), family)
 
 
 def require_fit(found: MemoryPlan) -> None:

@@ -39,7 +39,7 @@ def fit_run(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
     assert compress.memory is not None
     base, family = open_model(compress.model_name_or_path, compress.single_file_config)
     setting = Setting(
-        Subject.opened(base, family), plan_options(configs[-1].device, base, *configs)
+        Subject.opened(base, family), plan_options(configs[-1].device, base, family, *configs)
     )
     found = fit(setting, compress.memory, [name for name in NEEDED if name in changed])
     require_fit(found)

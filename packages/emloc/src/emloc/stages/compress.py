@@ -12,15 +12,16 @@ from emloc.emulator import EmulatorFolder
 from emloc.errors import CheckpointError, ConfigError
 from emloc.family import Batch, ModelFamily
 from emloc.groups import Plan, make_plan, refuse_idle_patterns
-from emloc.manifest import Manifest, ModelReference, same_settings, versions
+from emloc.manifest import Manifest, ModelReference, is_complete, versions
 from emloc.memory import PeakMemory, return_large_blocks
-from emloc.output import stage_folder
+from emloc.output_place import has_place
 from emloc.planning.contract import compress_contract, keeping
-from emloc.plugin_options import own_options
+from emloc.plugin_options import of_family, own_options
 from emloc.plugins import open_model
 from emloc.progress import console
 from emloc.rank import match_pattern
 from emloc.stage import stage
+from emloc.stage_folder import stage_folder
 from emloc.stream import UnitStream
 from emloc.truncation import allocate_ranks
 
@@ -30,10 +31,11 @@ PATHS = {"output_dir", "model_name_or_path", "single_file_config", "dataset"}
 NO_TOKEN = "no calibration token reached it"
 
 
-@stage(CompressConfig)
+@stage(CompressConfig, check=has_place)
 def compress(config: CompressConfig) -> Path:
     """Compress a model into an emulator; returns its folder."""
     base, family = open_model(config.model_name_or_path, config.single_file_config)
+    config = of_family(config, family)
     if "quantization_config" in base.config:
         raise CheckpointError(
             f"{base.name} is quantised or an emulator already; compress the full-precision original."
@@ -43,13 +45,12 @@ def compress(config: CompressConfig) -> Path:
         config, contract = compress_contract(config, base, family)
     batches = family.calibration_batches(base, config)
     settings = {
-        **own_options(config, family, PATHS),
+        **own_options(config, PATHS),
         "base_digest": base.digest(),
         "companions_digest": base.companions_digest(),
         "data_digest": batches_digest(batches),
     }
-    if same_settings(Manifest.find(config.output_dir), settings):
-        console.print(f"compress: {config.output_dir} is complete already")
+    if is_complete("compress", "emulator", config.output_dir, settings):
         return config.output_dir
     started = time.monotonic()
     return_large_blocks()
@@ -57,14 +58,16 @@ def compress(config: CompressConfig) -> Path:
         with PeakMemory(config.device, limit=config.memory) as peak:
             stream = UnitStream(family, base, config.device)
             plan = _plan(stream, config)
-            _say_tokens(family, batches, plan)
+            _say_tokens(family, batches, plan, config)
             folder = EmulatorFolder(stream, plan, config.dtype, work)
             compress_blocks(stream, folder, batches)
             errors = allocate_ranks(folder) if config.keep_ratio_allocation == "error" else None
             manifest = _manifest(folder, settings, batches)
         if errors:
             manifest.summary["predicted_error"] = errors
-        manifest.measured.update(seconds=round(time.monotonic() - started, 3), **peak.figures())
+        manifest.measured.update(
+            seconds=round(time.monotonic() - started, 3), device=config.device, **peak.figures()
+        )
         if contract is not None:
             contract.report(manifest.measured)
         manifest.write(work)
@@ -111,9 +114,20 @@ def _tokens(family: ModelFamily, batches: Sequence[Batch]) -> int:
     return sum(count(batch) for batch in batches)
 
 
-def _say_tokens(family: ModelFamily, batches: Sequence[Batch], plan: Plan) -> None:
+def _samples(batches: Sequence[Batch]) -> int:
+    return sum(next(iter(batch.values())).shape[0] for batch in batches)
+
+
+def _say_tokens(
+    family: ModelFamily, batches: Sequence[Batch], plan: Plan, config: CompressConfig
+) -> None:
     """Fewer tokens than a layer has inputs leave directions of which nothing is known."""
     tokens, widest = _tokens(family, batches), max(group.d_in for group in plan.groups)
+    samples, wanted = _samples(batches), config.num_calibration_samples
+    if samples < wanted and config.num_calibration_tokens is None:
+        console.print(
+            f"compress: the data have {samples} samples, not num_calibration_samples={wanted}"
+        )
     hint = " (few: more samples would describe it better)" if tokens < widest else ""
     console.print(f"compress: {tokens} calibration tokens, layers of up to {widest} inputs{hint}")
 
@@ -156,7 +170,7 @@ def _manifest(
         summary={
             "base_bytes": sum(info.nbytes for info in base.tensors.values()),
             "emulator_bytes": sum(info.nbytes for info in written.tensors.values()),
-            "calibration_samples": sum(next(iter(b.values())).shape[0] for b in batches),
+            "calibration_samples": _samples(batches),
             "calibration_tokens": _tokens(family, batches),
             "widest_input": max(group.d_in for group in folder.plan.groups),
             "emulator_digest": written.digest(),

@@ -19,14 +19,15 @@ from emloc.config import CorrectConfig
 from emloc.digest import batches_digest
 from emloc.errors import ConfigError, MismatchError
 from emloc.family import Batch, ModelFamily
-from emloc.manifest import Manifest, ModelReference, same_settings, versions
+from emloc.manifest import Manifest, ModelReference, is_complete, versions
 from emloc.memory import PeakMemory, return_large_blocks
-from emloc.output import copy_file, file_sha256, stage_folder, write_json
+from emloc.output import copy_file, file_sha256, write_json
+from emloc.output_place import has_place
 from emloc.planning.contract import correct_contract, keeping
-from emloc.plugin_options import own_options
+from emloc.plugin_options import of_family, own_options
 from emloc.plugins import open_model
-from emloc.progress import console
 from emloc.stage import stage
+from emloc.stage_folder import stage_folder
 from emloc.stream import UnitStream
 
 PATHS = {
@@ -40,7 +41,15 @@ PATHS = {
 """Options whose meaning is in a digest instead."""
 
 
-@stage(CorrectConfig)
+def _can_correct(config: CorrectConfig) -> None:
+    if config.limit == "auto" and config.dataset is None:
+        raise ConfigError(
+            "correct: limit=auto compares limits on data; pass a dataset, or a fixed limit such as 1."
+        )
+    has_place(config)
+
+
+@stage(CorrectConfig, check=_can_correct)
 def correct(config: CorrectConfig) -> Path:
     """Correct an adapter for the original model; returns the new adapter's folder."""
     emulator_manifest = _emulator_manifest(config.emulator)
@@ -51,6 +60,7 @@ def correct(config: CorrectConfig) -> Path:
         config.model_name_or_path or origin.name_or_path,
         config.single_file_config or origin.single_file_config,
     )
+    config = of_family(config, family)
     if base.digest() != origin.digest:
         raise MismatchError(
             f"Emulator {config.emulator} was built from another model than {base.name} (it names "
@@ -67,14 +77,13 @@ def correct(config: CorrectConfig) -> Path:
         contract = correct_contract(config, base, family, adapter)
     batches = _batches(config, family, base)
     settings = {
-        **own_options(config, family, PATHS),
+        **own_options(config, PATHS),
         "base_digest": origin.digest,
         "emulator_digest": emulator_manifest.summary["emulator_digest"],
         "adapter_digest": adapter.digest(),
         "data_digest": batches_digest(batches),
     }
-    if same_settings(Manifest.find(config.output_dir), settings):
-        console.print(f"correct: {config.output_dir} is complete already")
+    if is_complete("correct", "corrected_adapter", config.output_dir, settings):
         return config.output_dir
     started = time.monotonic()
     return_large_blocks()
@@ -88,7 +97,8 @@ def correct(config: CorrectConfig) -> Path:
             for name, part in adapter.parts.items():
                 _carry_over(part, base, work / name)
             exported = family.export_adapter(base, work)
-        measured = {"seconds": round(time.monotonic() - started, 3), **peak.figures()}
+        seconds = round(time.monotonic() - started, 3)
+        measured = {"seconds": seconds, "device": config.device, **peak.figures()}
         if contract is not None:
             contract.report(measured)
         Manifest(
@@ -132,7 +142,7 @@ def _carry_over(part: Adapter, base: Checkpoint, folder: Path) -> None:
 def _emulator_manifest(emulator: str) -> Manifest:
     manifest = Manifest.read(Path(emulator))
     if manifest.kind != "emulator":
-        raise MismatchError(f"{emulator} is not an emulator but a {manifest.kind}.")
+        raise MismatchError(f"{emulator} is no emulator; its manifest says {manifest.kind}.")
     if manifest.method is not None:
         raise MismatchError(
             f"{emulator} is the light model of the method {manifest.method}, whose adapters go back to "
@@ -179,8 +189,4 @@ def _refuse_foreign_folder(adapter: Adapter, emulator: str, manifest: Manifest) 
 def _batches(config: CorrectConfig, family: ModelFamily, base: Checkpoint) -> Sequence[Batch]:
     if config.limit != "auto":
         return []
-    if config.dataset is None:
-        raise ConfigError(
-            "correct: limit=auto compares limits on data; pass a dataset, or a fixed limit such as 1."
-        )
     return family.calibration_batches(base, config)

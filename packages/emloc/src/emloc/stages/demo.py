@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from emloc.config import DemoConfig
+from emloc.output_place import require_folder
 from emloc.plugins import family_named
 from emloc.stage import stage
 
 
-@stage(DemoConfig)
+@stage(DemoConfig, check=lambda config: require_folder(config.output_dir))
 def demo(config: DemoConfig) -> Path:
     """Compress, train, correct and evaluate; prints a table and returns the output folder."""
     return family_named(config.family).demo(config)

@@ -1,42 +1,49 @@
 """Score a model, with or without an adapter, on examples with known answers."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from emloc.adapter import Adapter
-from emloc.checkpoint import Checkpoint
+from emloc.checkpoint import Checkpoint, read_json
 from emloc.config import EvaluateConfig
 from emloc.digest import data_digest, named_digests
-from emloc.errors import ConfigError, OutputError
+from emloc.errors import CheckpointError, ConfigError, OutputError
 from emloc.family import ModelFamily
 from emloc.manifest import Manifest
 from emloc.output import write_json, writing
-from emloc.plugin_options import own_options
+from emloc.output_place import require_folder
+from emloc.plugin_options import of_family, own_options
 from emloc.plugins import of_folder, open_model
 from emloc.progress import console
+from emloc.settings import difference, same
 from emloc.stage import stage
 
 RESULT_NAME = "evaluation.json"
 
+IN_DIGESTS = {"model_name_or_path", "single_file_config", "adapter", "dataset"}
+"""Options that are recorded, and whose meaning is in a digest."""
 
-@stage(EvaluateConfig)
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Evaluate; returns the scores, and writes them to `output_dir/evaluation.json` if given."""
+
+def _can_evaluate(config: EvaluateConfig) -> None:
     if config.dataset is None and not config.tasks:
         raise ConfigError("evaluate: dataset is required (or tasks, with the lm-eval extra).")
+    if config.output_dir is not None:
+        require_folder(config.output_dir)
+
+
+@stage(EvaluateConfig, check=_can_evaluate)
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate; returns the scores, and writes them to `output_dir/evaluation.json` if given."""
     model, family = open_model(config.model_name_or_path, config.single_file_config)
+    config = of_family(config, family)
     _refuse_emulator_adapter(config, Manifest.find(model.path))
-    settings = _settings(config, model, family)
+    settings = _settings(config, model)
     target = config.output_dir / RESULT_NAME if config.output_dir else None
-    if target is not None and target.exists():
-        known: dict[str, Any] = json.loads(target.read_text("utf-8"))
-        if known.get("settings") == settings:
-            console.print(f"evaluate: {target} is complete already")
-            return known
-        raise OutputError(
-            f"{target} exists and is of another evaluation; choose another output_dir or remove it."
-        )
+    known = None if target is None else _known(target, settings)
+    if known is not None:
+        console.print(f"evaluate: {target} is complete already")
+        return known
     result = {**family.evaluate(of_folder(config, model)), "settings": settings}
     if target is not None:
         with writing(target):
@@ -45,11 +52,31 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
-def _settings(config: EvaluateConfig, model: Checkpoint, family: ModelFamily) -> dict[str, Any]:
+def _known(target: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The scores of the same evaluation, where they are there."""
+    if not target.exists():
+        return None
+    try:
+        found = read_json(target)
+    except CheckpointError as problem:
+        raise OutputError(f"{problem} Choose another output_dir or remove it.") from problem
+    recorded = found.get("settings")
+    if not isinstance(recorded, dict):
+        raise OutputError(f"{target} is no evaluation of ours; choose another output_dir.")
+    before = cast("dict[str, Any]", recorded)
+    if same(before, settings, IN_DIGESTS):
+        return found
+    raise OutputError(
+        f"{target} was made with {difference(before, settings, IN_DIGESTS)}. Choose another output_dir "
+        f"or remove it; nothing is ever overwritten."
+    )
+
+
+def _settings(config: EvaluateConfig, model: Checkpoint) -> dict[str, Any]:
     """The options, and the identity of what their paths hold now."""
     named = named_digests(config)
     return {
-        **own_options(config, family, {"output_dir"}),
+        **own_options(config, {"output_dir"}),
         "model_digest": model.digest(),
         "adapter_digest": Adapter.open(config.adapter).with_parts(model.parts).digest()
         if config.adapter

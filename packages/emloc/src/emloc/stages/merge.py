@@ -12,17 +12,19 @@ from emloc.adapter_base import folder_named, require_base
 from emloc.config import MergeConfig
 from emloc.errors import MismatchError
 from emloc.json_files import read_json
-from emloc.manifest import Manifest, ModelReference, same_settings, versions
+from emloc.manifest import Manifest, ModelReference, is_complete, versions
 from emloc.memory import PeakMemory, return_large_blocks
 from emloc.merged_tensors import MergedModel, merged_model, merged_part
-from emloc.output import ShardWriter, copy_file, file_sha256, stage_folder, write_json
+from emloc.output import ShardWriter, copy_file, file_sha256, write_json
+from emloc.output_place import has_place
 from emloc.planning.contract import keeping, merge_contract
 from emloc.plugins import open_model
-from emloc.progress import console, progress_bar
+from emloc.progress import progress_bar
 from emloc.stage import stage
+from emloc.stage_folder import stage_folder
 
 
-@stage(MergeConfig)
+@stage(MergeConfig, check=has_place)
 def merge(config: MergeConfig) -> Path:
     """Merge an adapter into its base model; returns the merged model's folder."""
     adapter = Adapter.open(config.adapter)
@@ -54,8 +56,7 @@ def merge(config: MergeConfig) -> Path:
         "companions_digest": base.companions_digest(),
         "adapter_digest": adapter.digest(),
     }
-    if same_settings(Manifest.find(config.output_dir), settings):
-        console.print(f"merge: {config.output_dir} is complete already")
+    if is_complete("merge", "merged_model", config.output_dir, settings):
         return config.output_dir
     contract = None if config.memory is None else merge_contract(config, base, family, adapter)
     started = time.monotonic()

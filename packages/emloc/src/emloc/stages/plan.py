@@ -7,17 +7,23 @@ from emloc.checkpoint import read_json
 from emloc.config import PlanConfig
 from emloc.errors import OutputError
 from emloc.output import write_json, writing
+from emloc.output_place import require_folder
 from emloc.planning.fitting import fit
 from emloc.planning.memory_plan import MemoryPlan
 from emloc.planning.setting import Setting
 from emloc.planning.subject import Subject
-from emloc.plugin_options import own_options
+from emloc.plugin_options import of_family
 from emloc.stage import stage
 
 PLAN_NAME, PICTURE_NAME = "plan.json", "plan.png"
 
 
-@stage(PlanConfig)
+def _has_folder(config: PlanConfig) -> None:
+    if config.output_dir is not None:
+        require_folder(config.output_dir)
+
+
+@stage(PlanConfig, check=_has_folder)
 def plan(config: PlanConfig) -> dict[str, Any]:
     """Plan; returns the figures as JSON (README), and writes them and a picture to `output_dir`."""
     found = make_memory_plan(config).as_json()
@@ -29,8 +35,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
 def make_memory_plan(config: PlanConfig) -> MemoryPlan:
     """The plan of the options, fitted to `memory` where that is given."""
     subject = Subject.of(config.model_name_or_path, config.dtype)
-    own_options(config, subject.family, set())  # refuses those of other families
-    setting = Setting(subject, config)
+    setting = Setting(subject, of_family(config, subject.family))
     return MemoryPlan(setting) if config.memory is None else fit(setting, config.memory)
 
 

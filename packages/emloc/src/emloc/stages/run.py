@@ -9,26 +9,36 @@
     merge: {}
     evaluate: {dataset: test.jsonl}
 
-A key at the top goes to every stage that knows it; a stage's own section wins. A stage that is
-complete with the same settings is skipped. `memory: 24GiB` plans all stages first, chooses what was not
-asked for so that they fit, and holds each to it.
+A key at the top goes to every stage that knows it; a stage's own section wins. What is given beside the
+file is what holds: `key=value` for every stage that takes the option, whatever the file says, and
+`stage.key=value` for that stage alone. A stage that is complete with the same settings is skipped.
+`memory: 24GiB` plans all stages first, chooses what was not asked for so that they fit, and holds each to
+it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
+import torch
 
-from emloc.config import build, nearest
+from emloc.config import TrainConfig, nearest
 from emloc.errors import ConfigError
+from emloc.option_text import from_file
+from emloc.output_place import require_folder
+from emloc.overrides import Overrides, read_overrides
 from emloc.planning.fitted_run import fit_run
+from emloc.plugin_options import of_family
+from emloc.plugins import open_model
+from emloc.progress import console
 from emloc.stage import Stage
 from emloc.stages.compress import compress
 from emloc.stages.correct import correct
 from emloc.stages.evaluate import evaluate
 from emloc.stages.merge import merge
 from emloc.stages.train import train
+from emloc.training_needs import require_modules
+from emloc.yaml_file import read_yaml
 
 STAGES: Mapping[str, Stage[Any, Any]] = {
     "compress": compress,
@@ -55,52 +65,126 @@ def run(config: str | Path | Mapping[str, Any], *overrides: str) -> dict[str, An
         Per stage its folder, for `evaluate` its scores.
 
     Raises:
-        ConfigError: an unknown key, with the nearest known one.
+        ConfigError: an unknown key, with the nearest known one, or an option that is wrong.
+        OutputError: a stage's result has no place.
         MemoryLimitError: with `memory`, a stage that cannot fit.
     """
     source = "run" if isinstance(config, Mapping) else str(config)
-    options = _load(config)
-    for override in overrides:
-        _override(options, override)
+    options = dict(config) if isinstance(config, Mapping) else read_yaml(Path(config).expanduser())
     # All sections are checked before anything runs: a typo in the last must not cost hours.
-    plans = fit_run(plan_stages(options, source))
-    results: dict[str, Any] = {}
+    plans = plan_stages(options, source, read_overrides(overrides, [*STAGES]))
     for name, keywords in plans.items():
+        STAGES[name].checked(keywords, f"{source}: {name}")
+    _refuse_unfit(plans)
+    results: dict[str, Any] = {}
+    for name, keywords in fit_run(plans).items():
         results[name] = STAGES[name](**keywords)
     return results
 
 
-def plan_stages(options: Mapping[str, Any], source: str) -> dict[str, dict[str, Any]]:
-    """Keywords of every stage that `options` asks for, in order, validated.
+def plan_stages(
+    options: Mapping[str, Any], source: str, overrides: Overrides | None = None
+) -> dict[str, dict[str, Any]]:
+    """Keywords of every stage that `options` asks for, in order; their values are not looked at yet.
 
     Raises:
-        ConfigError: as `run`.
+        ConfigError: an unknown key, no stage, no `output_dir`, or an override that no stage takes.
     """
-    sections = {name: options[name] for name in STAGES if name in options}
-    shared = {key: value for key, value in options.items() if key not in STAGES}
+    given = overrides or Overrides({}, {})
+    sections = {
+        name: {**_section(options.get(name), source, name), **given.by_stage.get(name, {})}
+        for name in STAGES
+        if name in options or name in given.by_stage
+    }
     if not sections:
         raise ConfigError(f"{source}: no stage to run; add a section: {', '.join(STAGES)}.")
-    known = {field for stage in STAGES.values() for field in stage.config.model_fields}
-    for key in shared:
-        if key not in known:
-            hint = nearest(key, [*sorted(known), *STAGES])
-            raise ConfigError(f"{source}: unknown key {key}.{hint}")
-    if "output_dir" not in shared:
-        raise ConfigError(f"{source}: output_dir is required (the folder of all stages).")
-    root = Path(str(shared["output_dir"]))
+    _refuse_unknown(options, sections, source)
+    _refuse_idle(given, sections)
+    shared = {key: value for key, value in options.items() if key not in STAGES} | given.everywhere
+    root = _root(shared.get("output_dir"), source)
     plans: dict[str, dict[str, Any]] = {}
     for name, section in sections.items():
         model = STAGES[name].config
-        if section is not None and not isinstance(section, Mapping):
-            raise ConfigError(f"{source}: {name} should hold keys and values.")
-        own = dict(cast("Mapping[str, Any]", section or {}))
+        own = {**section, **_overriding(given, name, section)}
+        if "output_dir" in given.everywhere and "output_dir" not in given.by_stage.get(name, {}):
+            own.pop("output_dir", None)  # of the run, in which every stage has its folder
         inherited = {key: value for key, value in shared.items() if key in model.model_fields}
         keywords = {**inherited, **_fed(name, sections, root, shared), **own}
         if name == "train" and "emulator" in keywords and "model_name_or_path" not in own:
             keywords.pop("model_name_or_path", None)
-        build(model, keywords, f"{source}: {name}")
-        plans[name] = keywords
+        plans[name] = from_file(model, keywords)
     return plans
+
+
+def _section(section: Any, source: str, name: str) -> dict[str, Any]:
+    if section is not None and not isinstance(section, Mapping):
+        raise ConfigError(f"{source}: {name} should hold keys and values.")
+    return dict(cast("Mapping[str, Any]", section or {}))
+
+
+def _root(output_dir: Any, source: str) -> Path:
+    if output_dir is None or not str(output_dir).strip():
+        raise ConfigError(f"{source}: output_dir is required (the folder of all stages).")
+    root = Path(str(output_dir)).expanduser()
+    require_folder(root)
+    return root
+
+
+def _overriding(given: Overrides, name: str, section: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides of all stages in place of what a section says otherwise, which is said."""
+    own = given.by_stage.get(name, {})
+    won = {key: value for key, value in given.everywhere.items() if key in section.keys() - own}
+    for key, value in won.items():
+        if str(value) != str(section[key]) and key != "output_dir":
+            console.print(f"run: {key}={value} instead of the file's {section[key]} in {name}")
+    return won
+
+
+def _refuse_unknown(
+    options: Mapping[str, Any], sections: Mapping[str, Mapping[str, Any]], source: str
+) -> None:
+    known = {field for stage in STAGES.values() for field in stage.config.model_fields}
+    for key in [key for key in options if key not in known and key not in STAGES]:
+        raise ConfigError(f"{source}: unknown key {key}.{nearest(key, [*sorted(known), *STAGES])}")
+    for name, section in sections.items():
+        fields = STAGES[name].config.model_fields
+        for key in [key for key in section if key not in fields]:
+            where = _stages_with(key)
+            hint = f" It is one of {' and '.join(where)}." if where else nearest(key, [*fields])
+            raise ConfigError(f"{source}: {name}: unknown option {key}.{hint}")
+
+
+def _refuse_idle(given: Overrides, sections: Mapping[str, Any]) -> None:
+    """An override that nothing listens to is a mistake, and not a default for stages that may come."""
+    fields = {field for name in sections for field in STAGES[name].config.model_fields}
+    for key, value in given.everywhere.items():
+        if key in fields:
+            continue
+        where = _stages_with(key)
+        hint = (
+            f" It is an option of {' and '.join(where)}, which does not run here."
+            if where
+            else nearest(key, sorted(fields))
+        )
+        raise ConfigError(f"Override {key}={value}: no stage of this run takes {key}.{hint}")
+
+
+def _stages_with(option: str) -> list[str]:
+    return [name for name, stage in STAGES.items() if option in stage.config.model_fields]
+
+
+def _refuse_unfit(plans: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse what the model tells to be wrong, where one is there: options of other families, modules."""
+    first = next(iter(plans.values()))
+    name = first.get("model_name_or_path") or first.get("emulator")
+    if name is None:
+        return
+    model, family = open_model(str(name), first.get("single_file_config"))
+    for stage, keywords in plans.items():
+        config = of_family(STAGES[stage].checked(keywords, stage), family)
+        if isinstance(config, TrainConfig):
+            skeleton = family.skeleton(model, torch.float32)
+            require_modules(config, [name for name, _ in skeleton.named_modules()])
 
 
 def _fed(
@@ -122,32 +206,3 @@ def _fed(
                 fed["adapter"] = folder(stage)
                 break
     return {key: value for key, value in fed.items() if key == "output_dir" or key not in shared}
-
-
-def _load(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(config, Mapping):
-        return dict(config)
-    try:
-        content: Any = yaml.safe_load(Path(config).read_text("utf-8"))
-    except FileNotFoundError as problem:
-        raise ConfigError(f"No file {config}.") from problem
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        first = str(problem).replace("\n", " ")
-        raise ConfigError(f"{config} is not valid YAML: {first}.") from problem
-    if not isinstance(content, dict):
-        raise ConfigError(f"{config} should hold keys and values.")
-    return cast("dict[str, Any]", content)
-
-
-def _override(options: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise ConfigError(f"Override {override!r} should read key=value or stage.key=value.")
-    path: Sequence[str] = key.split(".")
-    target = options
-    for part in path[:-1]:
-        if part not in STAGES:
-            raise ConfigError(f"Override {override!r}: no stage {part}.{nearest(part, [*STAGES])}")
-        target[part] = dict(target.get(part) or {})
-        target = target[part]
-    target[path[-1]] = yaml.safe_load(text)

@@ -8,17 +8,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from emloc.adapter import Adapter
 from emloc.config import TrainConfig
 from emloc.digest import data_digest, named_digests
-from emloc.errors import ConfigError, NumericalError
-from emloc.manifest import Manifest, ModelReference, same_settings, versions
-from emloc.output import file_sha256, others_writing, stage_folder
+from emloc.errors import CheckpointError, ConfigError, NumericalError
+from emloc.manifest import Manifest, ModelReference, is_complete, versions
+from emloc.output import file_sha256, others_writing
+from emloc.output_place import has_place
 from emloc.planning.contract import keeping, train_contract
-from emloc.plugin_options import own_options
+from emloc.plugin_options import of_family, own_options
 from emloc.plugins import of_folder, open_model
-from emloc.progress import console
 from emloc.stage import stage
+from emloc.stage_folder import stage_folder
+from emloc.training_needs import check_training, require_modules
 
 PATHS = {
     "output_dir",
@@ -30,34 +34,34 @@ PATHS = {
 }
 """Options whose meaning is in a digest instead."""
 
-WITHOUT_EFFECT = {
-    "resume_from_checkpoint",
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "report_to",
-}
-"""Options that leave the adapter as it is: an interrupted run may go on with others."""
 
-
-@stage(TrainConfig)
-def train(config: TrainConfig) -> Path:
-    """Train a LoRA; returns the folder of the PEFT adapter."""
+def _can_train(config: TrainConfig) -> None:
     if (config.emulator is None) == (config.model_name_or_path is None):
         raise ConfigError("train: pass either emulator, or model_name_or_path to train on a model.")
     if config.dataset is None:
         raise ConfigError(
             "train: dataset is required (a JSONL, CSV or parquet file, a folder, or a hub id)."
         )
+    if config.max_steps == 0:
+        raise ConfigError("train: max_steps = 0 would learn nothing; leave it out to train epochs.")
+    has_place(config)
+    check_training(config)
+
+
+@stage(TrainConfig, check=_can_train)
+def train(config: TrainConfig) -> Path:
+    """Train a LoRA; returns the folder of the PEFT adapter."""
     model, family = open_model(
         config.emulator or str(config.model_name_or_path), config.single_file_config
     )
-    emulator = Manifest.read(model.path) if config.emulator else None
-    if emulator is not None and emulator.kind != "emulator":
-        raise ConfigError(f"train: {config.emulator} is not an emulator but a {emulator.kind}.")
+    config = of_family(config, family)
+    require_modules(
+        config, [name for name, _ in family.skeleton(model, torch.float32).named_modules()]
+    )
+    emulator = _emulator(config, Manifest.find(model.path))
     digest, named = model.digest(), named_digests(config)
     settings: dict[str, Any] = {
-        **own_options(config, family, PATHS | WITHOUT_EFFECT),
+        **own_options(config, PATHS),
         "model_digest": digest,
         "companions_digest": model.companions_digest(),
         "data_digest": data_digest(config.dataset, config.dataset_split, config, family),
@@ -66,8 +70,7 @@ def train(config: TrainConfig) -> Path:
         ),
         **({"named_digests": named} if named else {}),
     }
-    if same_settings(Manifest.find(config.output_dir), settings):
-        console.print(f"train: {config.output_dir} is complete already")
+    if is_complete("train", "adapter", config.output_dir, settings):
         return config.output_dir
     contract = None if config.memory is None else train_contract(config, model, family)
     started = time.monotonic()
@@ -94,10 +97,28 @@ def train(config: TrainConfig) -> Path:
             method=emulator.method if emulator else None,
             measured={
                 "seconds": round(time.monotonic() - started, 3),
+                "device": config.device,
+                "gradient_checkpointing": config.gradient_checkpointing,
                 **figures,
             },
         ).write(work)
     return config.output_dir
+
+
+def _emulator(config: TrainConfig, found: Manifest | None) -> Manifest | None:
+    """The emulator's manifest; None for a LoRA on a model itself."""
+    is_emulator = found is not None and found.kind == "emulator"
+    if config.emulator is None and is_emulator:
+        raise ConfigError(
+            f"train: {config.model_name_or_path} is an emulator; pass it as emulator, so that the LoRA "
+            f"can be corrected for the original."
+        )
+    if config.emulator is not None and not is_emulator:
+        raise CheckpointError(
+            f"{config.emulator} is no emulator: it was not written by emloc compress; make one, or pass it "
+            f"as model_name_or_path to train on it."
+        )
+    return found if config.emulator else None
 
 
 def _diverged(key: str) -> NumericalError:

@@ -3,7 +3,6 @@
 What differs between modalities, the model, the data and the trainer's class, is given.
 """
 
-import importlib.util
 import shutil
 from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
@@ -15,16 +14,16 @@ from transformers import ProgressCallback
 from transformers.trainer_callback import PrinterCallback
 
 from emloc.config import TrainConfig
-from emloc.errors import CheckpointError, ConfigError, DependencyError, NumericalError
+from emloc.errors import CheckpointError, ConfigError, NumericalError
 from emloc.family import Batch
 from emloc.finite import is_finite
 from emloc.integrations.peft.lora import new_lora, save_as_plain_lora
 from emloc.integrations.peft.low_rank_lora import fuse_lora
 from emloc.integrations.peft.parts import Part, with_parts
 from emloc.integrations.transformers.optimizers import (
-    check_optimizer,
     set_optimizer,
     trainers_name,
+    warn_of_slow_learning,
 )
 from emloc.integrations.transformers.training import (
     PLOT_NAME,
@@ -33,6 +32,7 @@ from emloc.integrations.transformers.training import (
     plot_loss,
 )
 from emloc.progress import console
+from emloc.training_needs import check_training
 
 
 def train_lora(
@@ -115,10 +115,9 @@ def training_arguments(kind: Any, config: TrainConfig, work: Path, **more: Any) 
         ConfigError: a value that transformers refuses, or an optimiser that cannot run here.
         DependencyError: a tracker or an optimiser that is not installed.
     """
-    check_optimizer(config)
+    check_training(config)
+    warn_of_slow_learning(config)
     on_gpu = config.device.startswith("cuda")
-    for backend in config.report_to:
-        _require(backend)
     try:
         return kind(
             output_dir=str(work),
@@ -140,7 +139,7 @@ def training_arguments(kind: Any, config: TrainConfig, work: Path, **more: Any) 
             save_total_limit=config.save_total_limit,
             eval_strategy="steps" if config.eval_dataset else "no",
             eval_steps=config.eval_steps or config.logging_steps,
-            report_to=config.report_to or "none",
+            report_to=_trackers(config),
             seed=config.seed,
             data_seed=config.seed,
             bf16=on_gpu and torch.cuda.is_bf16_supported(),
@@ -153,9 +152,10 @@ def training_arguments(kind: Any, config: TrainConfig, work: Path, **more: Any) 
         raise ConfigError(f"train: {str(problem).strip().splitlines()[0]}") from problem
 
 
-def _require(backend: str) -> None:
-    if backend == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        raise DependencyError("report_to=tensorboard needs tensorboard; pip install tensorboard.")
+def _trackers(config: TrainConfig) -> str | list[str]:
+    """transformers takes `all` and `none` as text alone."""
+    alone = config.report_to[0] if len(config.report_to) == 1 else ""
+    return alone if alone in ("all", "none") else (config.report_to or "none")
 
 
 def _checkpoint(config: TrainConfig, work: Path) -> str | None:

@@ -5,19 +5,13 @@ factor, 1 as a rule; transformers has no name for it. LoRA+ (Hayou et al. 2024) 
 that is a multiple of A's.
 """
 
-import importlib.util
 from typing import Any
 
-import torch
 from peft.optimizers import create_loraplus_optimizer
 
 from emloc.config import TrainConfig
-from emloc.errors import ConfigError, DependencyError
-from emloc.progress import console
-
-PRODIGY = "prodigy"
-ON_GPU = frozenset({"adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"})
-"""The optimisers of bitsandbytes."""
+from emloc.progress import warn
+from emloc.training_needs import PRODIGY
 
 LOW_PRODIGY_RATE = 0.1
 """Learning rates below are meant for another optimiser."""
@@ -26,32 +20,13 @@ PRODIGY_OPTIONS = {"decouple": True, "use_bias_correction": True, "safeguard_war
 """As diffusers' training scripts set them; warm-up belongs to our schedules too."""
 
 
-def check_optimizer(config: TrainConfig) -> None:
-    """Refuse, before any work, what will not run; warn of what will not learn.
-
-    Raises:
-        ConfigError: an 8-bit or paged optimiser without a GPU, or Prodigy with LoRA+.
-        DependencyError: the package that has the optimiser is not installed.
-    """
-    if config.optim == PRODIGY:
-        if config.loraplus_lr_ratio is not None:
-            raise ConfigError(
-                "train: optim=prodigy has one learning rate for all parameters, and loraplus_lr_ratio "
-                "gives A and B different ones; leave one of them out."
-            )
-        _require("prodigyopt", config.optim)
-        if config.learning_rate < LOW_PRODIGY_RATE:
-            console.print(
-                f"[yellow]warning:[/] learning_rate={config.learning_rate:g} is low for Prodigy, which "
-                f"multiplies its own step size by it; 1.0 is usual"
-            )
-    elif config.optim in ON_GPU:
-        if not config.device.startswith("cuda") or not torch.cuda.is_available():
-            raise ConfigError(
-                f"train: optim={config.optim} needs a GPU (device=cuda), and this run is on "
-                f"{config.device}; use adamw_torch_fused, or adafactor for less memory."
-            )
-        _require("bitsandbytes", config.optim)
+def warn_of_slow_learning(config: TrainConfig) -> None:
+    """Say that a learning rate is meant for another optimiser."""
+    if config.optim == PRODIGY and config.learning_rate < LOW_PRODIGY_RATE:
+        warn(
+            f"learning_rate={config.learning_rate:g} is low for Prodigy, which multiplies its own step "
+            f"size by it; 1.0 is usual"
+        )
 
 
 def trainers_name(config: TrainConfig) -> dict[str, Any]:
@@ -83,8 +58,3 @@ def set_optimizer(trainer: Any, config: TrainConfig) -> None:
             loraplus_weight_decay=config.weight_decay,
             **options,
         )
-
-
-def _require(package: str, optim: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise DependencyError(f"optim={optim} needs {package}; pip install {package}.")

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from emloc.errors import NumericalError
-from emloc.progress import console
+from emloc.progress import ProgressBar
 
 LOG_NAME = "trainer_log.jsonl"
 PLOT_NAME = "training_loss.png"
@@ -45,7 +44,7 @@ def last_complete_checkpoint(folder: Path) -> str | None:
 
 
 class Progression(TrainerCallback):
-    """A rich progress bar, `trainer_log.jsonl`, and seconds per step (the first, a warm-up, left out).
+    """A progress bar, `trainer_log.jsonl`, and seconds per step (the first, a warm-up, left out).
 
     The log is rewritten from the Trainer's own history, so a resumed run's log is the same as an
     uninterrupted one's.
@@ -53,35 +52,24 @@ class Progression(TrainerCallback):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.progress: Progress | None = None
-        self.task: Any = None
+        self.progress: ProgressBar | None = None
         self.step_seconds: list[float] = []
         self._started = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar."""
-        self.progress = Progress(
-            TextColumn("[bold]{task.description:<12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-        )
-        self.progress.start()
-        self.task = self.progress.add_task(
-            "train", total=state.max_steps, completed=state.global_step, note=""
-        )
+        self.progress = ProgressBar("train", state.max_steps, state.global_step)
+        self.progress.__enter__()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
+        """Move the bar, now that the step before has been logged; start the clock."""
+        if self.progress:
+            self.progress.move_to(state.global_step)
         self._started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop the clock, move the bar."""
+        """Stop the clock."""
         self.step_seconds.append(time.perf_counter() - self._started)
-        if self.progress:
-            self.progress.update(self.task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write the log; stop at a loss that is not a number."""
@@ -96,16 +84,18 @@ class Progression(TrainerCallback):
                 )
         loss = (logs or {}).get("loss")
         if self.progress and loss is not None:
-            self.progress.update(self.task, note=f"loss {loss:.4f}")
+            self.progress.note = f"loss {loss:.4f}"
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
+        if self.progress:
+            self.progress.move_to(state.global_step)
         self.close()
 
     def close(self) -> None:
         """Give the terminal back, also after an error."""
         if self.progress:
-            self.progress.stop()
+            self.progress.__exit__(None)
             self.progress = None
 
     @property

@@ -1,0 +1,148 @@
+"""Where a result may go, which is found out before any work and not after it.
+
+`Place` is `output_dir` as the system sees it: absolute, links followed. What is asked is whether its name can
+be a folder's, what is there now, and whether a folder can be made there.
+"""
+
+import os
+import stat
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+from emloc.errors import OutputError
+
+PARTIAL = ".partial"
+"""What the name of a folder ends in while a stage works in it."""
+
+ANOTHER = "choose another output_dir"
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError("it is empty; name a folder")
+        return os.path.expanduser(value)
+    return os.path.expanduser(value) if isinstance(value, Path) else value
+
+
+OutputDir = Annotated[Path, BeforeValidator(_named)]
+"""A folder's name; `~` is the home folder, as in a shell."""
+
+
+def require_new(output_dir: Path) -> Path:
+    """The place of a folder that is to be made, or is complete already.
+
+    Raises:
+        OutputError: no folder can be made there, or something else is there.
+    """
+    place = _place(output_dir)
+    if Path.cwd().is_relative_to(place):
+        what = "the folder that you are in" if Path.cwd() == place else f"above {Path.cwd()}"
+        raise OutputError(
+            f"output_dir {output_dir} is {what}, and a stage makes a new folder; name one in it."
+        )
+    _look(output_dir, place.with_name(place.name + PARTIAL))
+    if not place.exists() or not any(_entries(output_dir, place)):
+        _require_writable(output_dir, place.parent)
+    return place
+
+
+def require_folder(output_dir: Path) -> Path:
+    """The place of a folder that files are written into, there already or not.
+
+    Raises:
+        OutputError: it is none, or nothing can be written into it.
+    """
+    place = _place(output_dir)
+    _require_writable(output_dir, place)
+    return place
+
+
+DATA = ("dataset", "eval_dataset", "instance_data_dir", "class_data_dir")
+"""Options that may name folders of data."""
+
+
+def has_place(config: Any) -> None:
+    """Refuse a stage whose result has no place; see `require_new` and `require_apart`."""
+    require_new(config.output_dir)
+    for name in DATA:
+        named: Any = getattr(config, name, None)
+        for folder in str(named).split(",") if named else ():
+            require_apart(config.output_dir, name, folder)
+
+
+def require_apart(output_dir: Path, name: str, folder: str | Path | None) -> None:
+    """Refuse results inside a folder of data: they would be part of the data the next time.
+
+    Args:
+        name: of the option that names the folder.
+        folder: a file, a folder, or nothing on this disk.
+
+    Raises:
+        OutputError: `output_dir` is the folder, or lies in it.
+    """
+    if folder is None or not Path(folder).is_dir():
+        return
+    real = Path(os.path.realpath(folder))
+    if _place(output_dir).is_relative_to(real):
+        raise OutputError(
+            f"output_dir {output_dir} lies in {name} {folder}, where its files would count as data; "
+            f"{ANOTHER}."
+        )
+
+
+def _place(output_dir: Path) -> Path:
+    try:
+        place = Path(os.path.realpath(output_dir))
+    except (OSError, ValueError) as problem:  # ValueError: a NUL in the name
+        raise OutputError(
+            f"Cannot write {_printable(output_dir)}: {problem}; {ANOTHER}."
+        ) from problem
+    found = _look(output_dir, Path(os.path.abspath(output_dir)))
+    behind = _look(output_dir, place)
+    if found is not None and (behind is None or stat.S_ISLNK(behind.st_mode)):  # or a loop of links
+        raise OutputError(
+            f"output_dir {output_dir} is a link to {place}, which is not there; make that folder, or "
+            f"{ANOTHER}."
+        )
+    if behind is not None and not stat.S_ISDIR(behind.st_mode):
+        raise OutputError(f"output_dir {output_dir} is a file; {ANOTHER}.")
+    return place
+
+
+def _look(output_dir: Path, path: Path) -> os.stat_result | None:
+    """What is at a path, a link as itself; None: nothing."""
+    try:
+        return os.lstat(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as problem:
+        why = getattr(problem, "strerror", None) or str(problem)
+        raise OutputError(f"Cannot write {_printable(output_dir)}: {why}; {ANOTHER}.") from problem
+
+
+def _entries(output_dir: Path, place: Path) -> list[str]:
+    try:
+        return os.listdir(place)
+    except OSError as problem:
+        raise OutputError(f"Cannot read {output_dir}: {problem.strerror}; {ANOTHER}.") from problem
+
+
+def _require_writable(output_dir: Path, folder: Path) -> None:
+    """The nearest folder that exists lets others be made in it."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise OutputError(f"Cannot write {output_dir}: {folder} is a file; {ANOTHER}.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"Cannot write {output_dir}: no permission to write into {folder}; {ANOTHER}."
+        )
+
+
+def _printable(path: Path) -> str:
+    text = str(path)
+    shown = text if len(text) <= 80 else f"{text[:79]}…"
+    return shown if shown.isprintable() else ascii(shown)

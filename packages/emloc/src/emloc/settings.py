@@ -1,0 +1,94 @@
+"""Settings: the options and digests that shaped a result, and what is said where two of them differ.
+
+An option that shapes nothing is marked where it is declared (`Annotated[int, WithoutEffect()]`): an
+artefact is complete, and an interrupted run goes on, whatever its value.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+FORMERLY_RECORDED = frozenset({"device", "gradient_checkpointing"})
+"""Options without effect that older artefacts have among their settings."""
+
+CONTENTS = {
+    "base_digest": "other weights of the base model",
+    "model_digest": "other weights of the model",
+    "companions_digest": "other files beside the model's weights (tokenizer, templates, config)",
+    "emulator_digest": "another emulator",
+    "adapter_digest": "another adapter",
+    "data_digest": "other data",
+    "eval_data_digest": "other data to evaluate on",
+    "named_digests": "other content of the files that options name",
+}
+"""What a digest that differs means."""
+
+SHOWN = 3
+SHOWN_CHARACTERS = 60
+
+
+@dataclass(frozen=True)
+class WithoutEffect:
+    """Marks an option that changes where, how fast or how loudly a stage works, and no result.
+
+    A float's last bits may depend on the device and the batch; that is not what settings are about.
+    """
+
+
+def without_effect(config: type[BaseModel]) -> set[str]:
+    """Names of the options so marked."""
+    return {
+        name
+        for name, field in config.model_fields.items()
+        if any(isinstance(mark, WithoutEffect) for mark in field.metadata)
+    }
+
+
+def same(recorded: Mapping[str, Any], now: Mapping[str, Any], beside: Collection[str] = ()) -> bool:
+    """Whether two settings are the same; `beside`: keys that do not count."""
+    return not _different(recorded, now, beside)
+
+
+def difference(
+    recorded: Mapping[str, Any], now: Mapping[str, Any], beside: Collection[str] = ()
+) -> str:
+    """`keep_ratio 0.4, now 0.3; other data`: to follow `was made with`."""
+    keys = _different(recorded, now, beside)
+    options = [
+        f"{key} {_shown(recorded, key)}, now {_shown(now, key)}"
+        for key in keys
+        if key not in CONTENTS
+    ]
+    contents = [CONTENTS[key] for key in keys if key in CONTENTS]
+    if len(options) > SHOWN:
+        options[SHOWN - 1 :] = [f"other values of {len(options) - SHOWN + 1} more options"]
+    return "; ".join([*options, *contents])
+
+
+def _different(
+    recorded: Mapping[str, Any], now: Mapping[str, Any], beside: Collection[str]
+) -> list[str]:
+    ignored = FORMERLY_RECORDED.union(beside)
+    missing = object()
+    before, after = _as_json(recorded), _as_json(now)
+    return [
+        key
+        for key in dict.fromkeys([*after, *before])
+        if key not in ignored and before.get(key, missing) != after.get(key, missing)
+    ]
+
+
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As they are after they were written and read."""
+    return json.loads(json.dumps(settings))
+
+
+def _shown(settings: Mapping[str, Any], key: str) -> str:
+    if key not in settings:
+        return "not given"
+    value = settings[key]
+    text = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…"

@@ -1,0 +1,121 @@
+"""Packages that options of training ask for, found out before a model is loaded or a stage before it runs.
+
+The names of trackers are transformers'.
+"""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+
+from emloc.config import LoraOptions, TrainConfig, nearest
+from emloc.errors import ConfigError, DependencyError
+
+TRACKERS = {
+    "azure_ml": ("azureml-core", ("azureml",)),
+    "clearml": ("clearml", ("clearml",)),
+    "codecarbon": ("codecarbon", ("codecarbon",)),
+    "comet_ml": ("comet-ml", ("comet_ml",)),
+    "dagshub": ("dagshub", ("dagshub", "mlflow")),
+    "dvclive": ("dvclive", ("dvclive",)),
+    "flyte": ("flytekit", ("flytekit",)),
+    "kubeflow": ("kubeflow", ()),
+    "mlflow": ("mlflow", ("mlflow",)),
+    "neptune": ("neptune", ("neptune",)),
+    "swanlab": ("swanlab", ("swanlab",)),
+    "tensorboard": ("tensorboard", ("tensorboard",)),
+    "trackio": ("trackio", ("trackio",)),
+    "wandb": ("wandb", ("wandb",)),
+}
+"""By transformers' name: what to install, and the modules that are imported."""
+
+INSTEAD = {"tensorboard": "tensorboardX"}
+"""A module that does as well."""
+
+PRODIGY = "prodigy"
+ON_GPU = frozenset({"adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"})
+"""The optimisers of bitsandbytes."""
+
+
+def check_training(config: TrainConfig) -> None:
+    """Refuse what training could not begin with.
+
+    Raises:
+        ConfigError: an unknown tracker, an 8-bit or paged optimiser without a GPU, or Prodigy with LoRA+.
+        DependencyError: a tracker or an optimiser that is not installed.
+    """
+    check_trackers(config)
+    check_optimizer(config)
+
+
+def check_trackers(config: TrainConfig) -> None:
+    """Refuse trackers that transformers does not know or that are not installed.
+
+    Raises:
+        ConfigError, DependencyError: as `check_training`.
+    """
+    for name in config.report_to:
+        if name in ("none", "all"):
+            if len(config.report_to) > 1:
+                raise ConfigError(f"train: report_to: {name} stands alone, or leave it out.")
+            continue
+        if name not in TRACKERS:
+            hint = nearest(name, list(TRACKERS)) or f" There are {_listed()}."
+            raise ConfigError(f"train: report_to: there is no tracker {name}.{hint}")
+        package, modules = TRACKERS[name]
+        missing = [module for module in modules if importlib.util.find_spec(module) is None]
+        other = INSTEAD.get(name)
+        if missing and not (other and importlib.util.find_spec(other)):
+            raise DependencyError(
+                f"report_to={name} needs {package}, which is not installed; pip install {package}, or "
+                f"leave report_to out."
+            )
+        if name == "kubeflow" and "KUBEFLOW_TRAINER_SERVER_URL" not in os.environ:
+            raise ConfigError("train: report_to=kubeflow works inside of a Kubeflow job alone.")
+
+
+def check_optimizer(config: TrainConfig) -> None:
+    """Refuse an optimiser that cannot run here.
+
+    Raises:
+        ConfigError, DependencyError: as `check_training`.
+    """
+    if config.optim == PRODIGY:
+        if config.loraplus_lr_ratio is not None:
+            raise ConfigError(
+                "train: optim=prodigy has one learning rate for all parameters, and loraplus_lr_ratio "
+                "gives A and B different ones; leave one of them out."
+            )
+        _require("prodigyopt", config.optim)
+    elif config.optim in ON_GPU:
+        if not config.device.startswith("cuda"):
+            raise ConfigError(
+                f"train: optim={config.optim} needs a GPU (device=cuda), and this run is on "
+                f"{config.device}; use adamw_torch_fused, or adafactor for less memory."
+            )
+        _require("bitsandbytes", config.optim)
+
+
+def require_modules(config: LoraOptions, names: Sequence[str]) -> None:
+    """Refuse target modules that a model does not have.
+
+    Args:
+        names: of all its modules.
+
+    Raises:
+        ConfigError: with the nearest name.
+    """
+    for option in ("lora_target_modules", "lora_modules_to_save"):
+        wanted: list[str] = getattr(config, option)
+        for target in wanted if wanted != ["all-linear"] else ():
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                hint = nearest(target, sorted({name.rpartition(".")[2] for name in names} - {""}))
+                raise ConfigError(f"{option}: the model has no module {target}.{hint}")
+
+
+def _listed() -> str:
+    return ", ".join(TRACKERS)
+
+
+def _require(package: str, optim: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise DependencyError(f"optim={optim} needs {package}; pip install {package}.")

@@ -1,0 +1,132 @@
+"""YAML as people mean it: a value keeps the text that was typed, and an option's type decides what it is.
+
+YAML 1.1 would make `no` a boolean, `2024-01-05` a date, `010` eight, `1:30` ninety and `1e-3` text. Here a
+plain value becomes a number or a boolean only where its text can be had back from it (`3`, `0.25`,
+`true`); everything else stays text, which options parse as they parse the command line's. `null`, `~` and
+nothing are null; a key that stands twice is refused; keys are text.
+"""
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import yaml
+from yaml.nodes import MappingNode, Node, ScalarNode
+
+from emloc.errors import ConfigError
+
+NULLS = ("", "~", "null", "Null", "NULL")
+_MERGE, _TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
+_LONGEST_NUMBER = 24
+
+
+class _Loader(yaml.SafeLoader):
+    """Resolves nothing by itself but the merging of mappings."""
+
+    yaml_implicit_resolvers: ClassVar[Any] = {
+        "<": [(_MERGE, yaml.SafeLoader.yaml_implicit_resolvers["<"][0][1])],
+    }
+
+    def compose_mapping_node(self, anchor: Any) -> MappingNode:
+        """Refuse keys that stand twice, and keys that are no text."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in cast("list[tuple[Node, Node]]", node.value):
+            if key.tag == _MERGE:
+                continue
+            line = key.start_mark.line + 1
+            if not isinstance(key, ScalarNode):
+                raise ConfigError(f"line {line}: a key should be a plain name")
+            if key.value in lines:
+                first = lines[key.value]
+                raise ConfigError(
+                    f"line {line}: the key {key.value} stands twice, first in line {first}"
+                )
+            lines[key.value] = line
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        """Keys are text whatever they look like."""
+        self.flatten_mapping(node)
+        return {key.value: self.construct_object(value, deep) for key, value in node.value}
+
+    def construct_text(self, node: ScalarNode) -> Any:
+        """A quoted value is text; a plain one may be more."""
+        return node.value if node.style else plain_value(str(node.value))
+
+
+_Loader.add_constructor(_TEXT, _Loader.construct_text)
+
+
+def plain_value(text: str) -> Any:
+    """Null, a boolean or a number where the text is how those are written, else the text."""
+    if text in NULLS:
+        return None
+    if text in ("true", "false"):
+        return text == "true"
+    if len(text) <= _LONGEST_NUMBER and text[0] in "-0123456789":
+        for kind in (int, float):
+            try:
+                if str(kind(text)) == text:
+                    return kind(text)
+            except ValueError:
+                continue
+    return text
+
+
+def text_of(value: Any) -> str:
+    """What a number or boolean of `plain_value` was made from."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def parse_value(text: str) -> Any:
+    """The value of `key=value`: a list, mapping or quoted text in YAML, else as a plain value is.
+
+    What only looks like YAML (`[V] dog`, `a photo: sks`, `# 1`) is text; nothing is text too, as on a
+    command line, and not null.
+    """
+    if text[:1] in ("[", "{", '"', "'"):
+        try:
+            return yaml.load(text, _Loader)
+        except (yaml.YAMLError, ConfigError):
+            return text
+    return plain_value(text) if text else text
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: there is no file, it is not UTF-8 or not YAML, or holds something else; one sentence.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError as problem:
+        raise ConfigError(f"No file {path}.") from problem
+    except UnicodeDecodeError as problem:
+        raise ConfigError(
+            f"{path} is not UTF-8 (byte {problem.start}); save it as UTF-8."
+        ) from problem
+    except (OSError, ValueError) as problem:
+        why = getattr(problem, "strerror", None) or problem
+        raise ConfigError(f"Cannot read {str(path)[:200]!r}: {why}.") from problem
+    try:
+        content: Any = yaml.load(text, _Loader)
+    except ConfigError as problem:
+        raise ConfigError(f"{path}, {problem}.") from None
+    except RecursionError as problem:
+        raise ConfigError(f"{path} is nested too deeply.") from problem
+    except (yaml.YAMLError, ValueError) as problem:  # ValueError: an explicit tag that does not fit
+        raise ConfigError(f"{path} is not valid YAML: {_where(problem)}.") from problem
+    if not isinstance(content, dict):
+        found = "is empty" if content is None else "is no mapping"
+        raise ConfigError(f"{path} {found}; it should hold keys and values.")
+    return cast("dict[str, Any]", content)
+
+
+def _where(problem: Exception) -> str:
+    mark = getattr(problem, "problem_mark", None)
+    said = getattr(problem, "problem", None) or " ".join(str(problem).split())
+    if "'\\t'" in said:
+        said = "a tab, where only spaces may indent"
+    return said if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: {said}"

@@ -1,0 +1,74 @@
+"""What decides that an artefact is complete, and what is said where it is not."""
+
+import pytest
+
+from emloc import config as configs
+from emloc.errors import OutputError
+from emloc.manifest import Manifest, ModelReference, is_complete
+from emloc.settings import difference, same, without_effect
+from emloc.stage_folder import stage_folder
+
+BASE = ModelReference(name_or_path="m", digest="d")
+NOW = {"keep_ratio": 0.3, "seed": 0, "data_digest": "b"}
+
+
+def write(folder, settings, kind="emulator"):
+    folder.mkdir()
+    Manifest(kind=kind, family="toy", base_model=BASE, settings=settings).write(folder)
+    return folder
+
+
+def test_options_without_effect_are_told_where_they_are_declared():
+    assert without_effect(configs.TrainConfig) == {
+        "device", "memory", "gradient_checkpointing", "logging_steps", "save_steps",
+        "save_total_limit", "resume_from_checkpoint", "report_to",
+    }  # fmt: skip
+    for kind in (configs.CompressConfig, configs.CorrectConfig):
+        assert without_effect(kind) == {"device", "memory"}
+    assert without_effect(configs.EvaluateConfig) == {"device"}
+
+
+def test_an_artefact_of_before_is_complete_on_another_device(tmp_path, capsys):
+    out = write(tmp_path / "out", {**NOW, "device": "cpu", "gradient_checkpointing": True})
+    assert is_complete("compress", "emulator", out, NOW)
+    assert "complete already" in capsys.readouterr().err
+    assert not is_complete("compress", "emulator", tmp_path / "none", NOW)
+
+
+def test_a_folder_of_other_settings_says_which_differ(tmp_path):
+    out = write(tmp_path / "out", {"keep_ratio": 0.4, "seed": 0, "data_digest": "a", "old": None})
+    with pytest.raises(OutputError) as problem:
+        is_complete("compress", "emulator", out, NOW)
+    assert str(problem.value) == (
+        f"{out} was made with keep_ratio 0.4, now 0.3; old null, now not given; other data. Choose "
+        f"another output_dir or remove it; nothing is ever overwritten."
+    )
+    with pytest.raises(OutputError, match="of another kind"):
+        is_complete("merge", "merged_model", out, NOW)
+
+
+def test_an_interrupted_run_of_other_settings_says_which_differ(tmp_path):
+    def interrupted(settings):
+        with pytest.raises(KeyboardInterrupt), stage_folder(tmp_path / "out", settings) as work:
+            (work / "done").write_text("x")
+            raise KeyboardInterrupt
+
+    interrupted({**NOW, "device": "cuda"})
+    interrupted(NOW)  # goes on in it
+    with (
+        pytest.raises(
+            OutputError, match=r"other settings: it was made with keep_ratio 0\.3, now 0\.4\. "
+        ),
+        stage_folder(tmp_path / "out", {**NOW, "keep_ratio": 0.4}),
+    ):
+        pass
+
+
+def test_many_differences_and_long_values_are_cut():
+    now = {f"option{i}": "x" * 200 for i in range(6)}
+    said = difference({}, now)
+    assert said.startswith("option0 not given, now xxx")
+    assert "other values of 4 more options" in said
+    assert len(said) < 250
+    assert same({"a": (1, 2)}, {"a": [1, 2]})
+    assert same({"a": 1, "path": "x"}, {"a": 1, "path": "y"}, {"path"})
