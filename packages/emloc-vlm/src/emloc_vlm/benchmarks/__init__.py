@@ -15,8 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from emloc.errors import DataError
 from emloc.progress import console
 from emloc_vlm.benchmarks import pmc_vqa, vqa_rad, vqa_v2, websrc, worldcuisines
@@ -72,7 +70,7 @@ def of_split(path: Path, rows: Sequence[Mapping[str, Any]], split: str) -> list[
     held = " and ".join(f"{count} {name}" for name, count in known.items())
     if not chosen:
         raise DataError(f"{path} has no rows of split {split!r}; it holds {held} rows.")
-    console.print(f"{escape(str(path))} holds {held} rows; those of {escape(split)} are read")
+    console.print(f"{path} holds {held} rows; those of {split} are read")
     return chosen
 
 
@@ -87,5 +85,5 @@ def files_beside(path: Path, document: Any) -> list[Path]:
 
 def _say(path: Path, name: str) -> None:
     console.print(
-        f"{escape(str(path))} is read as {name}, by its columns; a table of your own is read with column_map"
+        f"{path} is read as {name}, by its columns; a table of your own is read with column_map"
     )

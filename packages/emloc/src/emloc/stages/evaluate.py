@@ -38,7 +38,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     model, family = open_model(config.model_name_or_path, config.single_file_config)
     config = of_family(config, family)
     _refuse_emulator_adapter(config, Manifest.find(model.path))
-    settings = _settings(config, model)
+    settings = _settings(config, model, family)
     target = config.output_dir / RESULT_NAME if config.output_dir else None
     known = None if target is None else _known(target, settings)
     if known is not None:
@@ -72,7 +72,7 @@ def _known(target: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     )
 
 
-def _settings(config: EvaluateConfig, model: Checkpoint) -> dict[str, Any]:
+def _settings(config: EvaluateConfig, model: Checkpoint, family: ModelFamily) -> dict[str, Any]:
     """The options, and the identity of what their paths hold now."""
     named = named_digests(config)
     return {
