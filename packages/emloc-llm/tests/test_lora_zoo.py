@@ -136,8 +136,19 @@ def test_blocks_to_transform(tiny, tmp_path):
         assert len(names) == (28 if targets == "all-linear" else 8)
     corrected = correct(tiny, folder, tmp_path / "c")
     assert merged_equals_stock(tiny, corrected, tmp_path / "m")
-    with pytest.raises(ConfigError, match=r"no target lies in the blocks \[9\]"):
-        train(tiny, tmp_path / "x", lora_layers_to_transform="9")
+    for blocks in ("9", "0,3"):
+        with pytest.raises(ConfigError, match=r"no block . in model\.layers \(0 to 2\)"):
+            train(tiny, tmp_path / "x", lora_layers_to_transform=blocks)
+    with pytest.raises(ConfigError, match=r"is called h; there are model\.layers \(0 to 2\)"):
+        train(tiny, tmp_path / "x", lora_layers_to_transform="0", lora_layers_pattern="h")
+    with pytest.raises(ConfigError, match="pass that as well"):
+        train(tiny, tmp_path / "x", lora_layers_pattern="layers")
+    named = train(
+        tiny, tmp_path / "n", lora_layers_to_transform="0,2", lora_layers_pattern="layers",
+        lora_target_modules="q_proj,v_proj",
+    )  # fmt: skip
+    weights = [load_file(path / "adapter_model.safetensors") for path in (named, folder)]
+    assert weights[0].keys() == weights[1].keys()
 
 
 def test_modules_to_save(tiny, tmp_path, batch):

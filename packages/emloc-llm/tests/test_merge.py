@@ -88,7 +88,7 @@ def test_every_key_must_find_its_weight(tiny, tmp_path):
     with pytest.raises(MismatchError, match=r"7 of 21 layers have no weight.*layers\.7\.mlp"):
         emloc.merge(model_name_or_path=str(tiny.base), adapter=adapter, output_dir=tmp_path / "m")
     save_file({**tensors, "base_model.model.lm_head.weight": torch.ones(1)}, path)
-    with pytest.raises(MismatchError, match="not LoRA: base_model.model.lm_head.weight"):
+    with pytest.raises(MismatchError, match="lm_head.weight, which is neither LoRA"):
         emloc.merge(model_name_or_path=str(tiny.base), adapter=adapter, output_dir=tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
@@ -105,13 +105,6 @@ def test_refusals(tiny, tmp_path):
     foreign = random_adapter(tiny.base, tmp_path / "a")
     with pytest.raises(MismatchError, match="48x80, but in .* it is 48x72"):
         emloc.merge(adapter=foreign, model_name_or_path=str(wide), output_dir=tmp_path / "m")
-    tied = write_model(tmp_path / "tied", tie_word_embeddings=True)
-    model = get_peft_model(load(tied), LoraConfig(r=2, target_modules=["lm_head"]))
-    model.save_pretrained(tmp_path / "head", save_embedding_layers=False)
-    with pytest.raises(MismatchError, match="tied to model.embed_tokens"):
-        emloc.merge(
-            adapter=str(tmp_path / "head"), model_name_or_path=str(tied), output_dir=tmp_path / "m"
-        )
 
 
 def test_corrected_adapter_merges_and_verifies(tiny, tmp_path, batch):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from emloc.adapter_config import CONFIG_NAME, refuse_unsupported, require_rank, scaling_of
@@ -26,8 +27,10 @@ from emloc.output import file_sha256, write_json
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-COPY = ".base_layer"
-"""What PEFT puts between a module's name and the base's own weight, where a LoRA is on the module."""
+COPIES = (".base_layer", ".original_module")
+"""What PEFT puts between a module's name and the base's own weight, beside a LoRA or a trained copy."""
+TRAINED = ".modules_to_save"
+"""What it puts before a trained copy that it saves a second time, with the embeddings."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,7 @@ def _others(
     modules = cast("list[str]", config.get("modules_to_save") or [])
     saved: dict[str, str] = {}
     copies: dict[str, str] = {}
+    twice: dict[str, str] = {}
     for key in sorted(tensors.tensors.keys() - used):
         name = key.removeprefix(PREFIX)
         if ".lora_embedding_" in key:
@@ -216,17 +220,28 @@ def _others(
                 f"do not belong together."
             )
         module, _, leaf = name.rpartition(".")
+        wrapped = next((part for part in (*COPIES, TRAINED) if module.endswith(part)), "")
+        own = f"{module.removesuffix(wrapped)}.{leaf}"
         parts = module.split(".")
         above = [".".join(parts[: count + 1]) for count in range(len(parts))]
-        if any(path.endswith(given) for path in above for given in modules):  # as PEFT does
-            saved[name] = key
+        if wrapped == TRAINED:
+            twice[own] = key
+        elif wrapped:
+            copies[own] = key
+        # PEFT matches ends of names; with ensure_weight_tying, its config names the embeddings alone, and
+        # the file has what is tied to them as well.
+        elif config.get("ensure_weight_tying") or any(
+            part.endswith(given) for part in above for given in modules
+        ):
+            saved[own] = key
         else:
-            copies[f"{module.removesuffix(COPY)}.{leaf}"] = key
-    if config.get("ensure_weight_tying"):
-        # PEFT's config names the embeddings alone; the file has what is tied to them as well.
-        tied = {name: key for name, key in copies.items() if COPY not in key}
-        saved |= tied
-        copies = {name: key for name, key in copies.items() if name not in tied}
+            copies[own] = key
+    for own, key in twice.items():
+        if own not in saved or not torch.equal(tensors.read(key), tensors.read(saved[own])):
+            raise MismatchError(
+                f"{path / WEIGHTS_NAME} holds {key}, and not the same as {own}; it was changed after "
+                f"PEFT had saved it."
+            )
     return saved, copies
 
 
