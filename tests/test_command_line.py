@@ -56,6 +56,10 @@ REFUSALS = [
     (("verify", "--path", "/no/where"), 4, "No folder"),
     (("demo", "--family", "audio"), 8, "pip install emloc-audio"),
     (("run", "/no/where.yaml"), 2, "No file"),
+    (("run", "c.yaml", "--keep_ratio", "0.3"), 2, "options are given as keep_ratio=VALUE"),
+    (("compress", "--output_dir", "x", "--lora_r", "1"), 2, "lora_r. It is one of plan and train."),
+    (("train", "--output_dir", "", "--dataset", "d"), 2, "output_dir = '': it is empty"),
+    (("demo", "--device", "cude"), 2, "Did you mean cuda?"),
 ]  # fmt: skip
 
 
@@ -64,7 +68,8 @@ def test_refusals_are_one_sentence_and_a_code_of_their_kind(arguments, code, mes
     run = emloc_command(*arguments, cwd=tmp_path)
     assert run.returncode == code
     assert message in run.stderr
-    assert "Traceback" not in run.stderr
+    assert run.stderr.startswith("error: ")
+    assert run.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -93,6 +98,32 @@ def test_run_a_yaml_file_twice_with_overrides(llm, tmp_path):
     other = emloc_command("run", config, "train.max_steps=3", "seed=3")
     assert other.returncode == 7
     assert "nothing is ever overwritten" in other.stderr
+
+
+def test_a_log_gets_lines_and_no_control_characters(llm, tmp_path):
+    """As nohup, CI and SLURM keep it: nothing is a terminal."""
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"model_name_or_path: {llm['model_name_or_path']}\ndataset: {llm['dataset']}\n"
+        f"output_dir: {tmp_path / 'out'}\nmax_length: 96\ncompress: {{}}\n"
+        "train: {max_steps: 4, logging_steps: 1}\ncorrect: {limit: 1}\nmerge:\n"
+        "evaluate: {num_samples: 2, max_new_tokens: 1}\n"
+    )
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "emloc", "run", str(config)],
+            stderr=file, stdout=file, check=False,
+        )  # fmt: skip
+    text = log.read_text()
+    assert done.returncode == 0, text
+    assert all(character.isprintable() or character == "\n" for character in text)
+    for name in ("compress", "train", "correct", "merge", "loss", "answers"):
+        lines = [line for line in text.splitlines() if line.startswith(f"{name}: ")]
+        assert any("(0%)" in line for line in lines)
+        assert any("(100%)" in line for line in lines)
+    assert "train: 4/4 (100%)" in text
+    assert ", loss " in text
 
 
 def test_ctrl_c_is_one_sentence(llm, tmp_path):
