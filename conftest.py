@@ -1,6 +1,10 @@
 """What a whole run says at its end, whichever process found it."""
 
 import json
+import os
+
+# Stages compute on a GPU where there is one; what tests compare are numbers of the CPU.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 KEY = "emloc/causal_lm_types"
 

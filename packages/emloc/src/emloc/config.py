@@ -4,7 +4,6 @@ One model per stage, unknown keys refused with the nearest known name.
 """
 
 import difflib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
@@ -22,86 +21,25 @@ from pydantic_core import ErrorDetails
 from emloc.device import Device, PlannedDevice
 from emloc.errors import ConfigError
 from emloc.option_text import whole_numbers
+from emloc.option_types import (
+    CountMap,
+    Dtype,
+    Limit,
+    Located,
+    Names,
+    Optimizer,
+    RatioMap,
+    Scheduler,
+    TextMap,
+    joined,
+    split,
+)
 from emloc.output_place import OutputDir
 from emloc.planning.amounts import Bytes
 from emloc.settings import WithoutEffect
-from emloc.yaml_file import parse_value, text_of
 
 DEVICES = "cpu, cuda, cuda:1; auto: cuda where there is one"
 _SHOWN_CHARACTERS = 100
-
-
-def _split(value: Any) -> Any:
-    """`a,b` or `[a, b]` from a command line as a list; one number as a list of one."""
-    if isinstance(value, (int, float)):
-        return [value]
-    if not isinstance(value, str):
-        return value
-    if value.startswith("[") and isinstance(listed := parse_value(value), list):
-        return [_typed(one) for one in cast("list[Any]", listed)]
-    return [part.strip() for part in value.split(",") if part.strip()]
-
-
-def _typed(value: Any) -> Any:
-    """What was typed in a list or mapping, for the option's own type to parse."""
-    return text_of(value) if isinstance(value, (int, float)) else value
-
-
-def _pairs(value: Any) -> Any:
-    """`a=b,c=d` or `{a: b}` from a command line as a mapping."""
-    if not isinstance(value, str):
-        return value
-    text = value.strip()
-    if text.startswith("{") and isinstance(mapped := parse_value(text), dict):
-        return {name: _typed(one) for name, one in cast("dict[str, Any]", mapped).items()}
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if any("=" not in part for part in parts):
-        raise ValueError("expected name=value,name=value or {name: value}")
-    return dict(part.rsplit("=", 1) for part in parts)
-
-
-def _joined(value: Any) -> Any:
-    """A list of data sets as the comma-separated text that a command line gives; `~` is the home folder."""
-    if isinstance(value, list):
-        value = ",".join(map(str, cast("list[Any]", value)))
-    if not isinstance(value, str):
-        return value
-    return ",".join(str(_home(part)) for part in value.split(",")) if "~" in value else _home(value)
-
-
-def _limit(value: Any) -> Any:
-    return "none" if value is None else value
-
-
-def _home(value: Any) -> Any:
-    """`~` as the home folder, in what may be a path; an empty name, of a variable that is not set, is
-    refused."""
-    if not isinstance(value, str):
-        return value
-    if not value.strip():
-        raise ValueError("it is empty; name something, or leave the option out")
-    return os.path.expanduser(value) if value[:1] == "~" else value
-
-
-Names = Annotated[list[str], BeforeValidator(_split)]
-TextMap = Annotated[dict[str, str], BeforeValidator(_pairs)]
-RatioMap = Annotated[dict[str, Annotated[float, Field(gt=0, le=1)]], BeforeValidator(_pairs)]
-CountMap = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(_pairs)]
-Located = Annotated[str, BeforeValidator(_home)]
-"""A local folder or file, or a hub id."""
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
-Optimizer = Literal[
-    "adamw_torch_fused", "adamw_torch", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit",
-    "paged_adamw_32bit", "adafactor", "sgd", "prodigy",
-]  # fmt: skip
-Scheduler = Literal[
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
-    "inverse_sqrt",
-]  # fmt: skip
-"""transformers' schedules that need nothing but a length and a warm-up."""
-
-Limit = Annotated[Annotated[float, Field(ge=0)] | Literal["auto", "none"], BeforeValidator(_limit)]
 
 
 class StageConfig(BaseModel):
@@ -131,11 +69,11 @@ class MemoryOptions(StageConfig):
 class DataOptions(StageConfig):
     """Which data, and how its columns are read."""
 
-    dataset: Annotated[str | None, BeforeValidator(_joined)] = Field(
+    dataset: Annotated[str | None, BeforeValidator(joined)] = Field(
         None, description="JSONL, CSV or parquet file, folder, or hub id; several: a,b"
     )
-    dataset_weights: Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(_split)] = (
-        Field([], description="share of each data set; by default by size")
+    dataset_weights: Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(split)] = Field(
+        [], description="share of each data set; by default by size"
     )
     streaming: bool = Field(False, description="read as it comes, nothing stored; needs max_steps")
     dataset_split: str = Field("train", description="split of a hub data set or folder")
@@ -219,7 +157,7 @@ class LoraOptions(StageConfig):
         "default", description="how A and B begin"
     )
     lora_layers_to_transform: Annotated[
-        list[Annotated[int, Field(ge=0)]], BeforeValidator(_split)
+        list[Annotated[int, Field(ge=0)]], BeforeValidator(split)
     ] = Field([], description="numbers of the blocks to adapt; by default all")
     lora_layers_pattern: Names = Field(
         [], description="names of the stacks that blocks are numbered in, where there are several"
@@ -290,7 +228,7 @@ class CorrectConfig(CalibrationOptions, ModelOptions, MemoryOptions):
     limit: Limit = Field(
         "auto", description="largest correction per direction, relative to the LoRA; none; auto"
     )
-    limit_candidates: Annotated[list[Limit], BeforeValidator(_split)] = Field(
+    limit_candidates: Annotated[list[Limit], BeforeValidator(split)] = Field(
         [0.0, 0.3, 1.0, 3.0, "none"], description="what auto tries; 0 is no correction"
     )
     device: Annotated[Device, WithoutEffect()] = Field(

@@ -67,6 +67,11 @@ DATA = ("dataset", "eval_dataset", "instance_data_dir", "class_data_dir")
 def has_place(config: Any) -> None:
     """Refuse a stage whose result has no place; see `require_new` and `require_apart`."""
     require_new(config.output_dir)
+    require_outside_data(config)
+
+
+def require_outside_data(config: Any) -> None:
+    """Refuse results in a folder of data that the options name; see `require_apart`."""
     for name in DATA:
         named: Any = getattr(config, name, None)
         for folder in str(named).split(",") if named else ():

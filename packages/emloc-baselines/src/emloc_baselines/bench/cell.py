@@ -15,6 +15,7 @@ from emloc.manifest import Manifest, versions
 from emloc.methods import Task
 from emloc.output import write_json
 from emloc.plugins import method_named
+from emloc.progress import quiet_libraries
 from emloc.stages.evaluate import evaluate
 from emloc_baselines.bench.cells import SHOWN_DIGITS, Cell
 
@@ -141,6 +142,7 @@ def _continued(build: Manifest | None) -> dict[str, Any]:
 
 def main() -> None:
     """The process of one cell."""
+    quiet_libraries()
     spec: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     content: dict[str, Any] = spec["cell"]
     content["task"] = Task(**content["task"])

@@ -12,7 +12,7 @@ from emloc.errors import CheckpointError, ConfigError, OutputError
 from emloc.family import ModelFamily
 from emloc.manifest import Manifest
 from emloc.output import write_json, writing
-from emloc.output_place import require_folder
+from emloc.output_place import require_folder, require_outside_data
 from emloc.plugin_options import of_family, own_options
 from emloc.plugins import of_folder, open_model
 from emloc.progress import console
@@ -30,6 +30,7 @@ def _can_evaluate(config: EvaluateConfig) -> None:
         raise ConfigError("evaluate: dataset is required (or tasks, with the lm-eval extra).")
     if config.output_dir is not None:
         require_folder(config.output_dir)
+        require_outside_data(config)
 
 
 @stage(EvaluateConfig, check=_can_evaluate)
