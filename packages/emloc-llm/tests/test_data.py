@@ -93,7 +93,8 @@ def test_tools_reach_the_template():
     with pytest.raises(DataError, match="turn 3 calls a tool"):  # and would be an empty answer
         encode({"messages": calls}, tooled, options())
     tooled.chat_template = CHAT_TEMPLATE.replace(
-        "<|im_end|>", "{% if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}<|im_end|>"
+        "<|im_end|>",
+        "{% if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}<|im_end|>",
     )
     sample = encode({"messages": calls}, tooled, options())
     assert sample.reference == '[{"name": "weather"}]'

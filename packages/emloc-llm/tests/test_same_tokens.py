@@ -146,7 +146,9 @@ def test_a_word_over_the_prompts_end_is_said(tmp_path, capfd):
     from emloc_llm.data import load_samples
 
     path = tmp_path / "d.jsonl"
-    path.write_text('{"prompt": "answers ", "completion": "yes"}\n{"prompt": "or", "completion": " no"}\n')
+    path.write_text(
+        '{"prompt": "answers ", "completion": "yes"}\n{"prompt": "or", "completion": " no"}\n'
+    )
     load_samples(options(dataset=str(path)), MADE["byte-level"], 0)
     assert "in 1 of 2 samples of" in " ".join(capfd.readouterr().err.split())
 

@@ -84,9 +84,7 @@ def _sample(
     everywhere = not (options.completion_only_loss or options.assistant_only_loss)
     limit = options.max_length
     labels = ids if everywhere else labels
-    return Sample(
-        ids[:limit], labels[:limit], prompt_length, reference, len(ids) > limit, prompt
-    )
+    return Sample(ids[:limit], labels[:limit], prompt_length, reference, len(ids) > limit, prompt)
 
 
 def _said(turn: Turn) -> str:

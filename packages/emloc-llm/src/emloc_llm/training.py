@@ -104,7 +104,9 @@ def _train(config: TrainConfig, work: Path) -> dict[str, Any]:
     make_trainer = partial(
         Trainer,
         args=arguments,
-        train_dataset=_stream(config, tokenizer, capacity) if config.streaming else _dataset(samples),
+        train_dataset=_stream(config, tokenizer, capacity)
+        if config.streaming
+        else _dataset(samples),
         eval_dataset=_dataset(evaluation) if evaluation else None,
         processing_class=tokenizer,
     )
@@ -135,7 +137,14 @@ def _learnable(samples: list[Sample]) -> list[Sample]:
 
 def _stream(config: TrainConfig, tokenizer: Any, capacity: Capacity) -> Any:
     """Rows encoded as they come, interleaved by weight."""
-    from datasets import DatasetInfo, Features, IterableDataset, Sequence, Value, interleave_datasets
+    from datasets import (
+        DatasetInfo,
+        Features,
+        IterableDataset,
+        Sequence,
+        Value,
+        interleave_datasets,
+    )
     from datasets.iterable_dataset import ExamplesIterable
 
     tokens = Sequence(Value("int64"))
@@ -150,7 +159,9 @@ def _stream(config: TrainConfig, tokenizer: Any, capacity: Capacity) -> Any:
 
     # from_generator would hash what the generator holds, for a cache that a stream has not.
     parts = [
-        IterableDataset(ExamplesIterable(encoded, {"name": name}), info=DatasetInfo(features=features))
+        IterableDataset(
+            ExamplesIterable(encoded, {"name": name}), info=DatasetInfo(features=features)
+        )
         for name in dataset_names(config)
     ]
     weights = shares(config, [1] * len(parts))

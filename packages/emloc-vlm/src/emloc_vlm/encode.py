@@ -1,8 +1,8 @@
 """From chats with images to what a model's forward takes, the same for all stages.
 
-The processor renders the chat, opens out the images' places and makes the tensors. The whole chat is encoded at
-once, as a chat with the model would be, and answers are labelled where they stand. Images are opened when a
-micro-batch is made, not before.
+The processor renders the chat, opens out the images' places and makes the tensors. The whole chat is
+encoded at once, as a chat with the model would be, and answers are labelled where they stand. Images are
+opened when a micro-batch is made, not before.
 """
 
 from collections.abc import Mapping, Sequence
@@ -148,7 +148,9 @@ def _processed(
         ends = offsets[row][kept][:, 1].tolist()
         ids = found["input_ids"][row][kept].tolist()
         places = (
-            _as_one(processor, texts[row], ids, ends, special) if replaced is None else replaced[row]
+            _as_one(processor, texts[row], ids, ends, special)
+            if replaced is None
+            else replaced[row]
         )
         tokens.append(Tokens(ids, _as_given(ends, places)))
     found = {name: value for name, value in found.items() if isinstance(value, Tensor)}

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-
 from emloc.errors import DataError
 from emloc.integrations.pictures import picture_suffixes
 from emloc.named_files import named_path

@@ -1,7 +1,7 @@
 """A chat as its template renders it: the whole, the prompt of the last answer, and where answers stand.
 
-A turn of the assistant begins where the template puts its prompt for an answer and ends where the next
-turn begins. Templates that mark the assistant's words themselves (`{% generation %}`) are taken by their word.
+A turn of the assistant begins where the template puts its prompt for an answer and ends where the next turn
+begins. Templates that mark the assistant's words themselves (`{% generation %}`) are taken by their word.
 Positions are those of characters, so an answer is found where it stands and never by its words.
 
 Templates are programs of somebody's. Some refuse a turn, some leave one out: both are errors here, since a
@@ -141,7 +141,9 @@ def _check_keys(chat: Chat, template: str, where: str) -> None:
             )
         for key in turn.keys() - _USUAL_KEYS:
             if key not in template:
-                _say_once(f"The model's chat template does not show {key!r} of turns: it is not used")
+                _say_once(
+                    f"The model's chat template does not show {key!r} of turns: it is not used"
+                )
 
 
 @cache
@@ -153,7 +155,7 @@ def _say_once(sentence: str) -> None:
 def _check_rendered(
     turns: Sequence[Turn], index: int, turn: Turn, whole: str, text: Any, where: str
 ) -> None:
-    """Refuse a template that leaves a turn out; the assistant's earlier thoughts are the template's matter."""
+    """Refuse a template that leaves a turn out; the assistant's earlier thoughts are its own matter."""
     if turn["role"] == "assistant" or not turn.get("content"):
         return
     content: Any = turn["content"]

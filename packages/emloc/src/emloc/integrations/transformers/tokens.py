@@ -84,4 +84,6 @@ def _encoded(tokenizer: Any, text: str, special: bool, where: str, **more: Any) 
         return tokenizer(text, add_special_tokens=special, verbose=False, **more)
     except (TypeError, ValueError, OverflowError) as problem:
         first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        raise DataError(f"{where}: the text cannot be tokenised ({first}); correct it.") from problem
+        raise DataError(
+            f"{where}: the text cannot be tokenised ({first}); correct it."
+        ) from problem

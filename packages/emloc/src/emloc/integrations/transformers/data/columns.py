@@ -39,7 +39,9 @@ def form_of(row: Mapping[str, Any], forms: Forms = FORMS) -> str | None:
 
 def known_columns(forms: Forms) -> tuple[str, ...]:
     """All columns of these forms, without repetition."""
-    return tuple(dict.fromkeys(column for pair in forms.values() for part in pair for column in part))
+    return tuple(
+        dict.fromkeys(column for pair in forms.values() for part in pair for column in part)
+    )
 
 
 def check_column_map(mapping: Mapping[str, str], known: Sequence[str]) -> None:

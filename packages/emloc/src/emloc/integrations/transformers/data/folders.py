@@ -1,8 +1,9 @@
 """Folders of data: which files a split means, with nothing fetched and nothing outside read.
 
-The datasets library knows how people lay out their folders (`train.jsonl`, `data/train-00000-of-00009.parquet`,
-the `configs` of a README). It is asked for the names alone; the files are read as single ones are. A folder
-is somebody else's: what its README or `.huggingface.yaml` names must be a file in it, never an address.
+The datasets library knows how people lay out their folders (`train.jsonl`,
+`data/train-00000-of-00009.parquet`, the `configs` of a README). It is asked for the names alone; the files
+are read as single ones are. A folder is somebody else's: what its README or `.huggingface.yaml` names must
+be a file in it, never an address.
 """
 
 import re
@@ -76,7 +77,9 @@ def _check_card(folder: Path) -> Path | None:
             content = yaml.safe_load(text)
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as problem:
             raise DataError(f"{path} cannot be read as YAML; correct or remove it.") from problem
-        configs = cast("dict[str, Any]", content).get("configs") if isinstance(content, dict) else None
+        configs = (
+            cast("dict[str, Any]", content).get("configs") if isinstance(content, dict) else None
+        )
         for name in _names(configs):
             named = path
             if ADDRESS.search(name):

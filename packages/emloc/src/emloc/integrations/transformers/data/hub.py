@@ -1,7 +1,7 @@
 """Data sets of the hub, through the datasets library, without its decoding.
 
-CSV and JSON files are read as local ones are, for the library would infer types: a date, a number or a missing
-value where somebody wrote text.
+CSV and JSON files are read as local ones are, for the library would infer types: a date, a number or a
+missing value where somebody wrote text.
 """
 
 from collections.abc import Iterator

@@ -1,9 +1,10 @@
 """Text is text: nothing else is made into it.
 
-`str()` of an object is Python and no answer, of a float it is another number than was written, and of nothing
-it is `None`. So where a text belongs, anything else is refused. Only what a chat's schema has as objects (turns,
-tools, the calls of tools) may be objects, and those may be written as JSON text; in a template they become JSON
-as the template says. One thing has the same text in every language: an answer may be a whole number.
+`str()` of an object is Python and no answer, of a float it is another number than was written, and of
+nothing it is `None`. So where a text belongs, anything else is refused. Only what a chat's schema has as
+objects (turns, tools, the calls of tools) may be objects, and those may be written as JSON text; in a
+template they become JSON as the template says. One thing has the same text in every language: an answer may
+be a whole number.
 """
 
 import json

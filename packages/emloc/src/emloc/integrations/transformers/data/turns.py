@@ -63,7 +63,9 @@ def text_content(value: Any, what: str, where: str) -> str:
             raise DataError(
                 f"{where}: {what} has a part {_named(part)}; a text model reads parts of type 'text' alone."
             )
-        texts.append(text_of(cast("Mapping[str, Any]", part).get("text"), f"a part of {what}", where))
+        texts.append(
+            text_of(cast("Mapping[str, Any]", part).get("text"), f"a part of {what}", where)
+        )
     return "".join(texts)
 
 
@@ -126,7 +128,10 @@ def _alpaca(row: Mapping[str, Any], where: str, read_content: ReadContent) -> li
     for question, answer, what in texts:
         turns += [
             {"role": "user", "content": read_content(text_of(question, what, where), what, where)},
-            {"role": "assistant", "content": read_content(text_of(answer, what, where), what, where)},
+            {
+                "role": "assistant",
+                "content": read_content(text_of(answer, what, where), what, where),
+            },
         ]
     return turns
 
@@ -150,12 +155,16 @@ def _continued(row: Mapping[str, Any], where: str, read_content: ReadContent) ->
 
 def _turn(turn: Any, what: str, where: str, read_content: ReadContent) -> Turn:
     if not isinstance(turn, Mapping):
-        raise DataError(f"{where}: {what} is {_named(turn)} and should be an object with role and content.")
+        raise DataError(
+            f"{where}: {what} is {_named(turn)} and should be an object with role and content."
+        )
     given = {key: one for key, one in cast("Mapping[str, Any]", turn).items() if one is not None}
     made = _shared(given, what, where) if "role" not in given and "from" in given else given
     role = made.get("role")
     if not isinstance(role, str) or not role:
-        raise DataError(f"{where}: {what} has no role; it should be user, assistant, system or tool.")
+        raise DataError(
+            f"{where}: {what} has no role; it should be user, assistant, system or tool."
+        )
     made = {**made, "role": "user" if role == "human" else "assistant" if role == "gpt" else role}
     made = _with_calls(made, what, where)
     _check_weight(made, what, where)
@@ -171,9 +180,7 @@ def _shared(turn: Mapping[str, Any], what: str, where: str) -> Turn:
     """A turn of ShareGPT's."""
     speaker = turn["from"]
     if not isinstance(speaker, str) or speaker not in ROLES:
-        raise DataError(
-            f"{where}: a turn from {speaker!r}; known are {', '.join(sorted(ROLES))}."
-        )
+        raise DataError(f"{where}: a turn from {speaker!r}; known are {', '.join(sorted(ROLES))}.")
     rest = {key: one for key, one in turn.items() if key not in ("from", "value", "content")}
     value = turn.get("value", turn.get("content"))
     if speaker == "function_call":
@@ -222,9 +229,7 @@ def _check_weight(turn: Turn, what: str, where: str) -> None:
             )
 
 
-def _with_system(
-    turns: list[Turn], text: str, where: str, read_content: ReadContent
-) -> list[Turn]:
+def _with_system(turns: list[Turn], text: str, where: str, read_content: ReadContent) -> list[Turn]:
     content = read_content(text, "system", where)
     if turns and turns[0]["role"] == "system":
         if turns[0]["content"] == content:
