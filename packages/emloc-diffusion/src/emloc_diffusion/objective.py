@@ -18,10 +18,10 @@ from torch import Tensor
 from emloc.checkpoint import read_json
 from emloc.errors import CheckpointError
 
-DDPM_SCHEDULERS = {scheduler.name for scheduler in KarrasDiffusionSchedulers} | {
+DDPM_SCHEDULERS = {
+    *(scheduler.name for scheduler in KarrasDiffusionSchedulers),
     "LCMScheduler", "TCDScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler",
-}  # fmt: skip
-DDPM_SCHEDULERS -= {"EDMEulerScheduler"}
+} - {"EDMEulerScheduler"}  # fmt: skip
 """Samplers of models that were trained with DDPM's noise: each one's configuration is also DDPM's."""
 
 

@@ -124,4 +124,5 @@ def _limits(name: str, module: Any) -> Iterator[int]:
         if isinstance(fixed, Tensor):
             yield int(fixed.shape[0])
     if hasattr(module, "build_mpt_alibi_tensor"):
-        yield int(module.config.max_seq_len)
+        config: Any = module.config
+        yield int(config.max_seq_len)

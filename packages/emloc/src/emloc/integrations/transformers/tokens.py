@@ -20,7 +20,7 @@ class Tokens:
     """
 
     def __init__(self, ids: Sequence[int], ends: Sequence[int]) -> None:
-        """Of each token, the character behind its last one; 0 of those that stand for none."""
+        """Tokens that end before the characters `ends`; 0 where a token stands for no text."""
         self.ids = list(ids)
         self._before = next((n for n, end in enumerate(ends) if end), 0)
         self._ends = [end for end in ends if end]
@@ -47,10 +47,14 @@ class PrefixTokens(Tokens):
     """Tokens of a tokenizer that does not say where they stand: beginnings of the text are compared."""
 
     def __init__(self, tokenizer: Any, text: str, special: bool, where: str) -> None:
-        self._encode = lambda text: token_ids(tokenizer, text, special, where)
+        self._how = (tokenizer, special, where)
         self._text = text
         self._ends = [len(text)]
         self.ids = self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
+        tokenizer, special, where = self._how
+        return token_ids(tokenizer, text, special, where)
 
     def upto(self, character: int) -> int:
         """See `Tokens`."""
