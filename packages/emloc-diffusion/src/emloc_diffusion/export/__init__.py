@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from emloc.adapter import Adapter
-from emloc.errors import CheckpointError, ConfigError, MismatchError, OutputError
+from emloc.errors import ConfigError, MismatchError, OutputError
 from emloc.finite import require_writable
 from emloc.output import file_sha256, others_writing, writing
 from emloc_diffusion.export.diffusers_format import diffusers_file
@@ -102,12 +102,6 @@ def _open(folder: Path) -> Adapter:
         raise MismatchError(
             f"{folder} holds {next(iter(adapter.saved))}, trained whole (modules_to_save), which files "
             f"for pipelines cannot hold; train without modules_to_save."
-        )
-    without = [layer.name for layer in adapter.layers if layer.magnitude_key is None]
-    if without and len(without) < len(adapter.layers):
-        raise CheckpointError(
-            f"{folder}: {len(without)} of {len(adapter.layers)} layers have no DoRA magnitude, such as "
-            f"{without[0]}; the file is incomplete."
         )
     return adapter
 

@@ -111,11 +111,8 @@ def _name(component: str, adapter: Adapter, name: str) -> str:
 
 def _shared_alpha(alphas: Sequence[float]) -> float:
     """The alpha of most layers, of those from which most others differ by a power of two."""
-    some = [alpha for alpha in alphas if alpha]
-    if not some:
-        return 1.0  # a LoRA of no effect; readers take an alpha of 0 for none given
-    fraction = Counter(math.frexp(alpha)[0] for alpha in some).most_common(1)[0][0]
-    return Counter(a for a in some if math.frexp(a)[0] == fraction).most_common(1)[0][0]
+    fraction = Counter(math.frexp(alpha)[0] for alpha in alphas).most_common(1)[0][0]
+    return Counter(a for a in alphas if math.frexp(a)[0] == fraction).most_common(1)[0][0]
 
 
 def _scaled(adapter: Adapter, layer: LoraLayer, quotient: float) -> Tensor:
