@@ -75,6 +75,75 @@ def test_the_lora_is_the_adapter_that_training_writes(tiny):
     assert lines["optimiser"] == sum(v.numel() * v.element_size() for v in held)
 
 
+SIZES = {
+    # as published: SmolLM2-135M and Llama-3.2-1B, whose heads are their embeddings
+    134_515_008: {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+    },
+    1_235_814_400: {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "head_dim": 64,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("parameters", SIZES)
+def test_tied_weights_count_once(tmp_path, parameters):
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16",
+        "tie_word_embeddings": True, **SIZES[parameters],
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    subject = Subject.of(str(tmp_path), "auto")
+    assert subject.parameters == parameters
+    assert subject.bytes == 2 * parameters
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_modules_that_are_trained_whole_are_counted(tmp_path, tied, dtype):
+    """Against stock PEFT's model, its optimiser after a step, and what is written."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    kind = getattr(torch, dtype)
+    base = write_model(tmp_path / "base", dtype=kind, tie_word_embeddings=tied)
+    modules = ["embed_tokens", "lm_head", "post_attention_layernorm"]
+    config = config_of(
+        model_name_or_path=str(base), lora_r=4, lora_modules_to_save=modules, device="cpu"
+    )
+    setting = make_memory_plan(config).setting
+    row = setting.beside["LoRA on the base"]
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=kind)
+    targets = sorted({name.rpartition(".")[2] for name in setting.subject.adapted(config)})
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, modules_to_save=modules))
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    optimiser = torch.optim.AdamW(learnt)
+    model(**dict.fromkeys(("input_ids", "labels"), torch.randint(3, 200, (2, 9)))).loss.backward()
+    optimiser.step()
+    lines = row.device
+    assert lines["weights"] == held(frozen)
+    assert lines["LoRA"] + lines["modules to save"] == held(learnt)
+    assert lines["gradients"] == held(p.grad for p in learnt)
+    state = [value for entry in optimiser.state.values() for value in entry.values()]
+    assert lines["optimiser"] == held(state)
+    model.save_pretrained(tmp_path / "a")
+    written = Checkpoint.from_files("a", tmp_path / "a", {}, {"adapter_model.safetensors": None})
+    assert row.disk["adapter"] == sum(info.nbytes for info in written.tensors.values())
+    assert setting.learnt == row.disk["adapter"]
+    merged = emloc.merge(
+        adapter=str(tmp_path / "a"), model_name_or_path=str(base), output_dir=tmp_path / "m"
+    )
+    stored = sum(info.nbytes for info in Checkpoint.open(merged).tensors.values())
+    assert setting.stage("merge").disk["merged model"] == stored
+
+
+def held(tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def test_allocated_ranks_are_written_wide_and_end_as_small(tiny, tmp_path):
     options = {"model_name_or_path": str(tiny.base), "keep_ratio": 0.5, "max_length": 96}
     error = {"keep_ratio_allocation": "error"}

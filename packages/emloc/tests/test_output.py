@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from emloc.errors import OutputError
 from emloc.output import ShardWriter, file_sha256
 from emloc.stage_folder import SETTINGS_NAME, stage_folder
+from emloc.errors import NumericalError, OutputError
+from emloc.output import SETTINGS_NAME, ShardWriter, file_sha256, stage_folder
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool]
 
@@ -47,6 +49,56 @@ def test_a_shard_that_is_not_finished_does_not_appear(tmp_path):
     with pytest.raises(ValueError, match="expected a"), ShardWriter(path, declared) as shard:
         shard.write("b", torch.ones(2))
     assert list(tmp_path.iterdir()) == []
+
+
+WRONG = {
+    "nan": [0.0, float("nan")],
+    "inf": [float("inf"), 1.0],
+    "minus-inf": [-float("inf"), 1.0],
+    "mask-with-nan": [-float("inf"), float("nan")],
+}
+
+
+@pytest.mark.parametrize("values", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_what_is_no_number_is_not_written(tmp_path, dtype, values):
+    tensor = torch.ones(3, 2, dtype=dtype)
+    tensor[1] = torch.tensor(values)
+    writer = ShardWriter(tmp_path / "x.safetensors", {"a": (dtype, (3, 2))}, "the base")
+    with (
+        pytest.raises(NumericalError, match="a of the base is NaN or infinite in"),
+        writer as shard,
+    ):
+        shard.write("a", tensor)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bit_floats_are_looked_at_as_well(tmp_path, dtype):
+    declared = {"a": (dtype, (2, 3))}
+    path = tmp_path / "x.safetensors"
+    with ShardWriter(path, declared) as shard:
+        shard.write("a", torch.full((2, 3), 448.0).to(dtype))
+    assert torch.equal(load_file(path)["a"].float(), torch.full((2, 3), 448.0).to(dtype).float())
+    wrong = torch.full((2, 3), float("nan")).to(dtype)
+    with pytest.raises(NumericalError, match="float8"), ShardWriter(path, declared) as shard:
+        shard.write("a", wrong)
+
+
+def test_masks_and_whole_numbers_are_written_as_they_are(tmp_path):
+    """Some checkpoints hold an additive attention mask among their buffers."""
+    tensors = {
+        "mask": torch.full((4, 4), -float("inf")).triu(1),
+        "ids": torch.tensor([[-(2**63), 2**63 - 1]]),
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(2.5),
+    }
+    path = tmp_path / "x.safetensors"
+    with ShardWriter(path, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}) as shard:
+        for name, tensor in tensors.items():
+            shard.write(name, tensor)
+    read = load_file(path)
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
 
 
 def test_stage_folder_appears_only_when_complete(tmp_path):
