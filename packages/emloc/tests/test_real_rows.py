@@ -60,6 +60,7 @@ def test_experts_lie_side_by_side():
     model.layers = nn.ModuleList([Block()])
     found = {n: is_expert(model, "layers.0", f"layers.0.{n}") for n in (
         "q", "mlp.shared", "mlp.experts.1.0", "by_name.one")}  # fmt: skip
+    assert not is_expert(model, "layers.0.q", "layers.0.q")
     assert found == {
         "q": False, "mlp.shared": False, "mlp.experts.1.0": True, "by_name.one": True,
     }  # fmt: skip

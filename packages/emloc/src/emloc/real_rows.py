@@ -44,7 +44,7 @@ def real_rows(values: Tensor, mask: Tensor | None, what: str) -> Tensor:
 
 def is_expert(model: nn.Module, block: str, layer: str) -> bool:
     """Whether a layer lies in one of several modules that a block has side by side in a list or dict."""
-    parts = layer.removeprefix(f"{block}.").split(".")
+    parts = layer[len(block) + 1 :].split(".")  # nothing, where a block is itself a layer
     above = [f"{block}.{'.'.join(parts[:depth])}" for depth in range(1, len(parts))]
     return any(isinstance(model.get_submodule(n), (nn.ModuleList, nn.ModuleDict)) for n in above)
 
