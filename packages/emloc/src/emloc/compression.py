@@ -151,29 +151,33 @@ def _compress_block(
 
 
 def _watch_shared_input(stream: UnitStream, group: Group) -> list[Any]:
-    """Layers were found to read the same tensor in one forward; they must in these."""
-    read: list[Tensor] = []
+    """Layers were found to read the same tensor in one forward; they must in these.
 
-    def first(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        read[:] = [inputs[0]]
+    They are called in any order; a round begins with a layer that the last one had already.
+    """
+    read: dict[str, Tensor] = {}
 
-    def same(name: str) -> Any:
+    def watching(name: str) -> Any:
         def check(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]
-            if not read or (read[0] is not x and not torch.equal(read[0], x)):
+            if name in read:
+                read.clear()
+            other = next(iter(read), None)
+            if other and read[other] is not x and not torch.equal(read[other], x):
                 raise ConfigError(
-                    f"Layers {group.owner} and {name} do not always read the same, so they cannot share a "
+                    f"Layers {other} and {name} do not always read the same, so they cannot share a "
                     f"factor; pass share_factors=false."
                 )
+            read[name] = x
+            if len(read) == len(group.layers):
+                read.clear()  # so that nothing is held for longer than it is
 
         return check
 
-    if len(group.layers) == 1:
-        return []
-    owner, *others = (stream.model.get_submodule(name) for name in group.layers)
+    watched = group.layers if len(group.layers) > 1 else ()
     return [
-        owner.register_forward_pre_hook(first),
-        *(m.register_forward_pre_hook(same(n)) for m, n in zip(others, group.layers[1:])),
+        stream.model.get_submodule(name).register_forward_pre_hook(watching(name))
+        for name in watched
     ]
 
 
