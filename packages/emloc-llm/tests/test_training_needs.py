@@ -5,6 +5,7 @@ import json
 from typing import get_args
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import SchedulerType, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -12,7 +13,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 import emloc
 from emloc.config import Scheduler, TrainConfig
 from emloc.errors import ConfigError, DependencyError, EmlocError
-from emloc.integrations.transformers.lora_training import training_arguments
+from emloc.integrations.transformers.lora_training import on_one_card, training_arguments
 from emloc.manifest import MANIFEST_NAME
 from emloc.training_needs import TRACKERS, check_trackers
 
@@ -100,3 +101,16 @@ def test_more_samples_than_there_are_is_said(tiny, tmp_path, capfd):
         "num_calibration_samples": 1000,
     })  # fmt: skip
     assert "not num_calibration_samples=1000" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("device", "card"), [("cuda", "cuda:0"), ("cuda:1", "cuda:1")])
+def test_training_takes_the_card_that_was_asked_for_and_no_other(
+    device, card, tmp_path, monkeypatch
+):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    on_one_card(arguments, device)
+    assert (arguments.device, arguments.n_gpu) == (torch.device(card), 1)
+    assert arguments.train_batch_size == arguments.per_device_train_batch_size
+    assert chosen == [torch.device(card)]

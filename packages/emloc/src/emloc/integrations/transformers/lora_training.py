@@ -119,7 +119,7 @@ def training_arguments(kind: Any, config: TrainConfig, work: Path, **more: Any) 
     warn_of_slow_learning(config)
     on_gpu = config.device.startswith("cuda")
     try:
-        return kind(
+        arguments = kind(
             output_dir=str(work),
             per_device_train_batch_size=config.per_device_train_batch_size,
             per_device_eval_batch_size=config.per_device_train_batch_size,
@@ -150,6 +150,22 @@ def training_arguments(kind: Any, config: TrainConfig, work: Path, **more: Any) 
         )
     except (ValueError, TypeError) as problem:
         raise ConfigError(f"train: {str(problem).strip().splitlines()[0]}") from problem
+    if on_gpu:
+        on_one_card(arguments, config.device)
+    return arguments
+
+
+def on_one_card(arguments: Any, device: str) -> None:
+    """Have the Trainer compute on this card alone.
+
+    By itself it takes the first, and where there are several all of them side by side, each with a part of
+    every micro-batch.
+    """
+    if arguments.distributed_state.num_processes > 1:
+        return
+    card = torch.device(device if ":" in device else f"{device}:0")
+    torch.cuda.set_device(card)
+    arguments.__dict__.update(_setup_devices=card, _n_gpu=1)  # what it has cached
 
 
 def _trackers(config: TrainConfig) -> str | list[str]:
