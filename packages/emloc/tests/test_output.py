@@ -10,11 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from emloc.errors import OutputError
+from emloc.errors import NumericalError, OutputError
 from emloc.output import ShardWriter, file_sha256
 from emloc.stage_folder import SETTINGS_NAME, stage_folder
-from emloc.errors import NumericalError, OutputError
-from emloc.output import SETTINGS_NAME, ShardWriter, file_sha256, stage_folder
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool]
 
