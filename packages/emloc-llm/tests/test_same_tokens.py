@@ -154,7 +154,7 @@ def test_a_word_over_the_prompts_end_is_said(tmp_path, capfd):
 
 
 def test_templates_that_mark_answers_agree_with_the_library():
-    tokenizer = MADE["byte-level"]
+    tokenizer = byte_level(trim=False)  # the library loses answers that begin with trimmed space
     tokenizer.chat_template = CHATML.replace("{{ m.role }}\n", "{{ m.role + '\n' }}").replace(
         "{{ m.content }}<|im_end|>",
         "{%- if m.role == 'assistant' -%}{%- generation -%}{{ m.content }}<|im_end|>{%- endgeneration -%}"
