@@ -107,6 +107,8 @@ def test_lora_options_reach_peft(tiny, tmp_path):
 
 def test_data_formats_give_the_same_samples(tiny, tmp_path):
     from emloc.config import TrainConfig
+    from datasets import Dataset
+
     from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
     from emloc_llm.data import IGNORED, encode_all
     from emloc_llm.rows import load_rows
@@ -114,9 +116,9 @@ def test_data_formats_give_the_same_samples(tiny, tmp_path):
     rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(3)]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "d.csv").write_text("question,answer\n" + "".join(f"q{i},a{i}\n" for i in range(3)))
-    load_rows(TrainConfig(output_dir="o", dataset=str(tmp_path / "d.csv"),
-                          column_map={"question": "prompt", "answer": "completion"})
-              ).to_parquet(tmp_path / "d.parquet")  # fmt: skip
+    Dataset.from_list(
+        [{"prompt": row["question"], "completion": row["answer"]} for row in rows]
+    ).to_parquet(tmp_path / "d.parquet")
     tokenizer = byte_tokenizer()
     found = []
     for name, mapping in (("d.jsonl", True), ("d.csv", True), ("d.parquet", False)):

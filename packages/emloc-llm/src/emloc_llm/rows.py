@@ -34,6 +34,12 @@ def load_rows(
         raise DataError(
             f"Data set {name} has the columns {', '.join(sorted(map(str, first)))} ({first.where}); needed "
             f"are messages, prompt and completion, text, conversations, or instruction and output. Name "
-            f"yours with column_map, for example question=prompt,answer=completion."
+            f"yours with column_map, for example question=prompt,answer=completion{_hint(list(first))}."
         )
     return rows
+
+
+def _hint(columns: list[str]) -> str:
+    """Spreadsheets of half the world separate by semicolons."""
+    alone = len(columns) == 1 and (";" in columns[0] or "\t" in columns[0])
+    return "; a CSV's cells are separated by commas, those of a .tsv by tabs" if alone else ""

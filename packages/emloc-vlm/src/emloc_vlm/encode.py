@@ -139,9 +139,7 @@ def _processed(
     mask = found["attention_mask"].bool()
     offsets = found.pop("offset_mapping")
     replaced: Any = found.pop("text_replacement_offsets", None)
-    if not isinstance(replaced, list) or not replaced:  # an empty one may have become a tensor
-        replaced = [[] for _ in texts]
-    if any(images) and not any(replaced):
+    if not isinstance(replaced, list) or not any(replaced):  # an empty one may have become a tensor
         replaced = None
     tokens: list[Tokens] = []
     for row, kept in enumerate(mask):
@@ -160,14 +158,12 @@ def _processed(
 def _as_one(
     processor: Any, text: str, ids: list[int], ends: list[int], special: bool
 ) -> list[Mapping[str, Any]]:
-    """For processors that do not say what they put for images: all text up to the last one as one place.
+    """Where a processor does not say what it put for images: all text up to the last one as one place.
 
-    What comes behind is as far from the end as it was. Where an image stays one token (Mllama), what was put
-    in stands before all text.
+    What comes behind is as far from the end as it was. Where an image stays one token (Mllama), or there is
+    none, what was put in stands before all text.
     """
-    token = getattr(processor, "image_token", None)
-    if not token or token not in text:
-        return []
+    token = str(getattr(processor, "image_token", None) or "<image>")
     shift = max(ends, default=0) - tokens_of(processor.tokenizer, text, special, "A row").end
     alone = ids.count(processor.tokenizer.convert_tokens_to_ids(token)) == text.count(token)
     last = 0 if alone else text.rfind(token) + len(token)

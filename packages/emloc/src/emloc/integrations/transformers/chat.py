@@ -156,6 +156,11 @@ def _check_rendered(
     turns: Sequence[Turn], index: int, turn: Turn, whole: str, text: Any, where: str
 ) -> None:
     """Refuse a template that leaves a turn out; the assistant's earlier thoughts are its own matter."""
+    if isinstance(turn.get("content"), list) and repr(turn["content"]) in whole:
+        raise CheckpointError(
+            f"{where}: the model's chat template takes text alone and writes entries of content as Python "
+            f"objects; put the template of the model's processor into its folder."
+        )
     if turn["role"] == "assistant" or not turn.get("content"):
         return
     content: Any = turn["content"]

@@ -87,9 +87,8 @@ def csv_cells(file: BinaryIO, name: str, delimiter: str) -> Iterator[tuple[str, 
         DataError: a row has more or fewer cells than the header, quotes are broken, or it is not UTF-8.
     """
     csv.field_size_limit(LONGEST_CELL)  # the default refuses long texts
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     # Strict: or a quote that is never closed swallows the rest of the file without a word.
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    reader = csv.reader(_decoded_lines(file, name), delimiter=delimiter, strict=True)
     header: list[str] = []
     begins = 1
     try:
@@ -108,10 +107,14 @@ def csv_cells(file: BinaryIO, name: str, delimiter: str) -> Iterator[tuple[str, 
                 yield where, dict(zip(header, cells))
     except csv.Error as problem:
         raise DataError(f"{name}, line {begins}: this is no CSV ({problem}).") from problem
-    except UnicodeDecodeError as problem:
-        raise _not_utf8(problem, f"{name}, line {begins} or one soon after it") from problem
-    finally:
-        text.detach()
+
+
+def _decoded_lines(file: BinaryIO, name: str) -> Iterator[str]:
+    for number, line in enumerate(file, start=1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as problem:
+            raise _not_utf8(problem, f"{name}, line {number}") from problem
 
 
 def _header(cells: list[str], name: str) -> list[str]:

@@ -1,0 +1,159 @@
+"""The forms that chats are written in become the same turns, and what is malformed names its line."""
+
+import json
+
+import pytest
+
+from emloc.config import TrainConfig
+from emloc.errors import DataError
+from emloc.integrations.transformers.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
+from emloc_llm.data import encode, load_samples
+
+TOKENIZER = byte_tokenizer()
+TOOLED = byte_tokenizer()
+TOOLED.chat_template = (
+    "{% if tools %}TOOLS {{ tools | tojson }}\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content or '' }}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+OPTIONS = TrainConfig(output_dir="o")
+USER = {"role": "user", "content": "q"}
+ANSWER = {"role": "assistant", "content": "a"}
+CALL = {"name": "weather", "arguments": {"city": "Rome", "day": None}}
+CALLS = {"role": "assistant", "tool_calls": [{"type": "function", "function": CALL}]}
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
+
+
+def text(row, tokenizer=TOOLED):
+    return tokenizer.decode(encode(row, tokenizer, OPTIONS).input_ids)
+
+
+def read(tmp_path, row, tokenizer=TOKENIZER):
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
+    options = TrainConfig(output_dir="o", dataset=str(tmp_path / "d.jsonl"))
+    return load_samples(options, tokenizer, 0)[0]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_calls_of_tools_in_every_form(as_text):
+    dump = json.dumps if as_text else lambda value: value
+    expected = text(
+        {"messages": [USER, CALLS, {"role": "tool", "content": "7"}, ANSWER], "tools": TOOLS}
+    )
+    assert '<tool_call>{"name": "weather", "arguments": {"city": "Rome", "day": null}}' in expected
+    turns = [("human", "q"), ("function_call", dump(CALL)), ("observation", "7"), ("gpt", "a")]
+    share = [{"from": speaker, "value": value} for speaker, value in turns]
+    for calls in (dump(CALL), dump([CALL])):
+        share[1]["value"] = calls
+        assert text({"conversations": dump(share), "tools": dump(TOOLS)}) == expected
+    older = {"role": "assistant", "content": None, "function_call": CALL}
+    flat = {**CALLS, "tool_calls": dump(CALLS["tool_calls"])}
+    for turn in (older, flat):
+        chat = [USER, turn, {"role": "tool", "content": "7"}, ANSWER]
+        assert text({"messages": dump(chat), "tools": dump(TOOLS)}) == expected
+
+
+def test_system_history_and_parts():
+    system = {"role": "system", "content": "be brief"}
+    expected = text({"messages": [system, USER, ANSWER]})
+    share = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    for row in ({"messages": [USER, ANSWER]}, {"conversations": share}, {"prompt": [USER], "completion": "a"},
+                {"prompt": [USER], "completion": [ANSWER]}, {"messages": [system, USER, ANSWER]},
+                {"instruction": "q", "input": "", "output": "a"}):  # fmt: skip
+        assert text({**row, "system": "be brief"}) == expected
+    earlier = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    alpaca = {"instruction": "q", "output": "a", "history": [["x", "y"]]}
+    assert text(alpaca) == text({"messages": [*earlier, USER, ANSWER]})
+    parts = [{"type": "text", "text": "q"}]
+    split = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    sample = encode({"messages": [{**USER, "content": parts}, {**ANSWER, "content": split}]},
+                    TOKENIZER, OPTIONS)  # fmt: skip
+    assert sample.reference == "a b"
+    assert sample == encode({"messages": [USER, {**ANSWER, "content": "a b"}]}, TOKENIZER, OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": "x"}, "messages is text and no JSON"),
+        ({"messages": {"role": "user"}}, "messages should be a list"),
+        ({"messages": ["x"]}, "turn 1 of messages is 'x'"),
+        ({"messages": [{"content": "q"}, ANSWER]}, "turn 1 of messages has no role"),
+        ({"messages": [USER]}, "must end with the assistant"),
+        ({"messages": [ANSWER]}, "begins with the assistant's turn"),
+        ({"messages": [USER, {"role": "assistant"}]}, "turn 2 of messages has no content"),
+        (
+            {"messages": [USER, {**ANSWER, "content": {"item": "tea"}}]},
+            "turn 2 of messages is an object",
+        ),
+        ({"messages": [USER, {**ANSWER, "content": 5}]}, "is a number"),
+        (
+            {"messages": [{**USER, "content": [{"type": "image", "image": "a.png"}]}, ANSWER]},
+            "type 'image'",
+        ),
+        ({"messages": [{**USER, "content": [{"type": "text"}]}, ANSWER]}, "is missing"),
+        ({"messages": [USER, ANSWER], "tools": "nope"}, "tools is text and no JSON"),
+        ({"messages": [USER, ANSWER], "tools": ["x"]}, "tools should be a list of objects"),
+        ({"messages": [USER, {**ANSWER, "weight": 0}]}, "has weight=0"),
+        ({"messages": [USER, {**ANSWER, "train": False}]}, "has train=False"),
+        ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "has weight=0.5"),
+        (
+            {"messages": [{"role": "system", "content": "x"}, USER, ANSWER], "system": "y"},
+            "column system",
+        ),
+        ({"conversations": ["x"]}, "turn 1 of conversations is 'x'"),
+        ({"conversations": [{"from": "robot", "value": "x"}]}, "a turn from 'robot'"),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "q"},
+                    {"from": "function_call", "value": "f()"},
+                ]
+            },
+            "function_call of turn 2 of conversations is text and no JSON",
+        ),
+        ({"instruction": "q", "output": "a", "history": [["x"]]}, "pair 1 of history"),
+        ({"instruction": "q", "output": "a", "history": 5}, "history should be a list"),
+        ({"prompt": "q", "completion": "a", "system": "s"}, "column system has no place"),
+        ({"prompt": "q", "completion": [ANSWER]}, "completion is a list"),
+    ],
+)
+def test_malformed_chats_name_the_line(tmp_path, row, message):
+    with pytest.raises(DataError, match=rf"d.jsonl, line 1.*{message}"):
+        read(tmp_path, row)
+
+
+def test_weights_that_are_the_usual_are_fine(tmp_path):
+    plain = read(tmp_path, {"messages": [USER, ANSWER]})
+    weighed = [{**USER, "train": False}, {**ANSWER, "weight": 1, "train": True}]
+    assert read(tmp_path, {"messages": weighed}) == plain
+
+
+def test_a_model_without_chats_takes_alpaca_alone_and_says_what_it_cannot(tmp_path):
+    plain = byte_tokenizer()
+    plain.chat_template = None
+    row = {"instruction": "q", "input": "", "output": "a"}
+    assert read(tmp_path, row, plain).reference == "a"
+    for more in ({"system": "s"}, {"history": [["x", "y"]]}, {"tools": TOOLS}):
+        with pytest.raises(DataError, match=f"column {next(iter(more))} has no place"):
+            read(tmp_path, {**row, **more}, plain)
+    with pytest.raises(DataError, match="no chat template"):
+        read(tmp_path, {"messages": [USER, ANSWER]}, plain)
+
+
+def test_keys_that_a_template_does_not_show_are_said(capfd):
+    turns = [USER, {**ANSWER, "inner_thoughts": "hm"}]
+    read_by = byte_tokenizer()
+    encode({"messages": turns}, read_by, OPTIONS)
+    assert "does not show 'inner_thoughts'" in " ".join(capfd.readouterr().err.split())
+    read_by.chat_template = CHAT_TEMPLATE.replace("{{ message['content'] }}",
+                                                  "{{ message['inner_thoughts'] }}{{ message['content'] }}")  # fmt: skip
+    assert "hma" in text({"messages": turns}, read_by)
+
+
+def test_variables_of_the_template_are_those_of_the_row():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ '[think]' if enable_thinking }}" + CHAT_TEMPLATE
+    row = {"messages": [USER, ANSWER], "chat_template_kwargs": {"enable_thinking": True}}
+    assert text(row, tokenizer).startswith("[think]")
+    assert not text({"messages": [USER, ANSWER]}, tokenizer).startswith("[think]")
