@@ -146,8 +146,10 @@ def test_keys_that_a_template_does_not_show_are_said(capfd):
     read_by = byte_tokenizer()
     encode({"messages": turns}, read_by, OPTIONS)
     assert "does not show 'inner_thoughts'" in " ".join(capfd.readouterr().err.split())
-    read_by.chat_template = CHAT_TEMPLATE.replace("{{ message['content'] }}",
-                                                  "{{ message['inner_thoughts'] }}{{ message['content'] }}")  # fmt: skip
+    content = "{{ message['content'] }}"
+    read_by.chat_template = CHAT_TEMPLATE.replace(
+        content, "{{ message['inner_thoughts'] }}" + content
+    )
     assert "hma" in text({"messages": turns}, read_by)
 
 

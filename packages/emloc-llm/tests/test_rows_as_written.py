@@ -273,3 +273,27 @@ def test_streams_are_the_same_rows(tmp_path):
     table = load_rows(options(path))
     expected = Dataset.from_list(rows).shuffle(seed=3)["prompt"]
     assert [row["prompt"] for row in table.shuffled(3)] == list(expected)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_of_the_hub_is_neither_inferred_nor_decoded(tmp_path, monkeypatch, streaming):
+    import datasets
+
+    class Builder:
+        class config:
+            data_files: dict[str, list[str]] = {}  # noqa: RUF012
+
+    entry = {"path": "https://x.invalid/a.png", "bytes": None}
+    features = Features({"text": Value("string"), "image": Image(), "turns": List(Json())})
+    rows = {"text": ["a"], "image": [entry], "turns": [[{"content": "3", "name": None}]]}
+    table = Dataset.from_dict(rows, features=features)
+    loaded = table.to_iterable_dataset() if streaming else table
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda _: Builder)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
+    [row] = load_rows(options("some/data", streaming=streaming))
+    assert row["image"] == {"path": "https://x.invalid/a.png"}
+    assert row["turns"] == [{"content": "3", "name": None}]
+    (tmp_path / "d.csv").write_text("prompt,completion\nzip,00123\n")
+    Builder.config.data_files = {"train": [str(tmp_path / "d.csv")]}
+    [row] = load_rows(options("some/data", streaming=streaming))
+    assert dict(row) == PAIR

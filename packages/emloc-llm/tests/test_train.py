@@ -106,9 +106,9 @@ def test_lora_options_reach_peft(tiny, tmp_path):
 
 
 def test_data_formats_give_the_same_samples(tiny, tmp_path):
-    from emloc.config import TrainConfig
     from datasets import Dataset
 
+    from emloc.config import TrainConfig
     from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
     from emloc_llm.data import IGNORED, encode_all
     from emloc_llm.rows import load_rows

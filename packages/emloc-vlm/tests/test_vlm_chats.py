@@ -82,9 +82,12 @@ PARTS = st.lists(st.sampled_from([*"ab"]) | st.text("red \n?<", min_size=1, max_
                  max_size=3)  # fmt: skip
 
 
+ANSWERS = st.text("red \n", min_size=1, max_size=5)
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.sampled_from(list(PROCESSORS)), st.booleans(),
-       st.lists(st.tuples(PARTS, st.text("red \n", min_size=1, max_size=5)), min_size=1, max_size=3))  # fmt: skip
+       st.lists(st.tuples(PARTS, ANSWERS), min_size=1, max_size=3))  # fmt: skip
 def test_tokens_are_the_processors_and_labels_the_answers(folder, kind, every, turns):
     processor = PROCESSORS[kind]
     messages, stock = [], []
@@ -105,8 +108,8 @@ def test_tokens_are_the_processors_and_labels_the_answers(folder, kind, every, t
     chosen = options(assistant_only_loss=every)
     try:
         batch = collate([example], processor, chosen)
-    except DataError as refusal:  # said, where a processor does not say what it put for images
-        assert kind == "idefics2" and every and "before an image" in str(refusal)
+    except DataError:  # where a processor does not say what it put for images
+        assert (kind, every) == ("idefics2", True)
         return
     expected = processor.apply_chat_template(
         stock, tokenize=True, return_dict=True, return_tensors="pt"
@@ -152,7 +155,8 @@ def test_every_form_of_a_language_model(folder):
     share = [{"from": "human", "value": "<image>\nColour?"}, {"from": "gpt", "value": "red"}]
     user = [{"role": "user", "content": "Colour?"}]
     for row in (
-        {"conversations": share}, {"conversations": json.dumps(share)}, {"question": "Colour?", "answer": "red"},
+        {"conversations": share}, {"conversations": json.dumps(share)},
+        {"question": "Colour?", "answer": "red"},
         {"instruction": "Colour?", "input": "", "output": "red"}, {"prompt": user, "completion": "red"},
     ):  # fmt: skip
         found = read(folder, {**image, **row, "system": "be brief"})
@@ -176,11 +180,10 @@ def test_tools_reach_the_template(folder):
     processor = example_processor(16, 4)
     with pytest.raises(DataError, match="line 1: turn 2 calls a tool"):
         collate([example], processor, options())
-    processor.chat_template = (
-        "{% if tools %}{{ tools | tojson }}{% endif %}" + processor.chat_template.replace(
-            "{{ '<|im_end|>", "{% for c in message.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{{ '<|im_end|>"
-        )
-    )  # fmt: skip
+    end = "{{ '<|im_end|>"
+    calls = "{% for c in message.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
+    shown = processor.chat_template.replace(end, calls + end)
+    processor.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + shown
     batch = collate([example], processor, options())
     assert learnt(batch, processor) == f"{json.dumps(call)}<|im_end|>\n"
     share = [
@@ -216,11 +219,11 @@ def test_tables_keep_their_images_whatever_wrote_them(folder):
         ({"image": "a.png", "question": "?", "answer": {"a": 1}}, "answer is an object"),
         ({"image": "a.png", "question": "?", "answer": "x", "options": ["x"]}, "options should be an object"),
         ({"image": True, "question": "?", "answer": "x"}, "an image entry is True"),
-        ({"image": "a.png", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": None}]},
+        ({"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": None}]},
          "turn 2 of conversations has no content"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}, {"role": "assistant", "content": "x"}]},
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]},
          "a text entry of the content of turn 1 of messages is missing"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "s3://a/b.png"}}]},
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "s3://a/b"}}]},
                        {"role": "assistant", "content": "x"}]}, "is an address"),
     ],
 )  # fmt: skip
@@ -241,8 +244,10 @@ def test_meta_files_name_what_is_beside_them(folder, tmp_path, monkeypatch):
 
     assert write()[0].images[0].open()
     assert write(root=str(folder))[0].images[0].open()
-    for wrong in ({"root": "/etc"}, {"root": "../.."}, {"annotation": str(tmp_path / "rows.jsonl")},
-                  {"root": "s3://bucket"}, {"root": 3}, {"repeat_time": "x"}, {"repeat_time": -1}):  # fmt: skip
+    for wrong in (
+        {"root": "/etc"}, {"root": "../.."}, {"annotation": str(tmp_path / "rows.jsonl")},
+        {"root": "s3://bucket"}, {"root": 3}, {"repeat_time": "x"}, {"repeat_time": -1},
+    ):  # fmt: skip
         with pytest.raises(DataError, match=r"meta.json: x (names|has)"):
             write(**wrong)
     monkeypatch.chdir(tmp_path)  # the working folder is where InternVL's own names begin
