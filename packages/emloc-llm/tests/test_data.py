@@ -115,8 +115,8 @@ def test_several_data_sets_with_weights(tmp_path, capfd):
     assert count(mixed) == (60, 120)
     assert mixed == load_samples(even, TOKENIZER, 0) != load_samples(even, TOKENIZER, 1)
     assert "120 samples: 60 of" in " ".join(capfd.readouterr().err.split())
-    with pytest.raises(ConfigError, match="1 weights for 2 data sets"):
-        load_samples(options(dataset=both, dataset_weights="1"), TOKENIZER, 0)
+    with pytest.raises(ValueError, match="1 weights for 2 data sets"):
+        options(dataset=both, dataset_weights="1")
 
 
 def test_calibration_by_tokens(tmp_path):

@@ -253,7 +253,7 @@ def test_meta_files_name_what_is_beside_them(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the working folder is where InternVL's own names begin
     assert write(annotation=str(tmp_path / "rows.jsonl"))[0].where.startswith(str(tmp_path))
     os.symlink("/etc/hostname", folder / "linked.jsonl")
-    with pytest.raises(DataError, match="lies outside of"):
+    with pytest.raises(DataError, match="is a link that leads out of"):
         write(annotation="linked.jsonl")
 
 
