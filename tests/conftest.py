@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from emloc.plugins import load_plugins
+from emloc.extend.plugins import load_plugins
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 

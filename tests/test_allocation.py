@@ -3,7 +3,7 @@
 import pytest
 
 import emloc
-from emloc.manifest import Manifest
+from emloc.artefacts.manifest import Manifest
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,16 @@ import torch
 from torch import nn
 
 import emloc
-from emloc.adapter import Adapter
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import Manifest
 from emloc.config import CompressConfig
-from emloc.family import ModelFamily
-from emloc.lockstep import Call, lockstep
-from emloc.manifest import Manifest
+from emloc.extend.family import ModelFamily
+from emloc.extend.plugin_options import with_plugin_options
+from emloc.extend.plugins import family_of
 from emloc.planning.family import PlannedFamily
-from emloc.plugin_options import with_plugin_options
-from emloc.plugins import family_of
-from emloc.stream import UnitStream
+from emloc.streaming.lockstep import Call, lockstep
+from emloc.streaming.stream import UnitStream
 
 OPTIONS = with_plugin_options(CompressConfig)
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import emloc
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import Manifest
 from emloc.config import CompressConfig, CorrectConfig
-from emloc.limits import CandidateLora, losses
-from emloc.manifest import Manifest
-from emloc.plugin_options import with_plugin_options
-from emloc.plugins import load_plugins
-from emloc.stream import UnitStream
+from emloc.correction.limits import CandidateLora, losses
+from emloc.extend.plugin_options import with_plugin_options
+from emloc.extend.plugins import load_plugins
+from emloc.streaming.stream import UnitStream
 
 GOLDEN = Path(__file__).parent / "golden.json"
 

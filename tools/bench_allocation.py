@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 import emloc
-from emloc import truncation
-from emloc.allocation import Candidate, allocate
-from emloc.manifest import Manifest
+from emloc.artefacts.manifest import Manifest
+from emloc.compression import truncation
+from emloc.linalg.allocation import Candidate, allocate
 
 WEIGHTINGS: dict[str, Callable[[Candidate], float]] = {
     "sensitivity": lambda one: one.sensitivity,

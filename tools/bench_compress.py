@@ -22,9 +22,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from emloc.gram import Moments, smaller_side
-from emloc.lowrank import factorise
-from emloc.rank import rank_for
+from emloc.compression.rank import rank_for
+from emloc.linalg.gram import Moments, smaller_side
+from emloc.linalg.lowrank import factorise
 
 TOKENS = 8192
 

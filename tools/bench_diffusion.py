@@ -28,9 +28,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.integrations.diffusers.skeleton import empty_model
-from emloc.memory import format_bytes
+from emloc.machine.memory import format_bytes
 from emloc_diffusion.denoisers import DENOISERS
 from emloc_diffusion.example import write_pictures
 from emloc_diffusion.example_pipelines import write_pipeline

@@ -27,7 +27,7 @@ from trl import SFTConfig, SFTTrainer
 
 from emloc.integrations.transformers.loading import load_tokenizer
 from emloc.integrations.transformers.loss import IGNORED
-from emloc.memory import PeakMemory, format_bytes, return_large_blocks
+from emloc.machine.memory import PeakMemory, format_bytes, return_large_blocks
 from emloc_llm.demo.model import smollm2
 from emloc_llm.training import Trainer
 

@@ -26,7 +26,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 import emloc_llm
-from emloc.memory import format_bytes
+from emloc.machine.memory import format_bytes
 from emloc_llm.example import write_model, write_rows
 
 assert emloc_llm

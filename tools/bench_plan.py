@@ -36,8 +36,8 @@ from rich.console import Console
 from rich.table import Table
 
 import emloc
-from emloc.checkpoint import Checkpoint
-from emloc.memory import format_bytes
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.machine.memory import format_bytes
 
 STEPS = {"max_steps": 2, "logging_steps": 1, "learning_rate": 1e-4}
 """Two steps: in the second, the optimiser's state is there."""

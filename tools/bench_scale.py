@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 import emloc_llm
-from emloc.eigen import LARGEST
-from emloc.lowrank import DENSE_BELOW
-from emloc.rank import rank_for
+from emloc.compression.rank import rank_for
+from emloc.linalg.eigen import LARGEST
+from emloc.linalg.lowrank import DENSE_BELOW
 from emloc_llm.example import write_model, write_rows
 
 assert emloc_llm

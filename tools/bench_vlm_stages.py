@@ -24,9 +24,9 @@ from rich.table import Table
 from transformers import AutoModelForImageTextToText, InternVLConfig
 
 import emloc_vlm
+from emloc.artefacts.output import ShardWriter
 from emloc.integrations.transformers.skeleton import no_init_weights
-from emloc.memory import format_bytes
-from emloc.output import ShardWriter
+from emloc.machine.memory import format_bytes
 from emloc_vlm.example import example_processor
 
 assert emloc_vlm

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import emloc
 from emloc.errors import Interrupted
-from emloc.methods import MethodEntry
+from emloc.extend.methods import MethodEntry
 
 if TYPE_CHECKING:
     import typer

@@ -323,7 +323,7 @@ def test_validation_rows_do_not_depend_on_how_many_are_trained_on(tiny, tmp_path
 
 
 def test_diffusion_pipelines_are_compared_too(tmp_path):
-    from emloc.plugins import family_named
+    from emloc.extend.plugins import family_named
 
     example = dict(family_named("diffusion").write_example(tmp_path / "data", seed=0))
     base, pictures = example.pop("model_name_or_path"), example.pop("dataset")

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 
 import emloc
 import emloc_baselines
+from emloc.artefacts.manifest import Manifest
 from emloc.config import CompressConfig
 from emloc.errors import ConfigError, MismatchError
-from emloc.manifest import Manifest
-from emloc.methods import Task
-from emloc.plugins import open_model
-from emloc.stream import UnitStream
+from emloc.extend.methods import Task
+from emloc.extend.plugins import open_model
+from emloc.streaming.stream import UnitStream
 from emloc_baselines.block_gradients import backward_by_block
 from emloc_baselines.budget import emulator_bytes, held_bytes
 from emloc_baselines.importance import first_order

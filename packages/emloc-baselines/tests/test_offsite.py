@@ -8,9 +8,9 @@ from pruning_reference import load
 from safetensors.torch import load_file
 
 import emloc
+from emloc.artefacts.manifest import Manifest
 from emloc.errors import ConfigError
-from emloc.manifest import Manifest
-from emloc.methods import Task
+from emloc.extend.methods import Task
 from emloc_baselines.lora import Lora
 from emloc_baselines.offsite import OffsiteTuning
 from emloc_baselines.thinning import thinned_config, uniform

@@ -8,11 +8,11 @@ from pruning_reference import load
 from safetensors.torch import load_file
 
 import emloc
+from emloc.artefacts.manifest import Manifest
 from emloc.config import StageConfig
 from emloc.errors import ConfigError
-from emloc.manifest import Manifest
-from emloc.methods import Method, Task
-from emloc.plugins import load_plugins, method_named
+from emloc.extend.methods import Method, Task
+from emloc.extend.plugins import load_plugins, method_named
 from emloc_baselines.bench import cell as cell_module
 from emloc_baselines.bench.harness import run_bench
 from emloc_baselines.plain_svd import PlainSvd, PlainSvdUncorrected

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import emloc
+from emloc.artefacts.manifest import Manifest
 from emloc.errors import MismatchError
-from emloc.manifest import Manifest
-from emloc.methods import Task
+from emloc.extend.methods import Task
 from emloc_baselines.nf4 import quantise
 from emloc_baselines.qlora import Qlora
 

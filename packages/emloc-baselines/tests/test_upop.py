@@ -12,12 +12,12 @@ from pruning_reference import indices, load
 from safetensors.torch import load_file
 
 import emloc
+from emloc.artefacts.manifest import Manifest
 from emloc.config import CompressConfig
 from emloc.errors import ConfigError
-from emloc.manifest import Manifest
-from emloc.methods import Task
-from emloc.plugins import open_model
-from emloc.stream import UnitStream
+from emloc.extend.methods import Task
+from emloc.extend.plugins import open_model
+from emloc.streaming.stream import UnitStream
 from emloc_baselines.light import Source
 from emloc_baselines.lora import Lora
 from emloc_baselines.masks import Masks, accumulate_gradients

@@ -8,12 +8,12 @@ from pruning_reference import gradients, indices, load_vlm
 from safetensors.torch import load_file
 
 import emloc
+from emloc.artefacts.manifest import Manifest
 from emloc.config import CompressConfig
-from emloc.manifest import Manifest
-from emloc.methods import Task
-from emloc.plugin_options import with_plugin_options
-from emloc.plugins import method_named, open_model
-from emloc.stream import UnitStream
+from emloc.extend.methods import Task
+from emloc.extend.plugin_options import with_plugin_options
+from emloc.extend.plugins import method_named, open_model
+from emloc.streaming.stream import UnitStream
 from emloc_baselines.block_gradients import backward_by_block
 from emloc_vlm.example import write_model, write_rows
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import emloc
 from emloc.config import DataOptions, EvaluateConfig, TrainConfig
-from emloc.family import FamilyEntry
+from emloc.extend.family import FamilyEntry
 from emloc_diffusion_options import DreamBoothOptions, EvaluationOptions, PictureOptions
 
 CLASSES = ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel")

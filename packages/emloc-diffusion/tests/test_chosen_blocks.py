@@ -8,11 +8,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 import emloc
-from emloc.adapter import Adapter
+from emloc.artefacts.adapter import Adapter
 from emloc.config import PlanConfig, build
 from emloc.errors import ConfigError
+from emloc.extend.plugin_options import with_plugin_options
 from emloc.planning.subject import Subject
-from emloc.plugin_options import with_plugin_options
 from emloc_diffusion.example import write_pictures
 from emloc_diffusion.example_pipelines import RESOLUTION, write_pipeline
 

@@ -9,11 +9,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import emloc
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import Manifest
 from emloc.config import CompressConfig
 from emloc.errors import ConfigError, MismatchError
-from emloc.manifest import Manifest
-from emloc.plugin_options import with_plugin_options
+from emloc.extend.plugin_options import with_plugin_options
 from emloc_diffusion.denoisers import denoiser_of
 from emloc_diffusion.example import write_pictures
 from emloc_diffusion.example_pipelines import RESOLUTION, write_pipeline

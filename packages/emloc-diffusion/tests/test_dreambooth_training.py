@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import emloc
+from emloc.artefacts.manifest import Manifest
 from emloc.errors import ConfigError, DataError, OutputError
-from emloc.manifest import Manifest
 from emloc_diffusion import samples, training
 from emloc_diffusion.data import prompts
 from emloc_diffusion.encode.text import PromptEncoder

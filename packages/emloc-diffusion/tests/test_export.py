@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from emloc.adapter import Adapter
+from emloc.artefacts.adapter import Adapter
 from emloc.errors import CheckpointError, ConfigError, MismatchError, NumericalError, OutputError
 from emloc_diffusion.denoisers import DENOISERS
 from emloc_diffusion.example_pipelines import KINDS, write_pipeline

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from emloc.errors import CheckpointError, ConfigError, MismatchError
-from emloc.family import EmulatorLayers
+from emloc.extend.family import EmulatorLayers
 from emloc.integrations.diffusers.quantizer import (
     METHOD,
     EmlocConfig,

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 import emloc
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.errors import CheckpointError
 from emloc_diffusion.encode.components import read_model_index
 from emloc_diffusion.example_pipelines import write_pipeline

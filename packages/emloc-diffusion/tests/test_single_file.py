@@ -11,10 +11,10 @@ from original_files import write_original
 from safetensors.torch import load_file, save_file
 
 import emloc
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import Manifest
 from emloc.errors import CheckpointError
-from emloc.manifest import Manifest
-from emloc.plugins import load_plugins, open_model
+from emloc.extend.plugins import load_plugins, open_model
 from emloc_diffusion.example import write_pictures
 from emloc_diffusion.example_pipelines import RESOLUTION, write_pipeline
 
@@ -160,7 +160,7 @@ def test_a_conversion_that_is_cut_off_leaves_nothing(sd, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("emloc.single_file._sync", stop)
+        patch.setattr("emloc.artefacts.single_file._sync", stop)
         with pytest.raises(KeyboardInterrupt):
             open_model(sd.file, str(sd.configuration))
     left = [path for path in (tmp_path / "cache").rglob("*") if path.suffix != ".lock"]

@@ -13,13 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import emloc
-from emloc.adapter import Adapter
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import Manifest
 from emloc.config import CorrectConfig
 from emloc.errors import CheckpointError, ConfigError, MismatchError, NumericalError
+from emloc.extend.plugin_options import with_plugin_options
 from emloc.integrations.peft.attach import attach
-from emloc.manifest import Manifest
-from emloc.plugin_options import with_plugin_options
 from emloc_diffusion import text_training
 from emloc_diffusion.denoisers import denoiser_of
 from emloc_diffusion.drawing import draw

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import emloc
-from emloc.family import FamilyEntry
+from emloc.extend.family import FamilyEntry
 
 _ENDINGS = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "BertGenerationDecoder")
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import emloc
-from emloc.adapter import Adapter
+from emloc.artefacts.adapter import Adapter
 from emloc.errors import CheckpointError, ConfigError, MismatchError, NumericalError
 from emloc_llm.example import write_model
 

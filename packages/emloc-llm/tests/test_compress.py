@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import emloc
 import emloc_llm
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import Manifest
 from emloc.config import CompressConfig
 from emloc.errors import CheckpointError, ConfigError, DataError, NumericalError, OutputError
-from emloc.manifest import Manifest
 from emloc_llm.example import write_model, write_rows
 from emloc_llm.family import LLMFamily
 

@@ -10,8 +10,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import emloc
+from emloc.artefacts.manifest import Manifest
 from emloc.errors import CheckpointError, ConfigError, MismatchError, NumericalError
-from emloc.manifest import Manifest
 from emloc_llm.example import write_model
 
 KINDS = {

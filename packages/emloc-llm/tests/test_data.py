@@ -5,10 +5,10 @@ import json
 import pytest
 
 import emloc
+from emloc.artefacts.manifest import Manifest
 from emloc.config import CalibrationOptions, CompressConfig, TrainConfig
 from emloc.errors import ConfigError, DataError
 from emloc.integrations.transformers.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
-from emloc.manifest import Manifest
 from emloc_llm.data import IGNORED, draw_samples, encode, load_samples
 from emloc_llm.example import write_rows
 

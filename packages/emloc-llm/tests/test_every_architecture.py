@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import emloc
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import Manifest
 from emloc.errors import ConfigError
 from emloc.integrations.peft.targets import linear_targets
-from emloc.manifest import Manifest
 from emloc_llm.example import write_rows
 
 MULTIMODAL = "a model of several modalities: not for the LLM plugin"
@@ -54,7 +54,7 @@ NAMED = [
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch):
     """Two threads only wait for one another on models this small, and nobody measures memory here."""
-    monkeypatch.setattr("emloc.memory.release_free_memory", lambda: None)
+    monkeypatch.setattr("emloc.machine.memory.release_free_memory", lambda: None)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -10,7 +10,7 @@ import pytest
 
 KILLER = """
 import os, random, signal, sys
-import emloc, emloc.output
+import emloc, emloc.artefacts.output
 
 kill_at, count = int(sys.argv[1]), 0
 real = os.fsync
@@ -23,7 +23,7 @@ def fsync(handle):
         os.kill(os.getpid(), signal.SIGKILL)
     real(handle)
 
-emloc.output.os.fsync = fsync
+emloc.artefacts.output.os.fsync = fsync
 stage, *pairs = sys.argv[2:]
 getattr(emloc, stage)(**dict(pair.split("=", 1) for pair in pairs))
 print(count)
@@ -78,7 +78,7 @@ def test_killed_and_run_again(case, tiny, tmp_path):
 def test_finished_blocks_are_not_factorised_again(tiny, tmp_path, monkeypatch):
     """What a killed run finished is kept: its shard is not written a second time."""
     import emloc
-    from emloc import compression as module
+    from emloc.compression import compression as module
 
     options = {"model_name_or_path": str(tiny.base), "dataset": str(tiny.data), "max_length": 96,
                "keep_ratio": 0.5, "output_dir": tmp_path / "e"}  # fmt: skip

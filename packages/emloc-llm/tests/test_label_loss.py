@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, default_data_collator
 from trl import SFTConfig, SFTTrainer
 
 from emloc.errors import DataError, NumericalError
-from emloc.family import LossSum, summed
+from emloc.extend.family import LossSum, summed
 from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
 from emloc.integrations.transformers.loss import (
     IGNORED,
@@ -16,7 +16,7 @@ from emloc.integrations.transformers.loss import (
     next_token_loss,
     summed_cross_entropy,
 )
-from emloc.lockstep import Call, lockstep
+from emloc.streaming.lockstep import Call, lockstep
 from emloc_llm.training import Trainer
 
 VOCABULARY = 61

@@ -9,10 +9,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import emloc
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import Manifest
 from emloc.errors import CheckpointError, ConfigError, MismatchError
 from emloc.integrations.peft.lora import new_lora
-from emloc.manifest import Manifest
 
 
 def train(tiny, folder, **options):

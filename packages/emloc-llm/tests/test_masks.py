@@ -7,17 +7,17 @@ from tiny_models import write_tiny
 from transformers import AlbertConfig, AlbertForMaskedLM, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import emloc
-from emloc.checkpoint import Checkpoint
-from emloc.compression import compress_blocks
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import Manifest
+from emloc.compression.emulator_folder import EmulatorFolder
+from emloc.compression.groups import Group, Plan
+from emloc.compression.one_pass import compress_blocks
 from emloc.config import CompressConfig
-from emloc.emulator import EmulatorFolder
 from emloc.errors import ConfigError, NumericalError
-from emloc.family import LossSum
-from emloc.groups import Group, Plan
+from emloc.extend.family import LossSum
 from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
 from emloc.integrations.transformers.skeleton import empty_model, shared_linears
-from emloc.manifest import Manifest
-from emloc.stream import UnitStream
+from emloc.streaming.stream import UnitStream
 from emloc_llm.example import write_rows
 from emloc_llm.family import LLMFamily
 

@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file
 
 import emloc
+from emloc.artefacts.manifest import Manifest
 from emloc.errors import MemoryLimitError
-from emloc.manifest import Manifest
 from emloc.planning import contract as contracts
 from emloc_llm.example import write_model, write_rows
 

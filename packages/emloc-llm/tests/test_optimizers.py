@@ -20,7 +20,7 @@ from emloc.integrations.transformers.optimizers import (
     warn_of_slow_learning,
 )
 from emloc.integrations.transformers.training import Progression
-from emloc.training_needs import check_optimizer
+from emloc.stages.training_needs import check_optimizer
 
 NAME = "adapter_model.safetensors"
 

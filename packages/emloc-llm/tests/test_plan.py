@@ -12,10 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 import emloc
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import Manifest
 from emloc.config import PlanConfig, build
 from emloc.errors import CheckpointError, ConfigError, OutputError
-from emloc.manifest import Manifest
+from emloc.extend.plugin_options import with_plugin_options
 from emloc.planning import fitting
 from emloc.planning.calls import side_of
 from emloc.planning.fitting import fit
@@ -23,7 +24,6 @@ from emloc.planning.ledger import total
 from emloc.planning.live import LiveBytes
 from emloc.planning.setting import Setting
 from emloc.planning.subject import Subject
-from emloc.plugin_options import with_plugin_options
 from emloc.stages.plan import make_memory_plan
 from emloc_llm.example import write_model
 

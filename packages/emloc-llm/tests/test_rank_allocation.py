@@ -8,9 +8,9 @@ from llm_reference import best_error, layer_inputs, load
 from tiny_models import write_tiny
 
 import emloc
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import Manifest
 from emloc.config import CompressConfig
-from emloc.manifest import Manifest
 from emloc_llm.example import write_rows
 from emloc_llm.family import LLMFamily
 

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny
 
 import emloc
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import Manifest
 from emloc.errors import MismatchError
 from emloc.integrations.transformers import untying
-from emloc.manifest import Manifest
 from emloc_llm.example import write_model
 from emloc_llm.family import LLMFamily
 

@@ -10,9 +10,9 @@ from llm_reference import load
 from safetensors.torch import load_file
 
 import emloc
+from emloc.artefacts.manifest import Manifest
 from emloc.errors import CheckpointError, ConfigError, DataError, NumericalError
 from emloc.integrations.transformers.training import last_complete_checkpoint
-from emloc.manifest import Manifest
 
 
 def test_what_training_leaves(tiny):

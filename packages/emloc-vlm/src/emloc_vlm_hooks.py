@@ -9,7 +9,7 @@ from typing import Any
 
 import emloc
 from emloc.config import DataOptions, EvaluateConfig, TrainConfig
-from emloc.family import FamilyEntry
+from emloc.extend.family import FamilyEntry
 from emloc_vlm_options import FreezeOptions, ImageOptions, MetricOptions
 
 

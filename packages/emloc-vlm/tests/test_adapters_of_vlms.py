@@ -11,14 +11,14 @@ from transformers import AutoModelForImageTextToText, Florence2Config, Gemma3Con
 from vlm_reference import load
 
 import emloc
-from emloc.adapter import Adapter
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import PlanConfig, build
 from emloc.errors import ConfigError, MismatchError
+from emloc.extend.plugin_options import with_plugin_options
 from emloc.integrations.peft.attach import attach
 from emloc.integrations.transformers.lively_model import lively_model
 from emloc.planning.subject import Subject
-from emloc.plugin_options import with_plugin_options
 from emloc_vlm.family import VLMFamily
 
 OLDER = {

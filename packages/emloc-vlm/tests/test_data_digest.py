@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 import emloc
+from emloc.artefacts.digest import data_digest, dataset_digest
 from emloc.config import EvaluateConfig
-from emloc.digest import data_digest, dataset_digest
 from emloc.errors import OutputError
 from emloc_vlm.family import VLMFamily
 from emloc_vlm.rows import VisualOptions

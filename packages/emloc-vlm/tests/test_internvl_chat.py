@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.errors import CheckpointError
 from emloc_vlm.internvl_chat import is_internvl_chat, native_config, native_view
 

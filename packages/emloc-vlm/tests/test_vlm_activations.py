@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import emloc
+from emloc.compression.rank import rank_for
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError
+from emloc.extend.plugin_options import with_plugin_options
 from emloc.planning.described import Described, describe
 from emloc.planning.layers import layer_shapes, planned_layers
 from emloc.planning.step import Precision, StepOptions
 from emloc.planning.trace import count_step, materialise, trace_step
-from emloc.plugin_options import with_plugin_options
-from emloc.rank import rank_for
 from emloc_vlm.example import write_model
 
 OPTIONS = with_plugin_options(TrainConfig)

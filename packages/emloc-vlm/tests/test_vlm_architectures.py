@@ -18,12 +18,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from vlm_reference import best_error, load, logits, outputs_and_inputs
 
 import emloc
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import Manifest
 from emloc.config import CompressConfig
+from emloc.extend.plugin_options import with_plugin_options
 from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
 from emloc.integrations.transformers.lively_model import lively_model
-from emloc.manifest import Manifest
-from emloc.plugin_options import with_plugin_options
 from emloc_vlm import calibration
 from emloc_vlm.encode import collate
 from emloc_vlm.example import TEXT

@@ -16,8 +16,8 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 import emloc
 from emloc.config import TrainConfig
 from emloc.errors import CheckpointError, DataError
+from emloc.extend.plugin_options import with_plugin_options
 from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
-from emloc.plugin_options import with_plugin_options
 from emloc_vlm.encode import collate
 from emloc_vlm.example import example_processor, write_model
 from emloc_vlm.rows import load_examples

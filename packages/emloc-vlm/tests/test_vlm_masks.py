@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 from vlm_reference import load
 
 import emloc
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import Manifest
 from emloc.config import CompressConfig
 from emloc.errors import ConfigError, NumericalError
+from emloc.extend.plugin_options import with_plugin_options
 from emloc.integrations.transformers.loss import next_token_loss
-from emloc.manifest import Manifest
-from emloc.plugin_options import with_plugin_options
-from emloc.real_rows import real_rows
+from emloc.streaming.real_rows import real_rows
 from emloc_vlm.calibration import PATCH_MASK, _with_patch_mask
 from emloc_vlm.family import VLMFamily
 from emloc_vlm.parts import part_of

@@ -11,11 +11,11 @@ from test_internvl_chat import IMAGE_TOKEN_ID, chat_config, original_tensors, wr
 from vlm_reference import best_error, load, logits, outputs_and_inputs
 
 import emloc
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import Manifest
 from emloc.config import CompressConfig
 from emloc.errors import ConfigError, MismatchError
-from emloc.manifest import Manifest
-from emloc.plugin_options import with_plugin_options
+from emloc.extend.plugin_options import with_plugin_options
 from emloc_vlm.example import write_model
 from emloc_vlm.family import VLMFamily
 from emloc_vlm.parts import part_of
@@ -191,7 +191,7 @@ def test_the_same_bytes_twice(tiny, tmp_path):
 
 
 def test_options_of_images_are_refused_for_text(tmp_path):
-    from emloc.plugins import load_plugins
+    from emloc.extend.plugins import load_plugins
 
     llm = load_plugins().families["llm"].load()
     example = dict(llm.write_example(tmp_path, seed=0))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from emloc.checkpoint import Checkpoint, locate
+from emloc.artefacts.checkpoint import Checkpoint, locate
 from emloc.errors import CheckpointError
 
 
@@ -43,7 +43,7 @@ def test_digest_sees_names_shapes_and_values(folder):
 
 
 def test_reading_costs_no_anonymous_memory(tmp_path):
-    from emloc.memory import anonymous_bytes
+    from emloc.machine.memory import anonymous_bytes
 
     save_file({"w": torch.randn(4096, 4096)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")

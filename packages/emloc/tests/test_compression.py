@@ -9,15 +9,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from emloc.checkpoint import Checkpoint
-from emloc.compression import compress_blocks
-from emloc.emulator import EmulatorFolder
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.compression.emulator_folder import EmulatorFolder
+from emloc.compression.groups import Group, Plan
+from emloc.compression.one_pass import compress_blocks
+from emloc.compression.sensitivity import BlockProbe
 from emloc.errors import ConfigError
-from emloc.family import LossSum, StoredParameter
-from emloc.groups import Group, Plan
-from emloc.lockstep import Call, lockstep
-from emloc.sensitivity import BlockProbe
-from emloc.stream import UnitStream
+from emloc.extend.family import LossSum, StoredParameter
+from emloc.streaming.lockstep import Call, lockstep
+from emloc.streaming.stream import UnitStream
 
 WIDTH = 6
 

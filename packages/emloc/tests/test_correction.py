@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emloc.correction import correct_up, dora_magnitude, measure, residual
+from emloc.linalg.correction import correct_up, dora_magnitude, measure, residual
 
 
 def layer(d_out=11, d_in=17, k=4, r=3, scale=0.7, seed=0, dtype=torch.float64):

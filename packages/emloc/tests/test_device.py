@@ -6,8 +6,8 @@ import torch
 import emloc
 from emloc import config as configs
 from emloc.config import PlanConfig, TrainConfig, build
-from emloc.device import device_here, planned_device
 from emloc.errors import ConfigError
+from emloc.machine.device import device_here, planned_device
 
 STAGES = ["compress", "train", "correct", "evaluate", "plan", "demo"]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from emloc.eigen import dense_eigenvectors, leading_eigenvectors
+from emloc.linalg.eigen import dense_eigenvectors, leading_eigenvectors
 
 SIZE = 1200
 
@@ -60,7 +60,7 @@ def test_any_count(count):
 
 
 def test_small_counts_do_not_need_a_dense_solver(monkeypatch):
-    monkeypatch.setattr("emloc.eigen.dense_eigenvectors", None)
+    monkeypatch.setattr("emloc.linalg.eigen.dense_eigenvectors", None)
     for name in ("power law", "exponential", "huge outliers"):
         assert leading_eigenvectors(matrix(SPECTRA[name]).float(), 40).excess <= 1e-3
 

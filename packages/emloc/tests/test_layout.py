@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.layout import Layout, layout_of
 from emloc.errors import CheckpointError
-from emloc.layout import Layout, layout_of
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from emloc.lockstep import Call, LockstepError, current_call, lockstep
+from emloc.streaming.lockstep import Call, LockstepError, current_call, lockstep
 
 
 class Skipping(nn.Module):

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emloc.errors import NumericalError
-from emloc.gram import Moments, smaller_side
-from emloc.lowrank import factorise
+from emloc.linalg.gram import Moments, smaller_side
+from emloc.linalg.lowrank import factorise
 
 
 def problem(d_out, d_in, tokens, seed, dtype=torch.float64):
@@ -123,7 +123,7 @@ def test_large_layers_with_outliers_are_within_a_thousandth_of_the_optimum(
     d_out, d_in, monkeypatch
 ):
     """Block Lanczos in float32, where plain float32 solvers lose a percent."""
-    monkeypatch.setattr("emloc.eigen.dense_eigenvectors", None)
+    monkeypatch.setattr("emloc.linalg.eigen.dense_eigenvectors", None)
     torch.manual_seed(1)
     weight = torch.randn(d_out, d_in) * torch.logspace(0, -1, d_in)
     x = torch.randn(1500, d_in) * torch.arange(1, d_in + 1).pow(-0.75)
@@ -152,7 +152,7 @@ def test_a_large_weight_that_is_not_of_full_rank():
 def test_shapes_in_signatures_are_checked_while_testing():
     from jaxtyping import TypeCheckError
 
-    from emloc.merging import merged_weight
+    from emloc.linalg.merging import merged_weight
 
     with pytest.raises(TypeCheckError):
         merged_weight(torch.zeros(3, 4), torch.zeros(2, 5), torch.zeros(3, 2), 1.0, None)

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from emloc.errors import EmlocError, MemoryLimitError
-from emloc.memory import PeakMemory
-from emloc.memory_limit import CUDA_CONTEXT, can_limit, is_out_of_memory, limit_memory
+from emloc.machine.memory import PeakMemory
+from emloc.machine.memory_limit import CUDA_CONTEXT, can_limit, is_out_of_memory, limit_memory
 
 BEGIN = """
 import numpy, torch
 from emloc.errors import MemoryLimitError
-from emloc.memory import PeakMemory, anonymous_bytes
+from emloc.machine.memory import PeakMemory, anonymous_bytes
 MIB = 1 << 20
 """
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from emloc.artefacts.named_files import named_file, named_path
 from emloc.errors import CheckpointError, DataError
-from emloc.named_files import named_file, named_path
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from emloc.artefacts.output import ShardWriter, file_sha256
+from emloc.artefacts.stage_folder import SETTINGS_NAME, stage_folder
 from emloc.errors import NumericalError, OutputError
-from emloc.output import ShardWriter, file_sha256
-from emloc.stage_folder import SETTINGS_NAME, stage_folder
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool]
 
@@ -149,7 +149,7 @@ FULL_DISK = """
 import resource, signal, sys, torch
 from pathlib import Path
 from emloc.errors import OutputError
-from emloc.output import ShardWriter
+from emloc.artefacts.output import ShardWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
@@ -183,7 +183,7 @@ def test_a_run_that_could_not_even_begin_is_in_nobodys_way(tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("emloc.output.os.fsync", full)
+        patch.setattr("emloc.artefacts.output.os.fsync", full)
         with pytest.raises(OutputError, match="disk is full"), stage_folder(tmp_path / "out", {}):
             pass
     (tmp_path / "out.partial" / "stage_settings.json.tmp").write_text(

@@ -5,8 +5,8 @@ import os
 import pytest
 
 import emloc
+from emloc.artefacts.output_place import require_apart, require_folder, require_new
 from emloc.errors import OutputError
-from emloc.output_place import require_apart, require_folder, require_new
 
 
 @pytest.fixture(autouse=True)

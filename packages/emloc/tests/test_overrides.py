@@ -7,7 +7,7 @@ import pytest
 import emloc
 from emloc.config import build
 from emloc.errors import ConfigError
-from emloc.overrides import read_overrides
+from emloc.options.overrides import read_overrides
 from emloc.stages.run import STAGES, plan_stages
 
 FILE = {

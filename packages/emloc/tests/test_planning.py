@@ -4,9 +4,9 @@ import pytest
 import torch
 from pydantic import BaseModel, ValidationError
 
-from emloc.gram import Moments
-from emloc.groups import Group
-from emloc.lowrank import factorise
+from emloc.compression.groups import Group
+from emloc.linalg.gram import Moments
+from emloc.linalg.lowrank import factorise
 from emloc.planning.amounts import Bytes
 from emloc.planning.ledger import StageMemory, largest, lines_of, total
 from emloc.planning.live import LiveBytes

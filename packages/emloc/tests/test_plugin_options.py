@@ -10,7 +10,6 @@ import pytest
 from pydantic import Field
 
 import emloc
-from emloc import hookspecs, plugin_options
 from emloc.config import (
     CompressConfig,
     DataOptions,
@@ -21,9 +20,10 @@ from emloc.config import (
     build,
 )
 from emloc.errors import ConfigError, PluginError
-from emloc.family import FamilyEntry
-from emloc.plugin_options import of_family, own_options, with_plugin_options
-from emloc.plugins import Plugins, add_plugin, load_plugins
+from emloc.extend import hookspecs, plugin_options
+from emloc.extend.family import FamilyEntry
+from emloc.extend.plugin_options import of_family, own_options, with_plugin_options
+from emloc.extend.plugins import Plugins, add_plugin, load_plugins
 
 
 class SoundOptions(StageConfig):

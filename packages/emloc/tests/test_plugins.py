@@ -7,11 +7,11 @@ import pluggy
 import pytest
 
 import emloc
-from emloc import hookspecs
 from emloc.errors import PluginError
-from emloc.family import FamilyEntry
-from emloc.methods import Method, MethodEntry
-from emloc.plugins import Plugins, add_plugin, family_named, load_plugins, method_named
+from emloc.extend import hookspecs
+from emloc.extend.family import FamilyEntry
+from emloc.extend.methods import Method, MethodEntry
+from emloc.extend.plugins import Plugins, add_plugin, family_named, load_plugins, method_named
 
 
 def plugin(family="toy", hook="emloc_register_families"):
@@ -78,7 +78,7 @@ def test_methods_are_collected_after_those_of_core(found):
     module = types.ModuleType("plugin_method")
 
     def emloc_register_methods():
-        return [MethodEntry("toy-method", "a toy", "emloc.methods:Emloc")]
+        return [MethodEntry("toy-method", "a toy", "emloc.extend.methods:Emloc")]
 
     module.emloc_register_methods = emloc.hookimpl(emloc_register_methods)
     add_plugin(found, "one", module)
@@ -97,7 +97,7 @@ def test_a_method_name_is_taken_once_and_nothing_of_the_plugin_stays(found):
 
 
 def emloc_register_methods():
-    return [MethodEntry("emloc", "another", "emloc.methods:Emloc")]
+    return [MethodEntry("emloc", "another", "emloc.extend.methods:Emloc")]
 
 
 _claims_emloc = emloc_register_methods

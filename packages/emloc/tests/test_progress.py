@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from emloc import progress
-from emloc.progress import ProgressBar, progress_bar, warn
+from emloc.machine import progress
+from emloc.machine.progress import ProgressBar, progress_bar, warn
 
 
 @pytest.fixture

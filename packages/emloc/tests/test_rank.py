@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from emloc.compression.rank import decide, match_pattern, rank_for
 from emloc.errors import ConfigError
-from emloc.rank import decide, match_pattern, rank_for
 
 
 @given(st.floats(0.01, 1.0), st.integers(2, 5000), st.integers(2, 5000))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from emloc.errors import ConfigError
-from emloc.real_rows import is_expert, real_rows
+from emloc.streaming.real_rows import is_expert, real_rows
 
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]]).bool()
 

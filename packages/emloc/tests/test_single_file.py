@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.single_file import model_folder
 from emloc.errors import CheckpointError
-from emloc.family import FamilyEntry
-from emloc.single_file import model_folder
+from emloc.extend.family import FamilyEntry
 
 
 class Reader:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from emloc.gram import Moments
-from emloc.symmetric import add_gram, between_upper, mirror_upper, times_upper
+from emloc.linalg.gram import Moments
+from emloc.linalg.symmetric import add_gram, between_upper, mirror_upper, times_upper
 
 
 @pytest.mark.parametrize(("rows", "size"), [(5, 7), (300, 700), (64, 256), (10, 2100)])

@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-from emloc.targets import imported
+from emloc.extend.targets import imported
 
 MODULE = """
 import gc

@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.translated import TranslatedCheckpoint, whole
 from emloc.errors import CheckpointError
-from emloc.translated import TranslatedCheckpoint, whole
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import yaml
 
 from emloc.config import EvaluateConfig, TrainConfig, build
 from emloc.errors import ConfigError
-from emloc.option_text import from_command_line, from_file
-from emloc.yaml_file import parse_value, plain_value, read_yaml, text_of
+from emloc.options.text import from_command_line, from_file
+from emloc.options.yaml_file import parse_value, plain_value, read_yaml, text_of
 
 
 def read(tmp_path, text, encoding="utf-8"):

@@ -1,11 +1,11 @@
 """Gradients of a whole model, with one block's weights and gradients in memory at a time.
 
-Forward, all micro-batches go through the model in lockstep (`emloc.lockstep`), without a graph inside
-blocks; what enters each block is kept. Between blocks (residual glue, a projector, the head) autograd
-records as usual, from a block's output, made a leaf, to the inputs of the next. Backward, from the last
-block that ran to the first, a block's weights are loaded again, it is run once more with a graph on what
-entered it, and the gradient of its output becomes those of its weights and of its inputs, which the glue
-carries to the leaves before it. This is gradient checkpointing whose checkpoints are blocks and whose
+Forward, all micro-batches go through the model in lockstep (`emloc.streaming.lockstep`), without a graph
+inside blocks; what enters each block is kept. Between blocks (residual glue, a projector, the head)
+autograd records as usual, from a block's output, made a leaf, to the inputs of the next. Backward, from the
+last block that ran to the first, a block's weights are loaded again, it is run once more with a graph on
+what entered it, and the gradient of its output becomes those of its weights and of its inputs, which the
+glue carries to the leaves before it. This is gradient checkpointing whose checkpoints are blocks and whose
 weights come from disk.
 
 Memory: one block with its gradients, and per micro-batch the inputs of every block and the glue's graph.
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from emloc.errors import NumericalError
-from emloc.family import Batch, LossSum, summed
-from emloc.finite import is_finite
-from emloc.lockstep import Call, current_call, lockstep, refuse_again
-from emloc.progress import progress_bar
-from emloc.stream import UnitStream
+from emloc.extend.family import Batch, LossSum, summed
+from emloc.linalg.finite import is_finite
+from emloc.machine.progress import progress_bar
+from emloc.streaming.lockstep import Call, current_call, lockstep, refuse_again
+from emloc.streaming.stream import UnitStream
 from emloc_baselines.differentiable_loss import summed_loss
 
 Visit = Callable[[str, nn.Module], AbstractContextManager[None]]

@@ -4,8 +4,8 @@
 checkpoint stores, ranks as `emloc compress` would choose them. Known from shapes alone.
 """
 
-from emloc.groups import make_plan
-from emloc.stream import UnitStream
+from emloc.compression.groups import make_plan
+from emloc.streaming.stream import UnitStream
 from emloc_baselines.light import Source
 
 

@@ -21,12 +21,12 @@ import transformers
 from pydantic import Field
 from torch import Tensor, nn
 
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.output import ShardWriter, write_json
 from emloc.config import CompressConfig, StageConfig
 from emloc.errors import DataError, NumericalError
-from emloc.family import Batch
-from emloc.output import ShardWriter, write_json
-from emloc.progress import progress_bar
+from emloc.extend.family import Batch
+from emloc.machine.progress import progress_bar
 from emloc_baselines.light import NOTES_NAME, Source
 
 Loss = Callable[[Batch], tuple[Tensor, int]]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from emloc.family import ModelFamily
+from emloc.extend.family import ModelFamily
 from emloc.integrations.transformers.loss import at_labels, summed_cross_entropy
 
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from emloc.errors import ConfigError, DataError
-from emloc.family import Batch
+from emloc.extend.family import Batch
 from emloc_baselines.continued import ContinuedOptions, continued, load_whole, train_further
 from emloc_baselines.differentiable_loss import summed_loss
 from emloc_baselines.light import Source

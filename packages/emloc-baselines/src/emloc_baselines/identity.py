@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from emloc.checkpoint import Checkpoint
-from emloc.digest import dataset_digest
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.digest import dataset_digest
 
 
 def digest(content: Any) -> str:

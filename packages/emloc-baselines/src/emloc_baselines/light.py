@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.digest import batches_digest
+from emloc.artefacts.manifest import Manifest, ModelReference, is_complete, versions
+from emloc.artefacts.output import ShardWriter, copy_file, file_sha256, write_json
+from emloc.artefacts.stage_folder import stage_folder
 from emloc.config import CompressConfig, StageConfig, build
-from emloc.digest import batches_digest
 from emloc.errors import CheckpointError, ConfigError
-from emloc.family import Batch, ModelFamily
-from emloc.manifest import Manifest, ModelReference, is_complete, versions
-from emloc.memory import PeakMemory, return_large_blocks
-from emloc.methods import Task
-from emloc.output import ShardWriter, copy_file, file_sha256, write_json
-from emloc.plugin_options import of_family, own_options, with_plugin_options
-from emloc.plugins import method_named, open_model
-from emloc.progress import progress_bar
-from emloc.stage_folder import stage_folder
+from emloc.extend.family import Batch, ModelFamily
+from emloc.extend.methods import Task
+from emloc.extend.plugin_options import of_family, own_options, with_plugin_options
+from emloc.extend.plugins import method_named, open_model
+from emloc.machine.memory import PeakMemory, return_large_blocks
+from emloc.machine.progress import progress_bar
 from emloc_baselines.identity import content_of
 
 NOTES_NAME = "build_notes.json"

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from emloc.config import StageConfig
-from emloc.methods import NoOptions, Task, train_light
+from emloc.extend.methods import NoOptions, Task, train_light
 
 
 class Lora:

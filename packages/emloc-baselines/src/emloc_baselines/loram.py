@@ -19,8 +19,8 @@ from pydantic import Field
 
 from emloc.config import StageConfig, build
 from emloc.errors import ConfigError
-from emloc.methods import Task, train_light
-from emloc.stream import UnitStream
+from emloc.extend.methods import Task, train_light
+from emloc.streaming.stream import UnitStream
 from emloc_baselines.alignment import alignment
 from emloc_baselines.budget import emulator_bytes, held_bytes
 from emloc_baselines.continued import ContinuedOptions

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from pydantic import Field
 
+from emloc.artefacts.manifest import Manifest
 from emloc.config import StageConfig, build
 from emloc.errors import ConfigError
-from emloc.manifest import Manifest
-from emloc.methods import Task, train_light
-from emloc.stream import UnitStream
+from emloc.extend.methods import Task, train_light
+from emloc.streaming.stream import UnitStream
 from emloc_baselines.budget import emulator_bytes, held_bytes
 from emloc_baselines.distillation import DistillationOptions, distillation
 from emloc_baselines.language_model import decoder_blocks

@@ -1,7 +1,7 @@
 """EMLoC with an emulator that has not seen data: the best low-rank weights in Frobenius' norm.
 
-`W_e = U Uᵀ W` with U the leading left singular vectors of W, which is `emloc.lowrank` for `G = I`: every
-input direction counts alike. Ranks, groups and format are those of EMLoC's emulator of the same
+`W_e = U Uᵀ W` with U the leading left singular vectors of W, which is `emloc.linalg.lowrank` for `G = I`:
+every input direction counts alike. Ranks, groups and format are those of EMLoC's emulator of the same
 `keep_ratio`, so that what differs is what calibration gives. For the ablation of the correction.
 """
 
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emloc.compression.groups import Group, make_plan
 from emloc.config import StageConfig
-from emloc.family import EmulatorLayers
-from emloc.gram import Moments
-from emloc.groups import Group, make_plan
-from emloc.lowrank import factorise
-from emloc.methods import Emloc, EmlocUncorrected, NoOptions, Task
-from emloc.stream import UnitStream
+from emloc.extend.family import EmulatorLayers
+from emloc.extend.methods import Emloc, EmlocUncorrected, NoOptions, Task
+from emloc.linalg.gram import Moments
+from emloc.linalg.lowrank import factorise
+from emloc.streaming.stream import UnitStream
 from emloc_baselines.light import LightModel, Piece, Source, build_light
 
 NAME = "svd"

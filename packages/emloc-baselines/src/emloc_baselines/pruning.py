@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from emloc.errors import CheckpointError, ConfigError
-from emloc.stream import UnitStream
+from emloc.streaming.stream import UnitStream
 from emloc_baselines.kept import Kept, Slice
 from emloc_baselines.light import LightModel, Piece, Source
 from emloc_baselines.pruned_format import pruned_config

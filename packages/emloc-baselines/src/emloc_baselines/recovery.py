@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from emloc.adapted_weights import adapted_weights
-from emloc.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, Adapter, LoraLayer
-from emloc.adapter_config import exact_patterns
+from emloc.artefacts.adapted_weights import adapted_weights
+from emloc.artefacts.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, Adapter, LoraLayer
+from emloc.artefacts.adapter_config import exact_patterns
+from emloc.artefacts.manifest import Manifest, ModelReference, is_complete, versions
+from emloc.artefacts.output import ShardWriter, file_sha256, write_json
+from emloc.artefacts.stage_folder import stage_folder
 from emloc.errors import MismatchError
-from emloc.manifest import Manifest, ModelReference, is_complete, versions
-from emloc.memory import PeakMemory
-from emloc.output import ShardWriter, file_sha256, write_json
-from emloc.plugins import open_model
-from emloc.stage_folder import stage_folder
+from emloc.extend.plugins import open_model
+from emloc.machine.memory import PeakMemory
 
 
 class Recovered(NamedTuple):

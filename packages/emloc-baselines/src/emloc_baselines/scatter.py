@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from emloc.adapter import Adapter, LoraLayer
+from emloc.artefacts.adapter import Adapter, LoraLayer
+from emloc.artefacts.manifest import Manifest
 from emloc.errors import MismatchError
-from emloc.manifest import Manifest
-from emloc.plugins import open_model
+from emloc.extend.plugins import open_model
 from emloc_baselines.kept import Kept, Slice, all_slices
 from emloc_baselines.recovery import Recovered, recover_adapter
 from emloc_baselines.structures import find_structures

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field
 
 from emloc.config import StageConfig, build
-from emloc.methods import Task, train_light
+from emloc.extend.methods import Task, train_light
 
 NAME = "smaller-model"
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from emloc.errors import CheckpointError
-from emloc.stream import UnitStream
+from emloc.streaming.stream import UnitStream
 from emloc_baselines.light import Piece
 
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")

@@ -14,11 +14,11 @@ from typing import Any
 
 from PIL import Image
 
-from emloc.checkpoint import read_json
+from emloc.artefacts.checkpoint import read_json
+from emloc.artefacts.output import write_bytes, write_json
+from emloc.artefacts.stage_folder import stage_folder
 from emloc.errors import OutputError
-from emloc.output import write_bytes, write_json
-from emloc.progress import progress_bar
-from emloc.stage_folder import stage_folder
+from emloc.machine.progress import progress_bar
 
 INDEX_NAME = "pictures.json"
 

@@ -14,9 +14,9 @@ from diffusers import FluxPipeline, FluxTransformer2DModel, SD3Transformer2DMode
 from diffusers import UNet2DConditionModel as UNet
 from torch import Tensor
 
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.errors import CheckpointError
-from emloc.family import Batch
+from emloc.extend.family import Batch
 
 Predict = Callable[[Any, Batch], Tensor]
 

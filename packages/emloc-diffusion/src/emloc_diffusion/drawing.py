@@ -11,8 +11,8 @@ import matplotlib
 import torch
 from PIL import Image
 
-from emloc.output import write_bytes
-from emloc.progress import progress_bar
+from emloc.artefacts.output import write_bytes
+from emloc.machine.progress import progress_bar
 from emloc_diffusion.encode.components import load_errors
 from emloc_diffusion.loaded_lora import put_on
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from emloc.checkpoint import Checkpoint
-from emloc.digest import dataset_digest
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.digest import dataset_digest
+from emloc.artefacts.output import file_sha256, write_bytes
 from emloc.errors import OutputError
-from emloc.output import file_sha256, write_bytes
 from emloc_diffusion.album import Album, Wanted
 from emloc_diffusion.data.images import read_upright
 from emloc_diffusion.drawing import contact_sheet_png, draw_one, load_pipeline, with_lora

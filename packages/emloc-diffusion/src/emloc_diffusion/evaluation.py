@@ -8,13 +8,13 @@ from typing import Any, cast
 
 import torch
 
-from emloc.checkpoint import Checkpoint, locate
+from emloc.artefacts.checkpoint import Checkpoint, locate
 from emloc.config import EvaluateConfig
 from emloc.errors import ConfigError
-from emloc.family import LossSum, ModelFamily, summed
+from emloc.extend.family import LossSum, ModelFamily, summed
 from emloc.integrations.peft.attach import attach
-from emloc.memory import PeakMemory
-from emloc.progress import progress_bar
+from emloc.machine.memory import PeakMemory
+from emloc.machine.progress import progress_bar
 from emloc_diffusion.denoisers import denoiser_of
 from emloc_diffusion.encode.components import release
 from emloc_diffusion.evaluated_pictures import check_encoders, draw_and_score

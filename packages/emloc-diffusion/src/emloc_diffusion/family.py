@@ -7,8 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from emloc.adapter import Adapter
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import (
     CalibrationOptions,
     CorrectConfig,
@@ -16,7 +16,7 @@ from emloc.config import (
     EvaluateConfig,
     TrainConfig,
 )
-from emloc.family import Batch, EmulatorLayers, LossSum, StoredParameter
+from emloc.extend.family import Batch, EmulatorLayers, LossSum, StoredParameter
 from emloc.integrations.diffusers.quantizer import emulator_config
 from emloc.integrations.diffusers.skeleton import Trace, empty_model, is_layer, trace, units
 from emloc_diffusion.denoisers import DENOISERS, denoiser_of

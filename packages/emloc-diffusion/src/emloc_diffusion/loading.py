@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc_diffusion.denoisers import denoiser_of
 from emloc_diffusion.encode.components import load_errors
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import Manifest
 from emloc.config import EvaluateConfig
 from emloc.errors import CheckpointError, ConfigError
-from emloc.manifest import Manifest
 from emloc_diffusion.album import Wanted
 from emloc_diffusion.scoring import evaluation_prompts, own_prompts, plain_prompts
 from emloc_diffusion_options import EvaluationOptions, PictureOptions

@@ -7,10 +7,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from emloc.checkpoint import Checkpoint, read_json
+from emloc.artefacts.checkpoint import Checkpoint, read_json
 from emloc.config import StageConfig, TrainConfig
 from emloc.errors import ConfigError
-from emloc.family import Batch
+from emloc.extend.family import Batch
 from emloc.integrations.diffusers.skeleton import empty_model, is_layer
 from emloc.integrations.peft.blocks import in_chosen_blocks
 from emloc.planning.described import Described, weight_dtype

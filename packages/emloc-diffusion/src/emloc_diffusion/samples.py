@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from emloc.adapter import Adapter
+from emloc.artefacts.adapter import Adapter
 from emloc.errors import ConfigError
 from emloc_diffusion.data.images import Picture, Square, load_pictures, open_picture
 from emloc_diffusion.encode.latents import LatentMoments, encode_latents

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.errors import CheckpointError
 from emloc_diffusion.encode.components import (
     check_libraries,
@@ -38,7 +38,7 @@ SHARD_SIZE = "2GB"
 
 
 class OriginalLayout:
-    """`emloc.single_file.SingleFileReader` of diffusion models."""
+    """`emloc.artefacts.single_file.SingleFileReader` of diffusion models."""
 
     def configuration(self, file: Checkpoint, named: str | None) -> Path:
         """See `SingleFileReader`; without a name, the pipeline that diffusers takes the file for."""

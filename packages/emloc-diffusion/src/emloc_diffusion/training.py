@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from emloc.checkpoint import Checkpoint, locate
+from emloc.artefacts.checkpoint import Checkpoint, locate
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError
 from emloc.integrations.transformers.lora_training import train_lora as train_with
 from emloc.integrations.transformers.lora_training import training_arguments
-from emloc.memory import PeakMemory, return_large_blocks
+from emloc.machine.memory import PeakMemory, return_large_blocks
 from emloc_diffusion.data.prompts import check_unique_token
 from emloc_diffusion.denoisers import denoiser_of
 from emloc_diffusion.encode.text import load_tokenizer

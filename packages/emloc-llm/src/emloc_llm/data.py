@@ -23,7 +23,7 @@ from emloc.integrations.transformers.data.turns import Turn, alpaca_question, ch
 from emloc.integrations.transformers.loss import IGNORED
 from emloc.integrations.transformers.tables import dataset_names, mix, shares
 from emloc.integrations.transformers.tokens import token_ids, tokens_of
-from emloc.progress import console
+from emloc.machine.progress import console
 from emloc_llm.rows import load_rows
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from emloc.checkpoint import Checkpoint, locate
+from emloc.artefacts.checkpoint import Checkpoint, locate
 from emloc.config import EvaluateConfig
 from emloc.errors import DataError, DependencyError
-from emloc.family import LossSum, ModelFamily, summed
+from emloc.extend.family import LossSum, ModelFamily, summed
 from emloc.integrations.peft.attach import attach
 from emloc.integrations.transformers.capacity import load_capacity
 from emloc.integrations.transformers.generation import (
@@ -19,8 +19,8 @@ from emloc.integrations.transformers.generation import (
 )
 from emloc.integrations.transformers.loading import load_model, load_tokenizer
 from emloc.integrations.transformers.loss import next_token_loss
-from emloc.memory import PeakMemory
-from emloc.progress import progress_bar
+from emloc.machine.memory import PeakMemory
+from emloc.machine.progress import progress_bar
 from emloc_llm.data import Sample, encode_all, in_batches, pad, say_truncated
 from emloc_llm.matching import matches
 from emloc_llm.rows import load_rows

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import CalibrationOptions, DemoConfig, EvaluateConfig, TrainConfig
-from emloc.family import Batch, EmulatorLayers, LossSum, StoredParameter
+from emloc.extend.family import Batch, EmulatorLayers, LossSum, StoredParameter
 from emloc.integrations.transformers.capacity import capacity_of
 from emloc.integrations.transformers.conversion import module_name, stored_parameter
 from emloc.integrations.transformers.loading import load_tokenizer

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import DataOptions, TrainConfig
-from emloc.family import Batch
+from emloc.extend.family import Batch
 from emloc.integrations.transformers.planned import (
     PlannedTransformer,
     adapted_layers,

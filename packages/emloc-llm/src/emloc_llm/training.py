@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from emloc.checkpoint import locate
+from emloc.artefacts.checkpoint import locate
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError
 from emloc.integrations.transformers.capacity import Capacity, load_capacity
@@ -20,7 +20,7 @@ from emloc.integrations.transformers.lora_training import train_lora as train_wi
 from emloc.integrations.transformers.lora_training import training_arguments
 from emloc.integrations.transformers.loss import IGNORED, labelled_logits, summed_cross_entropy
 from emloc.integrations.transformers.tables import dataset_names, shares
-from emloc.memory import PeakMemory, return_large_blocks
+from emloc.machine.memory import PeakMemory, return_large_blocks
 from emloc_llm.activations import TILE_ROWS, TILE_TOKENS
 from emloc_llm.data import Sample, encode, encode_all, in_batches, load_samples, pad, say_truncated
 from emloc_llm.planned import TASK_TYPE

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from emloc.family import Batch
+from emloc.extend.family import Batch
 from emloc.integrations.transformers.decoder_sizes import decoder_of, decoder_stack
 from emloc.integrations.transformers.skeleton import repeated_blocks
 from emloc.planning.blocks import BlockLayers, by_block, stack

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from emloc.errors import DataError
-from emloc.family import Batch
+from emloc.extend.family import Batch
 from emloc.integrations.transformers.tables import dataset_names, shares
 from emloc_vlm.encode import collate
 from emloc_vlm.examples import Example

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from emloc.config import EvaluateConfig
-from emloc.progress import console
+from emloc.machine.progress import console
 from emloc_vlm.benchmarks import files_beside
 from emloc_vlm.benchmarks.files import open_document
 from emloc_vlm.rows import VisualOptions, load_examples

@@ -19,7 +19,7 @@ from emloc.integrations.transformers.chat import Rendered, render
 from emloc.integrations.transformers.generation import closing_tokens
 from emloc.integrations.transformers.loss import IGNORED
 from emloc.integrations.transformers.tokens import Tokens, token_ids, tokens_of
-from emloc.progress import warn
+from emloc.machine.progress import warn
 from emloc_vlm.examples import Example
 
 _OF_IMAGES = ("pixel", "image")

@@ -4,16 +4,16 @@ from typing import Any, cast
 
 import torch
 
-from emloc.checkpoint import Checkpoint, locate
+from emloc.artefacts.checkpoint import Checkpoint, locate
 from emloc.config import EvaluateConfig
 from emloc.errors import ConfigError, DataError
-from emloc.family import LossSum, ModelFamily, summed
+from emloc.extend.family import LossSum, ModelFamily, summed
 from emloc.integrations.peft.attach import attach
 from emloc.integrations.transformers.capacity import capacity_of
 from emloc.integrations.transformers.generation import greedy_answers, say_missing_ends
 from emloc.integrations.transformers.loss import next_token_loss
-from emloc.memory import PeakMemory
-from emloc.progress import progress_bar
+from emloc.machine.memory import PeakMemory
+from emloc.machine.progress import progress_bar
 from emloc_vlm.encode import collate, end_tokens
 from emloc_vlm.examples import Example
 from emloc_vlm.loading import load_vlm

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import CalibrationOptions, DataOptions, DemoConfig, EvaluateConfig, TrainConfig
-from emloc.family import Batch, EmulatorLayers, LossSum, StoredParameter
+from emloc.extend.family import Batch, EmulatorLayers, LossSum, StoredParameter
 from emloc.integrations.transformers.conversion import module_name, stored_parameter
 from emloc.integrations.transformers.loss import next_token_loss
 from emloc.integrations.transformers.quantizer import emulator_config

@@ -10,9 +10,9 @@ from typing import Any, TypeAlias, cast
 
 from PIL import Image
 
+from emloc.artefacts.named_files import named_path
 from emloc.errors import DataError
 from emloc.integrations.pictures import read_picture
-from emloc.named_files import named_path
 
 Source: TypeAlias = Path | bytes | Image.Image
 

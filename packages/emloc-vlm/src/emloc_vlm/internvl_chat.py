@@ -7,9 +7,9 @@ processor are translated.
 from pathlib import Path
 from typing import Any
 
-from emloc.checkpoint import Checkpoint, read_json
+from emloc.artefacts.checkpoint import Checkpoint, read_json
+from emloc.artefacts.translated import TranslatedCheckpoint
 from emloc.errors import CheckpointError, DependencyError
-from emloc.translated import TranslatedCheckpoint
 from emloc_vlm.internvl_chat_config import (
     IMAGE_TOKEN,
     has_original_processor,

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from emloc.checkpoint import TensorInfo
-from emloc.translated import Rule, Take, whole
+from emloc.artefacts.checkpoint import TensorInfo
+from emloc.artefacts.translated import Rule, Take, whole
 
 VISION_LAYER = {
     "attn.proj": "attention.projection_layer",

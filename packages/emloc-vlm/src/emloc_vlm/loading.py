@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.integrations.transformers.capacity import Capacity, capacity_of
 from emloc.integrations.transformers.loading import load_model
 from emloc.integrations.transformers.skeleton import empty_model

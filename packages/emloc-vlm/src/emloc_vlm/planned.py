@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError
-from emloc.family import Batch
+from emloc.extend.family import Batch
 from emloc.integrations.transformers.planned import (
     PlannedTransformer,
     adapted_layers,

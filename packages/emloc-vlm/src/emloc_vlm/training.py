@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from emloc.checkpoint import locate
+from emloc.artefacts.checkpoint import locate
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError
 from emloc.integrations.transformers.lora_training import train_lora as train_with
 from emloc.integrations.transformers.lora_training import training_arguments
-from emloc.memory import PeakMemory, return_large_blocks
+from emloc.machine.memory import PeakMemory, return_large_blocks
 from emloc_vlm.encode import collate
 from emloc_vlm.examples import Example
 from emloc_vlm.loading import load_vlm, load_vlm_capacity

@@ -7,7 +7,7 @@ The stages are functions with keyword options: `plan`, `compress`, `train`, `cor
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from emloc.hookspecs import hookimpl
+from emloc.extend.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from emloc.stages.compress import compress

@@ -20,10 +20,10 @@ from rich.table import Table
 import emloc
 from emloc.config import nearest
 from emloc.errors import EmlocError, Interrupted
-from emloc.option_text import from_command_line
-from emloc.plugin_options import with_plugin_options
-from emloc.plugins import Plugins, load_plugins
-from emloc.progress import quiet_libraries
+from emloc.extend.plugin_options import with_plugin_options
+from emloc.extend.plugins import Plugins, load_plugins
+from emloc.machine.progress import quiet_libraries
+from emloc.options.text import from_command_line
 
 UsageError: Any = typer.BadParameter.__bases__[0]
 """Of click, or of typer's own copy of it."""

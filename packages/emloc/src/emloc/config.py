@@ -18,10 +18,12 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from emloc.device import Device, PlannedDevice
+from emloc.artefacts.output_place import OutputDir
+from emloc.artefacts.settings import WithoutEffect
 from emloc.errors import ConfigError
-from emloc.option_text import whole_numbers
-from emloc.option_types import (
+from emloc.machine.device import Device, PlannedDevice
+from emloc.options.text import whole_numbers
+from emloc.options.types import (
     CountMap,
     Dtype,
     Limit,
@@ -34,9 +36,7 @@ from emloc.option_types import (
     joined,
     split,
 )
-from emloc.output_place import OutputDir
 from emloc.planning.amounts import Bytes
-from emloc.settings import WithoutEffect
 
 DEVICES = "cpu, cuda, cuda:1; auto: cuda where there is one"
 _SHOWN_CHARACTERS = 100

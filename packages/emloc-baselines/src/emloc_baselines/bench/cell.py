@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from emloc.artefacts.manifest import Manifest, versions
+from emloc.artefacts.output import write_json
 from emloc.errors import EmlocError
-from emloc.manifest import Manifest, versions
-from emloc.methods import Task
-from emloc.output import write_json
-from emloc.plugins import method_named
-from emloc.progress import quiet_libraries
+from emloc.extend.methods import Task
+from emloc.extend.plugins import method_named
+from emloc.machine.progress import quiet_libraries
 from emloc.stages.evaluate import evaluate
 from emloc_baselines.bench.cells import SHOWN_DIGITS, Cell
 

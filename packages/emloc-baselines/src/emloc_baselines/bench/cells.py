@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from emloc.methods import MethodEntry, Task
+from emloc.extend.methods import MethodEntry, Task
 from emloc_baselines.bench.config import BASE, BenchConfig, Section
 from emloc_baselines.bench.split import split_rows
 from emloc_baselines.identity import content_of, digest, model_digest

@@ -27,6 +27,7 @@ from typing import Annotated, Any, cast
 
 from pydantic import BeforeValidator, Field
 
+from emloc.artefacts.output_place import OutputDir, require_folder
 from emloc.config import (
     CompressConfig,
     CorrectConfig,
@@ -37,13 +38,12 @@ from emloc.config import (
     nearest,
 )
 from emloc.errors import ConfigError
-from emloc.methods import MethodEntry
-from emloc.option_text import from_file
-from emloc.output_place import OutputDir, require_folder
-from emloc.plugin_options import with_plugin_options
-from emloc.plugins import method_named
-from emloc.training_needs import check_training
-from emloc.yaml_file import parse_value, read_yaml
+from emloc.extend.methods import MethodEntry
+from emloc.extend.plugin_options import with_plugin_options
+from emloc.extend.plugins import method_named
+from emloc.options.text import from_file
+from emloc.options.yaml_file import parse_value, read_yaml
+from emloc.stages.training_needs import check_training
 
 Section = dict[str, Any]
 

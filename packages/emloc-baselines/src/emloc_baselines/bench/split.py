@@ -3,8 +3,8 @@
 import random
 from pathlib import Path
 
+from emloc.artefacts.output import file_sha256, write_text
 from emloc.errors import ConfigError, DataError
-from emloc.output import file_sha256, write_text
 
 
 def split_rows(

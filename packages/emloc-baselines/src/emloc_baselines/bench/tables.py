@@ -6,7 +6,7 @@ Where there are several seeds, a number is their mean and, in brackets, the spre
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from emloc.memory import format_bytes
+from emloc.machine.memory import format_bytes
 from emloc_baselines.bench.config import BASE
 
 Record = Mapping[str, Any]

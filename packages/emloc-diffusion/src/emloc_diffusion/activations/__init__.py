@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from emloc.family import Batch
+from emloc.extend.family import Batch
 from emloc.planning.operations import Layer
 from emloc.planning.step import StepOptions, StepSizes
 from emloc_diffusion.activations.flux import flux_sizes

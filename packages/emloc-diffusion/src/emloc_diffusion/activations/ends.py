@@ -1,6 +1,6 @@
 """What denoisers share: a micro-batch in sizes, and the squared error at the end."""
 
-from emloc.family import Batch
+from emloc.extend.family import Batch
 from emloc.planning.operations import Forward
 from emloc.planning.step import FLOAT32, StepSizes
 from emloc.planning.tape import Sized

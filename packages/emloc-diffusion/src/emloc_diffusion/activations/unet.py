@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from emloc.family import Batch
+from emloc.extend.family import Batch
 from emloc.planning.blocks import BlockLayers, by_block
 from emloc.planning.operations import Forward, Layer
 from emloc.planning.step import StepOptions, StepSizes, StepTape

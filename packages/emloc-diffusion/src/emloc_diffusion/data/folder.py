@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from emloc.artefacts.named_files import named_path
 from emloc.errors import DataError
 from emloc.integrations.pictures import picture_suffixes
-from emloc.named_files import named_path
-from emloc.progress import warn
+from emloc.machine.progress import warn
 
 CAPTION = ".txt"
 """How the file ends that says what the picture of its name shows."""

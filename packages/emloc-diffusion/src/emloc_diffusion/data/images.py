@@ -17,7 +17,7 @@ from torch import Tensor
 
 from emloc.errors import ConfigError, DataError
 from emloc.integrations.pictures import PIXEL_LIMIT, read_picture
-from emloc.progress import console, warn
+from emloc.machine.progress import console, warn
 from emloc_diffusion.data.folder import picture_files, some
 from emloc_diffusion.data.prompts import read_caption
 

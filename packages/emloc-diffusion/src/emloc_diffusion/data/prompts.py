@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from emloc.artefacts.named_files import named_path
 from emloc.errors import ConfigError, DataError
-from emloc.named_files import named_path
-from emloc.progress import warn
+from emloc.machine.progress import warn
 
 # Words that say how a subject is shown, never which one it is.
 ORDINARY_WORDS = """

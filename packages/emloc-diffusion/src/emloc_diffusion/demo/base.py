@@ -19,9 +19,9 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from emloc.cache import cache_folder
+from emloc.artefacts.cache import cache_folder
 from emloc.demos.easy_vqa import WHEEL_SHA256, easy_vqa, questions
-from emloc.progress import progress_bar
+from emloc.machine.progress import progress_bar
 from emloc_diffusion.demo.captions import VOCABULARY, caption, described
 from emloc_diffusion.demo.pictures import close_ups
 from emloc_diffusion.demo.small_stable_diffusion import Shape, small_pipeline

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from emloc.artefacts.json_files import read_json
+from emloc.artefacts.layout import PIPELINE_NAME, components
+from emloc.artefacts.named_files import named_path
 from emloc.errors import CheckpointError
-from emloc.json_files import read_json
-from emloc.layout import PIPELINE_NAME, components
-from emloc.named_files import named_path
 
 # Parts are imported by the name that the folder gives: nothing but these two is.
 LIBRARIES = ("diffusers", "transformers")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emloc.adapter import Adapter
+from emloc.artefacts.adapter import Adapter
 from emloc.errors import CheckpointError, ConfigError
 from emloc.integrations.peft.attach import attach_part
 from emloc_diffusion.encode.components import (

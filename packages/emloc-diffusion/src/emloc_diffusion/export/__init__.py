@@ -14,10 +14,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from emloc.adapter import Adapter
+from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.output import file_sha256, others_writing, writing
 from emloc.errors import ConfigError, MismatchError, OutputError
-from emloc.finite import require_writable
-from emloc.output import file_sha256, others_writing, writing
+from emloc.linalg.finite import require_writable
 from emloc_diffusion.export.diffusers_format import diffusers_file
 from emloc_diffusion.export.kohya_format import kohya_file
 

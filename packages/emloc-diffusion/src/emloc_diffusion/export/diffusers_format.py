@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emloc.adapter import Adapter
+from emloc.artefacts.adapter import Adapter
 from emloc.errors import MismatchError
 
 METADATA_KEY = "lora_adapter_metadata"

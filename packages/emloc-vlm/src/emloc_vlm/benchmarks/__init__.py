@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc.errors import DataError
-from emloc.progress import console
+from emloc.machine.progress import console
 from emloc_vlm.benchmarks import pmc_vqa, vqa_rad, vqa_v2, websrc, worldcuisines
 from emloc_vlm.benchmarks.files import open_document, open_table
 

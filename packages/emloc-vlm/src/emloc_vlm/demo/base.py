@@ -19,9 +19,9 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from emloc.cache import cache_folder
+from emloc.artefacts.cache import cache_folder
 from emloc.demos.easy_vqa import WHEEL_SHA256, WORDS, Question, easy_vqa, questions
-from emloc.progress import progress_bar
+from emloc.machine.progress import progress_bar
 from emloc_vlm.demo.small_internvl import (
     IMAGE_TOKENS_PER_TILE,
     Shape,

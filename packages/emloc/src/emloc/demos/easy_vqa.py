@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from emloc.cache import cache_folder
+from emloc.artefacts.cache import cache_folder
 from emloc.demos.wheel import download_wheel
 
 WHEEL = "easy-vqa==1.0"

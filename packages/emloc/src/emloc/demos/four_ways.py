@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import emloc
+from emloc.artefacts.manifest import Manifest
 from emloc.demos.report import Row
 from emloc.errors import EmlocError
-from emloc.manifest import Manifest
-from emloc.progress import headline
+from emloc.machine.progress import headline
 
 Options = Mapping[str, Any]
 

@@ -9,8 +9,8 @@ import matplotlib
 from rich.console import Console
 from rich.table import Table
 
-from emloc.memory import format_bytes
-from emloc.output import write_json
+from emloc.artefacts.output import write_json
+from emloc.machine.memory import format_bytes
 
 TITLES = {
     "base": "base model",

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from emloc.family import Batch
-from emloc.gram import Side, smaller_side
-from emloc.groups import Group, Plan
+from emloc.compression.groups import Group, Plan
+from emloc.extend.family import Batch
+from emloc.linalg.gram import Side, smaller_side
 from emloc.planning.layers import planned_layers
 from emloc.planning.step import BlockKind, Passing, Precision, StepOptions, StepSizes
 from emloc.planning.subject import Subject

@@ -14,8 +14,10 @@ from typing import Any
 import psutil
 import torch
 
-from emloc.adapter import Adapter
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import Manifest
+from emloc.compression.groups import Group, Plan
 from emloc.config import (
     CompressConfig,
     CorrectConfig,
@@ -25,21 +27,19 @@ from emloc.config import (
     TrainConfig,
     build,
 )
-from emloc.convolution import matrix_shape
 from emloc.errors import MemoryLimitError
-from emloc.family import ModelFamily
-from emloc.groups import Group, Plan
-from emloc.manifest import Manifest
-from emloc.memory import format_bytes
-from emloc.memory_limit import can_limit
+from emloc.extend.family import ModelFamily
+from emloc.extend.plugin_options import of_family, with_plugin_options
+from emloc.linalg.convolution import matrix_shape
+from emloc.machine.memory import format_bytes
+from emloc.machine.memory_limit import can_limit
+from emloc.machine.progress import console
 from emloc.planning.fitting import changed_for, fit
 from emloc.planning.ledger import Lines, StageMemory, total
 from emloc.planning.memory_plan import MemoryPlan
 from emloc.planning.report import ordered, verdict
 from emloc.planning.setting import Setting
 from emloc.planning.subject import Subject
-from emloc.plugin_options import of_family, with_plugin_options
-from emloc.progress import console
 
 
 @dataclass(frozen=True)

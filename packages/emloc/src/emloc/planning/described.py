@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from emloc.checkpoint import Checkpoint, TensorInfo, read_json
+from emloc.artefacts.checkpoint import Checkpoint, TensorInfo, read_json
+from emloc.artefacts.layout import layout_of
 from emloc.errors import CheckpointError, PluginError
-from emloc.family import ModelFamily
-from emloc.layout import layout_of
-from emloc.plugins import family_of
+from emloc.extend.family import ModelFamily
+from emloc.extend.plugins import family_of
 
 LARGE_PARAMETERS = 1_000_000_000
 """From this size on, a config without a dtype (those of diffusers) is taken to be of bfloat16 weights."""

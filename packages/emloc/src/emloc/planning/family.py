@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import TrainConfig
-from emloc.family import Batch
+from emloc.extend.family import Batch
 from emloc.planning.operations import Layer
 from emloc.planning.step import StepOptions, StepSizes
 

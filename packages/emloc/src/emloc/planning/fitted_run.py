@@ -6,14 +6,14 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from emloc.config import CompressConfig, CorrectConfig, TrainConfig, build
+from emloc.extend.plugin_options import with_plugin_options
+from emloc.extend.plugins import open_model
+from emloc.machine.progress import console
 from emloc.planning.contract import plan_options, require_fit
 from emloc.planning.fitting import NEEDED, changed_for, fit
 from emloc.planning.report import verdict
 from emloc.planning.setting import Setting
 from emloc.planning.subject import Subject
-from emloc.plugin_options import with_plugin_options
-from emloc.plugins import open_model
-from emloc.progress import console
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 

@@ -4,10 +4,10 @@ from collections.abc import Container, Mapping, Sequence
 
 from torch import nn
 
+from emloc.compression.rank import match_pattern
 from emloc.config import LoraOptions
-from emloc.convolution import matrix_shape
+from emloc.linalg.convolution import matrix_shape
 from emloc.planning.operations import Layer
-from emloc.rank import match_pattern
 
 Grouped = Sequence[tuple[Sequence[str], int]]
 

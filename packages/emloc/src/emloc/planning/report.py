@@ -7,7 +7,7 @@ from rich.console import Group as Renderables
 from rich.table import Table
 from rich.text import Text
 
-from emloc.memory import format_bytes
+from emloc.machine.memory import format_bytes
 
 GIB = 1 << 30
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from emloc.compression.groups import Plan
 from emloc.config import PlanConfig
-from emloc.convolution import matrix_shape
 from emloc.errors import ConfigError
-from emloc.groups import Plan
+from emloc.linalg.convolution import matrix_shape
 from emloc.planning.calls import (
     Calls,
     Matrices,

@@ -11,7 +11,7 @@ what comes and goes, and a constant. Training imports more when it begins, and i
 those libraries: training the smallest model of each family takes 63 to 72 MB, where a tensor is nothing.
 """
 
-from emloc.memory_limit import CUDA_CONTEXT
+from emloc.machine.memory_limit import CUDA_CONTEXT
 
 MIB = 1 << 20
 

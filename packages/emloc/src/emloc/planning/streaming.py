@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from emloc.eigen import BLOCK, CHECKS, LARGEST
-from emloc.gram import Side
-from emloc.groups import Group, Plan
-from emloc.lowrank import DENSE_BELOW
-from emloc.merging import ROWS
+from emloc.compression.groups import Group, Plan
+from emloc.linalg.eigen import BLOCK, CHECKS, LARGEST
+from emloc.linalg.gram import Side
+from emloc.linalg.lowrank import DENSE_BELOW
+from emloc.linalg.merging import ROWS
 from emloc.planning.calls import Calls, Matrices, compute_itemsize, side_of
 from emloc.planning.ledger import Lines, largest, lines_of
 from emloc.planning.step import Passing

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.compression.groups import Group, Plan, make_plan
+from emloc.compression.rank import match_pattern
 from emloc.config import CompressConfig, TrainConfig
-from emloc.family import ModelFamily
-from emloc.groups import Group, Plan, make_plan
+from emloc.extend.family import ModelFamily
 from emloc.planning.blocks import by_block, kind_of
 from emloc.planning.described import Described, describe, with_tensors
 from emloc.planning.family import PlannedFamily
@@ -23,7 +24,6 @@ from emloc.planning.layers import layer_shapes
 from emloc.planning.operations import Layer
 from emloc.planning.step import BlockKind
 from emloc.planning.whole import Shapes, whole_parameters
-from emloc.rank import match_pattern
 
 KINDS = 2
 """Blocks of a shallow model's stack."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from emloc.family import Batch
+from emloc.extend.family import Batch
 from emloc.planning.live import SAVED, LiveBytes, Peak
 from emloc.planning.step import Moment, Passing, StepSizes
 

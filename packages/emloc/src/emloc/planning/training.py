@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from emloc.compression.groups import Group
 from emloc.config import TrainConfig
-from emloc.groups import Group
 from emloc.planning.layers import planned_layers
 from emloc.planning.ledger import lines_of
 from emloc.planning.operations import Layer

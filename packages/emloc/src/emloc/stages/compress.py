@@ -5,25 +5,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from emloc.compression import compress_blocks
+from emloc.artefacts.digest import batches_digest
+from emloc.artefacts.manifest import Manifest, ModelReference, is_complete, versions
+from emloc.artefacts.output_place import has_place
+from emloc.artefacts.stage_folder import stage_folder
+from emloc.compression.emulator_folder import EmulatorFolder
+from emloc.compression.groups import Plan, make_plan, refuse_idle_patterns
+from emloc.compression.one_pass import compress_blocks
+from emloc.compression.rank import match_pattern
+from emloc.compression.truncation import allocate_ranks
 from emloc.config import CompressConfig
-from emloc.digest import batches_digest
-from emloc.emulator import EmulatorFolder
 from emloc.errors import CheckpointError, ConfigError
-from emloc.family import Batch, ModelFamily
-from emloc.groups import Plan, make_plan, refuse_idle_patterns
-from emloc.manifest import Manifest, ModelReference, is_complete, versions
-from emloc.memory import PeakMemory, return_large_blocks
-from emloc.output_place import has_place
+from emloc.extend.family import Batch, ModelFamily
+from emloc.extend.plugin_options import of_family, own_options
+from emloc.extend.plugins import open_model
+from emloc.machine.memory import PeakMemory, return_large_blocks
+from emloc.machine.progress import console
 from emloc.planning.contract import compress_contract, keeping
-from emloc.plugin_options import of_family, own_options
-from emloc.plugins import open_model
-from emloc.progress import console
-from emloc.rank import match_pattern
-from emloc.stage import stage
-from emloc.stage_folder import stage_folder
-from emloc.stream import UnitStream
-from emloc.truncation import allocate_ranks
+from emloc.stages.stage import stage
+from emloc.streaming.stream import UnitStream
 
 PATHS = {"output_dir", "model_name_or_path", "single_file_config", "dataset"}
 """Options whose meaning is in a digest instead."""

@@ -10,25 +10,25 @@ from pathlib import Path
 
 import torch
 
-from emloc.adapted_weights import adapted_weights, part_weights
-from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
-from emloc.adapter_base import folder_named
-from emloc.adapter_correction import AdapterCorrection
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.adapted_weights import adapted_weights, part_weights
+from emloc.artefacts.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
+from emloc.artefacts.adapter_base import folder_named
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.digest import batches_digest
+from emloc.artefacts.manifest import Manifest, ModelReference, is_complete, versions
+from emloc.artefacts.output import copy_file, file_sha256, write_json
+from emloc.artefacts.output_place import has_place
+from emloc.artefacts.stage_folder import stage_folder
 from emloc.config import CorrectConfig
-from emloc.digest import batches_digest
+from emloc.correction.adapter_correction import AdapterCorrection
 from emloc.errors import ConfigError, MismatchError
-from emloc.family import Batch, ModelFamily
-from emloc.manifest import Manifest, ModelReference, is_complete, versions
-from emloc.memory import PeakMemory, return_large_blocks
-from emloc.output import copy_file, file_sha256, write_json
-from emloc.output_place import has_place
+from emloc.extend.family import Batch, ModelFamily
+from emloc.extend.plugin_options import of_family, own_options
+from emloc.extend.plugins import open_model
+from emloc.machine.memory import PeakMemory, return_large_blocks
 from emloc.planning.contract import correct_contract, keeping
-from emloc.plugin_options import of_family, own_options
-from emloc.plugins import open_model
-from emloc.stage import stage
-from emloc.stage_folder import stage_folder
-from emloc.stream import UnitStream
+from emloc.stages.stage import stage
+from emloc.streaming.stream import UnitStream
 
 PATHS = {
     "adapter",

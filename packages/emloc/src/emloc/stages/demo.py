@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from emloc.artefacts.output_place import require_folder
 from emloc.config import DemoConfig
-from emloc.output_place import require_folder
-from emloc.plugins import family_named
-from emloc.stage import stage
+from emloc.extend.plugins import family_named
+from emloc.stages.stage import stage
 
 
 @stage(DemoConfig, check=lambda config: require_folder(config.output_dir))

@@ -4,20 +4,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from emloc.adapter import Adapter
-from emloc.checkpoint import Checkpoint, read_json
+from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.checkpoint import Checkpoint, read_json
+from emloc.artefacts.digest import data_digest, named_digests
+from emloc.artefacts.manifest import Manifest
+from emloc.artefacts.output import write_json, writing
+from emloc.artefacts.output_place import require_folder, require_outside_data
+from emloc.artefacts.settings import difference, same
 from emloc.config import EvaluateConfig
-from emloc.digest import data_digest, named_digests
 from emloc.errors import CheckpointError, ConfigError, OutputError
-from emloc.family import ModelFamily
-from emloc.manifest import Manifest
-from emloc.output import write_json, writing
-from emloc.output_place import require_folder, require_outside_data
-from emloc.plugin_options import of_family, own_options
-from emloc.plugins import of_folder, open_model
-from emloc.progress import console
-from emloc.settings import difference, same
-from emloc.stage import stage
+from emloc.extend.family import ModelFamily
+from emloc.extend.plugin_options import of_family, own_options
+from emloc.extend.plugins import of_folder, open_model
+from emloc.machine.progress import console
+from emloc.stages.stage import stage
 
 RESULT_NAME = "evaluation.json"
 

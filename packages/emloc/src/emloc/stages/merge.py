@@ -6,22 +6,22 @@ from pathlib import Path
 
 import torch
 
-from emloc.adapted_weights import adapted_weights
-from emloc.adapter import Adapter
-from emloc.adapter_base import folder_named, require_base
+from emloc.artefacts.adapted_weights import adapted_weights
+from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.adapter_base import folder_named, require_base
+from emloc.artefacts.json_files import read_json
+from emloc.artefacts.manifest import Manifest, ModelReference, is_complete, versions
+from emloc.artefacts.merged_tensors import MergedModel, merged_model, merged_part
+from emloc.artefacts.output import ShardWriter, copy_file, file_sha256, write_json
+from emloc.artefacts.output_place import has_place
+from emloc.artefacts.stage_folder import stage_folder
 from emloc.config import MergeConfig
 from emloc.errors import MismatchError
-from emloc.json_files import read_json
-from emloc.manifest import Manifest, ModelReference, is_complete, versions
-from emloc.memory import PeakMemory, return_large_blocks
-from emloc.merged_tensors import MergedModel, merged_model, merged_part
-from emloc.output import ShardWriter, copy_file, file_sha256, write_json
-from emloc.output_place import has_place
+from emloc.extend.plugins import open_model
+from emloc.machine.memory import PeakMemory, return_large_blocks
+from emloc.machine.progress import progress_bar
 from emloc.planning.contract import keeping, merge_contract
-from emloc.plugins import open_model
-from emloc.progress import progress_bar
-from emloc.stage import stage
-from emloc.stage_folder import stage_folder
+from emloc.stages.stage import stage
 
 
 @stage(MergeConfig, check=has_place)

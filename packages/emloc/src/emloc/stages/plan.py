@@ -3,17 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-from emloc.checkpoint import read_json
+from emloc.artefacts.checkpoint import read_json
+from emloc.artefacts.output import write_json, writing
+from emloc.artefacts.output_place import require_folder
 from emloc.config import PlanConfig
 from emloc.errors import OutputError
-from emloc.output import write_json, writing
-from emloc.output_place import require_folder
+from emloc.extend.plugin_options import of_family
 from emloc.planning.fitting import fit
 from emloc.planning.memory_plan import MemoryPlan
 from emloc.planning.setting import Setting
 from emloc.planning.subject import Subject
-from emloc.plugin_options import of_family
-from emloc.stage import stage
+from emloc.stages.stage import stage
 
 PLAN_NAME, PICTURE_NAME = "plan.json", "plan.png"
 

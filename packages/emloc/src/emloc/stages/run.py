@@ -22,23 +22,23 @@ from typing import Any, cast
 
 import torch
 
+from emloc.artefacts.output_place import require_folder
 from emloc.config import TrainConfig, nearest
 from emloc.errors import ConfigError
-from emloc.option_text import from_file
-from emloc.output_place import require_folder
-from emloc.overrides import Overrides, read_overrides
+from emloc.extend.plugin_options import of_family
+from emloc.extend.plugins import open_model
+from emloc.machine.progress import console
+from emloc.options.overrides import Overrides, read_overrides
+from emloc.options.text import from_file
+from emloc.options.yaml_file import read_yaml
 from emloc.planning.fitted_run import fit_run
-from emloc.plugin_options import of_family
-from emloc.plugins import open_model
-from emloc.progress import console
-from emloc.stage import Stage
 from emloc.stages.compress import compress
 from emloc.stages.correct import correct
 from emloc.stages.evaluate import evaluate
 from emloc.stages.merge import merge
+from emloc.stages.stage import Stage
 from emloc.stages.train import train
-from emloc.training_needs import require_modules
-from emloc.yaml_file import read_yaml
+from emloc.stages.training_needs import require_modules
 
 STAGES: Mapping[str, Stage[Any, Any]] = {
     "compress": compress,

@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 
-from emloc.adapter import Adapter
+from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.digest import data_digest, named_digests
+from emloc.artefacts.manifest import Manifest, ModelReference, is_complete, versions
+from emloc.artefacts.output import file_sha256, others_writing
+from emloc.artefacts.output_place import has_place
+from emloc.artefacts.stage_folder import stage_folder
 from emloc.config import TrainConfig
-from emloc.digest import data_digest, named_digests
 from emloc.errors import CheckpointError, ConfigError, NumericalError
-from emloc.manifest import Manifest, ModelReference, is_complete, versions
-from emloc.output import file_sha256, others_writing
-from emloc.output_place import has_place
+from emloc.extend.plugin_options import of_family, own_options
+from emloc.extend.plugins import of_folder, open_model
 from emloc.planning.contract import keeping, train_contract
-from emloc.plugin_options import of_family, own_options
-from emloc.plugins import of_folder, open_model
-from emloc.stage import stage
-from emloc.stage_folder import stage_folder
-from emloc.training_needs import check_training, require_modules
+from emloc.stages.stage import stage
+from emloc.stages.training_needs import check_training, require_modules
 
 PATHS = {
     "output_dir",

@@ -6,21 +6,21 @@ from typing import Any
 
 import torch
 
-from emloc.adapted_weights import adapted_weights, part_weights
-from emloc.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
-from emloc.adapter_base import named_base
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.adapted_weights import adapted_weights, part_weights
+from emloc.artefacts.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
+from emloc.artefacts.adapter_base import named_base
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import MANIFEST_NAME, Manifest
+from emloc.artefacts.named_files import named_file
+from emloc.artefacts.output import file_sha256
 from emloc.config import VerifyConfig
-from emloc.convolution import matrix_shape
 from emloc.errors import CheckpointError, EmlocError, MismatchError, NumericalError
-from emloc.family import ModelFamily
-from emloc.finite import is_finite, is_mask
-from emloc.manifest import MANIFEST_NAME, Manifest
-from emloc.named_files import named_file
-from emloc.output import file_sha256
-from emloc.plugins import family_named, family_of, open_model
-from emloc.progress import progress_bar
-from emloc.stage import stage
+from emloc.extend.family import ModelFamily
+from emloc.extend.plugins import family_named, family_of, open_model
+from emloc.linalg.convolution import matrix_shape
+from emloc.linalg.finite import is_finite, is_mask
+from emloc.machine.progress import progress_bar
+from emloc.stages.stage import stage
 
 
 @stage(VerifyConfig)

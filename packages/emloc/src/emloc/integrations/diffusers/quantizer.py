@@ -16,7 +16,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from emloc.errors import CheckpointError, MismatchError
-from emloc.family import EmulatorLayers
+from emloc.extend.family import EmulatorLayers
 from emloc.layers.low_rank_conv import LowRankConv2d
 from emloc.layers.low_rank_linear import LowRankLinear, SharedProjection
 

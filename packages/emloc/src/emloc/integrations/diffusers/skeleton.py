@@ -12,7 +12,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.errors import CheckpointError
 
 Forward = Callable[[Any], object]

@@ -11,12 +11,12 @@ from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from emloc.adapted_weights import adapted_weights, differs, is_copy, under_current_names
-from emloc.adapter import PREFIX, Adapter
-from emloc.adapter_config import exact_patterns
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.adapted_weights import adapted_weights, differs, is_copy, under_current_names
+from emloc.artefacts.adapter import PREFIX, Adapter
+from emloc.artefacts.adapter_config import exact_patterns
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.errors import MismatchError
-from emloc.family import ModelFamily
+from emloc.extend.family import ModelFamily
 
 
 def attach(model: Any, adapter: str, checkpoint: Checkpoint, family: ModelFamily) -> Any:

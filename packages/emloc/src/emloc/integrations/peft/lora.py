@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError, DataError
-from emloc.family import Batch
+from emloc.extend.family import Batch
 from emloc.integrations.peft.targets import chosen_targets
 from emloc.layers.low_rank_linear import LowRankLinear
 

@@ -10,7 +10,7 @@ from emloc.errors import ConfigError
 from emloc.integrations.peft.blocks import in_chosen_blocks
 from emloc.integrations.transformers.skeleton import is_linear
 from emloc.layers.low_rank_linear import LowRankLinear
-from emloc.progress import console
+from emloc.machine.progress import console
 
 READ_NOT_CALLED = {
     model_type: ("out_proj", "conv1d")

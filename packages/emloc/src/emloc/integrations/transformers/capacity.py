@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.errors import CheckpointError, DataError
 from emloc.integrations.transformers.skeleton import empty_model
 

@@ -19,7 +19,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from emloc.errors import CheckpointError, DataError
 from emloc.integrations.transformers.data.turns import Chat, Turn
-from emloc.progress import console
+from emloc.machine.progress import console
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _OTHER = "Something else."

@@ -22,8 +22,8 @@ from transformers.core_model_loading import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from emloc.checkpoint import Checkpoint
-from emloc.family import StoredParameter
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.extend.family import StoredParameter
 
 _KNOWN: "weakref.WeakKeyDictionary[Any, dict[str, dict[str, StoredParameter]]]" = (
     weakref.WeakKeyDictionary()

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from emloc.errors import ConfigError
-from emloc.progress import console
+from emloc.machine.progress import console
 
 NEEDED = ("bos_token_id", "decoder_start_token_id")
 """Ids without which a model cannot begin; no settings."""

@@ -15,8 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from emloc.config import TrainConfig
 from emloc.errors import CheckpointError, ConfigError, NumericalError
-from emloc.family import Batch
-from emloc.finite import is_finite
+from emloc.extend.family import Batch
 from emloc.integrations.peft.lora import new_lora, save_as_plain_lora
 from emloc.integrations.peft.low_rank_lora import fuse_lora
 from emloc.integrations.peft.parts import Part, with_parts
@@ -31,8 +30,9 @@ from emloc.integrations.transformers.training import (
     last_complete_checkpoint,
     plot_loss,
 )
-from emloc.progress import console
-from emloc.training_needs import check_training
+from emloc.linalg.finite import is_finite
+from emloc.machine.progress import console
+from emloc.stages.training_needs import check_training
 
 
 def train_lora(

@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from emloc.family import Batch, LossSum
-from emloc.lockstep import current_call
+from emloc.extend.family import Batch, LossSum
+from emloc.streaming.lockstep import current_call
 
 IGNORED = -100
 """The label of a token without loss."""

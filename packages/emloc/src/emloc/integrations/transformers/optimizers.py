@@ -10,8 +10,8 @@ from typing import Any
 from peft.optimizers import create_loraplus_optimizer
 
 from emloc.config import TrainConfig
-from emloc.progress import warn
-from emloc.training_needs import PRODIGY
+from emloc.machine.progress import warn
+from emloc.stages.training_needs import PRODIGY
 
 LOW_PRODIGY_RATE = 0.1
 """Learning rates below are meant for another optimiser."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import TrainConfig
 from emloc.integrations.peft.targets import chosen_targets, linear_layers
 from emloc.integrations.transformers.skeleton import empty_model, is_linear

@@ -14,8 +14,8 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from emloc.checkpoint import Checkpoint
-from emloc.family import EmulatorLayers
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.extend.family import EmulatorLayers
 from emloc.integrations.transformers.skeleton import is_linear
 from emloc.layers.low_rank_linear import LowRankLinear
 

@@ -10,7 +10,7 @@ import matplotlib
 from transformers import TrainerCallback
 
 from emloc.errors import NumericalError
-from emloc.progress import ProgressBar
+from emloc.machine.progress import ProgressBar
 
 LOG_NAME = "trainer_log.jsonl"
 PLOT_NAME = "training_loss.png"

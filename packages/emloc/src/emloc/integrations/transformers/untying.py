@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from emloc.checkpoint import Checkpoint
+from emloc.artefacts.checkpoint import Checkpoint
 
 OPTION = "tie_word_embeddings"
 TEXT = ("text_config", "llm_config", "decoder", "language_config")

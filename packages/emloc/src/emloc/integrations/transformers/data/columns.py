@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from emloc.config import nearest
 from emloc.errors import ConfigError, DataError
 from emloc.integrations.transformers.data.rows import Row
-from emloc.progress import console
+from emloc.machine.progress import console
 
 CHAT = ("tools", "system", "chat_template_kwargs")
 """What any chat may have beside its turns."""

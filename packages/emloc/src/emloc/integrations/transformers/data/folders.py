@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from emloc.artefacts.named_files import named_path, refuse_special
 from emloc.errors import DataError
 from emloc.integrations.transformers.data.files import SUFFIXES, csv_cells, read_file
 from emloc.integrations.transformers.data.rows import Row
-from emloc.named_files import named_path, refuse_special
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|::")
 """`https://…`, `hf://…`, and the chains of fsspec such as `zip://a::https://…`."""

@@ -1,0 +1,70 @@
+"""Which model an adapter says that it runs on.
+
+PEFT's config holds whatever its trainer was given: an absolute path, a hub id, or a path relative to a folder
+that nobody knows any more. Our manifest beside it holds an absolute path or a hub id, and is believed first.
+A relative path is never looked for below the folder that we happen to be in, where another model may lie.
+"""
+
+import os
+from pathlib import Path
+
+from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.manifest import Manifest
+from emloc.errors import ConfigError
+
+
+def named_base(adapter: Adapter, origin: Manifest | None) -> str | None:
+    """An absolute path or a hub id; None where there is none, or only a relative path.
+
+    Args:
+        origin: the adapter's manifest.
+    """
+    by_peft = _by_peft(adapter)
+    if origin is None:
+        return None if by_peft is None or _is_relative(by_peft) else by_peft
+    runs_on = origin.emulator if origin.kind == "adapter" and origin.emulator else None
+    recorded = (runs_on or origin.base_model).name_or_path
+    if os.path.isabs(recorded) and not Path(recorded).exists() and by_peft is not None:
+        # The model has moved, and somebody may have told PEFT where to.
+        return by_peft if os.path.isabs(by_peft) and Path(by_peft).exists() else recorded
+    return recorded
+
+
+def require_base(adapter: Adapter, origin: Manifest | None, stage: str) -> str:
+    """`named_base`, which a stage cannot do without.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    name = named_base(adapter, origin)
+    if name is not None:
+        return name
+    by_peft = _by_peft(adapter)
+    if by_peft is None:
+        raise ConfigError(f"{stage}: the adapter names no base model; pass model_name_or_path.")
+    raise ConfigError(
+        f"{stage}: {adapter.path} names its base model {by_peft}, which may be a path relative to the "
+        f"folder that it was trained in; pass model_name_or_path."
+    )
+
+
+def folder_named(adapter: Adapter) -> Path | None:
+    """The folder that PEFT's config seems to name, to refuse what it shows to be wrong.
+
+    A relative path is looked for from here: at worst something right is refused, nothing wrong is read.
+    """
+    by_peft = _by_peft(adapter)
+    return Path(by_peft) if by_peft is not None and Path(by_peft).is_dir() else None
+
+
+def _by_peft(adapter: Adapter) -> str | None:
+    name = adapter.config.get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
+def _is_relative(name: str) -> bool:
+    """Whether a name is a path that leads somewhere else from every folder, or may be one."""
+    if os.path.isabs(name):
+        return False
+    looks_like_hub_id = name.count("/") <= 1 and not name.startswith((".", "~"))
+    return not looks_like_hub_id or Path(name).exists()

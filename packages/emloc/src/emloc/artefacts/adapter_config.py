@@ -1,0 +1,116 @@
+"""What `adapter_config.json` says of a LoRA: that it is one, each layer's rank and scaling.
+
+Only what changes a linear layer by `scaling · B · A` (and DoRA's magnitude) can be corrected and
+merged; everything else that PEFT offers is refused with its reason.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from emloc.compression.rank import match_pattern
+from emloc.errors import CheckpointError, MismatchError
+
+CONFIG_NAME = "adapter_config.json"
+
+_CHANGES_BASE = {"pissa", "olora", "corda", "loftq", "lora_ga"}
+_UNSUPPORTED = {
+    "layer_replication": "it repeats layers",
+    "target_parameters": "it adapts parameters instead of linear layers",
+    "trainable_token_indices": "it trains token embeddings",
+    "lora_bias": "it trains biases inside the LoRA",
+    "use_qalora": "it pools the inputs",
+    "use_bdlora": "its A and B are blocks on a diagonal",
+    "alora_invocation_tokens": "it acts on some tokens only",
+    "arrow_config": "it mixes several LoRAs",
+    "kasa_config": "it cuts the base's weights, and has singular values between A and B",
+    "monteclora_config": "it draws its weights at random",
+    "megatron_config": "it is split over processes",
+}
+
+
+def refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
+    """Let plain LoRA, rsLoRA and DoRA pass.
+
+    Raises:
+        MismatchError: the adapter does more than `scaling · B · A`.
+    """
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise MismatchError(f"{path} is a {kind} adapter; only LoRA can be corrected and merged.")
+    for option, reason in _UNSUPPORTED.items():
+        if config.get(option):
+            raise MismatchError(f"{path} uses {option}, which is not supported: {reason}.")
+    if config.get("bias", "none") != "none":
+        raise MismatchError(
+            f"{path} trains biases (bias={config['bias']!r}), which is not supported: they would be "
+            f"left out; train with bias='none'."
+        )
+    start = str(config.get("init_lora_weights")).lower()
+    if any(start.startswith(name) for name in _CHANGES_BASE):
+        raise MismatchError(
+            f"{path} was initialised with {start}, which changes the emulator's weights; convert it "
+            f"to a plain LoRA with PEFT's path_initial_model_for_weight_conversion first."
+        )
+
+
+def require_rank(path: Path, config: dict[str, Any], name: str, key: str, rank: int) -> None:
+    """Check that the file's rank of a layer is the config's.
+
+    Args:
+        key: of the layer's A, which has `rank` rows.
+
+    Raises:
+        CheckpointError: it is not, or there are no rows.
+    """
+    patterns = cast("dict[str, int]", config.get("rank_pattern") or {})
+    expected = match_pattern(patterns, name) or config.get("r")
+    if rank != expected or rank < 1:
+        raise CheckpointError(
+            f"{path}: {key} has rank {rank}, its {CONFIG_NAME} says {expected}; the two files do "
+            f"not belong together."
+        )
+
+
+def scaling_of(path: Path, config: dict[str, Any], name: str, rank: int) -> float:
+    """A layer's `alpha / rank`, or `alpha / √rank` for rsLoRA; finite and not zero.
+
+    Raises:
+        CheckpointError: alpha is no number, or one that no LoRA is trained with.
+    """
+    patterns = cast("dict[str, Any]", config.get("alpha_pattern") or {})
+    alpha: Any = match_pattern(patterns, name)
+    alpha = config.get("lora_alpha", 8) if alpha is None else alpha
+    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if number else 0.0
+    if not math.isfinite(scaling) or scaling == 0:
+        raise CheckpointError(
+            f"{path / CONFIG_NAME} gives {name} the alpha {alpha!r}, with which a LoRA does nothing or "
+            f"makes NaN; set lora_alpha (or alpha_pattern) to what it was trained with."
+        )
+    return float(scaling)
+
+
+def exact_patterns(
+    config: Mapping[str, Any], layers: Iterable[tuple[str, int, float]]
+) -> tuple[dict[str, int], dict[str, float]]:
+    """PEFT's `rank_pattern` and `alpha_pattern` for layers by their full names.
+
+    Args:
+        config: the adapter's; layers of its `r` and `lora_alpha` need no pattern.
+        layers: name, rank and scaling of each.
+    """
+    rank, root = config["r"], bool(config.get("use_rslora"))
+    alpha = config.get("lora_alpha", 8)
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name, own_rank, scaling in layers:
+        own = scaling * (math.sqrt(own_rank) if root else own_rank)
+        pattern = f"^{re.escape(name)}"
+        if own_rank != rank:
+            ranks[pattern] = own_rank
+        if not math.isclose(own, alpha):
+            alphas[pattern] = own
+    return ranks, alphas

@@ -1,0 +1,81 @@
+"""Files that belong to a model beside its weights and travel with everything that is made of it.
+
+They decide what the model reads and writes: tokenizer, chat templates, processors, generation settings; of
+a pipeline, all of its other models. What is copied is what people publish, so a link that leads out of the
+model's folder is refused: it would put somebody's own file into the artefact.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from emloc.artefacts.layout import PIPELINE_NAME, Layout, components
+from emloc.artefacts.named_files import named_file
+
+SUFFIXES = frozenset(
+    {
+        ".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".bpe", ".codes", ".vocab", ".tokenizer",
+    }
+)  # fmt: skip
+"""What the files of tokenizers, templates, processors and settings of transformers end in."""
+
+TEMPLATES = "additional_chat_templates"
+"""The folder of a model's further chat templates, such as the one for tools."""
+
+PATTERNS = [*(f"*{suffix}" for suffix in sorted(SUFFIXES)), "tokenizer.model.*"]
+"""The same for a download."""
+
+_SKIPPED = {"config.json", "emloc.json"}
+_OTHER_WEIGHTS = {".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".pkl", ".pt", ".pth"}
+
+LARGE_BYTES = 64 << 20
+"""Files beside the weights that are larger (a pipeline's other models) are known by size and ends."""
+
+
+def companions(path: Path, layout: Layout) -> list[str]:
+    """Names of a model's companions, relative to its folder, in order.
+
+    Raises:
+        CheckpointError: one is a link out of the folder.
+    """
+    names = _of_pipeline(path, layout) if layout.folder else _of_model(path)
+    names = sorted(names)
+    for name in names:
+        named_file(path, name, path)
+    return names
+
+
+def _of_model(path: Path) -> Iterator[str]:
+    for entry in path.iterdir():
+        belongs = entry.suffix in SUFFIXES or entry.name.startswith("tokenizer.model.")
+        if belongs and entry.is_file() and not _is_skipped(entry.name):
+            yield entry.name
+    for entry in (path / TEMPLATES).glob("*.jinja"):
+        yield f"{TEMPLATES}/{entry.name}"
+
+
+def _is_skipped(name: str) -> bool:
+    return name in _SKIPPED or name.endswith(".index.json")
+
+
+def _of_pipeline(path: Path, layout: Layout) -> Iterator[str]:
+    """What the pipeline's index names, and no training output or single-file copy beside it."""
+    yield PIPELINE_NAME
+    for component in components(path):
+        if f"{component}/" == layout.folder or not (path / component).is_dir():
+            continue
+        for entry in (path / component).rglob("*"):
+            hidden = any(part.startswith(".") for part in entry.relative_to(path).parts)
+            if entry.is_file() and not hidden and entry.suffix not in _OTHER_WEIGHTS:
+                yield entry.relative_to(path).as_posix()
+
+
+def file_identity(path: Path) -> bytes:
+    """SHA-256 of a file; of a large one, of its size and both ends."""
+    size = path.stat().st_size
+    if size <= LARGE_BYTES:
+        return hashlib.sha256(path.read_bytes()).digest()
+    with path.open("rb") as file:
+        head = file.read(LARGE_BYTES // 2)
+        file.seek(size - LARGE_BYTES // 2)
+        return hashlib.sha256(f"{size}|".encode() + head + file.read()).digest()

@@ -1,0 +1,184 @@
+"""The emulator's folder while it is being written: one shard per block, one for the rest.
+
+Beside a finished block's shard stands a small report, by which an interrupted run knows the block is
+done; the manifest takes the reports up at the end.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emloc.artefacts.checkpoint import Checkpoint, TensorInfo
+from emloc.artefacts.layout import Layout
+from emloc.artefacts.output import ShardWriter, copy_file, write_json
+from emloc.compression.groups import Plan
+from emloc.config import Dtype
+from emloc.extend.family import EmulatorLayers
+from emloc.linalg.convolution import left_shape, right_shape
+from emloc.streaming.stream import UnitStream
+
+Declared = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+SPECTRUM = "spectrum"
+"""Where a block's report holds the eigenvalues of a group whose rank is to be found."""
+
+
+@dataclass
+class EmulatorFolder:
+    """Names, shards and the final index of an emulator.
+
+    Attributes:
+        stream: the base model, for its names.
+        plan: which layers become factors.
+        dtype: of the factors and all other weights; `auto` keeps the base's.
+        work: where to write.
+    """
+
+    stream: UnitStream
+    plan: Plan
+    dtype: Dtype
+    work: Path
+
+    @property
+    def base(self) -> Checkpoint:
+        """The checkpoint that is compressed."""
+        return self.stream.checkpoint
+
+    @property
+    def shards(self) -> list[str]:
+        """File names: a shard per block in forward order, and the rest last."""
+        return self.layout.shards(len(self.stream.blocks) + 1)
+
+    @property
+    def layout(self) -> Layout:
+        """Names of the emulator's files: as the base's."""
+        return self.base.layout
+
+    def report_path(self, block: str) -> Path:
+        """The file that says a block is done."""
+        return self.work / f"block-{self.stream.blocks.index(block) + 1:05d}.json"
+
+    def read_report(self, block: str) -> dict[str, Any]:
+        """What `write_block` was told of a finished block."""
+        return json.loads(self.report_path(block).read_text("utf-8"))
+
+    def finished_blocks(self) -> set[str]:
+        """Blocks that an interrupted run completed."""
+        return {block for block in self.stream.blocks if self.report_path(block).is_file()}
+
+    def write_block(
+        self,
+        block: str,
+        factors: Mapping[str, tuple[Tensor, Sequence[Tensor]]],
+        report: Mapping[str, Any],
+    ) -> None:
+        """Write a block's shard, then its report.
+
+        Args:
+            factors: by a group's owner, its right factor and the left ones in the group's order; a
+                group that is not in it stays dense.
+            report: JSON for the manifest.
+        """
+        tensors: dict[str, Tensor] = {}
+        replaced: set[str] = set()
+        for group in self.plan.within(block):
+            if group.owner not in factors:
+                continue
+            right, lefts = factors[group.owner]
+            tensors[self.factor(group.owner, "right")] = self._right(group.owner, right)
+            for name, left in zip(group.layers, lefts):
+                tensors[self.factor(name, "left")] = self._left(name, left)
+                replaced.add(self.stream.weight_name(name))
+        for name in self._block_tensors(block):
+            if name not in replaced:
+                stored = self.base.read(name)
+                tensors[name] = stored.to(self._target_dtype(stored.dtype))
+        declared: Declared = {n: (t.dtype, tuple(t.shape)) for n, t in sorted(tensors.items())}
+        file = self.shards[self.stream.blocks.index(block)]
+        with ShardWriter(self.work / file, declared, self.base.name) as shard:
+            for name in declared:
+                shard.write(name, tensors[name])
+        write_json(self.report_path(block), {**report, "sha256": {file: shard.sha256}})
+
+    def finish(self) -> tuple[list[dict[str, Any]], dict[str, str], Checkpoint]:
+        """Write what is in no block, the index, the config and the tokenizer's files.
+
+        Returns:
+            The blocks' reports, the SHA-256 of each shard, and the emulator opened.
+        """
+        rest = self._write_rest()
+        written = Checkpoint.from_files(
+            str(self.work), self.work, {}, dict.fromkeys(self.shards, None)
+        )
+        total = sum(info.nbytes for info in written.tensors.values())
+        weight_map = {name: self.layout.inside(info.file) for name, info in written.tensors.items()}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(self.work / self.layout.index, index)
+        reports = [self.read_report(block) for block in self.stream.blocks]
+        compressed = {owner for report in reports for owner in report["layers"]}
+        for entry in (entry for report in reports for entry in report["layers"].values()):
+            entry.pop(SPECTRUM, None)  # thousands of numbers, of use until ranks are known
+        layers = EmulatorLayers(
+            [(group.layers, group.rank) for group in self.plan.groups if group.owner in compressed],
+            None if self.dtype == "auto" else self.dtype,
+        )
+        config = self.stream.family.emulator_config(self.base, layers)
+        write_json(self.work / self.layout.config, config)
+        for name in self.base.companions():
+            copy_file(self.base.path / name, self.work / name)
+        digests: dict[str, str] = {}
+        for report in reports:
+            digests.update(report["sha256"])
+        return reports, {**digests, self.shards[-1]: rest}, written
+
+    def forget_reports(self) -> None:
+        """Drop what only a continuation needs; the manifest holds it now."""
+        for block in self.stream.blocks:
+            self.report_path(block).unlink()
+
+    def _write_rest(self) -> str:
+        inside = {name for block in self.stream.blocks for name in self._block_tensors(block)}
+        declared: Declared = {
+            name: (self._target_dtype(info.dtype), info.shape)
+            for name, info in self.base.tensors.items()
+            if name not in inside
+        }
+        with ShardWriter(self.work / self.shards[-1], declared, self.base.name) as shard:
+            for name, (dtype, _) in declared.items():
+                shard.write(name, self.base.read(name).to(dtype))
+        return shard.sha256
+
+    def _block_tensors(self, block: str) -> list[str]:
+        module = self.stream.model.get_submodule(block)
+        names = {
+            name
+            for path, _ in module.named_parameters()
+            for name in self.stream.stored(f"{block}.{path}").names
+        }
+        return sorted(names | {n for n in self.base.tensors if n.startswith(f"{block}.")})
+
+    def factor(self, layer: str, kind: str) -> str:
+        """Name of a layer's tensor of `kind`, right or left."""
+        return self.stream.weight_name(layer).removesuffix("weight") + kind
+
+    def _stored_weight(self, layer: str) -> TensorInfo:
+        return self.base.tensors[self.stream.weight_name(layer)]
+
+    def _right(self, layer: str, factor: Tensor) -> Tensor:
+        info = self._stored_weight(layer)
+        shape = factor.shape if len(info.shape) == 2 else right_shape(info.shape, factor.shape[0])
+        return factor.to(self._target_dtype(info.dtype)).reshape(shape)
+
+    def _left(self, layer: str, factor: Tensor) -> Tensor:
+        info = self._stored_weight(layer)
+        shape = factor.shape if len(info.shape) == 2 else left_shape(info.shape, factor.shape[1])
+        return factor.to(self._target_dtype(info.dtype)).reshape(shape)
+
+    def _target_dtype(self, stored: torch.dtype) -> torch.dtype:
+        keep = self.dtype == "auto" or not stored.is_floating_point
+        return stored if keep else getattr(torch, self.dtype)

@@ -1,0 +1,1 @@
+"""What plugins offer: families, methods, hooks and options."""

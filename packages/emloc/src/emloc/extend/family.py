@@ -1,0 +1,277 @@
+"""What a modality plugin must offer: one object that knows its models, its data and its training.
+
+Core streams, compresses, corrects and merges by tensor name; everything that depends on what a model
+reads (text, images, latents) is behind `ModelFamily`.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.config import CalibrationOptions, DataOptions, DemoConfig, EvaluateConfig, TrainConfig
+from emloc.errors import DataError, NumericalError
+from emloc.extend.targets import imported
+from emloc.linalg.convolution import as_matrix
+
+Batch = Mapping[str, Tensor]
+"""One micro-batch, as the family's forward takes it."""
+
+
+@dataclass(frozen=True)
+class StoredParameter:
+    """How one parameter of a model lies in a checkpoint.
+
+    Attributes:
+        names: the tensors that it is made of; tied parameters share theirs.
+        transposed: a layer's weight that is stored d_in × d_out.
+        assemble: makes it of several tensors, or of one in another form, given a function that reads
+            a tensor; None if it is stored as it is.
+    """
+
+    names: tuple[str, ...]
+    transposed: bool = False
+    assemble: Callable[[Callable[[str], Tensor]], Tensor] | None = None
+
+    @property
+    def plain_name(self) -> str | None:
+        """The one tensor that is this parameter, or None."""
+        return self.names[0] if self.assemble is None else None
+
+    def read(self, read: Callable[[str], Tensor]) -> Tensor:
+        """The parameter, as the model's module holds it."""
+        return read(self.names[0]) if self.assemble is None else self.assemble(read)
+
+    def layer_weight(self, read: Callable[[str], Tensor]) -> Tensor:
+        """The parameter, a layer's weight, as d_out × d_in (`as_matrix`)."""
+        weight = as_matrix(self.read(read))
+        return weight.T if self.transposed else weight
+
+
+class LossSum(NamedTuple):
+    """A loss summed over what it averages (tokens, pixels), so that batches can be added up."""
+
+    total: float
+    terms: int
+
+    def mean(self, what: str) -> float:
+        """The loss per term.
+
+        Args:
+            what: what it is the loss of, for messages: a data set, a step.
+
+        Raises:
+            DataError: there are no terms, so there is no loss, and 0 would be the best of all.
+            NumericalError: it is NaN or infinite.
+        """
+        if self.terms == 0:
+            raise DataError(
+                f"{what}: no token has a label, so there is no loss; check that prompts leave room for "
+                f"answers within max_length."
+            )
+        if not math.isfinite(self.total):
+            raise NumericalError(
+                f"{what}: the loss is {self.total / self.terms}; the model or its adapter holds or makes "
+                f"values that are not numbers. Check both with emloc verify, or try another dtype."
+            )
+        return self.total / self.terms
+
+
+def summed(parts: Iterable[LossSum]) -> LossSum:
+    """The loss over all parts together."""
+    total, terms = 0.0, 0
+    for part in parts:
+        total, terms = total + part.total, terms + part.terms
+    return LossSum(total, terms)
+
+
+class EmulatorLayers(NamedTuple):
+    """What the emulator's config must say for its layers to be rebuilt.
+
+    Attributes:
+        groups: layers that share a right factor, with their rank; a group may hold one layer.
+        dtype: what all weights were converted to, for example `bfloat16`; None: kept.
+    """
+
+    groups: Sequence[tuple[Sequence[str], int]]
+    dtype: str | None
+
+
+@runtime_checkable
+class ModelFamily(Protocol):
+    """One modality. Layer, block and unit names are module names of the skeleton."""
+
+    name: str
+    adapter_formats: tuple[str, ...]
+
+    def native(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint in the layout of the family's model class: itself, or a view on it."""
+        ...
+
+    def skeleton(self, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+        """The model with every parameter on the meta device and real buffers, in eval mode."""
+        ...
+
+    def stored(
+        self, model: nn.Module, parameter: str, checkpoint: Checkpoint
+    ) -> StoredParameter | None:
+        """How the checkpoint stores a parameter; None if it does not."""
+        ...
+
+    def blocks(self, model: nn.Module) -> Sequence[str]:
+        """The repeated units, in the order of the forward."""
+        ...
+
+    def layer_groups(self, model: nn.Module) -> Sequence[Sequence[str]]:
+        """Compressible layers; those that always read the same input form a group."""
+        ...
+
+    def kept_dense(self, model: nn.Module) -> Mapping[str, str]:
+        """Other layers, which stay dense unless `include` names them, each with the reason."""
+        ...
+
+    def calibration_batches(
+        self, checkpoint: Checkpoint, options: CalibrationOptions
+    ) -> Sequence[Batch]:
+        """Micro-batches drawn from the data by seed, with labels.
+
+        Args:
+            options: of compress, or of correct, whose `adapter` may have LoRAs of other models that
+                make part of what the model reads.
+        """
+        ...
+
+    def token_mask(self, batch: Batch, layer: str | None = None) -> Tensor | None:
+        """Which tokens are real (True) and which are padding; None where all are real.
+
+        Args:
+            layer: of what this layer reads, or what this block writes: in the shape that its tokens have
+                there, or one that flattens to the same order (`emloc.streaming.real_rows`). Without a
+                layer: of the micro-batch's own tokens, for counting them.
+        """
+        ...
+
+    def forward_loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        """The library's own forward on one micro-batch, and its training loss."""
+        ...
+
+    def emulator_config(self, checkpoint: Checkpoint, layers: EmulatorLayers) -> dict[str, Any]:
+        """The emulator's `config.json`: the base's, with what its loader needs."""
+        ...
+
+    def train(self, config: TrainConfig, work: Path) -> dict[str, Any]:
+        """Train a LoRA into `work` as a PEFT adapter; returns what was measured.
+
+        Keys at least `peak_bytes`, `seconds_per_step`, and `summary` with `train_weight_bytes`.
+        """
+        ...
+
+    def export_adapter(self, checkpoint: Checkpoint, folder: Path) -> Sequence[str]:
+        """Write the PEFT adapter in `folder` in the family's other formats beside it.
+
+        Args:
+            checkpoint: the model that the adapter runs on.
+
+        Returns:
+            The files' names; none where PEFT's format is the only one.
+        """
+        ...
+
+    def evaluate(self, config: EvaluateConfig) -> dict[str, Any]:
+        """Scores of a model, with or without an adapter; keys at least `loss` and `peak_bytes`."""
+        ...
+
+    def demo(self, config: DemoConfig) -> Path:
+        """The whole method on a small real model; returns the folder of its output."""
+        ...
+
+    def write_example(self, folder: Path, seed: int) -> Mapping[str, Any]:
+        """Save a tiny random model and data set; returns options that every stage accepts."""
+        ...
+
+
+@runtime_checkable
+class NamesDataFiles(Protocol):
+    """A family whose data sets name further files, such as pictures, which then belong to the data."""
+
+    def data_files(self, options: DataOptions, dataset: str, split: str) -> Iterable[Path]:
+        """The files that the rows of a local data set name, in any order; they need not exist.
+
+        Args:
+            options: of the stage that will read them.
+            dataset: of one name, a file or folder.
+            split: which part of it.
+        """
+        ...
+
+
+@runtime_checkable
+class KnowsOlderNames(Protocol):
+    """A `ModelFamily` whose models' modules were called otherwise in earlier versions of its library."""
+
+    def module_name(self, model: nn.Module, name: str) -> str:
+        """What a module of an adapter is called now; `name` itself where that is not known."""
+        ...
+
+
+@runtime_checkable
+class UntiesWeights(Protocol):
+    """A `ModelFamily` whose models may store a tensor of its own for each of several tied parameters."""
+
+    def untied_config(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any] | None:
+        """The config under which the model ties none of its parameters, and else computes the same.
+
+        Args:
+            model: the skeleton.
+
+        Returns:
+            None where there is no such config.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class FamilyEntry:
+    """A family as a plugin registers it, without importing it.
+
+    Attributes:
+        name: for example `llm`; a `--family` of the command line.
+        summary: one line for `emloc families`.
+        target: `module:attribute` of the `ModelFamily` object or class.
+        recognises: decides from a parsed `config.json` alone.
+        options: fields that stages take for this family: those of the value, for every stage whose
+            options derive from the key, for example `{DataOptions: ImageOptions}`.
+        single_file: `module:attribute` of the `emloc.artefacts.single_file.SingleFileReader` object or
+            class, if the family reads models that are one file.
+        recognises_file: decides from the names of such a file's tensors.
+        plugin: filled in by core.
+    """
+
+    name: str
+    summary: str
+    target: str
+    recognises: Callable[[Mapping[str, Any]], bool]
+    options: Mapping[type[BaseModel], type[BaseModel]] = field(
+        default_factory=dict[type[BaseModel], type[BaseModel]]
+    )
+    single_file: str = ""
+    recognises_file: Callable[[Collection[str]], bool] = lambda names: False
+    plugin: str = ""
+
+    def load(self) -> ModelFamily:
+        """Import the family."""
+        return cast(ModelFamily, imported(self.target))
+
+    def load_single_file(self) -> Any:
+        """Import its `SingleFileReader`."""
+        return imported(self.single_file)
+
+    def owned_by(self, plugin: str) -> "FamilyEntry":
+        """The same entry with its plugin's name."""
+        return replace(self, plugin=plugin)

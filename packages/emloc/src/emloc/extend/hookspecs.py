@@ -1,0 +1,36 @@
+"""The hooks by which plugins are discovered; behaviour is in typed protocols.
+
+Those are `emloc.extend.family.ModelFamily` and `emloc.extend.methods.Method`.
+
+A plugin is a module named by an entry point of the group `emloc`. It implements any of these with
+`@emloc.hookimpl` and imports nothing heavy at its top, so that `emloc --help` stays fast.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    import typer
+
+    from emloc.extend.family import FamilyEntry
+    from emloc.extend.methods import MethodEntry
+
+hookspec = pluggy.HookspecMarker("emloc")
+hookimpl = pluggy.HookimplMarker("emloc")
+
+
+@hookspec
+def emloc_register_families() -> "Sequence[FamilyEntry]":  # type: ignore[empty-body]
+    """The model families that the plugin adds."""
+
+
+@hookspec
+def emloc_register_methods() -> "Sequence[MethodEntry]":  # type: ignore[empty-body]
+    """The methods that the plugin adds, to be compared with EMLoC or used instead of it."""
+
+
+@hookspec
+def emloc_register_commands(app: "typer.Typer") -> None:
+    """Add commands of the plugin's own to the command line."""

@@ -1,0 +1,78 @@
+"""Options of stages that only one family has, such as how images are cut up.
+
+A plugin gives them as fields of pydantic models, and a stage takes them like its own. Two families may have
+an option of one name, of the same type: the model's family decides what it means, and its default. What
+belongs to other families alone is refused if it was set, and is no part of what shaped a result.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, TypeVar, cast
+
+from pydantic import BaseModel, create_model
+
+from emloc.artefacts.settings import without_effect
+from emloc.errors import ConfigError
+from emloc.extend.family import ModelFamily
+from emloc.extend.plugins import load_plugins
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+@cache
+def with_plugin_options(config: type[ConfigT]) -> type[ConfigT]:
+    """A stage's options and those that the installed plugins add to it."""
+    return _with(config, [fields for parts in _by_family(config).values() for fields in parts])
+
+
+def of_family(config: ConfigT, family: ModelFamily) -> ConfigT:
+    """The options as the model's family has them, without those of other families.
+
+    Raises:
+        ConfigError: an option of other families alone was set.
+    """
+    kind = type(config)
+    own = _by_family(kind).get(family.name, [])
+    mine = {name for fields in own for name in fields.model_fields}
+    added: dict[str, list[str]] = {}
+    for other, parts in _by_family(kind).items():
+        for name in {name for fields in parts for name in fields.model_fields}:
+            added.setdefault(name, []).append(other)
+    for name in sorted(config.model_fields_set & (added.keys() - mine)):
+        families = " and ".join(added[name])
+        raise ConfigError(
+            f"{name} is an option of the family {families}, and the model is of {family.name}; leave "
+            f"it out."
+        )
+    if not added:
+        return config
+    asked = {name: getattr(config, name) for name in config.model_fields_set}
+    return cast(ConfigT, _with(_stage_options(kind), own)(**asked))
+
+
+def own_options(config: BaseModel, exclude: set[str]) -> dict[str, Any]:
+    """The options of `of_family` that shape a result, as JSON."""
+    return config.model_dump(mode="json", exclude=exclude | without_effect(type(config)))
+
+
+def _with(config: type[ConfigT], parts: Sequence[type[BaseModel]]) -> type[ConfigT]:
+    if not parts:
+        return config
+    unique = tuple(dict.fromkeys(parts))
+    made = create_model(
+        config.__name__, __base__=(config, *unique), __doc__=config.__doc__, __module__=__name__
+    )
+    return cast(type[ConfigT], made)
+
+
+def _stage_options(kind: type[BaseModel]) -> type[BaseModel]:
+    """The model that plugins' options were added to here, or this one where none were."""
+    return next(base for base in kind.__mro__ if base.__module__ != __name__)
+
+
+@cache
+def _by_family(config: type[BaseModel]) -> dict[str, list[type[BaseModel]]]:
+    return {
+        entry.name: [fields for base, fields in entry.options.items() if issubclass(config, base)]
+        for entry in load_plugins().families.values()
+    }

@@ -1,0 +1,200 @@
+"""Find the installed plugins, and the families and methods that they offer.
+
+A plugin that cannot be imported, or that claims a name that is taken, is reported by name and left out;
+the others go on working.
+"""
+
+import importlib.metadata
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pluggy
+from pydantic import BaseModel
+
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import Manifest
+from emloc.artefacts.single_file import model_folder
+from emloc.config import nearest
+from emloc.errors import CheckpointError, PluginError
+from emloc.extend import hookspecs
+from emloc.extend.family import FamilyEntry, ModelFamily
+from emloc.extend.methods import CORE_METHODS, MethodEntry
+from emloc.options.names import check_options
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+GROUP = "emloc"
+
+
+@dataclass
+class Plugins:
+    """What was found.
+
+    Attributes:
+        manager: pluggy's manager, for hooks other than the families.
+        families: by name.
+        methods: by name, core's own first.
+        broken: plugin name to one sentence on why it was left out.
+    """
+
+    manager: pluggy.PluginManager
+    families: dict[str, FamilyEntry] = field(default_factory=dict[str, FamilyEntry])
+    methods: dict[str, MethodEntry] = field(
+        default_factory=lambda: {entry.name: entry.owned_by("emloc") for entry in CORE_METHODS}
+    )
+    broken: dict[str, str] = field(default_factory=dict[str, str])
+
+
+def load_plugins() -> Plugins:
+    """Import every plugin module of the entry-point group and collect what it offers."""
+    found = Plugins(pluggy.PluginManager(GROUP))
+    found.manager.add_hookspecs(hookspecs)
+    entries = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: entry.name)
+    for entry in entries:
+        try:
+            add_plugin(found, entry.name, entry.load())
+        except Exception as problem:  # a third party's import may raise anything
+            found.broken[entry.name] = f"{type(problem).__name__}: {problem}"
+    return found
+
+
+def add_plugin(found: Plugins, name: str, module: Any) -> None:
+    """Register one plugin module.
+
+    Raises:
+        PluginError: a hook that does not exist, a name of a family or method that is taken, an option that
+            cannot stand beside the others, or a plugin registered twice.
+    """
+    manager = found.manager
+    try:
+        manager.register(module, name=name)
+        manager.check_pending()
+        others = [other for other in manager.get_plugins() if other is not module]
+        [families] = manager.subset_hook_caller("emloc_register_families", others)() or [[]]
+        [methods] = manager.subset_hook_caller("emloc_register_methods", others)() or [[]]
+        _refuse_taken("family", families, found.families)
+        _refuse_taken("method", methods, found.methods)
+        check_options(families, found.families.values())
+        found.families.update({entry.name: entry.owned_by(name) for entry in families})
+        found.methods.update({entry.name: entry.owned_by(name) for entry in methods})
+    except Exception:
+        if manager.get_plugin(name) is module:
+            manager.unregister(module)
+        raise
+
+
+def _refuse_taken(
+    kind: str,
+    entries: Sequence[FamilyEntry | MethodEntry],
+    taken: Mapping[str, FamilyEntry | MethodEntry],
+) -> None:
+    for entry in entries:
+        if entry.name in taken:
+            owner = taken[entry.name].plugin
+            raise PluginError(f"{kind} {entry.name!r} is already registered by {owner}")
+
+
+def open_model(
+    model_name_or_path: str | os.PathLike[str], single_file_config: str | None = None
+) -> tuple[Checkpoint, ModelFamily]:
+    """A checkpoint in its family's layout, and the family.
+
+    A light model of another method is of a format that its plugin teaches the libraries; it is imported.
+
+    Args:
+        single_file_config: where the configuration is if the model is one file; else it is not looked at.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        PluginError: no family recognises it, or several do, or its method is not installed.
+    """
+    path, folder = Path(model_name_or_path), model_name_or_path
+    if path.is_file():
+        folder = model_folder(path, single_file_config, load_plugins().families)
+    _refuse_adapter(model_name_or_path)
+    checkpoint = Checkpoint.open(folder)
+    manifest = Manifest.find(checkpoint.path)
+    if manifest is not None and manifest.method is not None:
+        method_named(manifest.method).load()
+    family = family_of(checkpoint)
+    native = family.native(checkpoint)
+    if path.is_file():
+        native.name, native.single_file_config = str(path), single_file_config
+    return native, family
+
+
+def _refuse_adapter(folder: str | os.PathLike[str]) -> None:
+    names = (
+        {entry.name for entry in Path(folder).iterdir()} if Path(folder).is_dir() else set[str]()
+    )
+    if "adapter_config.json" in names and "config.json" not in names:
+        raise CheckpointError(
+            f"{folder} is a LoRA adapter, not a model; pass it as adapter beside the model it belongs to."
+        )
+
+
+def of_folder(config: ConfigT, model: Checkpoint) -> ConfigT:
+    """A stage's options with a model's folder in place of its one file: what families work on."""
+    named: str | None = getattr(config, "model_name_or_path", None)
+    if named is None or not Path(named).is_file():
+        return config
+    return config.model_copy(update={"model_name_or_path": str(model.path)})
+
+
+def family_named(name: str, families: Mapping[str, FamilyEntry] | None = None) -> ModelFamily:
+    """The family of that name, imported.
+
+    Raises:
+        PluginError: no installed plugin offers it.
+    """
+    known = load_plugins().families if families is None else families
+    if name not in known:
+        raise PluginError(
+            f"No installed plugin offers the family {name!r} (installed: "
+            f"{', '.join(known) or 'none'}); install its plugin, for example pip install emloc-{name}."
+        )
+    return known[name].load()
+
+
+def method_named(name: str) -> MethodEntry:
+    """The method of that name.
+
+    Raises:
+        PluginError: no installed plugin offers it.
+    """
+    known = load_plugins().methods
+    if name not in known:
+        raise PluginError(
+            f"No installed plugin offers the method {name!r} (installed: {', '.join(known)})."
+            f"{nearest(name, list(known)) or ' Compared methods are in emloc-baselines.'}"
+        )
+    return known[name]
+
+
+def family_of(checkpoint: Checkpoint) -> ModelFamily:
+    """The family that recognises a checkpoint from its config.
+
+    Raises:
+        PluginError: none does, or several do.
+    """
+    found = load_plugins()
+    matches: list[FamilyEntry] = []
+    for entry in found.families.values():
+        try:
+            if entry.recognises(checkpoint.config):
+                matches.append(entry)
+        except Exception as problem:  # a third party's code may raise anything
+            found.broken[entry.plugin] = f"{type(problem).__name__}: {problem}"
+    if len(matches) == 1:
+        return matches[0].load()
+    what = checkpoint.config.get("architectures") or checkpoint.config.get("model_type")
+    if not matches:
+        broken = "".join(f" Plugin {name} is broken ({why})." for name, why in found.broken.items())
+        raise PluginError(
+            f"No installed family recognises {checkpoint.name} ({what}); installed: "
+            f"{', '.join(found.families) or 'none'}. Install the plugin of its modality.{broken}"
+        )
+    names = ", ".join(entry.name for entry in matches)
+    raise PluginError(f"Several families recognise {checkpoint.name} ({what}): {names}.")

@@ -1,0 +1,1 @@
+"""The mathematics: moments, eigenproblems, factors, corrections and merges of single weights."""

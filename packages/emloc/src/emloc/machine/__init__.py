@@ -1,0 +1,1 @@
+"""The machine that a stage runs on: its memory, devices and terminal."""

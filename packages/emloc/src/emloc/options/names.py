@@ -1,0 +1,83 @@
+"""Options that plugins add: each must be able to stand beside a stage's own and those of other families.
+
+All of them are options of one command, so one name has one type. Two families may share a name: each has its
+own default and meaning for it.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from emloc import config
+from emloc.errors import PluginError
+from emloc.extend.family import FamilyEntry
+
+STAGES: Sequence[type[BaseModel]] = (
+    config.CompressConfig,
+    config.TrainConfig,
+    config.CorrectConfig,
+    config.MergeConfig,
+    config.EvaluateConfig,
+    config.VerifyConfig,
+    config.PlanConfig,
+    config.DemoConfig,
+)
+
+
+def check_options(added: Sequence[FamilyEntry], others: Iterable[FamilyEntry]) -> None:
+    """Refuse options of new families that cannot stand beside what is there.
+
+    Raises:
+        PluginError: an option is a stage's own already, has no default, or is of another type in another
+            family.
+    """
+    known = list(others)
+    for entry in added:
+        for stage in STAGES:
+            for name, field in _options(entry, stage):
+                _check(entry, stage, name, field)
+                for other in known:
+                    for taken, theirs in _options(other, stage):
+                        if name == taken and _type(field) != _type(theirs):
+                            raise PluginError(
+                                f"its option {name} for {_called(stage)} is of another type than that of "
+                                f"the family {other.name} ({_said(field)}, and {_said(theirs)} there)"
+                            )
+        known.append(entry)
+
+
+def _check(entry: FamilyEntry, stage: type[BaseModel], name: str, field: FieldInfo) -> None:
+    if name in stage.model_fields:
+        raise PluginError(f"its option {name} is one of {_called(stage)} already")
+    if field.is_required():
+        raise PluginError(
+            f"its option {name} for {_called(stage)} has no default, so other families could not do "
+            f"without it"
+        )
+
+
+def _options(entry: FamilyEntry, stage: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+    for base, fields in entry.options.items():
+        if issubclass(stage, base):
+            if issubclass(fields, base):
+                raise PluginError(
+                    f"its options {fields.__name__} derive from {base.__name__}, which they are to be "
+                    f"added to; derive them from emloc.config.StageConfig"
+                )
+            yield from fields.model_fields.items()
+
+
+def _type(field: FieldInfo) -> tuple[Any, list[str]]:
+    return field.annotation, [repr(part) for part in field.metadata]
+
+
+def _said(field: FieldInfo) -> str:
+    kind = getattr(field.annotation, "__name__", None) or str(field.annotation)
+    limits = ", ".join(map(repr, field.metadata))
+    return f"{kind} with {limits}" if limits else kind
+
+
+def _called(stage: type[BaseModel]) -> str:
+    return stage.__name__.removesuffix("Config").lower()

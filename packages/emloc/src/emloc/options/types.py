@@ -1,0 +1,81 @@
+"""Types of options: what may be typed for each, and the names that libraries give to choices."""
+
+import os
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BeforeValidator, Field
+
+from emloc.options.yaml_file import parse_value, text_of
+
+
+def split(value: Any) -> Any:
+    """`a,b` or `[a, b]` from a command line as a list; one number as a list of one."""
+    if isinstance(value, (int, float)):
+        return [value]
+    if not isinstance(value, str):
+        return value
+    if value.startswith("[") and isinstance(listed := parse_value(value), list):
+        return [_typed(one) for one in cast("list[Any]", listed)]
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _typed(value: Any) -> Any:
+    """What was typed in a list or mapping, for the option's own type to parse."""
+    return text_of(value) if isinstance(value, (int, float)) else value
+
+
+def _pairs(value: Any) -> Any:
+    """`a=b,c=d` or `{a: b}` from a command line as a mapping."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if text.startswith("{") and isinstance(mapped := parse_value(text), dict):
+        return {name: _typed(one) for name, one in cast("dict[str, Any]", mapped).items()}
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if any("=" not in part for part in parts):
+        raise ValueError("expected name=value,name=value or {name: value}")
+    return dict(part.rsplit("=", 1) for part in parts)
+
+
+def joined(value: Any) -> Any:
+    """A list of data sets as the comma-separated text that a command line gives; `~` is the home folder."""
+    if isinstance(value, list):
+        value = ",".join(map(str, cast("list[Any]", value)))
+    if not isinstance(value, str):
+        return value
+    return ",".join(str(_home(part)) for part in value.split(",")) if "~" in value else _home(value)
+
+
+def _limit(value: Any) -> Any:
+    return "none" if value is None else value
+
+
+def _home(value: Any) -> Any:
+    """`~` as the home folder, in what may be a path; an empty name, of a variable that is not set, is
+    refused."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        raise ValueError("it is empty; name something, or leave the option out")
+    return os.path.expanduser(value) if value[:1] == "~" else value
+
+
+Names = Annotated[list[str], BeforeValidator(split)]
+TextMap = Annotated[dict[str, str], BeforeValidator(_pairs)]
+RatioMap = Annotated[dict[str, Annotated[float, Field(gt=0, le=1)]], BeforeValidator(_pairs)]
+CountMap = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(_pairs)]
+Located = Annotated[str, BeforeValidator(_home)]
+"""A local folder or file, or a hub id."""
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+Optimizer = Literal[
+    "adamw_torch_fused", "adamw_torch", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit",
+    "paged_adamw_32bit", "adafactor", "sgd", "prodigy",
+]  # fmt: skip
+Scheduler = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+    "inverse_sqrt",
+]  # fmt: skip
+"""transformers' schedules that need nothing but a length and a warm-up."""
+
+Limit = Annotated[Annotated[float, Field(ge=0)] | Literal["auto", "none"], BeforeValidator(_limit)]

@@ -1,0 +1,200 @@
+"""Give a skeleton the weights of one unit at a time.
+
+Units are the blocks and every other module with weights of its own, together with what is inside it.
+Single weights of a module that holds blocks (a token that separates images) are few and stay loaded.
+Embedding tables are neither loaded nor converted: rows are looked up in the memory-mapped file, where
+they cost no anonymous memory, and the result is converted.
+
+Precision: units run in float32 (float64 for a float64 checkpoint), whatever the checkpoint stores.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.errors import CheckpointError
+from emloc.extend.family import ModelFamily, StoredParameter
+from emloc.linalg.convolution import as_matrix, matrix_shape
+from emloc.linalg.gram import moment_dtype
+
+
+class UnitStream:
+    """A family's skeleton whose units can be filled from a checkpoint and emptied again.
+
+    Attributes:
+        model: the skeleton.
+        blocks: the repeated units in forward order.
+        units: all names to rendezvous at, blocks included.
+        dtype: what units compute in.
+        instead: parameters that replace the checkpoint's.
+    """
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        checkpoint: Checkpoint,
+        device: str = "cpu",
+        instead: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.instead = instead or {}
+        stored = {
+            info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point
+        }
+        self.dtype = moment_dtype(torch.float64 if torch.float64 in stored else torch.float32)
+        self.device = torch.device(device)
+        self.checkpoint = checkpoint
+        self.family = family
+        self.model = family.skeleton(checkpoint, self.dtype)
+        self.blocks = list(family.blocks(self.model))
+        self.units = [*self.blocks, *self._strays()]
+        for module in self.model.modules():
+            if isinstance(module, nn.Embedding):  # stays on the CPU with its table
+                continue
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.device)  # pyright: ignore[reportPrivateUsage]
+
+    def stored(self, parameter: str) -> StoredParameter:
+        """How the checkpoint stores a parameter.
+
+        Raises:
+            CheckpointError: it holds no such tensor.
+        """
+        found = self.family.stored(self.model, parameter, self.checkpoint)
+        if found is None:
+            raise CheckpointError(
+                f"Checkpoint {self.checkpoint.name} holds no tensor for {parameter}: its config.json "
+                f"and shards do not belong together."
+            )
+        return found
+
+    def layer_shape(self, layer: str) -> tuple[int, int] | None:
+        """`(d_out, d_in)` of a layer's weight as a matrix; None if it is not stored as one tensor."""
+        stored = self.stored(f"{layer}.weight")
+        if stored.plain_name is None:
+            return None
+        rows, columns = matrix_shape(self.model.get_parameter(f"{layer}.weight").shape)
+        return (columns, rows) if stored.transposed else (rows, columns)
+
+    def weight_name(self, layer: str) -> str:
+        """The checkpoint's tensor of a layer's weight, which is stored plainly."""
+        name = self.stored(f"{layer}.weight").plain_name
+        assert name is not None
+        return name
+
+    def weight(self, layer: str) -> Tensor:
+        """A filled layer's weight, d_out × d_in."""
+        weight = as_matrix(self.model.get_parameter(f"{layer}.weight").detach())
+        return weight.T if self.stored(f"{layer}.weight").transposed else weight
+
+    def tensor(self, parameter: str) -> Tensor:
+        """A parameter as the checkpoint stores it.
+
+        Raises:
+            CheckpointError: missing, or not of the shape that the config implies.
+        """
+        stored = self.stored(parameter)
+        if parameter in self.instead:
+            return self.instead[parameter]
+        tensor = stored.read(self.checkpoint.read)
+        expected = self.model.get_parameter(parameter).shape
+        if tensor.shape != expected:
+            raise CheckpointError(
+                f"Tensor {stored.names[0]} of {self.checkpoint.name} is {tuple(tensor.shape)}, its "
+                f"config.json implies {tuple(expected)}; config and shards do not belong together."
+            )
+        return tensor
+
+    def prefetch(self, unit: str) -> None:
+        """Have the system read a unit's weights while something else is computed."""
+        module = self.model.get_submodule(unit)
+        self.checkpoint.prefetch(
+            name
+            for path, _ in module.named_parameters()
+            for name in self.stored(f"{unit}.{path}").names
+        )
+
+    @contextmanager
+    def filled(self, unit: str) -> Iterator[None]:
+        """Hold the unit's weights inside the block; the block that follows is read ahead."""
+        module = self.model.get_submodule(unit)
+        emptied: list[tuple[nn.Module, str, nn.Parameter]] = []
+        try:
+            for path, parameter in list(module.named_parameters(remove_duplicate=False)):
+                owner, leaf = _owner(module, path)
+                if isinstance(owner, nn.Embedding) and unit not in self.blocks:
+                    continue  # on file
+                value = self.tensor(f"{unit}.{path}").to(self.device, self.dtype)
+                emptied.append((owner, leaf, parameter))
+                owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)  # pyright: ignore[reportPrivateUsage]
+            self._fill_buffers(module, unit)
+            if unit in self.blocks[:-1]:
+                self.prefetch(self.blocks[self.blocks.index(unit) + 1])
+            yield
+        finally:
+            for owner, leaf, parameter in emptied:
+                owner._parameters[leaf] = parameter  # pyright: ignore[reportPrivateUsage]
+
+    def _fill_buffers(self, module: nn.Module, unit: str) -> None:
+        """Buffers that the checkpoint stores (few and small) are read and stay."""
+        for path, buffer in module.named_buffers():
+            name = f"{unit}.{path}"
+            if name in self.checkpoint.tensors:
+                owner, leaf = _owner(module, path)
+                value = self.checkpoint.read(name)
+                dtype = self.dtype if value.is_floating_point() else buffer.dtype
+                owner._buffers[leaf] = value.to(self.device, dtype)  # pyright: ignore[reportPrivateUsage]
+
+    def _strays(self) -> list[str]:
+        """Outermost modules outside of the blocks with parameters of their own; tables go on file."""
+        strays: list[str] = []
+        for name, module in self.model.named_modules():
+            if _inside(name, self.blocks) or not any(
+                True for _ in module.parameters(recurse=False)
+            ):
+                continue
+            if isinstance(module, nn.Embedding):
+                self._keep_on_file(name, module)
+            elif any(_inside(block, [name]) for block in self.blocks):
+                self._keep_loaded(name, module)
+            elif not _inside(name, strays):
+                strays.append(name)
+        return strays
+
+    def _keep_loaded(self, name: str, module: nn.Module) -> None:
+        for leaf, _ in list(module.named_parameters(recurse=False)):
+            value = self.tensor(f"{name}.{leaf}" if name else leaf).to(self.device, self.dtype)
+            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)  # pyright: ignore[reportPrivateUsage]
+
+    def _keep_on_file(self, name: str, module: nn.Embedding) -> None:
+        table = self.tensor(f"{name}.weight")
+        module.weight = nn.Parameter(table, requires_grad=False)
+
+        # Embeddings of positions may take lengths or shapes, by position or by name.
+        def on_cpu(value: Any) -> Any:
+            return value.cpu() if isinstance(value, Tensor) else value
+
+        def to_file(
+            _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return tuple(map(on_cpu, inputs)), {key: on_cpu(v) for key, v in named.items()}
+
+        def to_compute(_: nn.Module, __: object, output: Any) -> Any:
+            return output.to(self.device, self.dtype) if isinstance(output, Tensor) else output
+
+        module.register_forward_pre_hook(to_file, with_kwargs=True)
+        module.register_forward_hook(to_compute)
+
+
+def _inside(name: str, modules: Sequence[str]) -> bool:
+    """Whether a module is one of `modules` or inside one."""
+    return any(name == module or name.startswith(f"{module}.") or not module for module in modules)
+
+
+def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The submodule that holds a parameter, and the parameter's name there."""
+    parent, _, leaf = path.rpartition(".")
+    return module.get_submodule(parent), leaf
