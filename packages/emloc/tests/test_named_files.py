@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from emloc.artefacts.manifest import MANIFEST_NAME, Manifest
 from emloc.artefacts.named_files import named_file, named_path
-from emloc.errors import CheckpointError, DataError
+from emloc.errors import CheckpointError, ConfigError, DataError
+from emloc.options.yaml_file import read_yaml
 
 
 @pytest.fixture
@@ -84,3 +86,12 @@ def test_pipes_and_devices_are_refused_without_opening(folder: Path):
     os.mkfifo(folder / "pipe")
     with pytest.raises(CheckpointError, match="is a pipe and no file"):
         named_path(folder, "pipe", "the index")
+
+
+def test_a_run_file_or_a_manifest_that_is_a_pipe_is_not_opened(folder: Path):
+    for name in ("run.yaml", MANIFEST_NAME):
+        os.mkfifo(folder / name)
+    with pytest.raises(ConfigError, match=r"run.yaml is a pipe and no file"):
+        read_yaml(folder / "run.yaml")
+    with pytest.raises(CheckpointError, match=r"emloc.json is a pipe and no file"):
+        Manifest.find(folder)

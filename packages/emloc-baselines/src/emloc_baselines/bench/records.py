@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from emloc.artefacts.named_files import refuse_special
 from emloc.errors import ConfigError
 
 Record = dict[str, Any]
@@ -15,6 +16,7 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         ConfigError: there is no such file, or a line of it is not a record.
     """
+    refuse_special(path, ConfigError)
     if not path.is_file():
         raise ConfigError(
             f"there is no {path}; give records as emloc bench writes them (results.jsonl)"

@@ -8,6 +8,7 @@ own, out of a file.
 import re
 from pathlib import Path
 
+from emloc.artefacts.named_files import refuse_special
 from emloc.errors import ConfigError, DataError
 
 _SCENES = (
@@ -101,6 +102,7 @@ def own_prompts(path: Path, unique_token: str) -> dict[str, str]:
             nothing else, or is there twice; says which.
     """
     token = _words("subject_token", unique_token)
+    refuse_special(path, DataError)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as problem:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from emloc.artefacts.checkpoint import Checkpoint, read_json
+from emloc.artefacts.named_files import refuse_special
 from emloc.artefacts.output import write_json
 from emloc.artefacts.settings import difference, same
 from emloc.errors import CheckpointError, OutputError
@@ -108,6 +109,7 @@ class Manifest(BaseModel):
     @classmethod
     def find(cls, folder: Path) -> "Manifest | None":
         """The manifest of `folder`, or None where there is none."""
+        refuse_special(folder / MANIFEST_NAME)
         return cls.read(folder) if (folder / MANIFEST_NAME).is_file() else None
 
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode
 
+from emloc.artefacts.named_files import refuse_special
 from emloc.errors import ConfigError
 
 NULLS = ("", "~", "null", "Null", "NULL")
@@ -100,6 +101,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: there is no file, it is not UTF-8 or not YAML, or holds something else; one sentence.
     """
     try:
+        refuse_special(path, ConfigError)
         text = path.read_text("utf-8")
     except FileNotFoundError as problem:
         raise ConfigError(f"No file {path}.") from problem
@@ -108,6 +110,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path} is not UTF-8 (byte {problem.start}); save it as UTF-8."
         ) from problem
     except (OSError, ValueError) as problem:
+        if isinstance(problem, ConfigError):
+            raise
         why = getattr(problem, "strerror", None) or problem
         raise ConfigError(f"Cannot read {str(path)[:200]!r}: {why}.") from problem
     try:
