@@ -144,7 +144,9 @@ class LoraOptions(StageConfig):
     """PEFT's LoRA options under the names that people know."""
 
     lora_r: int = Field(16, ge=1, description="rank")
-    lora_alpha: float = Field(32, gt=0, description="alpha; scaling is alpha / r")
+    lora_alpha: float = Field(
+        32, gt=0, allow_inf_nan=False, description="alpha; scaling is alpha / r"
+    )
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     lora_target_modules: Names = Field(
         ["all-linear"], description="module names, or all-linear (the head excluded)"
