@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from emloc.artefacts.adapted_weights import adapted_weights
-from emloc.artefacts.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, Adapter, LoraLayer
-from emloc.artefacts.adapter_config import exact_patterns
+from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.adapter_config import CONFIG_NAME, exact_patterns
+from emloc.artefacts.adapter_tensors import PREFIX, WEIGHTS_NAME, LoraLayer
 from emloc.artefacts.manifest import Manifest, ModelReference, is_complete, versions
 from emloc.artefacts.output import ShardWriter, file_sha256, write_json
 from emloc.artefacts.stage_folder import stage_folder

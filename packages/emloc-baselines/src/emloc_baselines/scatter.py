@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from emloc.artefacts.adapter import Adapter, LoraLayer
+from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.adapter_tensors import LoraLayer
 from emloc.artefacts.manifest import Manifest
 from emloc.errors import MismatchError
 from emloc.extend.plugins import open_model

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from emloc.artefacts.adapter import CONFIG_NAME
+from emloc.artefacts.adapter_config import CONFIG_NAME
 from emloc.errors import CheckpointError, MismatchError
 from emloc_diffusion.export import DIFFUSERS_NAME, export_adapter
 

@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from emloc.artefacts.adapter import Adapter, LoraLayer
+from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.adapter_tensors import LoraLayer
 from emloc.errors import MismatchError, NumericalError
 from emloc_diffusion.export.diffusers_format import clip_name, stored_clip_name
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from emloc.artefacts.adapter import WEIGHTS_NAME, Adapter
+from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.adapter_tensors import WEIGHTS_NAME
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.errors import MismatchError
 from emloc.extend.family import KnowsOlderNames, ModelFamily, StoredParameter

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from emloc.artefacts.adapted_weights import AdaptedWeights, part_weights
-from emloc.artefacts.adapter import Adapter, LoraLayer
+from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.adapter_tensors import LoraLayer
 from emloc.artefacts.checkpoint import Checkpoint, TensorInfo
 from emloc.errors import MismatchError
 from emloc.extend.family import ModelFamily, StoredParameter, UntiesWeights

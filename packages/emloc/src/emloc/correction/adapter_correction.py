@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from emloc.artefacts.adapted_weights import AdaptedWeights
-from emloc.artefacts.adapter import CONFIG_NAME, WEIGHTS_NAME, LoraLayer
+from emloc.artefacts.adapter_config import CONFIG_NAME
+from emloc.artefacts.adapter_tensors import WEIGHTS_NAME, LoraLayer
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
 from emloc.artefacts.output import ShardWriter, write_json

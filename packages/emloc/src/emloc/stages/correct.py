@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 
 from emloc.artefacts.adapted_weights import adapted_weights, part_weights
-from emloc.artefacts.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
+from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_base import folder_named
+from emloc.artefacts.adapter_config import CONFIG_NAME
+from emloc.artefacts.adapter_tensors import WEIGHTS_NAME
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.digest import batches_digest
 from emloc.artefacts.manifest import Manifest, ModelReference, is_complete, versions

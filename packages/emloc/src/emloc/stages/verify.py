@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from emloc.artefacts.adapted_weights import adapted_weights, part_weights
-from emloc.artefacts.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
+from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_base import named_base
+from emloc.artefacts.adapter_config import CONFIG_NAME
+from emloc.artefacts.adapter_tensors import WEIGHTS_NAME
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import MANIFEST_NAME, Manifest
 from emloc.artefacts.named_files import named_file

@@ -12,8 +12,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from emloc.artefacts.adapted_weights import adapted_weights, differs, is_copy, under_current_names
-from emloc.artefacts.adapter import PREFIX, Adapter
+from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_config import exact_patterns
+from emloc.artefacts.adapter_tensors import PREFIX
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.errors import MismatchError
 from emloc.extend.family import ModelFamily
