@@ -4,7 +4,7 @@ A layer's weight is read from the base's shards and its factors from the emulato
 mismatch is wanted; nothing is kept, so memory is one layer's, however deep the model is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,20 +39,22 @@ class AdapterCorrection:
 
     Attributes:
         config: the stage's options.
+        base: the original model.
+        emulator: the emulator's tensors.
         manifest: the emulator's.
-        stream: the base model, for names and for comparing limits.
-        emulator: its factors.
         adapted: the adapter as trained on the emulator, and what it changes in the base.
+        weight_names: tensor names of the weights of compressed layers, by layer.
     """
 
     config: CorrectConfig
-    stream: UnitStream
+    base: Checkpoint
     emulator: Checkpoint
     manifest: Manifest
     adapted: AdaptedWeights
+    weight_names: Mapping[str, str]
 
     def __post_init__(self) -> None:
-        self.base = self.stream.checkpoint
+        self.device = torch.device(self.config.device)
         self.adapter, self.weights = self.adapted.adapter, self.adapted.layers
         self.owners = {
             name: owner for owner, entry in self.manifest.layers.items() for name in entry["layers"]
@@ -73,7 +75,7 @@ class AdapterCorrection:
 
     def _factors(self, layer: str) -> tuple[Tensor, Tensor]:
         def stem(name: str) -> str:
-            return self.stream.weight_name(name).removesuffix("weight")
+            return self.weight_names[name].removesuffix("weight")
 
         left = self.emulator.read(f"{stem(layer)}left")
         right = self.emulator.read(f"{stem(self.owners[layer])}right")
@@ -88,7 +90,7 @@ class AdapterCorrection:
         down, up = self.adapter.matrix(layer.down_key), self.adapter.matrix(layer.up_key)
 
         def on_device(tensor: Tensor) -> Tensor:
-            return tensor.to(self.stream.device)
+            return tensor.to(self.device)
 
         mismatch = measure(
             on_device(weight),
@@ -106,15 +108,21 @@ class AdapterCorrection:
             )
         return mismatch
 
-    def choose(self, batches: Sequence[Batch]) -> tuple[Limit, dict[str, Any]]:
-        """The limit to use, and what to report about the choice."""
-        if self.config.limit != "auto":
-            limit = _as_limit(self.config.limit)
-            return limit, {"limit": _shown(limit)}
+    def given(self) -> tuple[Limit, dict[str, Any]]:
+        """The limit that the options give, and what to report about it."""
+        limit = _as_limit(self.config.limit)
+        return limit, {"limit": _shown(limit)}
+
+    def choose(self, stream: UnitStream, batches: Sequence[Batch]) -> tuple[Limit, dict[str, Any]]:
+        """The limit with the least loss on calibration data, and what to report about the choice.
+
+        Args:
+            stream: the base model with the modules that the adapter trained whole.
+        """
         candidates = list(dict.fromkeys([0.0, *map(_as_limit, self.config.limit_candidates)]))
         layers = {layer.name: layer for layer in self.adapter.layers}
         found = losses(
-            self.stream,
+            stream,
             batches,
             list(layers),
             lambda name: self._candidates(layers[name], candidates),
@@ -215,7 +223,7 @@ class AdapterCorrection:
             "scaling": layer.scaling,
             "clipped_share": corrected.clipped / layer.rank,
             "residual_before": residual(mismatch, mismatch.up),
-            "residual_after": residual(mismatch, stored.to(self.stream.device)),
+            "residual_after": residual(mismatch, stored.to(self.device)),
         }
 
 

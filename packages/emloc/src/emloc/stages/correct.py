@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from emloc.artefacts.adapted_weights import adapted_weights, part_weights
 from emloc.artefacts.adapter import Adapter
@@ -73,6 +74,8 @@ def correct(config: CorrectConfig) -> Path:
     _refuse_foreign_parts(adapter, emulator, base)
     skeleton = family.skeleton(base, torch.float32)
     adapted = adapted_weights(adapter, family, skeleton, base)
+    names = _weight_names(emulator_manifest, family, skeleton, base)
+    del skeleton
     adapter = adapted.adapter
     contract = None
     if config.memory is not None:
@@ -91,10 +94,16 @@ def correct(config: CorrectConfig) -> Path:
     return_large_blocks()
     with keeping(contract), stage_folder(config.output_dir, settings) as work:
         with PeakMemory(config.device, limit=config.memory) as peak:
-            saved = {name: adapter.read(key) for name, key in adapter.saved.items()}
-            stream = UnitStream(family, base, config.device, instead=saved)
-            correction = AdapterCorrection(config, stream, emulator, emulator_manifest, adapted)
-            chosen, summary = correction.choose(batches)
+            correction = AdapterCorrection(
+                config, base, emulator, emulator_manifest, adapted, names
+            )
+            if config.limit == "auto":
+                saved = {name: adapter.read(key) for name, key in adapter.saved.items()}
+                stream = UnitStream(family, base, config.device, instead=saved)
+                chosen, summary = correction.choose(stream, batches)
+                del stream
+            else:  # names are all that is needed of the model, whose skeleton grows with its depth
+                chosen, summary = correction.given()
             layers = correction.write(work, chosen)
             for name, part in adapter.parts.items():
                 _carry_over(part, base, work / name)
@@ -119,6 +128,18 @@ def correct(config: CorrectConfig) -> Path:
             measured=measured,
         ).write(work)
     return config.output_dir
+
+
+def _weight_names(
+    manifest: Manifest, family: ModelFamily, skeleton: nn.Module, base: Checkpoint
+) -> dict[str, str]:
+    """Tensor names of the weights that the emulator has in another form, by layer."""
+    names: dict[str, str] = {}
+    for layer in (name for entry in manifest.layers.values() for name in entry["layers"]):
+        stored = family.stored(skeleton, f"{layer}.weight", base)
+        if stored is not None and stored.plain_name is not None:
+            names[layer] = stored.plain_name
+    return names
 
 
 def _refuse_foreign_parts(adapter: Adapter, emulator: Checkpoint, base: Checkpoint) -> None:
