@@ -108,7 +108,7 @@ def test_links_stay_in_the_folder(dog, tmp_path):
     assert len(load_pictures(dog, "sks")) == 4
     painted(tmp_path / "elsewhere.png")
     (dog / "e.png").symlink_to(tmp_path / "elsewhere.png")
-    with pytest.raises(DataError, match=r"instance_data_dir names e\.png, which lies outside"):
+    with pytest.raises(DataError, match=r"e\.png is a link that leads out of"):
         load_pictures(dog, "sks")
     (dog / "e.png").unlink()
     (tmp_path / "secret").write_text("a secret")
@@ -116,7 +116,7 @@ def test_links_stay_in_the_folder(dog, tmp_path):
         (dog / f"{name}.txt").write_text("a dog")
     (dog / "c.txt").unlink()
     (dog / "c.txt").symlink_to(tmp_path / "secret")
-    with pytest.raises(DataError, match=r"c\.webp names c\.txt, which lies outside"):
+    with pytest.raises(DataError, match=r"c\.txt is a link that leads out of"):
         load_pictures(dog)
 
 

@@ -105,3 +105,14 @@ def test_a_tokenizer_without_end_and_padding_is_refused(tmp_path):
     data = rows(tmp_path / "d.jsonl", {"prompt": "a", "completion": "b"})
     with pytest.raises(CheckpointError, match="neither pad_token, eos_token nor unk_token"):
         emloc.compress(model_name_or_path=str(base), dataset=data, output_dir=tmp_path / "e")
+
+
+def test_positions_of_patches_are_no_limit_for_text():
+    """GIT decodes text and holds an image encoder of 197 patches."""
+    from accelerate import init_empty_weights
+
+    config = AutoConfig.for_model("git")
+    config.max_position_embeddings = 333
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    assert capacity_of(model).positions == 333

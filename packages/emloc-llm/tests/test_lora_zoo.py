@@ -210,3 +210,13 @@ def test_several_adapters_of_one_model(tiny, tmp_path):
         acts = {"first": "q_proj", "second": "v_proj"}[name]
         assert all(acts in layer for layer in Manifest.read(folder).layers)
         assert merged_equals_stock(tiny, folder, tmp_path / f"m-{name}")
+
+
+def test_patterns_and_ranks_that_cannot_be_are_one_sentence(tiny, tmp_path):
+    options = {**tiny.train_options, "output_dir": tmp_path / "out"}
+    for option in ("lora_rank_pattern", "lora_alpha_pattern"):
+        with pytest.raises(ConfigError, match=r"'\*q' is not a regular expression"):
+            emloc.train(**{**options, option: "*q=4"})
+    for start in ("olora", "pissa"):
+        with pytest.raises(ConfigError, match=rf"lora_init={start} .* pass lora_r="):
+            emloc.train(**{**options, "lora_init": start, "lora_r": 100})

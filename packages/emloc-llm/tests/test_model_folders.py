@@ -184,3 +184,14 @@ def test_shards_of_a_link_are_refused(tiny, tmp_path):
     (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
     with pytest.raises(CheckpointError, match=r"model.safetensors is a link that leads out of"):
         Checkpoint.open(folder)
+
+
+def test_an_adapter_with_a_template_of_its_own_is_named(tiny, tmp_path, capfd):
+    adapter = Path(shutil.copytree(tiny.corrected, tmp_path / "adapter"))
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        (adapter / name).unlink(missing_ok=True)
+    emloc.merge(adapter=str(adapter), output_dir=tmp_path / "plain")
+    assert "chat template" not in capfd.readouterr().err
+    (adapter / "chat_template.jinja").write_text("{{ messages }}")
+    emloc.merge(adapter=str(adapter), output_dir=tmp_path / "merged")
+    assert "holds another chat template" in " ".join(capfd.readouterr().err.split())

@@ -290,3 +290,15 @@ def test_a_template_for_text_alone_is_refused(folder):
     example = read(folder, {"question": "Colour?", "answer": "red"})
     with pytest.raises(CheckpointError, match="line 1: .*takes text alone"):
         collate([example], processor, options())
+
+
+def test_a_column_that_names_a_row_is_no_image(tmp_path):
+    """Text-only rows of mixed data keep their identifiers."""
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"image_id": "123", "id": "123.jpg", "question": "2+2?", "answer": "4"},
+        {"image_width": 3, "question": "2+3?", "answer": "5"},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    examples = load_examples(options(dataset=str(path)), str(path))
+    assert [len(example.images) for example in examples] == [0, 0]

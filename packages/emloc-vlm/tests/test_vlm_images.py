@@ -38,7 +38,7 @@ def test_every_form_of_an_image_is_the_same_picture(folder):
     address = "data:image/png;base64," + base64.b64encode(content).decode()
     forms = ["pictures/a.png", str(path), path, content, bytearray(content), memoryview(content),
              Image.open(path), {"bytes": content, "path": "gone.png"}, {"path": "pictures/a.png"},
-             {"bytes": None, "path": str(path)}, address]  # fmt: skip
+             {"bytes": None, "path": str(path)}, address, path.as_uri()]  # fmt: skip
     for form in forms:
         np.testing.assert_array_equal(
             opened(form, folder), np.asarray(read_picture(path, "x", "y"))
@@ -57,7 +57,7 @@ def test_what_is_no_image_is_refused_by_row(folder, source):
 
 
 @pytest.mark.parametrize("source", [
-    "http://x/a.png", "HTTPS://x/a.png", "s3://b/a.png", "file:///etc/passwd", "hf://datasets/x/a.png",
+    "http://x/a.png", "HTTPS://x/a.png", "s3://b/a.png", "file://host/a.png", "hf://datasets/x/a.png",
     "zip://a.png::b.zip", "gs://x", {"path": "ftp://x/a.png", "bytes": None},
 ])  # fmt: skip
 def test_addresses_are_refused(folder, source):
@@ -66,13 +66,20 @@ def test_addresses_are_refused(folder, source):
 
 
 def test_paths_stay_in_the_folder(folder, tmp_path):
-    for name in ("../secret.png", str(tmp_path / "secret.png"), "pictures/../../secret.png"):
+    secret = tmp_path / "secret.png"
+    for name in (
+        "../secret.png",
+        str(secret),
+        secret.as_uri(),
+        "file:///etc/passwd",
+        "pictures/../../secret.png",
+    ):
         with pytest.raises(
             DataError, match=r"line 3: the image .* outside of .*; set image_folder"
         ):
             image_source(name, folder, "t.jsonl, line 3")
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
-    with pytest.raises(DataError, match="line 3 names link.png, which lies outside of"):
+    with pytest.raises(DataError, match="link.png is a link that leads out of"):
         image_source("link.png", folder, "t.jsonl, line 3")
     (folder / "same.png").symlink_to("pictures/a.png")
     assert opened("same.png", folder).shape == (20, 12, 3)

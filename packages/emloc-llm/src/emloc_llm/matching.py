@@ -11,6 +11,12 @@ _MARK = re.compile(r"(?<!#)####(?!#)")
 _OPTION = re.compile(r"\(?([a-h])[).]*", re.IGNORECASE)
 _SAID_OPTION = re.compile(r"\(?([a-h])(?:[).:]*|\).*)", re.IGNORECASE)
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+_THOUSANDS = re.compile(r"(?<![\w.,])\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+(?![\w/])")
+_SPACED_FRACTION = re.compile(r"(?<=\d)\s*/\s*(?=\d)")
+_SPACED_SIGN = re.compile(r"([=≈(]\s*)([-\u2212\u2013])\s+(?=[\d$.])")
+_MIXED = re.compile(r"(?<=\d) (?=\d+/\d)")
+_INNER_SPACE = "\ue000"
+"""Stands for the space inside a number while a line is cut into words; no text has it."""
 _BEFORE = "*_`~()[]{}<>\"'“”‘’;:!?="
 _AFTER = _BEFORE + ".,"
 """What may stand around a number in a sentence, in Markdown or TeX."""
@@ -84,9 +90,8 @@ def _final_number(text: str) -> Number | None:
     marked = [number for said in _marked(text) if (number := _number_at(said))]
     if marked or _ending(text) is not None:
         return marked[-1] if marked else None
-    words = [
-        word for line in text.splitlines() if not line.startswith("#") for word in line.split()
-    ]
+    lines = (_joined(line) for line in text.splitlines() if not line.startswith("#"))
+    words = [word for line in lines for word in line.split()]
     numbers = [
         number
         for word, following in zip(words, [*words[1:], ""])
@@ -95,9 +100,17 @@ def _final_number(text: str) -> Number | None:
     return numbers[-1] if numbers else None
 
 
+def _joined(line: str) -> str:
+    """A line in which numbers that are written with spaces (`1 200`, `7 1/2`, `= - 3`) are single words."""
+    line = _THOUSANDS.sub(lambda match: "".join(match[0].split()), line)
+    line = _SPACED_FRACTION.sub("/", line)
+    line = _SPACED_SIGN.sub(r"\1\2", line)
+    return _MIXED.sub(_INNER_SPACE, line)
+
+
 def _number_at(said: str) -> Number | None:
     """The number that a few words are, without what stands around it."""
-    said = said.replace("\\", "").strip().lstrip(_BEFORE).rstrip(_AFTER)
+    said = said.replace("\\", "").replace(_INNER_SPACE, " ").strip().lstrip(_BEFORE).rstrip(_AFTER)
     if len(said) > 2 and said[0] == said[-1] == "$":  # TeX
         said = said[1:-1]
     return read_number(said)

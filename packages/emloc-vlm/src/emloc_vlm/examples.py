@@ -24,6 +24,7 @@ IMAGE_COLUMNS = ("image", "images")
 REFERENCES = "answer"
 _TURNS_BEFORE = re.compile(r"(^|\n)\Z")
 _LIKE_IMAGE = re.compile(r"image|img|picture|photo|figure|pixel", re.IGNORECASE)
+_NAMES_A_ROW = re.compile(r"(^|[_ ])(id|index|idx|size|width|height|count)s?$", re.IGNORECASE)
 _KEYS = ("image", "path", "url", "image_url")
 
 
@@ -207,6 +208,8 @@ def _check_no_image(row: Mapping[str, Any], where: str) -> None:
 
 
 def _is_image(column: str, value: Any) -> bool:
+    if _NAMES_A_ROW.search(column):
+        return False  # said, as other columns that are not used are
     one = value[0] if isinstance(value, (list, tuple)) else value
     if isinstance(one, (bytes, Image.Image)):
         return True

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
+from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
@@ -85,7 +86,7 @@ def image_source(source: Any, folder: Path, where: str) -> Source:
             f"{where}: an image entry is {_short(repr(source))}, where a path, bytes or a picture should "
             f"be; correct the row."
         )
-    name = str(source)
+    name = _local(str(source))
     if name.lower().startswith("data:"):
         return _decoded(name, where)
     if _ADDRESS.match(name):
@@ -98,6 +99,14 @@ def image_source(source: Any, folder: Path, where: str) -> Source:
             f"holds all images, and name them from there."
         )
     return named_path(folder, name, where, DataError)
+
+
+def _local(name: str) -> str:
+    """The path in a `file:` address of this machine; any other name as it is."""
+    address = urlsplit(name) if name.startswith("file://") else None
+    if address is None or address.netloc not in ("", "localhost"):
+        return name
+    return unquote(address.path)
 
 
 def _is_below(name: str, folder: Path) -> bool:

@@ -9,8 +9,10 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from emloc.artefacts.json_files import read_json
 from emloc.artefacts.layout import PIPELINE_NAME, Layout, components
 from emloc.artefacts.named_files import named_file
+from emloc.machine.progress import warn
 
 SUFFIXES = frozenset(
     {
@@ -68,6 +70,33 @@ def _of_pipeline(path: Path, layout: Layout) -> Iterator[str]:
             hidden = any(part.startswith(".") for part in entry.relative_to(path).parts)
             if entry.is_file() and not hidden and entry.suffix not in _OTHER_WEIGHTS:
                 yield entry.relative_to(path).as_posix()
+
+
+def say_other_template(adapter: Path, model: Path) -> None:
+    """Say that an adapter was trained with another chat template than the model's, which is the one used."""
+    trained, used = chat_template(adapter), chat_template(model)
+    if trained is not None and trained != used:
+        warn(
+            f"{adapter} holds {'another' if used else 'a'} chat template "
+            f"{'than' if used else 'and not'} {model}, whose folder decides how chats are read; copy "
+            f"chat_template.jinja there if the adapter was trained with it"
+        )
+
+
+def chat_template(folder: Path) -> str | None:
+    """The chat template in a folder of a model or an adapter, wherever its files keep it; None without one.
+
+    Raises:
+        CheckpointError: a file that may hold it is not JSON.
+    """
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text("utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            template = read_json(folder / name).get("chat_template")
+            if isinstance(template, str):
+                return template
+    return None
 
 
 def file_identity(path: Path) -> bytes:

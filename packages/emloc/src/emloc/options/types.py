@@ -1,9 +1,10 @@
 """Types of options: what may be typed for each, and the names that libraries give to choices."""
 
 import os
+import re
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from emloc.options.yaml_file import parse_value, text_of
 
@@ -37,6 +38,16 @@ def _pairs(value: Any) -> Any:
     return dict(part.rsplit("=", 1) for part in parts)
 
 
+def _patterns(value: dict[str, Any]) -> dict[str, Any]:
+    """Refuse names that are no regular expressions, before anything is matched with them."""
+    for pattern in value:
+        try:
+            re.compile(pattern)
+        except re.error as problem:
+            raise ValueError(f"{pattern!r} is not a regular expression: {problem}") from problem
+    return value
+
+
 def joined(value: Any) -> Any:
     """A list of data sets as the comma-separated text that a command line gives; `~` is the home folder."""
     if isinstance(value, list):
@@ -62,8 +73,14 @@ def _home(value: Any) -> Any:
 
 Names = Annotated[list[str], BeforeValidator(split)]
 TextMap = Annotated[dict[str, str], BeforeValidator(_pairs)]
-RatioMap = Annotated[dict[str, Annotated[float, Field(gt=0, le=1)]], BeforeValidator(_pairs)]
-CountMap = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(_pairs)]
+RatioMap = Annotated[
+    dict[str, Annotated[float, Field(gt=0, le=1)]],
+    BeforeValidator(_pairs),
+    AfterValidator(_patterns),
+]
+CountMap = Annotated[
+    dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(_pairs), AfterValidator(_patterns)
+]
 Located = Annotated[str, BeforeValidator(_home)]
 """A local folder or file, or a hub id."""
 

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.checkpoint import Checkpoint, read_json
+from emloc.artefacts.companions import say_other_template
 from emloc.artefacts.digest import data_digest, named_digests
 from emloc.artefacts.manifest import Manifest
 from emloc.artefacts.output import write_json, writing
@@ -39,6 +40,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     model, family = open_model(config.model_name_or_path, config.single_file_config)
     config = of_family(config, family)
     _refuse_emulator_adapter(config, Manifest.find(model.path))
+    if config.adapter is not None:
+        say_other_template(Path(config.adapter), model.path)
     settings = _settings(config, model, family)
     target = config.output_dir / RESULT_NAME if config.output_dir else None
     known = None if target is None else _known(target, settings)

@@ -9,6 +9,7 @@ import torch
 from emloc.artefacts.adapted_weights import adapted_weights
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_base import folder_named, require_base
+from emloc.artefacts.companions import say_other_template
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.manifest import Manifest, ModelReference, is_complete, versions
 from emloc.artefacts.merged_tensors import MergedModel, merged_model, merged_part
@@ -49,6 +50,7 @@ def merge(config: MergeConfig) -> Path:
     model = family.skeleton(base, torch.float32)
     adapted = adapted_weights(adapter, family, model, base)
     adapter = adapted.adapter
+    say_other_template(adapter.path, base.path)
     merged = merged_model(adapted, family, model, base)
     parts = {name: merged_part(part, base.part(name)) for name, part in adapter.parts.items()}
     settings = {

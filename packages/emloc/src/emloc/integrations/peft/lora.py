@@ -110,6 +110,11 @@ def _take_off(layer: Any, kind: str) -> tuple[Tensor, Tensor]:
     if not low_rank and type(base) is not nn.Linear:
         raise ConfigError(f"lora_init={kind} works on linear layers, not on {type(base).__name__}.")
     weight = base.weight.data.float()
+    if rank > min(weight.shape):
+        raise ConfigError(
+            f"lora_init={kind} begins with part of a weight, and one of {' x '.join(map(str, weight.shape))} "
+            f"has no part of rank {rank}; pass lora_r={min(weight.shape)}, or less."
+        )
     if kind == "pissa":
         u, s, vt = torch.linalg.svd(weight, full_matrices=False)
         root = (s[:rank] / scaling).sqrt()

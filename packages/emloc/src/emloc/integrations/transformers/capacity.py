@@ -22,6 +22,9 @@ _POSITIONS = re.compile(
     r"wpe|position_embeddings?|pos_emb\w*|embed_positions?|positions_embed|positional_embedding"
 )
 
+_OTHER_SENSES = re.compile(r"vision|visual|image|video|audio|speech|perceiver|qformer")
+"""Modules whose positions are those of patches and frames, where they lie inside what decodes text."""
+
 
 @dataclass(frozen=True)
 class Capacity:
@@ -108,6 +111,7 @@ def capacity_of(model: Any) -> Capacity:
     positions = [
         count
         for name, module in (decoder or model).named_modules()
+        if not _OTHER_SENSES.search(name)
         for count in _limits(name.rpartition(".")[2], module)
     ]
     return Capacity(rows if isinstance(rows, int) else None, min(positions, default=None))
