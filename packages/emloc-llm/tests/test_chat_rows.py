@@ -7,6 +7,7 @@ import pytest
 from emloc.config import TrainConfig
 from emloc.errors import DataError
 from emloc.integrations.transformers.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
+from emloc.integrations.transformers.data.turns import chat_of
 from emloc_llm.data import encode, load_samples
 
 TOKENIZER = byte_tokenizer()
@@ -51,6 +52,44 @@ def test_calls_of_tools_in_every_form(as_text):
     for turn in (older, flat):
         chat = [USER, turn, {"role": "tool", "content": "7"}, ANSWER]
         assert text({"messages": dump(chat), "tools": dump(TOOLS)}) == expected
+
+
+def test_arguments_as_json_text_are_an_object():
+    expected = text({"messages": [USER, CALLS]})
+    written = {**CALL, "arguments": json.dumps(CALL["arguments"])}
+    openai = {"role": "assistant", "tool_calls": [{"type": "function", "function": written}]}
+    share = {"from": "function_call", "value": json.dumps(written)}
+    for row in ({"messages": [USER, openai]}, {"conversations": [{"from": "human", "value": "q"}, share]},
+                {"messages": [USER, {"role": "assistant", "function_call": written}]},
+                {"messages": json.dumps([USER, openai])}):  # fmt: skip
+        assert text(row) == expected
+    bare = {**CALL, "arguments": '{"b": 1e3, "a": [null, 2.0]}'}
+    calls = {"role": "assistant", "tool_calls": [bare, {**CALL, "arguments": ""}]}
+    found = chat_of({"messages": [USER, calls]}, "here").turns[1]["tool_calls"]
+    assert json.dumps(found[0]["arguments"]) == '{"b": 1000.0, "a": [null, 2.0]}'
+    assert found[1]["arguments"] == {}
+
+
+def test_turns_as_json_text_in_prompt_and_completion(tmp_path):
+    expected = read(tmp_path, {"messages": [USER, ANSWER]})
+    share = [{"from": "human", "value": "q"}]
+    for prompt, completion in ((json.dumps([USER]), "a"), (json.dumps([USER]), json.dumps([ANSWER])),
+                               ([USER], json.dumps([ANSWER])), (json.dumps(share), "a")):  # fmt: skip
+        assert read(tmp_path, {"prompt": prompt, "completion": completion}) == expected
+    cells = [json.dumps([one]).replace('"', '""') for one in (USER, ANSWER)]
+    (tmp_path / "d.csv").write_text('prompt,completion\n"{}","{}"\n'.format(*cells))
+    options = TrainConfig(output_dir="o", dataset=str(tmp_path / "d.csv"))
+    assert load_samples(options, TOKENIZER, 0) == [expected]
+    for plain in (
+        '[{"name": "x"}]',
+        "[]",
+        "[1]",
+        '[{"role": "user"',
+        "[INST] q",
+        '{"role": "user"}',
+    ):
+        assert text({"prompt": plain, "completion": "a"}, TOKENIZER).startswith(plain)
+        assert read(tmp_path, {"prompt": [USER], "completion": plain}).reference == plain
 
 
 def test_system_history_and_parts():
@@ -111,6 +150,24 @@ def test_system_history_and_parts():
                 ]
             },
             "function_call of turn 2 of conversations is text and no JSON",
+        ),
+        (
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "tool_calls": [{"function": {"arguments": "f("}}]},
+                ]
+            },
+            "arguments of call 1 of turn 2 of messages is text and no JSON",
+        ),
+        (
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]},
+                ]
+            },
+            "arguments of call 1 of turn 2 of messages should be an object",
         ),
         ({"instruction": "q", "output": "a", "history": [["x"]]}, "pair 1 of history"),
         ({"instruction": "q", "output": "a", "history": 5}, "history should be a list"),

@@ -158,6 +158,7 @@ def test_every_form_of_a_language_model(folder):
         {"conversations": share}, {"conversations": json.dumps(share)},
         {"question": "Colour?", "answer": "red"},
         {"instruction": "Colour?", "input": "", "output": "red"}, {"prompt": user, "completion": "red"},
+        {"prompt": json.dumps(user), "completion": "red"},
     ):  # fmt: skip
         found = read(folder, {**image, **row, "system": "be brief"})
         assert found.messages == expected.messages
@@ -188,7 +189,10 @@ def test_tools_reach_the_template(folder):
     assert learnt(batch, processor) == f"{json.dumps(call)}<|im_end|>\n"
     share = [
         {"from": "human", "value": "<image>look"},
-        {"from": "function_call", "value": json.dumps(call)},
+        {
+            "from": "function_call",
+            "value": json.dumps({**call, "arguments": json.dumps(call["arguments"])}),
+        },
     ]
     other = read(folder, {"image": "a.png", "tools": json.dumps(tools), "conversations": share})
     assert (

@@ -5,11 +5,14 @@
 - Alpaca's `instruction` and `input`, answered by `output`, after the pairs of `history`.
 - `prompt` and `completion`, where the prompt is a list of turns.
 
-A column `system` is the first turn. Lists and objects may be JSON text, as in a CSV. Turns go to the template
-with all keys that they have, save those without a value, as transformers does it. What decides how much the
-loss counts on a turn (`weight`, `train`) is refused where it asks for anything but the usual.
+A column `system` is the first turn. Lists and objects may be JSON text, as in a CSV. So may the arguments of
+a tool's call, as OpenAI has them: templates take objects, and so servers parse them before they render. Turns
+go to the template with all keys that they have, save those without a value, as transformers does it. What
+decides how much the loss counts on a turn (`weight`, `train`) is refused where it asks for anything but the
+usual.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
@@ -136,14 +139,24 @@ def _alpaca(row: Mapping[str, Any], where: str, read_content: ReadContent) -> li
     return turns
 
 
-def _is_turns(prompt: Any) -> bool:
-    """Whether a prompt is a chat; text that begins like JSON is text."""
-    return isinstance(prompt, (list, tuple))
+def _is_turns(part: Any) -> bool:
+    """Whether a prompt or completion is turns, maybe as JSON text; other JSON is text as any."""
+    if not isinstance(part, str):
+        return isinstance(part, (list, tuple))
+    if not part.lstrip().startswith("["):
+        return False
+    try:
+        found = json.loads(part)
+    except (ValueError, RecursionError):
+        return False
+    return bool(found) and all(
+        isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in found
+    )
 
 
 def _continued(row: Mapping[str, Any], where: str, read_content: ReadContent) -> list[Turn]:
     completion = row["completion"]
-    if not isinstance(completion, (list, tuple)):
+    if not _is_turns(completion):
         answer = answer_of(completion, "completion", where)
         completion = [{"role": "assistant", "content": answer}]
     return [
@@ -211,7 +224,24 @@ def _with_calls(turn: Turn, what: str, where: str) -> Turn:
     calls = listed(turn["tool_calls"], f"tool_calls of {what}", where)
     if not all(isinstance(call, Mapping) for call in calls):
         raise DataError(f"{where}: tool_calls of {what} should be a list of objects.")
+    calls = [
+        _with_arguments(call, f"call {number} of {what}", where)
+        for number, call in enumerate(calls, start=1)
+    ]
     return {**turn, "tool_calls": calls} if calls else _without(turn, "tool_calls")
+
+
+def _with_arguments(call: Mapping[str, Any], what: str, where: str) -> dict[str, Any]:
+    """The call with its arguments as an object: as text, templates would write JSON within JSON."""
+    function = call.get("function")
+    if isinstance(function, Mapping):
+        inner = cast("Mapping[str, Any]", function)
+        return {**call, "function": _with_arguments(inner, what, where)}
+    arguments = call.get("arguments")
+    if not isinstance(arguments, str):
+        return dict(call)
+    found = mapped(arguments, f"arguments of {what}", where) if arguments.strip() else {}
+    return {**call, "arguments": found}
 
 
 def _without(turn: Turn, key: str) -> Turn:
