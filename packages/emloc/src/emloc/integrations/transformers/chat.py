@@ -19,12 +19,15 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from emloc.errors import CheckpointError, DataError
 from emloc.integrations.transformers.data.turns import Chat, Turn
+from emloc.integrations.transformers.shown import (
+    TELLING,
+    check_answer,
+    check_earlier_answers,
+    other_than,
+)
 from emloc.machine.progress import console
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_OTHER = "Something else."
-_TELLING = 20
-"""Characters that do not stand in a chat by chance."""
 _USUAL_KEYS = frozenset({"role", "content", "tool_calls", "tool_call_id", "id"})
 
 
@@ -52,7 +55,8 @@ def render(chat: Chat, tokenizer: Any, every_answer: bool, where: str) -> Render
         every_answer: of the chat, instead of the last one only.
 
     Raises:
-        DataError: there is no template, it refuses the chat, leaves a turn out, or cannot be cut.
+        DataError: there is no template, it refuses the chat, leaves out a turn or part of an answer, or
+            cannot be cut.
         CheckpointError: it is no template.
     """
     template = _template(tokenizer, chat.tools, where)
@@ -72,9 +76,14 @@ def render(chat: Chat, tokenizer: Any, every_answer: bool, where: str) -> Render
     last = len(prompt)
     for index, turn in enumerate(turns):
         _check_rendered(turns, index, turn, whole, text, where)
+    check_earlier_answers(turns, whole, text, where)
+    check_answer(turns, len(turns) - 1, whole, last, text, where)
     if not every_answer:
         return Rendered(whole, prompt, [(last, len(whole))], last)
     if _MARKS.search(template):
+        for index, turn in enumerate(turns[:-1]):
+            if turn["role"] == "assistant":
+                check_answer(turns, index, whole, None, text, where)
         return Rendered(whole, prompt, _marked(chat, tokenizer, template, whole, where), last)
     answers: list[tuple[int, int]] = []
     for index, turn in enumerate(turns[:-1]):
@@ -86,6 +95,7 @@ def render(chat: Chat, tokenizer: Any, every_answer: bool, where: str) -> Render
                 f"{where}: the chat template renders turn {index + 1} differently once the chat goes on, so "
                 f"the answer cannot be cut out; leave assistant_only_loss out."
             )
+        check_answer(turns, index, whole, len(head), text, where)
         answers.append((len(head), len(through)))
     return Rendered(whole, prompt, [*answers, (last, len(whole))], last)
 
@@ -155,7 +165,7 @@ def _say_once(sentence: str) -> None:
 def _check_rendered(
     turns: Sequence[Turn], index: int, turn: Turn, whole: str, text: Any, where: str
 ) -> None:
-    """Refuse a template that leaves a turn out; the assistant's earlier thoughts are its own matter."""
+    """Refuse a template that leaves out a turn of others than the assistant."""
     if isinstance(turn.get("content"), list) and repr(turn["content"]) in whole:
         raise CheckpointError(
             f"{where}: the model's chat template takes text alone and writes entries of content as Python "
@@ -166,11 +176,12 @@ def _check_rendered(
     content: Any = turn["content"]
     parts: list[Any] = [content] if isinstance(content, str) else content
     texts = [part if isinstance(part, str) else part.get("text", "") for part in parts]
-    known = turn["role"] == "user" or max(map(len, texts)) >= _TELLING
+    known = turn["role"] == "user" or max(map(len, texts)) >= TELLING
     if known and all(one.strip() in whole for one in texts):
         return
     # Not there as it is written, which may be the template's way, or too short to tell.
-    other = _OTHER if isinstance(content, str) else [{"type": "text", "text": _OTHER}]
+    words = other_than("".join(texts))
+    other = words if isinstance(content, str) else [{"type": "text", "text": words}]
     changed = [*turns[:index], {**turn, "content": other}, *turns[index + 1 :]]
     try:
         without = text(changed)
