@@ -1,6 +1,7 @@
 """What stands in a file is what is read: no type is inferred, nothing is fetched, faults name their line."""
 
 import datetime
+import gzip
 import json
 import os
 import socket
@@ -297,3 +298,21 @@ def test_data_of_the_hub_is_neither_inferred_nor_decoded(tmp_path, monkeypatch, 
     Builder.config.data_files = {"train": [str(tmp_path / "d.csv")]}
     [row] = load_rows(options("some/data", streaming=streaming))
     assert dict(row) == PAIR
+
+
+def test_faults_of_compressed_text_name_the_line(tmp_path):
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(json.dumps(PAIR).encode() + b"\n{"))
+    with pytest.raises(DataError, match=r"d.jsonl.gz, line 2 is not JSON"):
+        references(tmp_path / "d.jsonl.gz")
+    (tmp_path / "d.parquet.gz").write_bytes(gzip.compress(b"a"))
+    with pytest.raises(DataError, match="expected a file ending in"):
+        references(tmp_path / "d.parquet.gz")
+
+
+def test_columns_without_names_hold_nothing(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text("prompt,completion,,\nzip,00123,,\nzip,00123, ,\n")
+    assert [dict(row) for row in load_rows(options(path))] == [PAIR] * 2
+    path.write_text("prompt,completion,,\nzip,00123,,\nzip,00123,,x\n")
+    with pytest.raises(DataError, match=r"d.csv, line 3: column 4 has content and no name"):
+        references(path)

@@ -17,7 +17,12 @@ from typing import Any, cast
 from emloc.artefacts.named_files import named_path, refuse_special
 from emloc.config import CalibrationOptions, DataOptions
 from emloc.errors import DataError
-from emloc.integrations.transformers.data.files import SUFFIXES, parsed_json, read_open
+from emloc.integrations.transformers.data.files import (
+    data_suffix,
+    open_data,
+    parsed_json,
+    read_open,
+)
 from emloc.integrations.transformers.data.folders import ADDRESS
 from emloc.integrations.transformers.data.rows import Row, Rows
 from emloc.integrations.transformers.tables import (
@@ -154,9 +159,8 @@ def _annotated(
         raise DataError(f"{where} names the annotation {annotation}, which is no file.")
     root = entry.get("root") or None
     folder = path.parent if root is None else _named(root, where, "root", folders)
-    with annotation.open("rb") as file:
-        suffix = annotation.suffix.lower()
-        known = suffix if suffix in SUFFIXES else ".jsonl"
+    with open_data(annotation) as file:
+        known = data_suffix(annotation.name) or ".jsonl"
         rows = list(read_open(file, known, str(annotation), folder))
     times = entry.get("repeat_time", 1)
     if isinstance(times, bool) or not isinstance(times, (int, float)) or not 0 <= times < 10**6:

@@ -17,7 +17,7 @@ from emloc.integrations.transformers.data.columns import (
     renamed,
     say_unused,
 )
-from emloc.integrations.transformers.data.files import SUFFIXES, read_file
+from emloc.integrations.transformers.data.files import data_suffix, read_file
 from emloc.integrations.transformers.data.folders import ADDRESS, folder_rows
 from emloc.integrations.transformers.data.hub import hub_rows
 from emloc.integrations.transformers.data.rows import AnyRows, Row, Rows, RowStream
@@ -76,7 +76,7 @@ def _reader(name: str, split: str, streaming: bool) -> Callable[[], Iterable[Row
     if path.is_file():
         require_whole_file(name, split)
         return lambda: read_file(path)
-    looks_local = name.startswith((".", "/", "~")) or path.suffix in SUFFIXES
+    looks_local = name.startswith((".", "/", "~")) or data_suffix(name) is not None
     if not path.exists() and (looks_local or ADDRESS.search(name)):
         raise DataError(f"No data set {name}: there is no such file or folder.")
 

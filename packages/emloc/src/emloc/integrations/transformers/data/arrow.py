@@ -6,7 +6,7 @@ written without are null. Null and missing cannot be told apart there, and both 
 Pictures, sounds and videos are not decoded: that would fetch what a row's path names, were it an address.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -22,15 +22,46 @@ def parquet_rows(file: BinaryIO, name: str, folder: Path) -> Iterator[Row]:
     Raises:
         DataError: it is damaged.
     """
+    from pyarrow.parquet import ParquetFile
+
+    def opened() -> tuple[Any, Iterable[Any]]:
+        table: Any = ParquetFile(file)
+        return table.schema_arrow, table.iter_batches(batch_size=_BATCH)
+
+    return _typed_rows(opened, "parquet", name, folder)
+
+
+def arrow_rows(file: BinaryIO, name: str, folder: Path) -> Iterator[Row]:
+    """The rows of an open Arrow file, as `datasets.save_to_disk` writes it.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    from pyarrow import ArrowInvalid, ipc
+
+    def opened() -> tuple[Any, Iterable[Any]]:
+        try:
+            stream: Any = ipc.open_stream(file)
+            return stream.schema, stream
+        except ArrowInvalid:  # the other of Arrow's two forms, which begins with a mark of its own
+            file.seek(0)
+            table: Any = ipc.open_file(file)
+            return table.schema, map(table.get_batch, range(table.num_record_batches))
+
+    return _typed_rows(opened, "Arrow", name, folder)
+
+
+def _typed_rows(
+    opened: Callable[[], tuple[Any, Iterable[Any]]], kind: str, name: str, folder: Path
+) -> Iterator[Row]:
+    """The rows of a schema and its batches."""
     from datasets import Features
     from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
 
     number = 0
     try:
-        table: Any = ParquetFile(file)
-        features = Features.from_arrow_schema(table.schema_arrow)
-        for cells in cells_of(table.iter_batches(batch_size=_BATCH), features):
+        schema, batches = opened()
+        for cells in cells_of(batches, Features.from_arrow_schema(schema)):
             number += 1
             yield Row(cells, f"{name}, row {number}", folder)
     except (ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError) as problem:
@@ -38,7 +69,7 @@ def parquet_rows(file: BinaryIO, name: str, folder: Path) -> Iterator[Row]:
             raise
         first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         raise DataError(
-            f"{name} cannot be read as parquet, after {number} rows ({first}); it may be damaged: make or "
+            f"{name} cannot be read as {kind}, after {number} rows ({first}); it may be damaged: make or "
             f"download it again."
         ) from problem
 

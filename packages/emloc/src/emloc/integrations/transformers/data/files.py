@@ -2,24 +2,35 @@
 
 CSV cells are text and stay text: `00123`, `1.50`, `NA` and dates are what they look like. JSON values keep
 the types that they are written with, row by row: rows need not have the same keys, and what one row has is
-not made up for another. Parquet has types of its own; pictures in it are neither decoded nor fetched.
+not made up for another. Parquet and Arrow have types of their own; pictures in them are neither decoded nor
+fetched. Text may be compressed: `train.jsonl.gz` is read as `train.jsonl` is.
 """
 
+import bz2
 import codecs
 import csv
+import gzip
 import io
 import json
+import lzma
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from emloc.artefacts.named_files import refuse_special
 from emloc.errors import DataError
-from emloc.integrations.transformers.data.arrow import parquet_rows
+from emloc.integrations.transformers.data.arrow import arrow_rows, parquet_rows
 from emloc.integrations.transformers.data.rows import Row
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+PACKED: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+}
 LONGEST_CELL = 2**31 - 1
+_TABLES = {".parquet": parquet_rows, ".arrow": arrow_rows}
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -29,31 +40,89 @@ def read_file(path: Path) -> Iterator[Row]:
     Raises:
         DataError: it is of another kind, is no regular file, or is malformed; names the line.
     """
-    refuse_special(path, DataError)
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
+    suffix = data_suffix(path.name)
+    if suffix is None:
         raise DataError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}.")
-    with _opened(path) as file:
+    with open_data(path) as file:
         yield from read_open(file, suffix, str(path), path.parent)
 
 
-def read_open(file: BinaryIO, suffix: str, name: str, folder: Path) -> Iterator[Row]:
+def data_suffix(name: str) -> str | None:
+    """What kind of data a file of this name holds, as one of `SUFFIXES`; None if it is none that is read.
+
+    Text may be compressed, which parquet and Arrow are by themselves.
+    """
+    path = Path(name.lower())
+    if path.suffix in PACKED:
+        inner = Path(path.stem).suffix
+        return inner if inner in SUFFIXES and inner not in _TABLES else None
+    return path.suffix if path.suffix in SUFFIXES else None
+
+
+def open_data(path: Path) -> BinaryIO:
+    """A local file in binary mode, unpacked if its name says that it is compressed.
+
+    Raises:
+        DataError: it is no regular file, or cannot be opened.
+    """
+    refuse_special(path, DataError)
+    return unpacked(_opened(path), path.name)
+
+
+def unpacked(file: Any, name: str) -> BinaryIO:
+    """An open file, unpacked if its name says that it is compressed; closing it closes the file."""
+    packed = PACKED.get(Path(name).suffix.lower())
+    if packed is not None:
+        return cast("BinaryIO", _Unpacked(packed(file), file))
+    return file if hasattr(file, "peek") else io.BufferedReader(file)
+
+
+class _Unpacked(io.BufferedReader):
+    """The content of a compressed file, which is closed with it: the standard library leaves it open."""
+
+    def __init__(self, raw: Any, packed: Any) -> None:
+        super().__init__(raw)
+        self._packed = packed
+
+    def close(self) -> None:
+        super().close()
+        self._packed.close()
+
+
+def read_open(
+    file: BinaryIO, suffix: str, name: str, folder: Path, delimiter: str | None = None
+) -> Iterator[Row]:
     """`read_file` of an open file.
 
     Args:
-        file: in binary mode.
-        suffix: what the name ends in, in small letters.
+        file: in binary mode, unpacked.
+        suffix: which of `SUFFIXES`.
         name: for messages.
         folder: where paths in the rows begin.
+        delimiter: what stands between the cells of CSV; by the suffix if None.
+
+    Raises:
+        DataError: it is malformed, or cannot be unpacked.
     """
-    if suffix == ".parquet":
-        yield from parquet_rows(file, name, folder)
-        return
+    try:
+        if suffix in _TABLES:
+            yield from _TABLES[suffix](file, name, folder)
+        else:
+            yield from _text_rows(file, suffix, name, folder, delimiter)
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as problem:
+        raise DataError(
+            f"{name} cannot be read to its end ({problem}); make or download it again."
+        ) from problem
+
+
+def _text_rows(
+    file: BinaryIO, suffix: str, name: str, folder: Path, delimiter: str | None
+) -> Iterator[Row]:
     if file.peek(2)[:2] in _UTF16:  # pyright: ignore[reportAttributeAccessIssue]
         raise DataError(f"{name} is UTF-16; save it as UTF-8.")
     readers: dict[str, Callable[[BinaryIO, str], Iterable[tuple[str, Any]]]] = {
-        ".csv": lambda file, name: csv_cells(file, name, ","),
-        ".tsv": lambda file, name: csv_cells(file, name, "\t"),
+        ".csv": lambda file, name: csv_cells(file, name, delimiter or ","),
+        ".tsv": lambda file, name: csv_cells(file, name, delimiter or "\t"),
         ".json": _json_cells,
     }
     for where, cells in readers.get(suffix, _line_cells)(file, name):
@@ -83,8 +152,11 @@ def parsed_json(path: Path) -> Any:
 def csv_cells(file: BinaryIO, name: str, delimiter: str) -> Iterator[tuple[str, dict[str, str]]]:
     """Rows of a CSV file with a header, each with its line.
 
+    Columns without a name are left out, since spreadsheets write them where a cell was once used.
+
     Raises:
-        DataError: a row has more or fewer cells than the header, quotes are broken, or it is not UTF-8.
+        DataError: a row has more or fewer cells than the header, a column without a name has
+            content, quotes are broken, or it is not UTF-8.
     """
     csv.field_size_limit(LONGEST_CELL)  # the default refuses long texts
     # Strict: or a quote that is never closed swallows the rest of the file without a word.
@@ -104,7 +176,8 @@ def csv_cells(file: BinaryIO, name: str, delimiter: str) -> Iterator[tuple[str, 
                     f"a comma or a quote in quotes."
                 )
             else:
-                yield where, dict(zip(header, cells))
+                _require_names(header, cells, where)
+                yield where, {key: cell for key, cell in zip(header, cells) if key}
     except csv.Error as problem:
         raise DataError(f"{name}, line {begins}: this is no CSV ({problem}).") from problem
 
@@ -118,10 +191,20 @@ def _decoded_lines(file: BinaryIO, name: str) -> Iterator[str]:
 
 
 def _header(cells: list[str], name: str) -> list[str]:
-    twice = {cell for cell in cells if cells.count(cell) > 1}
+    """The names of columns, empty where there is none."""
+    names = [cell if cell.strip() else "" for cell in cells]
+    twice = {cell for cell in names if cell and names.count(cell) > 1}
     if twice:
         raise DataError(f"{name} has two columns of the name {min(twice)!r}; rename one.")
-    return cells
+    return names
+
+
+def _require_names(header: list[str], cells: list[str], where: str) -> None:
+    for number, (key, cell) in enumerate(zip(header, cells), start=1):
+        if not key and cell.strip():
+            raise DataError(
+                f"{where}: column {number} has content and no name in the header; name it or remove it."
+            )
 
 
 def _line_cells(file: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
