@@ -9,7 +9,7 @@ import socket
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, Features, Image, Json, List, Value
+from datasets import Dataset, DatasetDict, Features, Image, Json, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -307,6 +307,57 @@ def test_faults_of_compressed_text_name_the_line(tmp_path):
     (tmp_path / "d.parquet.gz").write_bytes(gzip.compress(b"a"))
     with pytest.raises(DataError, match="expected a file ending in"):
         references(tmp_path / "d.parquet.gz")
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "README.md", "dataset_infos.json", "metadata.csv"])
+def test_links_out_of_a_folder_are_not_followed(tmp_path, name):
+    lines(tmp_path / "outside", [PAIR])
+    lines(tmp_path / "a/train.jsonl", [PAIR])
+    (tmp_path / "a" / name).unlink(missing_ok=True)
+    (tmp_path / "a" / name).symlink_to(tmp_path / "outside")
+    if name == "metadata.csv":
+        (tmp_path / "a/train.jsonl").unlink()
+        (tmp_path / "a/a.png").write_bytes(b"a")
+    with pytest.raises(DataError, match="is a link that leads out of"):
+        references(tmp_path / "a")
+
+
+def test_links_inside_a_folder_and_to_the_hubs_blobs_are_followed(tmp_path):
+    lines(tmp_path / "a/inner/one", [PAIR])
+    (tmp_path / "a/train.jsonl").symlink_to(tmp_path / "a/inner/one")
+    assert references(tmp_path / "a") == ["00123"]
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert references(tmp_path / "b") == ["00123"]
+    blob = lines(tmp_path / "datasets--a--b/blobs/abc", [PAIR])
+    snapshot = tmp_path / "datasets--a--b/snapshots/def"
+    snapshot.mkdir(parents=True)
+    (snapshot / "train.jsonl").symlink_to(blob)
+    assert references(snapshot) == ["00123"]
+
+
+def test_what_save_to_disk_wrote_is_read(tmp_path):
+    entry = {"path": "a.png", "bytes": b"no picture"}
+    features = Features(
+        {"prompt": Value("string"), "completion": Value("string"), "image": Image()}
+    )
+    table = Dataset.from_list([{**PAIR, "image": entry}] * 3, features=features)
+    table.save_to_disk(tmp_path / "a", num_shards=2)
+    rows = load_rows(options(tmp_path / "a"))
+    assert [dict(row) for row in rows] == [{**PAIR, "image": entry}] * 3
+    DatasetDict({"train": table, "mine": table.select([0])}).save_to_disk(tmp_path / "b")
+    assert len(load_rows(options(tmp_path / "b"))) == 3
+    assert references(tmp_path / "b", dataset_split="mine") == ["00123"]
+    with pytest.raises(DataError, match="has no split 'dev' but mine, train"):
+        references(tmp_path / "b", dataset_split="dev")
+    (tmp_path / "a/state.json").write_text('{"_data_files": [{"filename": "../b/x.arrow"}]}')
+    with pytest.raises(DataError, match="lies outside of"):
+        references(tmp_path / "a")
+    (tmp_path / "a/state.json").write_text('{"_data_files": []}')
+    with pytest.raises(DataError, match="save it with to_parquet or to_json"):
+        references(tmp_path / "a")
+    (tmp_path / "d.arrow").write_bytes(b"damaged" * 9)
+    with pytest.raises(DataError, match="cannot be read as Arrow"):
+        references(tmp_path / "d.arrow")
 
 
 def test_columns_without_names_hold_nothing(tmp_path):

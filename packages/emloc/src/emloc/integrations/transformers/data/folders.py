@@ -3,22 +3,40 @@
 The datasets library knows how people lay out their folders (`train.jsonl`,
 `data/train-00000-of-00009.parquet`, the `configs` of a README). It is asked for the names alone; the files
 are read as single ones are. A folder is somebody else's: what its README or `.huggingface.yaml` names must
-be a file in it, never an address.
+be a file in it, never an address, and a link in it may not lead out.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from emloc.artefacts.named_files import named_path, refuse_special
+from emloc.artefacts.named_files import named_file, named_path
 from emloc.errors import DataError
-from emloc.integrations.transformers.data.files import SUFFIXES, csv_cells, read_file
+from emloc.integrations.transformers.data.files import (
+    SUFFIXES,
+    data_suffix,
+    open_data,
+    parsed_json,
+    read_file,
+    read_open,
+)
 from emloc.integrations.transformers.data.rows import Row
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|::")
 """`https://…`, `hf://…`, and the chains of fsspec such as `zip://a::https://…`."""
-_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_CARDS = ("README.md", ".huggingface.yaml")
+_READ_BY_LIBRARY = "dataset_infos.json"
+_OF_NO_MATTER = {
+    "name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter",
+    "mangle_dupe_cols", "engine", "true_values", "false_values", "na_values", "keep_default_na",
+    "na_filter", "verbose", "thousands", "decimal", "error_bad_lines", "warn_bad_lines", "memory_map",
+    "float_precision", "chunksize", "encoding_errors", "on_bad_lines", "date_format", "use_threads",
+    "block_size", "newlines_in_values", "on_mixed_types", "parse_agent_traces",
+}  # fmt: skip
+"""Options of a card that say which files there are, how types are guessed, or how fast files are read."""
 
 
 def folder_rows(folder: Path, split: str) -> Iterator[Row]:
@@ -28,36 +46,131 @@ def folder_rows(folder: Path, split: str) -> Iterator[Row]:
         DataError: there is no such split, its files are of a kind that is not read, or what the folder's
             README names is an address or lies outside of it.
     """
+    saved = _saved_files(folder, split)
+    if saved is not None:
+        for path in saved:
+            yield from read_file(path)
+        return
     named = _check_card(folder)
     builder = _builder(folder)
     found: dict[str, list[str]] = {
         str(name): [str(file) for file in files]
         for name, files in (builder.config.data_files or {}).items()
     }
-    if split not in found:
-        raise DataError(
-            f"{folder} has no split {split!r} but {', '.join(sorted(found))}; pass one of those as "
-            f"dataset_split."
-        )
-    paths = [_data_file(folder, file, named) for file in found[split]]
-    pictures = [path for path in paths if path.name in _METADATA]
+    paths = [_data_file(folder, file, named) for file in files_of(found, split, folder)]
+    pictures = [path for path in paths if path.name in METADATA]
     if pictures:
         for path in pictures:
-            yield from _picture_rows(path)
+            yield from picture_rows(path)
         return
+    delimiter = card_delimiter(builder.config, map(str, paths), folder)
     for path in paths:
-        suffix = path.suffix.lower()
-        if suffix == ".csv":
-            yield from _csv_rows(path, builder.config)
-        elif suffix == ".txt":
+        suffix = data_suffix(path.name)
+        if suffix is not None:
+            with open_data(path) as file:
+                yield from read_open(file, suffix, str(path), path.parent, delimiter)
+        elif path.suffix.lower() == ".txt":
             yield from _text_rows(path)
-        elif suffix in SUFFIXES:
-            yield from read_file(path)
         else:
             raise DataError(
                 f"{folder} holds {path.name} for the split {split}; read are files ending in "
-                f"{', '.join(SUFFIXES)}, and pictures beside a metadata.jsonl or metadata.csv."
+                f"{', '.join(SUFFIXES)}, and pictures beside a metadata.jsonl or metadata.csv: unpack "
+                f"an archive, and convert others."
             )
+
+
+def files_of(found: dict[str, list[str]], split: str, name: object) -> list[str]:
+    """The files of a split, or of all of them where it is `all`.
+
+    Raises:
+        DataError: there is no such split; says which there are.
+    """
+    if split == "all" and split not in found:
+        return [file for files in found.values() for file in files]
+    if split not in found:
+        raise DataError(
+            f"{name} has no split {split!r} but {', '.join(sorted(found))}; pass one of those as "
+            f"dataset_split."
+        )
+    return found[split]
+
+
+def card_delimiter(config: Any, files: Iterable[str], name: object) -> str | None:
+    """The separator of CSV files that the data's card names; None where their suffix says it.
+
+    Args:
+        config: of the datasets library.
+        files: the names of all that are read.
+        name: the data, for messages.
+
+    Raises:
+        DataError: it has more than one character, or the card has another option that changes what the
+            rows of a text are, which would be read differently from how it is meant.
+    """
+    suffixes = {data_suffix(file) or Path(file).suffix.lower() for file in files}
+    if suffixes <= {".parquet", ".arrow"}:
+        return None
+    for field in fields(config) if is_dataclass(config) else ():
+        value = getattr(config, field.name)
+        if field.name == "encoding" and str(value).lower() in ("none", "utf-8", "utf8"):
+            continue
+        if field.name not in _OF_NO_MATTER and value != field.default:
+            raise DataError(
+                f"The card of {name} has the option {field.name}, which is not read; write the data as "
+                f"JSONL, and pass that."
+            )
+    delimiter = str(getattr(config, "sep", None) or getattr(config, "delimiter", None) or ",")
+    if len(delimiter) != 1 or delimiter in '"\r\n':
+        raise DataError(
+            f"{name}: a separator is one character, not {delimiter!r}; correct its card."
+        )
+    # The library itself takes a tab for every file where most are TSV.
+    return None if delimiter == "," or (delimiter == "\t" and ".tsv" in suffixes) else delimiter
+
+
+def _saved_files(folder: Path, split: str) -> list[Path] | None:
+    """The files of what `datasets.save_to_disk` wrote; None where the folder is none of it.
+
+    They are named by `state.json`, and splits by `dataset_dict.json`: the library would take splits with
+    names of somebody's own for parts of one.
+    """
+    splits = _state(folder, "dataset_dict.json").get("splits")
+    if isinstance(splits, list):
+        names = [str(name) for name in cast("list[Any]", splits)]
+        found = {name: [name] for name in names}
+        parts = [
+            _saved_table(named_path(folder, name, folder / "dataset_dict.json", DataError))
+            for name in files_of(found, split, folder)
+        ]
+        return [path for part in parts for path in part]
+    state = _state(folder, "state.json")
+    if "_data_files" not in state:
+        return None
+    files_of({str(state.get("_split") or "train"): [], "train": []}, split, folder)
+    return _saved_table(folder)
+
+
+def _saved_table(folder: Path) -> list[Path]:
+    state = _state(folder, "state.json")
+    entries = cast("list[Any]", state.get("_data_files") or [])
+    names = [
+        cast("dict[str, Any]", entry).get("filename")
+        for entry in entries
+        if isinstance(entry, dict)
+    ]
+    if not names or state.get("_indices_data_files") or state.get("_indices_files"):
+        raise DataError(
+            f"{folder} is no table that save_to_disk writes today; load it with datasets, and save it with "
+            f"to_parquet or to_json."
+        )
+    return [named_file(folder, name, folder / "state.json", DataError) for name in names]
+
+
+def _state(folder: Path, name: str) -> dict[str, Any]:
+    """The object in a file of the folder, empty where there is none."""
+    path = named_path(folder, name, folder, DataError)
+    content = parsed_json(path) if path.is_file() else None
+    return cast("dict[str, Any]", content) if isinstance(content, dict) else {}
 
 
 def _check_card(folder: Path) -> Path | None:
@@ -65,8 +178,9 @@ def _check_card(folder: Path) -> Path | None:
     import yaml
 
     named: Path | None = None
-    for path in (folder / "README.md", folder / ".huggingface.yaml"):
-        refuse_special(path, DataError)
+    named_path(folder, _READ_BY_LIBRARY, folder, DataError)
+    for card in _CARDS:
+        path = named_path(folder, card, folder, DataError)
         if not path.is_file():
             continue
         try:
@@ -116,21 +230,11 @@ def _builder(folder: Path) -> Any:
 def _data_file(folder: Path, file: str, named: Path | None) -> Path:
     if ADDRESS.search(file):
         raise DataError(f"{folder} leads to {file}, an address; download it first.")
-    path = Path(file)
-    refuse_special(path, DataError)
-    if named is not None:
-        named_path(folder.resolve(), file, named, DataError)
-    return path
-
-
-def _csv_rows(path: Path, config: Any) -> Iterator[Row]:
-    """By the separator that the folder's card names, if it names one."""
-    delimiter = str(getattr(config, "sep", None) or getattr(config, "delimiter", None) or ",")
-    if len(delimiter) != 1:
-        raise DataError(f"{path}: a separator is one character, not {delimiter!r}.")
-    with path.open("rb") as file:
-        for where, cells in csv_cells(file, str(path), delimiter):
-            yield Row(cells, where, path.parent)
+    path = Path(file).absolute()
+    for home in (folder.absolute(), folder.resolve()):
+        if path.is_relative_to(home):
+            return named_path(home, str(path.relative_to(home)), named or folder, DataError)
+    return named_path(folder, str(path), named or folder, DataError)
 
 
 def _text_rows(path: Path) -> Iterator[Row]:
@@ -144,7 +248,7 @@ def _text_rows(path: Path) -> Iterator[Row]:
                 raise DataError(f"{where} is not UTF-8; save the file as UTF-8.") from problem
 
 
-def _picture_rows(path: Path) -> Iterator[Row]:
+def picture_rows(path: Path) -> Iterator[Row]:
     """Pictures with a metadata file: its `file_name` is the picture beside it."""
     for row in read_file(path):
         renamed = {
