@@ -1,8 +1,11 @@
 """What stands in a file is what is read: no type is inferred, nothing is fetched, faults name their line."""
 
+import bz2
 import datetime
 import gzip
+import importlib
 import json
+import lzma
 import os
 import socket
 
@@ -300,6 +303,56 @@ def test_data_of_the_hub_is_neither_inferred_nor_decoded(tmp_path, monkeypatch, 
     assert dict(row) == PAIR
 
 
+def hub_data(monkeypatch, kind, data_files, **card):
+    """A hub id whose files are those given, as the library finds them; it may not load any itself."""
+    import datasets
+    from datasets import packaged_modules
+
+    module = importlib.import_module(f"{packaged_modules.__name__}.{kind}.{kind}")
+    config = next(getattr(module, n) for n in dir(module) if n.lower() == f"{kind}config")
+
+    class Builder:
+        pass
+
+    Builder.__module__ = module.__name__
+    builder = Builder()
+    builder.config = config(**card)
+    builder.config.data_files = data_files
+
+    def refuse(*_, **__):
+        raise AssertionError("types were inferred")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda _: builder)
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+
+
+PACKED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+TEXTS = {"csv": "prompt,completion\nzip,00123\n", "jsonl": json.dumps(PAIR) + "\n",
+         "json": json.dumps([PAIR]), "tsv": "prompt\tcompletion\nzip\t00123\n"}  # fmt: skip
+
+
+@pytest.mark.parametrize("packing", PACKED)
+@pytest.mark.parametrize("kind", TEXTS)
+def test_compressed_text_is_read_as_text(tmp_path, monkeypatch, kind, packing):
+    path = tmp_path / f"a/train.{kind}{packing}"
+    path.parent.mkdir()
+    path.write_bytes(PACKED[packing](TEXTS[kind].encode()))
+    assert references(path) == references(path.parent) == ["00123"]
+    for streaming in (False, True):
+        module = "csv" if kind.endswith("sv") else "json"
+        hub_data(monkeypatch, module, {"train": [str(path)], "test": [str(path)]})
+        assert references("some/data", streaming=streaming) == ["00123"]
+    assert references("some/data", dataset_split="all") == ["00123"] * 2
+    with pytest.raises(DataError, match="some/data has no split 'dev' but test, train"):
+        references("some/data", dataset_split="dev")
+    path.write_bytes(PACKED[packing](TEXTS[kind].encode() * 50)[:-9])
+    with pytest.raises(DataError, match="cannot be read to its end"):
+        references(path)
+    path.write_bytes(b"plain")
+    with pytest.raises(DataError, match="cannot be read to its end"):
+        references(path)
+
+
 def test_faults_of_compressed_text_name_the_line(tmp_path):
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(json.dumps(PAIR).encode() + b"\n{"))
     with pytest.raises(DataError, match=r"d.jsonl.gz, line 2 is not JSON"):
@@ -307,6 +360,60 @@ def test_faults_of_compressed_text_name_the_line(tmp_path):
     (tmp_path / "d.parquet.gz").write_bytes(gzip.compress(b"a"))
     with pytest.raises(DataError, match="expected a file ending in"):
         references(tmp_path / "d.parquet.gz")
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_a_cards_separator_counts(tmp_path, monkeypatch, separator, local):
+    path = tmp_path / "a/x.csv"
+    path.parent.mkdir()
+    path.write_text(TEXTS["csv"].replace(",", separator))
+    card = {"config_name": "default", "data_files": "x.csv", "sep": separator}
+    (tmp_path / "a/README.md").write_text(f"---\n{json.dumps({'configs': [card]})}\n---\n")
+    hub_data(monkeypatch, "csv", {"train": [str(path)]}, sep=separator)
+    if local:
+        monkeypatch.undo()
+    assert references(path.parent if local else "some/data") == ["00123"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "card", "message"),
+    [
+        ("csv", "train.csv", {"skiprows": 1}, "has the option skiprows, which is not read"),
+        ("csv", "train.csv", {"sep": "||"}, r"a separator is one character, not '\|\|'"),
+        ("json", "train.json", {"field": "data"}, "has the option field, which is not read"),
+        ("csv", "train.zip", {}, "keeps rows in train.zip, .*; download it"),
+        ("json", "train.jsonl.zst", {}, "keeps rows in train.jsonl.zst, .*; download it"),
+        ("imagefolder", "train.zip", {}, "keeps its pictures in the archive train.zip; download it"),
+    ],
+)  # fmt: skip
+def test_hub_data_that_only_inference_would_read_is_refused(monkeypatch, kind, file, card, message):
+    hub_data(monkeypatch, kind, {"train": [f"hf://datasets/some/data@abc/{file}"]}, **card)
+    with pytest.raises(DataError, match=message):
+        references("some/data")
+
+
+def test_metadata_of_the_hubs_pictures_is_text(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    home = tmp_path / "datasets--some--data/snapshots/abc"
+    (home / "train").mkdir(parents=True)
+    (home / "train/metadata.csv").write_text("file_name,prompt,completion\na.png,zip,00123\n")
+    (home / "train/a.png").write_bytes(b"a")
+    fetched = {}
+
+    def fetch(name, **given):
+        fetched.update(given, name=name)
+        return str(home)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    at = "hf://datasets/some/data@abc/train/"
+    hub_data(monkeypatch, "imagefolder", {"train": [at + "a.png", at + "metadata.csv"]})
+    [row] = load_rows(options("some/data"))
+    assert dict(row) == {"image": "a.png", **PAIR}
+    assert row.folder == home / "train"
+    assert (fetched["name"], fetched["revision"]) == ("some/data", "abc")
+    assert fetched["allow_patterns"] == ["train/a.png", "train/metadata.csv"]
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "README.md", "dataset_infos.json", "metadata.csv"])
