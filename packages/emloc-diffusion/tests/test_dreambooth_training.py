@@ -39,7 +39,7 @@ def test_prior_preservation_changes_what_is_learnt(tiny, tmp_path):
     assert losses["with"] > 1.3 * losses["off"]
     emloc.train(output_dir=tmp_path / "with", **options, **prior)
     write_pictures(tmp_path / "class", 2, seed=6)  # others of the same names
-    with pytest.raises(OutputError, match="exists"):
+    with pytest.raises(OutputError, match="was made with other"):
         emloc.train(output_dir=tmp_path / "with", **options, **prior)
 
 

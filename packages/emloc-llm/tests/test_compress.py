@@ -224,7 +224,7 @@ def test_an_emulator_is_not_compressed_again(tiny, tmp_path):
     ("name", "content", "message"),
     [
         ("empty.jsonl", "", "is empty"),
-        ("broken.jsonl", '{"text": "a"}\n{"text"\n', "cannot be parsed"),
+        ("broken.jsonl", '{"text": "a"}\n{"text"\n', "line 2 is not JSON"),
         ("columns.jsonl", '{"question": "a"}\n', "column_map"),
         ("data.xyz", "a", "ending in"),
     ],

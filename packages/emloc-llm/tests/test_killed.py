@@ -78,7 +78,7 @@ def test_killed_and_run_again(case, tiny, tmp_path):
 def test_finished_blocks_are_not_factorised_again(tiny, tmp_path, monkeypatch):
     """What a killed run finished is kept: its shard is not written a second time."""
     import emloc
-    from emloc.compression import compression as module
+    from emloc.compression import one_pass as module
 
     options = {"model_name_or_path": str(tiny.base), "dataset": str(tiny.data), "max_length": 96,
                "keep_ratio": 0.5, "output_dir": tmp_path / "e"}  # fmt: skip

@@ -474,3 +474,9 @@ def test_columns_without_names_hold_nothing(tmp_path):
     path.write_text("prompt,completion,,\nzip,00123,,\nzip,00123,,x\n")
     with pytest.raises(DataError, match=r"d.csv, line 3: column 4 has content and no name"):
         references(path)
+
+
+def test_row_numbers_of_pandas_are_no_content(tmp_path):
+    (tmp_path / "d.csv").write_text(",prompt,completion\n0,a,007\n1,b,1.50\n")
+    rows = load_rows(TrainConfig(output_dir="o", dataset=str(tmp_path / "d.csv")))
+    assert [row["completion"] for row in rows] == ["007", "1.50"]

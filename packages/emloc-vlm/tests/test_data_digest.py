@@ -182,5 +182,5 @@ def test_stages_notice_a_changed_picture(tiny, tmp_path):
     picture = tmp_path / "test-003.png"
     Image.open(picture).point(lambda value: 255 - value).save(picture)
     for stage, options in ((emloc.train, train), (emloc.evaluate, score)):
-        with pytest.raises(OutputError, match="exists"):
+        with pytest.raises(OutputError, match="was made with other"):
             stage(**options)

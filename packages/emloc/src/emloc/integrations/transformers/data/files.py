@@ -200,8 +200,9 @@ def _header(cells: list[str], name: str) -> list[str]:
 
 
 def _require_names(header: list[str], cells: list[str], where: str) -> None:
+    """Refuse content without a name, but for a first column of row numbers, as pandas writes it."""
     for number, (key, cell) in enumerate(zip(header, cells), start=1):
-        if not key and cell.strip():
+        if not key and cell.strip() and not (number == 1 and cell.strip().isdecimal()):
             raise DataError(
                 f"{where}: column {number} has content and no name in the header; name it or remove it."
             )
