@@ -25,6 +25,35 @@ CALLS = {"role": "assistant", "tool_calls": [{"type": "function", "function": CA
 TOOLS = [{"type": "function", "function": {"name": "weather"}}]
 
 
+ASSISTANT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+END = "<|im_end|>\n{% endfor %}" + ASSISTANT
+LAST_THOUGHT = (  # R1's distilled models: no thought is shown
+    TURNS
+    + "{{ (m.content or '').split('</think>')[-1] if m.role == 'assistant' else m.content }}"
+    + END
+)
+CALL_ALONE = (  # Llama 3.1's
+    TURNS
+    + "{% if 'tool_calls' in m %}{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}"
+    "{% else %}{{ m.content }}{% endif %}" + END
+)
+FIRST_CALL = (
+    TURNS + "{{ m.content or '' }}{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}"
+    "{% endif %}" + END
+)
+USERS_AND_LAST = (
+    "{% for m in messages if m.role != 'assistant' or m == messages[-1] %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content }}" + END
+)
+MOVED_THOUGHT = (  # Qwen3's: thoughts are set apart, and shown in the last answer alone
+    TURNS + "{% if m.role == 'assistant' %}{% set c = (m.content or '').split('</think>') %}"
+    "{% if c | length > 1 and loop.last %}{{ '<think>\n' + c[0].split('<think>')[-1].strip('\n')"
+    " + '\n</think>\n\n' }}{% endif %}{{ c[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}"
+    + END
+)
+
+
 def text(row, tokenizer=TOOLED):
     return tokenizer.decode(encode(row, tokenizer, OPTIONS).input_ids)
 
@@ -216,3 +245,68 @@ def test_variables_of_the_template_are_those_of_the_row():
     row = {"messages": [USER, ANSWER], "chat_template_kwargs": {"enable_thinking": True}}
     assert text(row, tokenizer).startswith("[think]")
     assert not text({"messages": [USER, ANSWER]}, tokenizer).startswith("[think]")
+
+
+def calling(*names, **more):
+    calls = [{"type": "function", "function": {**CALL, "name": name}} for name in names]
+    return {"role": "assistant", "tool_calls": calls, **more}
+
+
+def said(content):
+    return {"role": "assistant", "content": content}
+
+
+THOUGHT = said("<think>long reasoning</think>4")
+PARTED = {**THOUGHT, "content": [{"type": "text", "text": THOUGHT["content"]}]}
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "every", "message"),
+    [
+        (LAST_THOUGHT, [USER, THOUGHT], False, r"out 'long reasoning' of turn 2 \(assistant\), which is"),
+        (LAST_THOUGHT, [USER, PARTED], True, "out 'long reasoning' of turn 2"),
+        (LAST_THOUGHT, [USER, said("<think>4</think>4")], False, "out '4' of turn 2"),
+        (LAST_THOUGHT, [USER, said("<think>The capital is Paris.</think>The capital is Paris.")], False,
+         "out 'The capital is Paris.' of turn 2"),
+        (CALL_ALONE, [USER, calling("f", content="I look")], False, "out 'I look' of turn 2"),
+        (CALL_ALONE, [USER, calling("f", content="I look"), USER, ANSWER], True, "out 'I look' of turn 2"),
+        (FIRST_CALL, [USER, calling("f", "g")], False, r"out call 2 \(g\) of turn 2"),
+        (FIRST_CALL, [USER, calling("f", "f")], False, r"out call 2 \(f\) of turn 2"),
+        (USERS_AND_LAST, [USER, said("q"), USER, ANSWER], False, r"leaves out turn 2 \(assistant\)"),
+        (USERS_AND_LAST, [USER, said("Something else."), USER, said("b")], True, "leaves out turn 2"),
+        (MOVED_THOUGHT, [USER, said("first <think>b</think>a")], False, "out 'first' of turn 2"),
+    ],
+)  # fmt: skip
+def test_answers_that_a_template_leaves_out_are_refused(tmp_path, template, turns, every, message):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    (tmp_path / "d.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    options = TrainConfig(
+        output_dir="o", dataset=str(tmp_path / "d.jsonl"), assistant_only_loss=every
+    )
+    with pytest.raises(DataError, match=rf"d.jsonl, line 1.*{message}"):
+        load_samples(options, tokenizer, 0)
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "every"),
+    [
+        (LAST_THOUGHT, [USER, THOUGHT, USER, ANSWER], True),  # a thought of history
+        (LAST_THOUGHT, [USER, said("Something else.")], False),
+        (CALL_ALONE, [USER, calling("f", content="I look"), USER, ANSWER], False),  # which is not learnt
+        (CALL_ALONE, [USER, calling("f", "g", content="")], True),
+        (CALL_ALONE, [USER, calling("f", "f"), USER, ANSWER], True),
+        (FIRST_CALL, [USER, calling("f", content="I look")], True),
+        (MOVED_THOUGHT, [USER, THOUGHT, USER, THOUGHT], False),
+        (MOVED_THOUGHT, [USER, said("<think>4</think>\n\n 4 \n")], True),
+        (MOVED_THOUGHT, [USER, said("")], False),
+        (MOVED_THOUGHT.replace("c[-1]", "c[-1].upper()"), [USER, THOUGHT], False),
+        (TURNS + "{{ m.content | trim }}" + END, [USER, said(" a\n"), USER, said("\n b")], True),
+    ],
+)  # fmt: skip
+def test_what_templates_do_to_answers_is_theirs(template, turns, every):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    options = TrainConfig(output_dir="o", assistant_only_loss=every)
+    found = encode({"messages": turns}, tokenizer, options).input_ids
+    assert found == tokenizer.apply_chat_template(turns, return_dict=False)

@@ -306,3 +306,17 @@ def test_a_column_that_names_a_row_is_no_image(tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)))
     examples = load_examples(options(dataset=str(path)), str(path))
     assert [len(example.images) for example in examples] == [0, 0]
+
+
+def test_a_template_that_leaves_out_a_part_of_the_answer_is_refused(folder):
+    processor = example_processor(16, 4)
+    text = "part['text']"
+    assert text in processor.chat_template
+    processor.chat_template = processor.chat_template.replace(
+        text, f"({text}.split('</think>')[-1])"
+    )
+    row = {"image": "a.png", "question": "Colour?", "answer": "red"}
+    assert learnt(collate([read(folder, row)], processor, options()), processor).startswith("red")
+    example = read(folder, {**row, "answer": "<think>it glows</think>red"})
+    with pytest.raises(DataError, match="line 1: .*leaves out 'it glows' of turn 2"):
+        collate([example], processor, options())
