@@ -310,3 +310,20 @@ def test_what_templates_do_to_answers_is_theirs(template, turns, every):
     options = TrainConfig(output_dir="o", assistant_only_loss=every)
     found = encode({"messages": turns}, tokenizer, options).input_ids
     assert found == tokenizer.apply_chat_template(turns, return_dict=False)
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Zürich"}, '{"city": "Zürich"}'])
+def test_templates_that_join_arguments_to_text_get_json(arguments):
+    """As DeepSeek V3's does: `'<call>' + call['function']['arguments']` fails for objects."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+        "{% for c in m.tool_calls or [] %}"
+        "{{ '<call>' + c['function']['name'] + ' ' + c['function']['arguments'] + '</call>' }}"
+        "{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}]
+    ids = encode({"messages": turns}, tokenizer, TrainConfig(output_dir="o")).input_ids
+    assert '<call>weather {"city": "Zürich"}</call>' in tokenizer.decode(ids)

@@ -8,9 +8,10 @@ Templates are programs of somebody's. Some refuse a turn, some leave one out: bo
 model must not learn from half a row.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -61,6 +62,7 @@ def render(chat: Chat, tokenizer: Any, every_answer: bool, where: str) -> Render
     """
     template = _template(tokenizer, chat.tools, where)
     _check_keys(chat, template, where)
+    chat = _with_fitting_arguments(chat, tokenizer, where)
     turns = list(chat.turns)
 
     def text(turns: Sequence[Turn], prompt: bool = False) -> str:
@@ -137,6 +139,35 @@ def _apply(chat: Chat, turns: Sequence[Turn], tokenizer: Any, prompt: bool, wher
             f"{where}: the model's chat template refuses the chat ({first}); change the row, or use a model "
             f"that takes such chats."
         ) from problem
+
+
+def _with_fitting_arguments(chat: Chat, tokenizer: Any, where: str) -> Chat:
+    """The chat with the arguments of its calls as the template takes them.
+
+    Most templates write them as JSON themselves. Some (DeepSeek V3's) join them to text, which fails for
+    objects: those get the JSON.
+    """
+    if not any(turn.get("tool_calls") for turn in chat.turns):
+        return chat
+    try:
+        _apply(chat, chat.turns, tokenizer, False, where)
+    except DataError as problem:
+        if not isinstance(problem.__cause__, TypeError):
+            raise
+        turns = [_with_text_arguments(turn) for turn in chat.turns]
+        return replace(chat, turns=turns)
+    return chat
+
+
+def _with_text_arguments(turn: Turn) -> Turn:
+    calls: Sequence[Any] = turn.get("tool_calls") or ()
+
+    def as_text(call: Mapping[str, Any]) -> dict[str, Any]:
+        if "function" in call:
+            return {**call, "function": as_text(call["function"])}
+        return {**call, "arguments": json.dumps(call.get("arguments", {}), ensure_ascii=False)}
+
+    return {**turn, "tool_calls": [as_text(call) for call in calls]} if calls else turn
 
 
 def _check_keys(chat: Chat, template: str, where: str) -> None:
