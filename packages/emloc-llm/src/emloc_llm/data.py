@@ -88,7 +88,7 @@ def _sample(
 
 
 def _said(turn: Turn) -> str:
-    """What a turn says, or which tools it calls, as JSON."""
+    """The words of a turn, or the tools that it calls, as JSON."""
     if turn.get("content"):
         return str(turn["content"])
     return json.dumps(turn["tool_calls"], ensure_ascii=False) if "tool_calls" in turn else ""

@@ -19,7 +19,7 @@ _INNER_SPACE = "\ue000"
 """Stands for the space inside a number while a line is cut into words; no text has it."""
 _BEFORE = "*_`~()[]{}<>\"'“”‘’;:!?="
 _AFTER = _BEFORE + ".,"
-"""What may stand around a number in a sentence, in Markdown or TeX."""
+"""Marks that may stand around a number in a sentence, in Markdown or TeX."""
 
 
 def matches(reference: str, prediction: str, answer: str = "auto") -> bool:
@@ -62,13 +62,13 @@ def _kind(reference: str) -> str:
 
 
 def _marked(text: str) -> list[str]:
-    """What stands behind a line's last `####`, of every line that has one."""
+    """The text behind a line's last `####`, for every line that has one."""
     parts = [_MARK.split(line) for line in text.splitlines()]
     return [found[-1].strip() for found in parts if len(found) > 1]
 
 
 def _ending(text: str) -> str | None:
-    """What is marked in the last line; None if nothing is."""
+    """The marked text of the last line; None if nothing is marked."""
     marked = _marked(text.rstrip().rpartition("\n")[2])
     return marked[-1] if marked else None
 

@@ -32,7 +32,7 @@ def files_of_rows(options: VisualOptions, name: str, split: str) -> Iterator[Pat
 
 
 def _annotations(path: Path, document: Any) -> Iterator[Path]:
-    """Those of InternVL's meta file, wherever its names are taken from."""
+    """Annotations of InternVL's meta file, wherever its names are taken from."""
     entries = cast("dict[str, Any]", document).values() if isinstance(document, dict) else ()
     for entry in entries:
         named = cast("dict[str, Any]", entry).get("annotation") if isinstance(entry, dict) else None

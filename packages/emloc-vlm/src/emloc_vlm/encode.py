@@ -158,7 +158,7 @@ def _processed(
 def _as_one(
     processor: Any, text: str, ids: list[int], ends: list[int], special: bool
 ) -> list[Mapping[str, Any]]:
-    """Where a processor does not say what it put for images: all text up to the last one as one place.
+    """All text up to the last image as one place, for a processor that does not say what it put there.
 
     What comes behind is as far from the end as it was. Where an image stays one token (Mllama), or there is
     none, what was put in stands before all text.

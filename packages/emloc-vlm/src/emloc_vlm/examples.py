@@ -230,7 +230,7 @@ def _listed(value: Any, where: str) -> list[Any]:
 
 
 def _said(turn: Turn) -> str:
-    """What a turn says, or which tools it calls, as JSON."""
+    """The words of a turn, or the tools that it calls, as JSON."""
     texts = (entry["text"] for entry in turn.get("content", []) if entry["type"] == "text")
     calls = turn.get("tool_calls")
     return "".join(texts) or (json.dumps(calls, ensure_ascii=False) if calls else "")

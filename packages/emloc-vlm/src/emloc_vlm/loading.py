@@ -15,7 +15,7 @@ from emloc_vlm.internvl_chat import is_internvl_chat, native_view
 
 
 def load_vlm_capacity(path: Path) -> Capacity:
-    """What the model of a folder has rows for, from its config alone.
+    """Rows and positions of the model in a folder, from its config alone.
 
     Raises:
         CheckpointError: transformers does not know the architecture.

@@ -26,7 +26,7 @@ from emloc.machine.progress import quiet_libraries
 from emloc.options.text import from_command_line
 
 UsageError: Any = typer.BadParameter.__bases__[0]
-"""Of click, or of typer's own copy of it."""
+"""Usage errors of click, or of the copy of it in typer."""
 
 app = typer.Typer(
     name="emloc",

@@ -92,7 +92,7 @@ class Record:
         return value is not None and value == value  # NaN is a cell that a table has filled
 
     def image(self, value: Any, *folders: str) -> Source | str:
-        """What a cell says of an image; a name becomes the absolute path in the first of the folders that
+        """The image that a cell names; a name becomes the absolute path in the first of the folders that
         has it, else in the first.
 
         Whether there is an image says whoever opens it. Folders are inside the image folder.

@@ -69,7 +69,7 @@ def files_beside(path: Path, document: Any) -> list[Path]:
 
 
 def _answers(record: Record, entries: Any) -> list[str]:
-    """What everybody asked has said; what most have comes first, as that is trained on."""
+    """Every answer that people gave; the most frequent one comes first, as it is trained on."""
     if not isinstance(entries, list) or not entries:
         raise record.wrong("the question has no answers in the annotations")
     answers: list[str] = []

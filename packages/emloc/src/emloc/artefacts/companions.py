@@ -19,13 +19,13 @@ SUFFIXES = frozenset(
         ".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".bpe", ".codes", ".vocab", ".tokenizer",
     }
 )  # fmt: skip
-"""What the files of tokenizers, templates, processors and settings of transformers end in."""
+"""Endings of the files of transformers' tokenizers, templates, processors and settings."""
 
 TEMPLATES = "additional_chat_templates"
 """The folder of a model's further chat templates, such as the one for tools."""
 
 PATTERNS = [*(f"*{suffix}" for suffix in sorted(SUFFIXES)), "tokenizer.model.*"]
-"""The same for a download."""
+"""Patterns of those files, for a download."""
 
 _SKIPPED = {"config.json", "emloc.json"}
 _OTHER_WEIGHTS = {".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".pkl", ".pt", ".pth"}

@@ -82,7 +82,7 @@ def _different(
 
 
 def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """As they are after they were written and read."""
+    """Settings as they are once they were written and read."""
     return json.loads(json.dumps(settings))
 
 

@@ -115,17 +115,17 @@ class Trained:
 
     @property
     def lora_bytes(self) -> int:
-        """Of the LoRA."""
+        """Bytes of the LoRA."""
         return sum(rows * columns for rows, columns in self.lora) * self.lora_itemsize
 
     @property
     def whole_bytes(self) -> int:
-        """Of the copies that are trained whole."""
+        """Bytes of the copies that are trained whole."""
         return sum(rows * columns for rows, columns in self.whole) * self.whole_itemsize
 
     @property
     def bytes(self) -> int:
-        """Of both, as they are saved."""
+        """Bytes of both, as they are saved."""
         return self.lora_bytes + self.whole_bytes
 
 
