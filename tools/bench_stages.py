@@ -27,7 +27,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import emloc_llm
-from emloc.artefacts.output import ShardWriter
+from emloc.artefacts.shard_writer import ShardWriter
 from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
 from emloc.machine.memory import format_bytes
 from emloc_llm.example import write_rows

@@ -24,7 +24,7 @@ from rich.table import Table
 from transformers import AutoModelForImageTextToText, InternVLConfig
 
 import emloc_vlm
-from emloc.artefacts.output import ShardWriter
+from emloc.artefacts.shard_writer import ShardWriter
 from emloc.integrations.transformers.skeleton import no_init_weights
 from emloc.machine.memory import format_bytes
 from emloc_vlm.example import example_processor

@@ -17,7 +17,7 @@ import re
 import shutil
 from pathlib import Path
 
-from emloc.artefacts.output import write_text
+from emloc.artefacts.small_files import write_text
 
 SPLITS = {"train": "dev.json", "test": "test.json"}
 

@@ -13,7 +13,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from emloc.artefacts.output import write_json
+from emloc.artefacts.small_files import write_json
 from emloc.errors import ConfigError
 from emloc_baselines.bench.cells import Cell, measured_cells, method_cell, prepare_data
 from emloc_baselines.bench.config import BenchConfig, read_config

@@ -262,7 +262,7 @@ def test_a_picture_that_could_not_be_written_is_not_there(made, tmp_path, monkey
         sync(file)
 
     with monkeypatch.context() as patch:
-        patch.setattr("emloc.artefacts.output.os.fsync", full)
+        patch.setattr("os.fsync", full)
         with pytest.raises(OutputError, match="disk is full"):
             emloc.evaluate(output_dir=tmp_path / "out", **made.scores)
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

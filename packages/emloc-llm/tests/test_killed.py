@@ -10,7 +10,7 @@ import pytest
 
 KILLER = """
 import os, random, signal, sys
-import emloc, emloc.artefacts.output
+import emloc
 
 kill_at, count = int(sys.argv[1]), 0
 real = os.fsync
@@ -23,7 +23,7 @@ def fsync(handle):
         os.kill(os.getpid(), signal.SIGKILL)
     real(handle)
 
-emloc.artefacts.output.os.fsync = fsync
+os.fsync = fsync
 stage, *pairs = sys.argv[2:]
 getattr(emloc, stage)(**dict(pair.split("=", 1) for pair in pairs))
 print(count)

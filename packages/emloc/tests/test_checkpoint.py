@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from emloc.artefacts.checkpoint import Checkpoint, locate
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.locate import locate
 from emloc.errors import CheckpointError
 
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from emloc.artefacts.output import ShardWriter, file_sha256
+from emloc.artefacts.file_digest import file_sha256
+from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.stage_folder import SETTINGS_NAME, stage_folder
 from emloc.errors import NumericalError, OutputError
 
@@ -149,7 +150,7 @@ FULL_DISK = """
 import resource, signal, sys, torch
 from pathlib import Path
 from emloc.errors import OutputError
-from emloc.artefacts.output import ShardWriter
+from emloc.artefacts.shard_writer import ShardWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
@@ -183,7 +184,7 @@ def test_a_run_that_could_not_even_begin_is_in_nobodys_way(tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("emloc.artefacts.output.os.fsync", full)
+        patch.setattr("os.fsync", full)
         with pytest.raises(OutputError, match="disk is full"), stage_folder(tmp_path / "out", {}):
             pass
     (tmp_path / "out.partial" / "stage_settings.json.tmp").write_text(

@@ -22,7 +22,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from emloc.artefacts.checkpoint import Checkpoint
-from emloc.artefacts.output import ShardWriter, write_json
+from emloc.artefacts.shard_writer import ShardWriter
+from emloc.artefacts.small_files import write_json
 from emloc.config import CompressConfig, StageConfig
 from emloc.errors import DataError, NumericalError
 from emloc.extend.family import Batch

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.digest import batches_digest
+from emloc.artefacts.file_digest import file_sha256
 from emloc.artefacts.manifest import Manifest, ModelReference, is_complete, versions
-from emloc.artefacts.output import ShardWriter, copy_file, file_sha256, write_json
+from emloc.artefacts.shard_writer import ShardWriter
+from emloc.artefacts.small_files import copy_file, write_json
 from emloc.artefacts.stage_folder import stage_folder
 from emloc.config import CompressConfig, StageConfig, build
 from emloc.errors import CheckpointError, ConfigError

@@ -16,8 +16,10 @@ from emloc.artefacts.adapted_weights import adapted_weights
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_config import CONFIG_NAME, exact_patterns
 from emloc.artefacts.adapter_tensors import PREFIX, WEIGHTS_NAME, LoraLayer
+from emloc.artefacts.file_digest import file_sha256
 from emloc.artefacts.manifest import Manifest, ModelReference, is_complete, versions
-from emloc.artefacts.output import ShardWriter, file_sha256, write_json
+from emloc.artefacts.shard_writer import ShardWriter
+from emloc.artefacts.small_files import write_json
 from emloc.artefacts.stage_folder import stage_folder
 from emloc.errors import MismatchError
 from emloc.extend.plugins import open_model

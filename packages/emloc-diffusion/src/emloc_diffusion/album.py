@@ -14,8 +14,8 @@ from typing import Any
 
 from PIL import Image
 
-from emloc.artefacts.checkpoint import read_json
-from emloc.artefacts.output import write_bytes, write_json
+from emloc.artefacts.json_files import read_json
+from emloc.artefacts.small_files import write_bytes, write_json
 from emloc.artefacts.stage_folder import stage_folder
 from emloc.errors import OutputError
 from emloc.machine.progress import progress_bar

@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from emloc.artefacts.checkpoint import read_json
+from emloc.artefacts.json_files import read_json
 from emloc.planning.family import OtherModel
 from emloc.planning.live import LiveBytes
 from emloc.planning.trace import materialise

@@ -11,7 +11,7 @@ import matplotlib
 import torch
 from PIL import Image
 
-from emloc.artefacts.output import write_bytes
+from emloc.artefacts.small_files import write_bytes
 from emloc.machine.progress import progress_bar
 from emloc_diffusion.encode.components import load_errors
 from emloc_diffusion.loaded_lora import put_on

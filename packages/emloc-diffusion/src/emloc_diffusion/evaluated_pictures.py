@@ -8,7 +8,8 @@ import torch
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.digest import dataset_digest
-from emloc.artefacts.output import file_sha256, write_bytes
+from emloc.artefacts.file_digest import file_sha256
+from emloc.artefacts.small_files import write_bytes
 from emloc.errors import OutputError
 from emloc_diffusion.album import Album, Wanted
 from emloc_diffusion.data.images import read_upright

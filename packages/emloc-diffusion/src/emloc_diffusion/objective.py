@@ -15,7 +15,7 @@ from diffusers import DDPMScheduler
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
 
-from emloc.artefacts.checkpoint import read_json
+from emloc.artefacts.json_files import read_json
 from emloc.errors import CheckpointError
 
 DDPM_SCHEDULERS = {

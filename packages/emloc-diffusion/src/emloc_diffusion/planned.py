@@ -7,7 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from emloc.artefacts.checkpoint import Checkpoint, read_json
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.json_files import read_json
 from emloc.config import StageConfig, TrainConfig
 from emloc.errors import ConfigError
 from emloc.extend.family import Batch

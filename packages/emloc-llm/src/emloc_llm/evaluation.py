@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from emloc.artefacts.checkpoint import Checkpoint, locate
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.locate import locate
 from emloc.config import EvaluateConfig
 from emloc.errors import DataError, DependencyError
 from emloc.extend.family import LossSum, ModelFamily, summed

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from emloc.artefacts.checkpoint import locate
+from emloc.artefacts.locate import locate
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError
 from emloc.integrations.transformers.capacity import Capacity, load_capacity

@@ -4,7 +4,8 @@ from typing import Any, cast
 
 import torch
 
-from emloc.artefacts.checkpoint import Checkpoint, locate
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.locate import locate
 from emloc.config import EvaluateConfig
 from emloc.errors import ConfigError, DataError
 from emloc.extend.family import LossSum, ModelFamily, summed

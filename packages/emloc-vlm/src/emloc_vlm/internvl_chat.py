@@ -7,7 +7,8 @@ processor are translated.
 from pathlib import Path
 from typing import Any
 
-from emloc.artefacts.checkpoint import Checkpoint, read_json
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.json_files import read_json
 from emloc.artefacts.translated import TranslatedCheckpoint
 from emloc.errors import CheckpointError, DependencyError
 from emloc_vlm.internvl_chat_config import (

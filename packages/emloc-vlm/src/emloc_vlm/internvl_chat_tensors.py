@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from emloc.artefacts.checkpoint import TensorInfo
+from emloc.artefacts.tensor_info import TensorInfo
 from emloc.artefacts.translated import Rule, Take, whole
 
 VISION_LAYER = {

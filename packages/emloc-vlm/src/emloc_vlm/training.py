@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from emloc.artefacts.checkpoint import locate
+from emloc.artefacts.locate import locate
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError
 from emloc.integrations.transformers.lora_training import train_lora as train_with

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc.artefacts.manifest import Manifest, versions
-from emloc.artefacts.output import write_json
+from emloc.artefacts.small_files import write_json
 from emloc.errors import EmlocError
 from emloc.extend.methods import Task
 from emloc.extend.plugins import method_named

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from emloc.artefacts.output import write_json, write_text
+from emloc.artefacts.small_files import write_json, write_text
 from emloc.errors import EmlocError
 from emloc.machine.progress import console
 from emloc_baselines.bench.cells import (

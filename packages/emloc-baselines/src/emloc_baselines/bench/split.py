@@ -3,7 +3,8 @@
 import random
 from pathlib import Path
 
-from emloc.artefacts.output import file_sha256, write_text
+from emloc.artefacts.file_digest import file_sha256
+from emloc.artefacts.small_files import write_text
 from emloc.errors import ConfigError, DataError
 
 

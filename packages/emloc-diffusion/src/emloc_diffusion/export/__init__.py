@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from emloc.artefacts.adapter import Adapter
-from emloc.artefacts.output import file_sha256, others_writing, writing
+from emloc.artefacts.file_digest import file_sha256
+from emloc.artefacts.write_errors import others_writing, writing
 from emloc.errors import ConfigError, MismatchError, OutputError
 from emloc.linalg.finite import require_writable
 from emloc_diffusion.export.diffusers_format import diffusers_file

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel, ViTModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from emloc.artefacts.checkpoint import read_json
+from emloc.artefacts.json_files import read_json
 from emloc.errors import CheckpointError, DataError, DependencyError
 from emloc.integrations.pictures import read_picture
 

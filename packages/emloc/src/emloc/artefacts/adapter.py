@@ -20,9 +20,11 @@ from emloc.artefacts.adapter_tensors import (
     other_tensors,
     refuse_doubles,
 )
-from emloc.artefacts.checkpoint import Checkpoint, read_json
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.file_digest import file_sha256
+from emloc.artefacts.json_files import read_json
 from emloc.artefacts.named_files import named_path, refuse_special
-from emloc.artefacts.output import file_sha256, write_json
+from emloc.artefacts.small_files import write_json
 from emloc.errors import CheckpointError
 from emloc.linalg.convolution import as_matrix
 from emloc.linalg.finite import is_finite

@@ -18,45 +18,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from emloc.artefacts.companions import PATTERNS, companions, file_identity
+from emloc.artefacts.companions import companions
+from emloc.artefacts.file_digest import file_identity
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.layout import Layout, layout_of, part_names
+from emloc.artefacts.locate import locate
 from emloc.artefacts.named_files import named_path
+from emloc.artefacts.tensor_info import DTYPES, TensorInfo
 from emloc.artefacts.weight_files import NAMED_BY_CONFIG, weight_files
 from emloc.errors import CheckpointError
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""The safetensors format's names of dtypes."""
-
 SAMPLE_BYTES = 4096
 """How much of each end of a tensor goes into a checkpoint's digest."""
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies and what it is."""
-
-    file: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 @dataclass
@@ -239,28 +212,3 @@ class Checkpoint:
                     f"it is incomplete or corrupt, download it again."
                 ) from problem
         return self._files[file]
-
-
-def locate(name: str) -> Path:
-    """The local folder of a path or hub id.
-
-    Raises:
-        CheckpointError: neither a folder nor a repository that can be had.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    if Path(name).exists():
-        raise CheckpointError(f"{name} is a file; pass the model's folder.")
-    looks_like_hub_id = name.count("/") <= 1 and not name.startswith((".", "/", "~"))
-    if not looks_like_hub_id:
-        raise CheckpointError(f"No folder {name}; pass a local folder or a hub id.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", *PATTERNS]))
-    except Exception as problem:  # the hub's many errors all mean: not to be had
-        raise CheckpointError(
-            f"No folder {name}, and the hub did not give it ({type(problem).__name__}: "
-            f"{str(problem).splitlines()[0] if str(problem) else ''}); check the name, the network "
-            f"and HF_TOKEN, or download it first."
-        ) from problem

@@ -5,7 +5,6 @@ a pipeline, all of its other models. What is copied is what people publish, so a
 model's folder is refused: it would put somebody's own file into the artefact.
 """
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,9 +28,6 @@ PATTERNS = [*(f"*{suffix}" for suffix in sorted(SUFFIXES)), "tokenizer.model.*"]
 
 _SKIPPED = {"config.json", "emloc.json"}
 _OTHER_WEIGHTS = {".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".pkl", ".pt", ".pth"}
-
-LARGE_BYTES = 64 << 20
-"""Files beside the weights that are larger (a pipeline's other models) are known by size and ends."""
 
 
 def companions(path: Path, layout: Layout) -> list[str]:
@@ -97,14 +93,3 @@ def chat_template(folder: Path) -> str | None:
             if isinstance(template, str):
                 return template
     return None
-
-
-def file_identity(path: Path) -> bytes:
-    """SHA-256 of a file; of a large one, of its size and both ends."""
-    size = path.stat().st_size
-    if size <= LARGE_BYTES:
-        return hashlib.sha256(path.read_bytes()).digest()
-    with path.open("rb") as file:
-        head = file.read(LARGE_BYTES // 2)
-        file.seek(size - LARGE_BYTES // 2)
-        return hashlib.sha256(f"{size}|".encode() + head + file.read()).digest()

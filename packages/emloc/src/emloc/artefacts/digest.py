@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from emloc.artefacts.output import file_sha256
+from emloc.artefacts.file_digest import file_sha256
 from emloc.config import DataOptions
 from emloc.extend.family import Batch, ModelFamily, NamesDataFiles
 from emloc.machine.progress import progress_bar

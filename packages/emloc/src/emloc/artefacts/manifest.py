@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from emloc.artefacts.checkpoint import Checkpoint, read_json
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.json_files import read_json
 from emloc.artefacts.named_files import refuse_special
-from emloc.artefacts.output import write_json
 from emloc.artefacts.settings import difference, same
+from emloc.artefacts.small_files import write_json
 from emloc.errors import CheckpointError, OutputError
 from emloc.machine.progress import console
 

@@ -17,8 +17,8 @@ from filelock import FileLock
 
 from emloc.artefacts.cache import cache_folder
 from emloc.artefacts.checkpoint import Checkpoint
-from emloc.artefacts.companions import file_identity
-from emloc.artefacts.output import others_writing, writing
+from emloc.artefacts.file_digest import file_identity
+from emloc.artefacts.write_errors import others_writing, writing
 from emloc.errors import CheckpointError
 from emloc.extend.family import FamilyEntry
 from emloc.machine.progress import console

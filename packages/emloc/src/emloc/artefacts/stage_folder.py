@@ -15,9 +15,10 @@ from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
-from emloc.artefacts.output import write_text, writing
 from emloc.artefacts.output_place import PARTIAL, require_new
 from emloc.artefacts.settings import difference, same
+from emloc.artefacts.small_files import write_text
+from emloc.artefacts.write_errors import writing
 from emloc.errors import OutputError
 
 SETTINGS_NAME = "stage_settings.json"

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emloc.artefacts.checkpoint import Checkpoint, TensorInfo
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.tensor_info import TensorInfo
 from emloc.errors import CheckpointError
 
 Take = Callable[[Tensor], Tensor]

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emloc.artefacts.checkpoint import Checkpoint, TensorInfo
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.layout import Layout
-from emloc.artefacts.output import ShardWriter, copy_file, write_json
+from emloc.artefacts.shard_writer import ShardWriter
+from emloc.artefacts.small_files import copy_file, write_json
+from emloc.artefacts.tensor_info import TensorInfo
 from emloc.compression.groups import Plan
 from emloc.config import Dtype
 from emloc.extend.family import EmulatorLayers

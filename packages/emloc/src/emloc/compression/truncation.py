@@ -12,7 +12,8 @@ a run that is killed here ends with the same bytes.
 from typing import Any
 
 from emloc.artefacts.checkpoint import Checkpoint
-from emloc.artefacts.output import ShardWriter, write_json
+from emloc.artefacts.shard_writer import ShardWriter
+from emloc.artefacts.small_files import write_json
 from emloc.compression.emulator_folder import SPECTRUM, EmulatorFolder
 from emloc.linalg.allocation import Candidate, allocate, predicted_error
 from emloc.linalg.lowrank import relative_error

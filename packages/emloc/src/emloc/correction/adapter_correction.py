@@ -17,7 +17,8 @@ from emloc.artefacts.adapter_config import CONFIG_NAME
 from emloc.artefacts.adapter_tensors import WEIGHTS_NAME, LoraLayer
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
-from emloc.artefacts.output import ShardWriter, write_json
+from emloc.artefacts.shard_writer import ShardWriter
+from emloc.artefacts.small_files import write_json
 from emloc.config import CorrectConfig
 from emloc.correction.limits import CandidateLora, losses
 from emloc.errors import MismatchError, NumericalError

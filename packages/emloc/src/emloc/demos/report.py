@@ -9,7 +9,7 @@ import matplotlib
 from rich.console import Console
 from rich.table import Table
 
-from emloc.artefacts.output import write_json
+from emloc.artefacts.small_files import write_json
 from emloc.machine.memory import format_bytes
 
 TITLES = {

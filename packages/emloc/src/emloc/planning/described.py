@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from emloc.artefacts.checkpoint import Checkpoint, TensorInfo, read_json
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.json_files import read_json
 from emloc.artefacts.layout import layout_of
+from emloc.artefacts.tensor_info import TensorInfo
 from emloc.errors import CheckpointError, PluginError
 from emloc.extend.family import ModelFamily
 from emloc.extend.plugins import family_of

@@ -18,9 +18,10 @@ from emloc.artefacts.adapter_config import CONFIG_NAME
 from emloc.artefacts.adapter_tensors import WEIGHTS_NAME
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.digest import batches_digest
+from emloc.artefacts.file_digest import file_sha256
 from emloc.artefacts.manifest import Manifest, ModelReference, is_complete, versions
-from emloc.artefacts.output import copy_file, file_sha256, write_json
 from emloc.artefacts.output_place import has_place
+from emloc.artefacts.small_files import copy_file, write_json
 from emloc.artefacts.stage_folder import stage_folder
 from emloc.config import CorrectConfig
 from emloc.correction.adapter_correction import AdapterCorrection

@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from emloc.artefacts.adapter import Adapter
-from emloc.artefacts.checkpoint import Checkpoint, read_json
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.companions import say_other_template
 from emloc.artefacts.digest import data_digest, named_digests
+from emloc.artefacts.json_files import read_json
 from emloc.artefacts.manifest import Manifest
-from emloc.artefacts.output import write_json, writing
 from emloc.artefacts.output_place import require_folder, require_outside_data
 from emloc.artefacts.settings import difference, same
+from emloc.artefacts.small_files import write_json
+from emloc.artefacts.write_errors import writing
 from emloc.config import EvaluateConfig
 from emloc.errors import CheckpointError, ConfigError, OutputError
 from emloc.extend.family import ModelFamily

@@ -10,11 +10,13 @@ from emloc.artefacts.adapted_weights import adapted_weights
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_base import folder_named, require_base
 from emloc.artefacts.companions import say_other_template
+from emloc.artefacts.file_digest import file_sha256
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.manifest import Manifest, ModelReference, is_complete, versions
 from emloc.artefacts.merged_tensors import MergedModel, merged_model, merged_part
-from emloc.artefacts.output import ShardWriter, copy_file, file_sha256, write_json
 from emloc.artefacts.output_place import has_place
+from emloc.artefacts.shard_writer import ShardWriter
+from emloc.artefacts.small_files import copy_file, write_json
 from emloc.artefacts.stage_folder import stage_folder
 from emloc.config import MergeConfig
 from emloc.errors import MismatchError

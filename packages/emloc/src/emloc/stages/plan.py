@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from emloc.artefacts.checkpoint import read_json
-from emloc.artefacts.output import write_json, writing
+from emloc.artefacts.json_files import read_json
 from emloc.artefacts.output_place import require_folder
+from emloc.artefacts.small_files import write_json
+from emloc.artefacts.write_errors import writing
 from emloc.config import PlanConfig
 from emloc.errors import OutputError
 from emloc.extend.plugin_options import of_family

@@ -12,10 +12,11 @@ import torch
 
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.digest import data_digest, named_digests
+from emloc.artefacts.file_digest import file_sha256
 from emloc.artefacts.manifest import Manifest, ModelReference, is_complete, versions
-from emloc.artefacts.output import file_sha256, others_writing
 from emloc.artefacts.output_place import has_place
 from emloc.artefacts.stage_folder import stage_folder
+from emloc.artefacts.write_errors import others_writing
 from emloc.config import TrainConfig
 from emloc.errors import CheckpointError, ConfigError, NumericalError
 from emloc.extend.plugin_options import of_family, own_options

@@ -12,9 +12,9 @@ from emloc.artefacts.adapter_base import named_base
 from emloc.artefacts.adapter_config import CONFIG_NAME
 from emloc.artefacts.adapter_tensors import WEIGHTS_NAME
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.file_digest import file_sha256
 from emloc.artefacts.manifest import MANIFEST_NAME, Manifest
 from emloc.artefacts.named_files import named_file
-from emloc.artefacts.output import file_sha256
 from emloc.config import VerifyConfig
 from emloc.errors import CheckpointError, EmlocError, MismatchError, NumericalError
 from emloc.extend.family import ModelFamily

@@ -1,112 +1,25 @@
-"""Writers of files: under a temporary name, synced and renamed, so whatever is there is whole."""
+"""Safetensors files, written tensor by tensor under a temporary name, synced and renamed when complete."""
 
-import errno
 import hashlib
 import json
 import os
-import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from emloc.artefacts.checkpoint import DTYPES
-from emloc.errors import OutputError
+from emloc.artefacts.tensor_info import DTYPES
+from emloc.artefacts.write_errors import writing
 from emloc.linalg.finite import require_writable
 
 SYNC_BYTES = 64 << 20
 """After so many bytes a shard that is being written is synced."""
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusal to write into an `OutputError`."""
-    try:
-        yield
-    except OSError as problem:
-        if isinstance(problem, OutputError):
-            raise
-        if problem.errno in _FULL:
-            raise _disk_full(path) from problem
-        raise OutputError(f"Cannot write {path}: {problem.strerror or problem}.") from problem
-
-
-@contextmanager
-def others_writing(path: Path) -> Iterator[None]:
-    """Recognise a full disk in the errors of libraries that write below `path`; let others pass."""
-    try:
-        yield
-    except OutputError:
-        raise
-    except (OSError, SafetensorError, RuntimeError) as problem:
-        # safetensors and torch.save wrap the system's error in their own words.
-        text = str(problem)
-        code = re.search(r"os error (\d+)", text)
-        number = int(code[1]) if code else getattr(problem, "errno", None)
-        if number in _FULL or "inline_container" in text:
-            raise _disk_full(path) from problem
-        raise
-
-
-def _disk_full(path: Path) -> OutputError:
-    free = shutil.disk_usage(existing_parent(path)).free
-    return OutputError(
-        f"The disk is full while writing {path} ({free / 2**20:.0f} MiB free); free some space and "
-        f"run the same command again, it continues where it stopped."
-    )
-
-
-def existing_parent(path: Path) -> Path:
-    """The nearest folder above `path` that exists."""
-    for folder in path.absolute().parents:
-        if folder.is_dir():
-            return folder
-    return Path("/")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file that is in memory atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object atomically, readable and with a final newline."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file atomically."""
-    temporary = target.with_name(target.name + ".tmp")
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.rename(target)
 
 
 class ShardWriter:
@@ -228,12 +141,3 @@ def _header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start aligned
     return len(text).to_bytes(8, "little") + text
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            sha.update(chunk)
-    return sha.hexdigest()

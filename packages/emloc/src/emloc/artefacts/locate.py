@@ -1,0 +1,31 @@
+"""Folders of models: local ones, and those of the hub, downloaded or taken from its cache."""
+
+from pathlib import Path
+
+from emloc.artefacts.companions import PATTERNS
+from emloc.errors import CheckpointError
+
+
+def locate(name: str) -> Path:
+    """The local folder of a path or hub id.
+
+    Raises:
+        CheckpointError: neither a folder nor a repository that can be had.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists():
+        raise CheckpointError(f"{name} is a file; pass the model's folder.")
+    looks_like_hub_id = name.count("/") <= 1 and not name.startswith((".", "/", "~"))
+    if not looks_like_hub_id:
+        raise CheckpointError(f"No folder {name}; pass a local folder or a hub id.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", *PATTERNS]))
+    except Exception as problem:  # the hub's many errors all mean: not to be had
+        raise CheckpointError(
+            f"No folder {name}, and the hub did not give it ({type(problem).__name__}: "
+            f"{str(problem).splitlines()[0] if str(problem) else ''}); check the name, the network "
+            f"and HF_TOKEN, or download it first."
+        ) from problem
