@@ -1,0 +1,162 @@
+"""The few calls of torch that are answered before any operation runs, as the pretend device answers them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from emloc.testing.device_operations import aten, is_cuda, tensors_of, values_of
+from emloc.testing.device_tensor import DEVICE, DeviceTensor
+
+NO_NUMPY = (
+    "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host "
+    "memory first."
+)
+GENERATOR = "Expected a '{}' device type for generator but found '{}'"
+FUSED = 1
+"""The host's fused attention, among the choices of `torch._fused_sdp_choice`."""
+
+
+class Calls(TorchFunctionMode):
+    """Name the device by its number, and replace the calls of `_CALLS`."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Answer one call."""
+        kwargs = dict(kwargs or {})
+        if "device" in kwargs:
+            kwargs["device"] = _numbered(kwargs["device"])
+        if kwargs.get("generator") is not None:
+            _refuse_generator(args, kwargs)
+        if func in _MAKING and kwargs.get("device") == DEVICE:
+            return func(*args, **{**kwargs, "device": None}).to(DEVICE)
+        replaced = _CALLS.get(func)
+        return func(*args, **kwargs) if replaced is None else replaced(*args, **kwargs)
+
+
+def _numbered(device: Any) -> Any:
+    """`cuda` with the number of the one device; anything else as it is.
+
+    Raises:
+        RuntimeError: another number.
+    """
+    if not isinstance(device, (str, torch.device)) or not is_cuda(device):
+        return device
+    if torch.device(device).index not in (None, DEVICE.index):
+        raise RuntimeError("CUDA error: invalid device ordinal")
+    return DEVICE
+
+
+def _refuse_generator(args: Any, kwargs: dict[str, Any]) -> None:
+    given = [tensor.device for tensor in tensors_of(args)]
+    wanted = torch.device(kwargs.get("device") or next(iter(given), "cpu")).type
+    actual = kwargs["generator"].device.type
+    if wanted != actual:
+        raise RuntimeError(GENERATOR.format(wanted, actual))
+
+
+def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return Tensor.to(tensor, *map(_numbered, args), **kwargs)
+
+
+def _cuda(tensor: Tensor, device: Any = None, non_blocking: bool = False, **kwargs: Any) -> Tensor:
+    return Tensor.to(tensor, device=DEVICE, non_blocking=non_blocking, **kwargs)
+
+
+def _numpy(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(tensor, DeviceTensor):
+        raise TypeError(NO_NUMPY)
+    return Tensor.numpy(tensor, *args, **kwargs)
+
+
+def _array(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(tensor, DeviceTensor):
+        raise TypeError(NO_NUMPY)
+    return Tensor.__array__(tensor, *args, **kwargs)
+
+
+def _tolist(tensor: Tensor) -> Any:
+    return Tensor.tolist(tensor.cpu() if isinstance(tensor, DeviceTensor) else tensor)
+
+
+def _new_tensor(tensor: Tensor, data: Any, **kwargs: Any) -> Tensor:
+    device = kwargs.pop("device", None) or tensor.device
+    named: dict[str, Any] = {"dtype": tensor.dtype, **kwargs}
+    return torch.tensor(data, **named).to(device)
+
+
+def _dlpack(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(tensor, DeviceTensor):
+        raise BufferError("the memory of a pretend device cannot be shared; use Tensor.cpu() first")
+    return Tensor.__dlpack__(tensor, *args, **kwargs)
+
+
+def _data_ptr(tensor: Tensor) -> int:
+    return values_of(tensor).data_ptr()
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return values_of(tensor).untyped_storage()
+
+
+def _set_data(tensor: Tensor, value: Tensor) -> None:
+    """`tensor.data = value`, which may take a tensor to the other device."""
+    here, there = isinstance(tensor, DeviceTensor), isinstance(value, DeviceTensor)
+    if not here and not there:
+        Tensor.data.__set__(tensor, value)  # pyright: ignore
+    elif here and there and tensor.shape == value.shape and tensor.stride() == value.stride():
+        tensor.values = value.values
+    else:
+        fresh, gradient = value.detach(), tensor.grad
+        if isinstance(tensor, nn.Parameter):
+            fresh = nn.Parameter(fresh, requires_grad=tensor.requires_grad)
+        torch.utils.swap_tensors(tensor, fresh.requires_grad_(tensor.requires_grad))
+        tensor.grad = None if gradient is None else gradient.to(value.device)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention by the kernel that the host would choose, so that both give the same numbers."""
+    named = {"scale": scale, "enable_gqa": enable_gqa}
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if isinstance(query, DeviceTensor):
+        given = (query, key, value, attn_mask, dropout_p, is_causal)
+        if torch._fused_sdp_choice(*values_of(given), **named) == FUSED:  # pyright: ignore
+            if attn_mask is not None and attn_mask.dtype == torch.bool:
+                nought = torch.zeros((), dtype=query.dtype)
+                attn_mask = torch.where(attn_mask, nought, nought - torch.inf)
+            fused = aten._scaled_dot_product_flash_attention_for_cpu
+            return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[
+                0
+            ]
+    plain = torch._C._nn.scaled_dot_product_attention  # pyright: ignore
+    return plain(query, key, value, attn_mask, dropout_p, is_causal, **named)
+
+
+_MAKING = {torch.tensor, torch.as_tensor, torch.asarray}
+_CALLS: dict[Any, Callable[..., Any]] = {
+    Tensor.to: _to,
+    Tensor.cuda: _cuda,
+    Tensor.numpy: _numpy,
+    Tensor.tolist: _tolist,
+    Tensor.new_tensor: _new_tensor,
+    Tensor.__array__: _array,
+    Tensor.__dlpack__: _dlpack,
+    Tensor.data_ptr: _data_ptr,
+    Tensor.untyped_storage: _storage,
+    Tensor.data.__set__: _set_data,  # pyright: ignore
+    torch.nn.functional.scaled_dot_product_attention: _attention,
+}

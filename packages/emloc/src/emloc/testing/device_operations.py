@@ -1,0 +1,175 @@
+"""Every operation of torch as the pretend device runs it.
+
+It runs on the values, with the host's kernels, and what it makes is wrapped again: results are those of the
+CPU, bit for bit. What CUDA would refuse is refused before, in its words: tensors of two devices, other than
+scalars of the host that are only read and indices of the host; pinning what is not the host's.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from emloc.testing.device_tensor import HOST, DeviceTensor
+from emloc.testing.traffic import Traffic
+
+aten: Any = torch.ops.aten
+
+MIXED = (
+    "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
+    "(when running {})"
+)
+NOT_PINNABLE = "cannot pin 'torch.cuda.{}' only dense CPU tensors can be pinned"
+
+WAITING = frozenset(
+    ["nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"]
+)
+"""Operations that wait for the device, since what they return depends on values."""
+
+INDEXING = frozenset(["index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"])
+"""Operations whose indices may be on the host."""
+
+
+def operate(traffic: Traffic, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Run one operation.
+
+    Raises:
+        RuntimeError: what CUDA would refuse.
+        torch.OutOfMemoryError: the device's limit is reached.
+    """
+    if func in SPECIAL:
+        return SPECIAL[func](traffic, func, args, kwargs)
+    tensors, wanted = tensors_of((args, kwargs)), kwargs.get("device")
+    here = any(isinstance(tensor, DeviceTensor) for tensor in tensors)
+    on_device = here if wanted is None else is_cuda(wanted)
+    if not here and not on_device and not kwargs.get("pin_memory"):
+        return func(*args, **kwargs)
+    name: str = func.overloadpacket.__name__
+    if here:
+        _refuse_mixed(func, name, args, kwargs)
+    traffic.waits += name in WAITING or (name in INDEXING and _masks(args[1]))
+    return run(traffic, func, args, kwargs, on_device)
+
+
+def run(
+    traffic: Traffic, func: Any, args: Sequence[Any], kwargs: dict[str, Any], on_device: bool
+) -> Any:
+    """Run an operation on the values; what it makes is on the device or on the host."""
+    if kwargs.get("device") is not None:
+        kwargs = {**kwargs, "device": HOST}
+    pinned = kwargs.get("pin_memory")
+    if pinned:
+        kwargs = {**kwargs, "pin_memory": False}
+    made = func(*values_of(args), **values_of(kwargs))
+    given = {id(t.values): t for t in tensors_of((args, kwargs)) if isinstance(t, DeviceTensor)}
+
+    def wrapped(tensor: Tensor) -> Tensor:
+        if id(tensor) in given:  # in place
+            return _followed(given[id(tensor)], func)
+        if pinned:
+            traffic.pin(tensor)
+        return DeviceTensor(tensor, traffic) if on_device else tensor
+
+    return tree_map_only(Tensor, wrapped, made)
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """All tensors in nested arguments."""
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def values_of(tree: Any) -> Any:
+    """The same arguments with the values of the device's tensors."""
+    return tree_map_only(DeviceTensor, lambda tensor: tensor.values, tree)
+
+
+def is_cuda(device: Any) -> bool:
+    """Whether a device, or its name, is CUDA's."""
+    return torch.device(device).type == "cuda"
+
+
+def _followed(tensor: DeviceTensor, func: Any) -> DeviceTensor:
+    """Refuse what a wrapper cannot follow."""
+    values = tensor.values
+    if tensor.shape != values.shape or tensor.stride() != values.stride():
+        raise NotImplementedError(f"{func} changes a shape in place, which is not pretended")
+    return tensor
+
+
+def _refuse_mixed(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    read = (args[0], args[2:]) if name in INDEXING else (args, kwargs)
+    host = [tensor for tensor in tensors_of(read) if not isinstance(tensor, DeviceTensor)]
+    written = {id(t) for arg, formal in zip(args, func._schema.arguments)
+               if formal.alias_info is not None and formal.alias_info.is_write
+               for t in tensors_of(arg)}  # fmt: skip
+    if any(tensor.ndim or id(tensor) in written for tensor in host):
+        raise RuntimeError(MIXED.format(func))
+
+
+def _masks(indices: Any) -> bool:
+    return any(tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors_of(indices))
+
+
+def _to_copy(traffic: Traffic, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """`.to(…)`: the one way between the devices besides `copy_`."""
+    source, wanted = args[0], kwargs.get("device")
+    here = isinstance(source, DeviceTensor)
+    on_device = here if wanted is None else is_cuda(wanted)
+    kwargs = dict(kwargs)
+    eager = not kwargs.pop("non_blocking", False)
+    made = run(traffic, func, args, kwargs, on_device)
+    if here != on_device:
+        _count_transfer(traffic, source, source if on_device else made, on_device, eager)
+    if here and not on_device and not eager:
+        traffic.pin(made)  # as CUDA does
+    return made
+
+
+def _copy(traffic: Traffic, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """`target.copy_(source)`, whichever device each is on."""
+    target, source, *rest = args
+    here, from_device = isinstance(target, DeviceTensor), isinstance(source, DeviceTensor)
+    values_of(target).copy_(values_of(source))
+    if here != from_device:
+        eager = not (rest[0] if rest else kwargs.get("non_blocking", False))
+        _count_transfer(traffic, source, source if here else target, here, eager)
+    return target
+
+
+def _count_transfer(
+    traffic: Traffic, source: Tensor, host: Tensor, on_device: bool, eager: bool
+) -> None:
+    """Count a copy of `source`; `host` is the side that is not the device's."""
+    (traffic.to_device if on_device else traffic.to_host).add(source)
+    if not eager:
+        traffic.unpinned += on_device and not traffic.is_pinned(host)
+        traffic.unfinished += not on_device
+
+
+def _read(traffic: Traffic, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    traffic.reads += isinstance(args[0], DeviceTensor)
+    return func(*values_of(args), **kwargs)
+
+
+def _pin(traffic: Traffic, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if isinstance(args[0], DeviceTensor):
+        raise RuntimeError(NOT_PINNABLE.format(args[0].type().rpartition(".")[2]))
+    copied = args[0].clone()
+    traffic.pin(copied)
+    return copied
+
+
+def _is_pinned(traffic: Traffic, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    return not isinstance(args[0], DeviceTensor) and traffic.is_pinned(args[0])
+
+
+SPECIAL: dict[Any, Callable[[Traffic, Any, Sequence[Any], dict[str, Any]], Any]] = {
+    aten._to_copy.default: _to_copy,
+    aten.copy_.default: _copy,
+    aten._local_scalar_dense.default: _read,
+    aten._pin_memory.default: _pin,
+    aten.pin_memory.default: _pin,
+    aten.is_pinned.default: _is_pinned,
+}
