@@ -3,6 +3,7 @@
 import pytest
 
 from emloc import config as configs
+from emloc.artefacts.kinds import EMULATOR, MERGED_MODEL
 from emloc.artefacts.manifest import Manifest, ModelReference, is_complete
 from emloc.artefacts.settings import difference, same, without_effect
 from emloc.artefacts.stage_folder import stage_folder
@@ -30,21 +31,21 @@ def test_options_without_effect_are_told_where_they_are_declared():
 
 def test_an_artefact_of_before_is_complete_on_another_device(tmp_path, capsys):
     out = write(tmp_path / "out", {**NOW, "device": "cpu", "gradient_checkpointing": True})
-    assert is_complete("compress", "emulator", out, NOW)
+    assert is_complete("compress", EMULATOR, out, NOW)
     assert "complete already" in capsys.readouterr().err
-    assert not is_complete("compress", "emulator", tmp_path / "none", NOW)
+    assert not is_complete("compress", EMULATOR, tmp_path / "none", NOW)
 
 
 def test_a_folder_of_other_settings_says_which_differ(tmp_path):
     out = write(tmp_path / "out", {"keep_ratio": 0.4, "seed": 0, "data_digest": "a", "old": None})
     with pytest.raises(OutputError) as problem:
-        is_complete("compress", "emulator", out, NOW)
+        is_complete("compress", EMULATOR, out, NOW)
     assert str(problem.value) == (
         f"{out} was made with keep_ratio 0.4, now 0.3; old null, now not given; other data. Choose "
         f"another output_dir or remove it; nothing is ever overwritten."
     )
     with pytest.raises(OutputError, match="of another kind"):
-        is_complete("merge", "merged_model", out, NOW)
+        is_complete("merge", MERGED_MODEL, out, NOW)
 
 
 def test_an_interrupted_run_of_other_settings_says_which_differ(tmp_path):

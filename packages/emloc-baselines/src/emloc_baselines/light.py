@@ -5,7 +5,6 @@ larger than one tensor is held, a shard is there whole or not at all, and a buil
 goes on with the next one.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,19 +15,18 @@ from torch import Tensor
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.digest import batches_digest
-from emloc.artefacts.file_digest import file_sha256
-from emloc.artefacts.manifest import Manifest, ModelReference, is_complete, versions
+from emloc.artefacts.kinds import EMULATOR
+from emloc.artefacts.manifest import ModelReference
 from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import copy_file, write_json
-from emloc.artefacts.stage_folder import stage_folder
 from emloc.config import CompressConfig, StageConfig, build
 from emloc.errors import CheckpointError, ConfigError
 from emloc.extend.family import Batch, ModelFamily
 from emloc.extend.methods import Task
 from emloc.extend.plugin_options import of_family, own_options, with_plugin_options
 from emloc.extend.plugins import method_named, open_model
-from emloc.machine.memory import PeakMemory, return_large_blocks
 from emloc.machine.progress import progress_bar
+from emloc.stages.frame import Artefact, Written, digests
 from emloc_baselines.identity import content_of
 
 NOTES_NAME = "build_notes.json"
@@ -129,40 +127,37 @@ def build_light(
         "companions_digest": base.companions_digest(),
         "data_digest": batches_digest(batches),
     }
-    if is_complete("build", "emulator", out, settings):
-        return out
-    started = time.monotonic()
-    return_large_blocks()
-    with stage_folder(out, settings) as work:
-        with PeakMemory(config.device, limit=config.memory) as peak:
-            light = make(Source(base, family, config, batches))
-            written = _write(base, light, work)
-            extra = light.finish(work) if light.finish else {}
-        Manifest(
-            kind="emulator",
-            family=family.name,
-            method=method if own_format else None,
-            base_model=ModelReference(
-                name_or_path=base.reference_name(), digest=settings["base_digest"]
-            ),
-            settings=settings,
-            layers=dict(light.layers),
+    artefact = Artefact(
+        "build",
+        EMULATOR,
+        out,
+        settings,
+        family.name,
+        ModelReference(name_or_path=base.reference_name(), digest=settings["base_digest"]),
+        method=method if own_format else None,
+        packages=("emloc-baselines", "torch", "transformers", "safetensors"),
+        device=config.device,
+        memory=config.memory,
+    )
+
+    def write(work: Path) -> Written:
+        light = make(Source(base, family, config, batches))
+        written = _write(base, light, work)
+        measured = light.finish(work) if light.finish else {}  # may write the shards anew
+        return Written(
+            digests(work, sorted(path.name for path in work.glob("*.safetensors"))),
+            layers=light.layers,
             summary={
                 "base_bytes": _bytes(base),
                 "emulator_bytes": _bytes(written),
                 "emulator_digest": Checkpoint.open(work).digest(),
                 **light.summary,
             },
-            files={path.name: file_sha256(path) for path in sorted(work.glob("*.safetensors"))},
-            versions=versions("emloc", "emloc-baselines", "torch", "transformers", "safetensors"),
-            measured={
-                "seconds": round(time.monotonic() - started, 3),
-                **peak.figures(),
-                **extra,
-            },
-        ).write(work)
-        (work / NOTES_NAME).unlink(missing_ok=True)
-    return out
+            measured=measured,
+            forget=lambda: (work / NOTES_NAME).unlink(missing_ok=True),
+        )
+
+    return artefact.write(write)
 
 
 def _bytes(checkpoint: Checkpoint) -> int:

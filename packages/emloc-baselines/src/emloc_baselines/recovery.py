@@ -5,7 +5,6 @@ rank and scaling stay. What comes out is an ordinary PEFT adapter whose config n
 one, with a manifest like that of a corrected adapter.
 """
 
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +15,13 @@ from emloc.artefacts.adapted_weights import adapted_weights
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_config import CONFIG_NAME, exact_patterns
 from emloc.artefacts.adapter_tensors import PREFIX, WEIGHTS_NAME, LoraLayer
-from emloc.artefacts.file_digest import file_sha256
-from emloc.artefacts.manifest import Manifest, ModelReference, is_complete, versions
+from emloc.artefacts.kinds import CORRECTED_ADAPTER
+from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import write_json
-from emloc.artefacts.stage_folder import stage_folder
 from emloc.errors import MismatchError
 from emloc.extend.plugins import open_model
-from emloc.machine.memory import PeakMemory
+from emloc.stages.frame import Artefact, Written, digests
 
 
 class Recovered(NamedTuple):
@@ -68,7 +66,6 @@ def recover_adapter(
     Raises:
         MismatchError: it was trained on something else, or does not fit the original.
     """
-    started = time.monotonic()
     origin, built = Manifest.read(adapter), Manifest.read(light)
     if origin.kind == "corrected_adapter":
         raise MismatchError(
@@ -89,32 +86,30 @@ def recover_adapter(
         "emulator_digest": digest,
         "adapter_digest": trained.digest(),
     }
-    if is_complete("recover", "corrected_adapter", out, settings):
-        return out
-    with stage_folder(out, settings) as work:
-        with PeakMemory() as peak:
-            tensors, names = _tensors(trained, recover, rename)
-            declared = {key: (value.dtype, tuple(value.shape)) for key, value in tensors.items()}
-            with ShardWriter(work / WEIGHTS_NAME, declared, str(adapter)) as shard:
-                for key, value in tensors.items():
-                    shard.write(key, value)
-            write_json(work / CONFIG_NAME, _config(trained, names, base.reference_name()))
-            _require_fit(work, family, base)
-            exported = family.export_adapter(base, work)
-        Manifest(
-            kind="corrected_adapter",
-            family=family.name,
-            method=built.method,
-            base_model=built.base_model,
-            emulator=ModelReference(name_or_path=str(light.absolute()), digest=str(digest)),
-            settings=settings,
-            files={
-                name: file_sha256(work / name) for name in (CONFIG_NAME, WEIGHTS_NAME, *exported)
-            },
-            versions=versions("emloc", "emloc-baselines", "torch", "safetensors"),
-            measured={"seconds": round(time.monotonic() - started, 3), **peak.figures()},
-        ).write(work)
-    return out
+    artefact = Artefact(
+        "recover",
+        CORRECTED_ADAPTER,
+        out,
+        settings,
+        family.name,
+        built.base_model,
+        emulator=ModelReference(name_or_path=str(light.absolute()), digest=str(digest)),
+        method=built.method,
+        packages=("emloc-baselines", "torch", "safetensors"),
+    )
+
+    def write(work: Path) -> Written:
+        tensors, names = _tensors(trained, recover, rename)
+        declared = {key: (value.dtype, tuple(value.shape)) for key, value in tensors.items()}
+        with ShardWriter(work / WEIGHTS_NAME, declared, str(adapter)) as shard:
+            for key, value in tensors.items():
+                shard.write(key, value)
+        write_json(work / CONFIG_NAME, _config(trained, names, base.reference_name()))
+        _require_fit(work, family, base)
+        exported = family.export_adapter(base, work)
+        return Written(digests(work, (CONFIG_NAME, WEIGHTS_NAME, *exported)))
+
+    return artefact.write(write)
 
 
 def _tensors(

@@ -7,12 +7,13 @@ import importlib.metadata
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.json_files import read_json
+from emloc.artefacts.kinds import Kind, KindName
 from emloc.artefacts.named_files import refuse_special
 from emloc.artefacts.settings import difference, same
 from emloc.artefacts.small_files import write_json
@@ -21,8 +22,6 @@ from emloc.machine.progress import console
 
 MANIFEST_NAME = "emloc.json"
 FORMAT = 1
-
-Kind = Literal["emulator", "adapter", "corrected_adapter", "merged_model", "evaluation"]
 
 
 class ModelReference(BaseModel):
@@ -71,7 +70,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: int = FORMAT
-    kind: Kind
+    kind: KindName
     family: str
     base_model: ModelReference
     emulator: ModelReference | None = None
@@ -138,7 +137,7 @@ def is_complete(stage: str, kind: Kind, output_dir: Path, settings: Mapping[str,
     found = Manifest.find(output_dir)
     if found is None:
         return False
-    if found.kind != kind:
+    if found.kind != kind.name:
         what = f"holds an artefact of another kind ({found.kind.replace('_', ' ')})"
     elif not same(found.settings, settings):
         what = f"was made with {difference(found.settings, settings)}"

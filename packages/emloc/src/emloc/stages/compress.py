@@ -1,14 +1,13 @@
 """Stage 1: stream a model once, and write its low-rank emulator block by block."""
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from emloc.artefacts.digest import batches_digest
-from emloc.artefacts.manifest import Manifest, ModelReference, is_complete, versions
+from emloc.artefacts.kinds import EMULATOR
+from emloc.artefacts.manifest import ModelReference
 from emloc.artefacts.output_place import has_place
-from emloc.artefacts.stage_folder import stage_folder
 from emloc.compression.emulator_folder import EmulatorFolder
 from emloc.compression.groups import Plan, make_plan, refuse_idle_patterns
 from emloc.compression.one_pass import compress_blocks
@@ -19,9 +18,9 @@ from emloc.errors import CheckpointError, ConfigError
 from emloc.extend.family import Batch, ModelFamily
 from emloc.extend.plugin_options import of_family, own_options
 from emloc.extend.plugins import open_model
-from emloc.machine.memory import PeakMemory, return_large_blocks
 from emloc.machine.progress import console
-from emloc.planning.contract import compress_contract, keeping
+from emloc.planning.contract import compress_contract
+from emloc.stages.frame import Artefact, Written
 from emloc.stages.stage import stage
 from emloc.streaming.stream import UnitStream
 
@@ -50,29 +49,28 @@ def compress(config: CompressConfig) -> Path:
         "companions_digest": base.companions_digest(),
         "data_digest": batches_digest(batches),
     }
-    if is_complete("compress", "emulator", config.output_dir, settings):
-        return config.output_dir
-    started = time.monotonic()
-    return_large_blocks()
-    with keeping(contract), stage_folder(config.output_dir, settings) as work:
-        with PeakMemory(config.device, limit=config.memory) as peak:
-            stream = UnitStream(family, base, config.device)
-            plan = _plan(stream, config)
-            _say_tokens(family, batches, plan, config)
-            folder = EmulatorFolder(stream, plan, config.dtype, work)
-            compress_blocks(stream, folder, batches)
-            errors = allocate_ranks(folder) if config.keep_ratio_allocation == "error" else None
-            manifest = _manifest(folder, settings, batches)
-        if errors:
-            manifest.summary["predicted_error"] = errors
-        manifest.measured.update(
-            seconds=round(time.monotonic() - started, 3), device=config.device, **peak.figures()
-        )
-        if contract is not None:
-            contract.report(manifest.measured)
-        manifest.write(work)
-        folder.forget_reports()
-    return config.output_dir
+    artefact = Artefact(
+        "compress",
+        EMULATOR,
+        config.output_dir,
+        settings,
+        family.name,
+        ModelReference.of(base, settings["base_digest"]),
+        packages=("torch", "transformers", "safetensors", "numpy"),
+        device=config.device,
+        memory=config.memory,
+    )
+
+    def write(work: Path) -> Written:
+        stream = UnitStream(family, base, config.device)
+        plan = _plan(stream, config)
+        _say_tokens(family, batches, plan, config)
+        folder = EmulatorFolder(stream, plan, config.dtype, work)
+        compress_blocks(stream, folder, batches)
+        errors = allocate_ranks(folder) if config.keep_ratio_allocation == "error" else None
+        return _written(folder, config, batches, errors)
+
+    return artefact.write(write, lambda: contract)
 
 
 def _plan(stream: UnitStream, config: CompressConfig) -> Plan:
@@ -150,23 +148,22 @@ def _say_dense(kept: Mapping[str, str]) -> None:
         console.print(f"{len(names)} weights stay dense ({reason}): {names[0]}{more}")
 
 
-def _manifest(
-    folder: EmulatorFolder, settings: dict[str, Any], batches: Sequence[Batch]
-) -> Manifest:
+def _written(
+    folder: EmulatorFolder,
+    config: CompressConfig,
+    batches: Sequence[Batch],
+    errors: Mapping[str, Any] | None,
+) -> Written:
     reports, digests, written = folder.finish()
     base, family = folder.base, folder.stream.family
     unreached = [name for report in reports for name in report["unreached"]]
-    kept_dense = {**folder.plan.kept_dense, **dict.fromkeys(unreached, NO_TOKEN)}
     _say_dense(dict.fromkeys(unreached, NO_TOKEN))
     if not any(report["layers"] for report in reports):
         raise ConfigError(f"No layer of {base.name} can be compressed: {NO_TOKEN}.")
-    return Manifest(
-        kind="emulator",
-        family=family.name,
-        base_model=ModelReference.of(base, settings["base_digest"]),
-        settings=settings,
+    return Written(
+        digests,
         layers={name: entry for report in reports for name, entry in report["layers"].items()},
-        kept_dense=kept_dense,
+        kept_dense={**folder.plan.kept_dense, **dict.fromkeys(unreached, NO_TOKEN)},
         summary={
             "base_bytes": sum(info.nbytes for info in base.tensors.values()),
             "emulator_bytes": sum(info.nbytes for info in written.tensors.values()),
@@ -174,8 +171,11 @@ def _manifest(
             "calibration_tokens": _tokens(family, batches),
             "widest_input": max(group.d_in for group in folder.plan.groups),
             "emulator_digest": written.digest(),
+            **({"predicted_error": errors} if errors else {}),
         },
-        files=digests,
-        versions=versions("emloc", "torch", "transformers", "safetensors", "numpy"),
-        measured={"block_seconds": [report["seconds"] for report in reports]},
+        measured={
+            "block_seconds": [report["seconds"] for report in reports],
+            "device": config.device,
+        },
+        forget=folder.forget_reports,
     )

@@ -4,7 +4,6 @@ Reads a layer's weight from the base's shards and its factors from the emulator'
 With `limit="auto"` one streamed pass over the base compares the candidates on calibration samples.
 """
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,19 +17,18 @@ from emloc.artefacts.adapter_config import CONFIG_NAME
 from emloc.artefacts.adapter_tensors import WEIGHTS_NAME
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.digest import batches_digest
-from emloc.artefacts.file_digest import file_sha256
-from emloc.artefacts.manifest import Manifest, ModelReference, is_complete, versions
+from emloc.artefacts.kinds import CORRECTED_ADAPTER
+from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.artefacts.output_place import has_place
 from emloc.artefacts.small_files import copy_file, write_json
-from emloc.artefacts.stage_folder import stage_folder
 from emloc.config import CorrectConfig
 from emloc.correction.adapter_correction import AdapterCorrection
 from emloc.errors import ConfigError, MismatchError
 from emloc.extend.family import Batch, ModelFamily
 from emloc.extend.plugin_options import of_family, own_options
 from emloc.extend.plugins import open_model
-from emloc.machine.memory import PeakMemory, return_large_blocks
-from emloc.planning.contract import correct_contract, keeping
+from emloc.planning.contract import correct_contract
+from emloc.stages.frame import Artefact, Written, digests
 from emloc.stages.stage import stage
 from emloc.streaming.stream import UnitStream
 
@@ -89,46 +87,43 @@ def correct(config: CorrectConfig) -> Path:
         "adapter_digest": adapter.digest(),
         "data_digest": batches_digest(batches),
     }
-    if is_complete("correct", "corrected_adapter", config.output_dir, settings):
-        return config.output_dir
-    started = time.monotonic()
-    return_large_blocks()
-    with keeping(contract), stage_folder(config.output_dir, settings) as work:
-        with PeakMemory(config.device, limit=config.memory) as peak:
-            correction = AdapterCorrection(
-                config, base, emulator, emulator_manifest, adapted, names
-            )
-            if config.limit == "auto":
-                saved = {name: adapter.read(key) for name, key in adapter.saved.items()}
-                stream = UnitStream(family, base, config.device, instead=saved)
-                chosen, summary = correction.choose(stream, batches)
-                del stream
-            else:  # names are all that is needed of the model, whose skeleton grows with its depth
-                chosen, summary = correction.given()
-            layers = correction.write(work, chosen)
-            for name, part in adapter.parts.items():
-                _carry_over(part, base, work / name)
-            exported = family.export_adapter(base, work)
-        seconds = round(time.monotonic() - started, 3)
-        measured = {"seconds": seconds, "device": config.device, **peak.figures()}
-        if contract is not None:
-            contract.report(measured)
-        Manifest(
-            kind="corrected_adapter",
-            family=family.name,
-            base_model=ModelReference.of(base, origin.digest),
-            emulator=ModelReference(
-                name_or_path=str(Path(config.emulator).absolute()),
-                digest=emulator_manifest.summary["emulator_digest"],
-            ),
-            settings=settings,
-            layers=layers,
+    artefact = Artefact(
+        "correct",
+        CORRECTED_ADAPTER,
+        config.output_dir,
+        settings,
+        family.name,
+        ModelReference.of(base, origin.digest),
+        emulator=ModelReference(
+            name_or_path=str(Path(config.emulator).absolute()),
+            digest=emulator_manifest.summary["emulator_digest"],
+        ),
+        packages=("torch", "safetensors"),
+        device=config.device,
+        memory=config.memory,
+    )
+
+    def write(work: Path) -> Written:
+        correction = AdapterCorrection(config, base, emulator, emulator_manifest, adapted, names)
+        if config.limit == "auto":
+            saved = {name: adapter.read(key) for name, key in adapter.saved.items()}
+            stream = UnitStream(family, base, config.device, instead=saved)
+            chosen, summary = correction.choose(stream, batches)
+            del stream
+        else:  # names are all that is needed of the model, whose skeleton grows with its depth
+            chosen, summary = correction.given()
+        layers = correction.write(work, chosen)
+        for name, part in adapter.parts.items():
+            _carry_over(part, base, work / name)
+        exported = family.export_adapter(base, work)
+        return Written(
+            digests(work, (*adapter.files, *exported)),
+            layers,
             summary=summary,
-            files={name: file_sha256(work / name) for name in (*adapter.files, *exported)},
-            versions=versions("emloc", "torch", "safetensors"),
-            measured=measured,
-        ).write(work)
-    return config.output_dir
+            measured={"device": config.device},
+        )
+
+    return artefact.write(write, lambda: contract)
 
 
 def _weight_names(

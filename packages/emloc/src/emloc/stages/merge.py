@@ -1,6 +1,5 @@
 """Write base + adapter as a full checkpoint, tensor by tensor, in the base's own shards and dtypes."""
 
-import time
 from collections.abc import Collection
 from pathlib import Path
 
@@ -12,18 +11,18 @@ from emloc.artefacts.adapter_base import folder_named, require_base
 from emloc.artefacts.companions import say_other_template
 from emloc.artefacts.file_digest import file_sha256
 from emloc.artefacts.json_files import read_json
-from emloc.artefacts.manifest import Manifest, ModelReference, is_complete, versions
+from emloc.artefacts.kinds import MERGED_MODEL
+from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.artefacts.merged_tensors import MergedModel, merged_model, merged_part
 from emloc.artefacts.output_place import has_place
 from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import copy_file, write_json
-from emloc.artefacts.stage_folder import stage_folder
 from emloc.config import MergeConfig
 from emloc.errors import MismatchError
 from emloc.extend.plugins import open_model
-from emloc.machine.memory import PeakMemory, return_large_blocks
 from emloc.machine.progress import progress_bar
-from emloc.planning.contract import keeping, merge_contract
+from emloc.planning.contract import Contract, merge_contract
+from emloc.stages.frame import Artefact, Written
 from emloc.stages.stage import stage
 
 
@@ -60,36 +59,30 @@ def merge(config: MergeConfig) -> Path:
         "companions_digest": base.companions_digest(),
         "adapter_digest": adapter.digest(),
     }
-    if is_complete("merge", "merged_model", config.output_dir, settings):
-        return config.output_dir
-    contract = None if config.memory is None else merge_contract(config, base, family, adapter)
-    started = time.monotonic()
-    return_large_blocks()
-    with keeping(contract), stage_folder(config.output_dir, settings) as work:
-        with PeakMemory(limit=config.memory) as peak:
-            files = _write_shards(merged, work)
-            for name, part in parts.items():
-                written = _write_shards(part, work / name)
-                files |= {f"{name}/{file}": digest for file, digest in written.items()}
+    artefact = Artefact(
+        "merge",
+        MERGED_MODEL,
+        config.output_dir,
+        settings,
+        family.name,
+        ModelReference.of(base, digest),
+        packages=("torch", "safetensors"),
+        memory=config.memory,
+    )
+
+    def planned() -> Contract | None:
+        return None if config.memory is None else merge_contract(config, base, family, adapter)
+
+    def write(work: Path) -> Written:
+        files = _write_shards(merged, work)
+        for name, part in parts.items():
+            written = _write_shards(part, work / name)
+            files |= {f"{name}/{file}": digest for file, digest in written.items()}
         _write_beside(merged, work, files.keys())
-        measured = {"seconds": round(time.monotonic() - started, 3), **peak.figures()}
-        if contract is not None:
-            contract.report(measured)
-        Manifest(
-            kind="merged_model",
-            family=family.name,
-            base_model=ModelReference.of(base, digest),
-            settings=settings,
-            summary={
-                "merged_layers": sum(
-                    len(each.layers) for each in (adapter, *adapter.parts.values())
-                )
-            },
-            files=files,
-            versions=versions("emloc", "torch", "safetensors"),
-            measured=measured,
-        ).write(work)
-    return config.output_dir
+        count = sum(len(each.layers) for each in (adapter, *adapter.parts.values()))
+        return Written(files, summary={"merged_layers": count})
+
+    return artefact.write(write, planned)
 
 
 def _write_beside(merged: MergedModel, work: Path, written: Collection[str]) -> None:

@@ -4,7 +4,6 @@ Training happens in `<output_dir>.partial`, which keeps the resumable checkpoint
 `output_dir` with the adapter at its top.
 """
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,16 @@ import torch
 
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.digest import data_digest, named_digests
-from emloc.artefacts.file_digest import file_sha256
-from emloc.artefacts.manifest import Manifest, ModelReference, is_complete, versions
+from emloc.artefacts.kinds import ADAPTER
+from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.artefacts.output_place import has_place
-from emloc.artefacts.stage_folder import stage_folder
 from emloc.artefacts.write_errors import others_writing
 from emloc.config import TrainConfig
 from emloc.errors import CheckpointError, ConfigError, NumericalError
 from emloc.extend.plugin_options import of_family, own_options
 from emloc.extend.plugins import of_folder, open_model
-from emloc.planning.contract import keeping, train_contract
+from emloc.planning.contract import Contract, train_contract
+from emloc.stages.frame import Artefact, Written, digests
 from emloc.stages.stage import stage
 from emloc.stages.training_needs import check_training, require_modules
 
@@ -71,39 +70,41 @@ def train(config: TrainConfig) -> Path:
         ),
         **({"named_digests": named} if named else {}),
     }
-    if is_complete("train", "adapter", config.output_dir, settings):
-        return config.output_dir
-    contract = None if config.memory is None else train_contract(config, model, family)
-    started = time.monotonic()
     reference = ModelReference.of(model, digest)
-    with keeping(contract), stage_folder(config.output_dir, settings) as work:
+    artefact = Artefact(
+        "train",
+        ADAPTER,
+        config.output_dir,
+        settings,
+        family.name,
+        emulator.base_model if emulator else reference,
+        emulator=reference if emulator else None,
+        method=emulator.method if emulator else None,
+        packages=("torch", "transformers", "peft", "trl", "accelerate"),
+        streamed=False,
+    )
+
+    def planned() -> Contract | None:
+        return None if config.memory is None else train_contract(config, model, family)
+
+    def write(work: Path) -> Written:
         with others_writing(work):
             figures = family.train(of_folder(config, model), work)
         adapter = Adapter.open(str(work)).with_parts(model.parts)
         adapter.require_finite(_diverged)
         adapter.name_base(reference.name_or_path)
         exported = family.export_adapter(model, work)
-        summary = figures.pop("summary", {})
-        if contract is not None:
-            contract.report(figures)
-        Manifest(
-            kind="adapter",
-            family=family.name,
-            base_model=emulator.base_model if emulator else reference,
-            emulator=reference if emulator else None,
-            settings=settings,
-            summary=summary,
-            files={name: file_sha256(work / name) for name in (*adapter.files, *exported)},
-            versions=versions("emloc", "torch", "transformers", "peft", "trl", "accelerate"),
-            method=emulator.method if emulator else None,
-            measured={
-                "seconds": round(time.monotonic() - started, 3),
-                "device": config.device,
-                "gradient_checkpointing": config.gradient_checkpointing,
-                **figures,
-            },
-        ).write(work)
-    return config.output_dir
+        how = {
+            "device": config.device,
+            "gradient_checkpointing": config.gradient_checkpointing,
+        }
+        return Written(
+            digests(work, (*adapter.files, *exported)),
+            summary=figures.pop("summary", {}),
+            measured={**how, **figures},
+        )
+
+    return artefact.write(write, planned)
 
 
 def _emulator(config: TrainConfig, found: Manifest | None) -> Manifest | None:

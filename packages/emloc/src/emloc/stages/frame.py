@@ -1,0 +1,130 @@
+"""The frame of everything that writes an artefact, whichever stage or method makes it.
+
+An artefact of the same settings that is there already is left as it is, and said to be complete; another one
+is never overwritten. The planned memory is asked for before the work and held to during it. The work is done
+in a folder beside `output_dir`, with its seconds and its peak measured, and ends with the manifest; then the
+folder gets its name. What an interrupted run had finished is there when the same run begins anew.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from emloc.artefacts.file_digest import file_sha256
+from emloc.artefacts.kinds import Kind
+from emloc.artefacts.manifest import Manifest, ModelReference, is_complete, versions
+from emloc.artefacts.stage_folder import stage_folder
+from emloc.machine.memory import PeakMemory, return_large_blocks
+from emloc.planning.contract import Contract, keeping
+
+
+@dataclass(frozen=True)
+class Written:
+    """Content of an artefact, for its manifest, where the fields are explained.
+
+    Attributes:
+        measured: beside seconds and peak.
+        forget: removes from the folder what only a continued run would need; called after the manifest is
+            written.
+    """
+
+    files: Mapping[str, str]
+    layers: Mapping[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    kept_dense: Mapping[str, str] = field(default_factory=dict[str, str])
+    summary: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    measured: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    forget: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """An artefact to be made; the first lines of its manifest, where the fields are explained.
+
+    Attributes:
+        stage: who makes it, for messages.
+        settings: all that shapes it.
+        packages: whose versions are recorded.
+        device: where the work is done.
+        memory: bytes of it that the work may take, or None for any.
+        streamed: whether the frame measures the peak; else the work does, and returns it as `peak_bytes`.
+    """
+
+    stage: str
+    kind: Kind
+    output_dir: Path
+    settings: Mapping[str, Any]
+    family: str
+    base_model: ModelReference
+    emulator: ModelReference | None = None
+    method: str | None = None
+    packages: tuple[str, ...] = ()
+    device: str = "cpu"
+    memory: int | None = None
+    streamed: bool = True
+
+    def write(
+        self,
+        work: Callable[[Path], Written],
+        contract: Callable[[], Contract | None] = lambda: None,
+    ) -> Path:
+        """Make it, unless it is complete already; returns its folder.
+
+        Args:
+            work: writes into a folder.
+            contract: its planned memory; asked for only if there is something to do.
+
+        Raises:
+            OutputError: another artefact is in its place.
+            MemoryLimitError: it does not fit, or went beyond its memory.
+        """
+        if is_complete(self.stage, self.kind, self.output_dir, self.settings):
+            return self.output_dir
+        agreed = contract()
+        started = time.monotonic()
+        with keeping(agreed), stage_folder(self.output_dir, self.settings) as folder:
+            written, peak = self._measured(work, folder)
+            measured = {
+                "seconds": round(time.monotonic() - started, 3),
+                **peak,
+                **written.measured,
+            }
+            if agreed is not None:
+                agreed.report(measured)
+            self._manifest(written, measured).write(folder)
+            written.forget()
+        return self.output_dir
+
+    def _measured(
+        self, work: Callable[[Path], Written], folder: Path
+    ) -> tuple[Written, dict[str, int]]:
+        if not self.streamed:
+            return work(folder), {}
+        return_large_blocks()
+        with PeakMemory(self.device, limit=self.memory) as peak:
+            written = work(folder)
+        return written, peak.figures()
+
+    def _manifest(self, written: Written, measured: dict[str, Any]) -> Manifest:
+        return Manifest.model_validate(
+            {
+                "kind": self.kind.name,
+                "family": self.family,
+                "base_model": self.base_model,
+                "emulator": self.emulator,
+                "settings": dict(self.settings),
+                "layers": dict(written.layers),
+                "kept_dense": dict(written.kept_dense),
+                "summary": dict(written.summary),
+                "files": dict(written.files),
+                "versions": versions("emloc", *self.packages),
+                "method": self.method,
+                "measured": measured,
+            }
+        )
+
+
+def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of files by their names in a folder, for `Written.files`."""
+    return {name: file_sha256(folder / name) for name in names}
