@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from emloc.artefacts.digest import NamesFiles
 from emloc.config import Names, StageConfig
+from emloc.options.marks import NamesFiles
 
 ALIASES = {
     "instance_data_dir": "dataset",

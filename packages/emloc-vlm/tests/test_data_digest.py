@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 import emloc
-from emloc.artefacts.digest import data_digest, dataset_digest
+from emloc.artefacts.digest import dataset_digest
 from emloc.config import EvaluateConfig
 from emloc.errors import OutputError
+from emloc.stages.data_digest import data_digest
 from emloc_vlm.family import VLMFamily
 from emloc_vlm.rows import VisualOptions
 from emloc_vlm_options import ImageOptions

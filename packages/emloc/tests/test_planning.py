@@ -7,7 +7,7 @@ from pydantic import BaseModel, ValidationError
 from emloc.compression.groups import Group
 from emloc.linalg.gram import Moments
 from emloc.linalg.lowrank import factorise
-from emloc.planning.amounts import Bytes
+from emloc.options.amounts import Bytes
 from emloc.planning.ledger import StageMemory, largest, lines_of, total
 from emloc.planning.live import LiveBytes
 from emloc.planning.qlora import quantised_bytes

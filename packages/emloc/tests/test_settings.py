@@ -5,9 +5,10 @@ import pytest
 from emloc import config as configs
 from emloc.artefacts.kinds import EMULATOR, MERGED_MODEL
 from emloc.artefacts.manifest import Manifest, ModelReference, is_complete
-from emloc.artefacts.settings import difference, same, without_effect
+from emloc.artefacts.settings import difference, same
 from emloc.artefacts.stage_folder import stage_folder
 from emloc.errors import OutputError
+from emloc.options.marks import without_effect
 
 BASE = ModelReference(name_or_path="m", digest="d")
 NOW = {"keep_ratio": 0.3, "seed": 0, "data_digest": "b"}

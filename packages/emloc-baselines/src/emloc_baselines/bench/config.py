@@ -27,7 +27,7 @@ from typing import Annotated, Any, cast
 
 from pydantic import BeforeValidator, Field
 
-from emloc.artefacts.output_place import OutputDir, require_folder
+from emloc.artefacts.output_place import require_folder
 from emloc.config import (
     CompressConfig,
     CorrectConfig,
@@ -42,6 +42,7 @@ from emloc.extend.methods import MethodEntry
 from emloc.extend.plugin_options import with_plugin_options
 from emloc.extend.plugins import method_named
 from emloc.options.text import from_file
+from emloc.options.types import OutputDir
 from emloc.options.yaml_file import parse_value, read_yaml
 from emloc.stages.training_needs import check_training
 

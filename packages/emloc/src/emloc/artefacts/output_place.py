@@ -7,9 +7,7 @@ be a folder's, what is there now, and whether a folder can be made there.
 import os
 import stat
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BeforeValidator
+from typing import Any
 
 from emloc.errors import OutputError
 
@@ -17,18 +15,6 @@ PARTIAL = ".partial"
 """What the name of a folder ends in while a stage works in it."""
 
 ANOTHER = "choose another output_dir"
-
-
-def _named(value: Any) -> Any:
-    if isinstance(value, str):
-        if not value.strip():
-            raise ValueError("it is empty; name a folder")
-        return os.path.expanduser(value)
-    return os.path.expanduser(value) if isinstance(value, Path) else value
-
-
-OutputDir = Annotated[Path, BeforeValidator(_named)]
-"""A folder's name; `~` is the home folder, as in a shell."""
 
 
 def require_new(output_dir: Path) -> Path:

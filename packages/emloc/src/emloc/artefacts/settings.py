@@ -6,10 +6,7 @@ artefact is complete, and an interrupted run goes on, whatever its value.
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
-
-from pydantic import BaseModel
 
 FORMERLY_RECORDED = frozenset({"device", "gradient_checkpointing"})
 """Options without effect that older artefacts have among their settings."""
@@ -28,23 +25,6 @@ CONTENTS = {
 
 SHOWN = 3
 SHOWN_CHARACTERS = 60
-
-
-@dataclass(frozen=True)
-class WithoutEffect:
-    """Marks an option that changes where, how fast or how loudly a stage works, and no result.
-
-    A float's last bits may depend on the device and the batch; that is not what settings are about.
-    """
-
-
-def without_effect(config: type[BaseModel]) -> set[str]:
-    """Names of the options so marked."""
-    return {
-        name
-        for name, field in config.model_fields.items()
-        if any(isinstance(mark, WithoutEffect) for mark in field.metadata)
-    }
 
 
 def same(recorded: Mapping[str, Any], now: Mapping[str, Any], beside: Collection[str] = ()) -> bool:

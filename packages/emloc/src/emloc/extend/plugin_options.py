@@ -11,10 +11,10 @@ from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, create_model
 
-from emloc.artefacts.settings import without_effect
 from emloc.errors import ConfigError
 from emloc.extend.family import ModelFamily
 from emloc.extend.plugins import load_plugins
+from emloc.options.marks import without_effect
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 

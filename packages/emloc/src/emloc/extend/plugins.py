@@ -22,7 +22,7 @@ from emloc.errors import CheckpointError, PluginError
 from emloc.extend import hookspecs
 from emloc.extend.family import FamilyEntry, ModelFamily
 from emloc.extend.methods import CORE_METHODS, MethodEntry
-from emloc.options.names import check_options
+from emloc.extend.option_names import check_options
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 GROUP = "emloc"

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
-from emloc.config import nearest
 from emloc.errors import ConfigError
+from emloc.options.build import nearest
 from emloc.options.yaml_file import parse_value
 
 

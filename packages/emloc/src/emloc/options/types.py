@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -71,6 +72,14 @@ def _home(value: Any) -> Any:
     return os.path.expanduser(value) if value[:1] == "~" else value
 
 
+def _named(value: Any) -> Any:
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError("it is empty; name a folder")
+        return os.path.expanduser(value)
+    return os.path.expanduser(value) if isinstance(value, Path) else value
+
+
 Names = Annotated[list[str], BeforeValidator(split)]
 TextMap = Annotated[dict[str, str], BeforeValidator(_pairs)]
 RatioMap = Annotated[
@@ -83,6 +92,9 @@ CountMap = Annotated[
 ]
 Located = Annotated[str, BeforeValidator(_home)]
 """A local folder or file, or a hub id."""
+
+OutputDir = Annotated[Path, BeforeValidator(_named)]
+"""A folder's name; `~` is the home folder, as in a shell."""
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Optimizer = Literal[

@@ -7,7 +7,7 @@ from typing import Any, cast
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.companions import say_other_template
-from emloc.artefacts.digest import data_digest, named_digests
+from emloc.artefacts.digest import named_digests
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.manifest import Manifest
 from emloc.artefacts.output_place import require_folder, require_outside_data
@@ -20,6 +20,7 @@ from emloc.extend.family import ModelFamily
 from emloc.extend.plugin_options import of_family, own_options
 from emloc.extend.plugins import of_folder, open_model
 from emloc.machine.progress import console
+from emloc.stages.data_digest import data_digest
 from emloc.stages.stage import stage
 
 RESULT_NAME = "evaluation.json"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from emloc.artefacts.adapter import Adapter
-from emloc.artefacts.digest import data_digest, named_digests
+from emloc.artefacts.digest import named_digests
 from emloc.artefacts.kinds import ADAPTER
 from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.artefacts.output_place import has_place
@@ -20,6 +20,7 @@ from emloc.errors import CheckpointError, ConfigError, NumericalError
 from emloc.extend.plugin_options import of_family, own_options
 from emloc.extend.plugins import of_folder, open_model
 from emloc.planning.contract import Contract, train_contract
+from emloc.stages.data_digest import data_digest
 from emloc.stages.frame import Artefact, Written, digests
 from emloc.stages.stage import stage
 from emloc.stages.training_needs import check_training, require_modules

@@ -1,0 +1,41 @@
+"""Options of compress."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from emloc.machine.device import Device
+from emloc.options.base import DEVICES, MemoryOptions, ModelOptions
+from emloc.options.data import CalibrationOptions
+from emloc.options.marks import WithoutEffect
+from emloc.options.types import CountMap, Dtype, Located, Names, OutputDir, RatioMap
+
+
+class CompressConfig(CalibrationOptions, ModelOptions, MemoryOptions):
+    """Stage 1: write a low-rank emulator of a model."""
+
+    model_name_or_path: Located = Field(
+        description="local folder or hub id of the base model, or its one file"
+    )
+    output_dir: OutputDir = Field(description="where the emulator goes; must not exist")
+    keep_ratio: float = Field(
+        0.4,
+        gt=0,
+        le=1,
+        description="share of each layer's parameters kept; with memory, what fits by default",
+    )
+    keep_ratio_pattern: RatioMap = Field({}, description="regular expression=ratio, per layer")
+    rank_pattern: CountMap = Field({}, description="regular expression=rank, per layer")
+    keep_ratio_allocation: Literal["uniform", "error"] = Field(
+        "uniform",
+        description="uniform: the same ratio for all; error: where it lowers the error most",
+    )
+    share_factors: bool = Field(True, description="one right factor for layers of one input")
+    exclude: Names = Field([], description="regular expressions of layers to keep dense")
+    include: Names = Field(
+        [], description="regular expressions of layers to compress that are kept dense by default"
+    )
+    dtype: Dtype = Field("auto", description="of the emulator's weights; auto: the base's")
+    device: Annotated[Device, WithoutEffect()] = Field(
+        "auto", validate_default=True, description=DEVICES
+    )

@@ -1,0 +1,32 @@
+"""Options of correct."""
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+
+from emloc.machine.device import Device
+from emloc.options.base import DEVICES, MemoryOptions, ModelOptions
+from emloc.options.data import CalibrationOptions
+from emloc.options.marks import WithoutEffect
+from emloc.options.types import Limit, Located, OutputDir, split
+
+
+class CorrectConfig(CalibrationOptions, ModelOptions, MemoryOptions):
+    """Stage 3: fit the LoRA to the original model."""
+
+    adapter: Located = Field(description="PEFT adapter trained on the emulator")
+    emulator: Located = Field(description="the emulator it was trained on")
+    output_dir: OutputDir = Field(description="where the corrected adapter goes; must not exist")
+    model_name_or_path: Located | None = Field(
+        None, description="the base model; by default the one that the emulator names"
+    )
+    num_calibration_samples: int = Field(32, ge=1, description="samples drawn by seed")
+    limit: Limit = Field(
+        "auto", description="largest correction per direction, relative to the LoRA; none; auto"
+    )
+    limit_candidates: Annotated[list[Limit], BeforeValidator(split)] = Field(
+        [0.0, 0.3, 1.0, 3.0, "none"], description="what auto tries; 0 is no correction"
+    )
+    device: Annotated[Device, WithoutEffect()] = Field(
+        "auto", validate_default=True, description=DEVICES
+    )

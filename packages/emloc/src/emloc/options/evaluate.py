@@ -1,0 +1,33 @@
+"""Options of evaluate."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from emloc.machine.device import Device
+from emloc.options.base import DEVICES, ModelOptions
+from emloc.options.data import DataOptions
+from emloc.options.marks import WithoutEffect
+from emloc.options.types import Dtype, Located, Names, OutputDir
+
+
+class EvaluateConfig(DataOptions, ModelOptions):
+    """Loss and exact match of a model, with or without an adapter."""
+
+    model_name_or_path: Located = Field(description="model or emulator")
+    adapter: Located | None = Field(None, description="PEFT adapter to put on it")
+    output_dir: OutputDir | None = Field(None, description="where evaluation.json goes")
+    num_samples: int | None = Field(None, ge=1, description="the first so many; by default all")
+    per_device_eval_batch_size: int = Field(16, ge=1)
+    max_new_tokens: int = Field(256, ge=0, description="0: loss only")
+    num_answers: int | None = Field(
+        None, ge=1, description="answers are written to the first so many samples; by default all"
+    )
+    answer: Literal["auto", "text", "number", "option", "json"] = Field(
+        "auto", description="how answers are compared; auto: by what the references are"
+    )
+    tasks: Names = Field([], description="lm-eval tasks instead of a data set")
+    dtype: Dtype = Field("auto", description="auto: as stored")
+    device: Annotated[Device, WithoutEffect()] = Field(
+        "auto", validate_default=True, description=DEVICES
+    )

@@ -1,0 +1,59 @@
+"""Options of train."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from emloc.machine.device import Device
+from emloc.options.base import DEVICES, MemoryOptions, ModelOptions
+from emloc.options.data import LearntDataOptions
+from emloc.options.lora import LoraOptions
+from emloc.options.marks import WithoutEffect
+from emloc.options.types import Dtype, Located, Names, Optimizer, OutputDir, Scheduler
+
+
+class TrainConfig(LearntDataOptions, LoraOptions, ModelOptions, MemoryOptions):
+    """Stage 2: train a LoRA on an emulator (or, as a reference, on the model itself)."""
+
+    emulator: Located | None = Field(None, description="folder that compress wrote")
+    model_name_or_path: Located | None = Field(
+        None, description="train on this model instead of an emulator"
+    )
+    output_dir: OutputDir = Field(description="where the adapter goes; must not exist")
+    eval_dataset: Located | None = Field(None, description="evaluated every eval_steps")
+    eval_dataset_split: str = Field("test", description="split of a hub data set")
+    dtype: Dtype = Field("auto", description="of the frozen weights; auto: as stored")
+    device: Annotated[Device, WithoutEffect()] = Field(
+        "auto", validate_default=True, description=DEVICES
+    )
+    seed: int = Field(0, ge=0, description="initialisation, data order and dropout")
+    per_device_train_batch_size: int = Field(8, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    learning_rate: float = Field(2e-4, gt=0)
+    optim: Optimizer = Field(
+        "adamw_torch_fused", description="transformers' names; 8 bits need a GPU; prodigy"
+    )
+    lr_scheduler_type: Scheduler = Field("cosine", description="under transformers' name")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    max_steps: int = Field(-1, ge=-1, description="overrides num_train_epochs where positive")
+    num_train_epochs: float = Field(3.0, gt=0)
+    packing: bool = Field(False, description="fill max_length with several samples, cut anywhere")
+    gradient_checkpointing: Annotated[bool, WithoutEffect()] = Field(
+        False, description="less memory, slower steps"
+    )
+    logging_steps: Annotated[int, WithoutEffect()] = Field(10, ge=1)
+    save_steps: Annotated[int, WithoutEffect()] = Field(
+        100, ge=1, description="steps between resumable checkpoints"
+    )
+    save_total_limit: Annotated[int, WithoutEffect()] = Field(
+        2, ge=1, description="checkpoints kept"
+    )
+    eval_steps: int | None = Field(None, ge=1)
+    resume_from_checkpoint: Annotated[Located, WithoutEffect()] = Field(
+        "auto", description="auto: go on with an interrupted run; never; or a checkpoint's folder"
+    )
+    report_to: Annotated[Names, WithoutEffect()] = Field(
+        [], description="tensorboard, wandb, …; none by default"
+    )
