@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from emloc.config import Names, StageConfig
+from emloc.config import StageConfig
 from emloc.options.marks import NamesFiles
+from emloc.options.types import Names
 
 ALIASES = {
     "instance_data_dir": "dataset",

@@ -12,9 +12,10 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 import emloc
 from emloc.artefacts.manifest import MANIFEST_NAME
-from emloc.config import Scheduler, TrainConfig
+from emloc.config import TrainConfig
 from emloc.errors import ConfigError, DependencyError, EmlocError
 from emloc.integrations.transformers.lora_training import on_one_card, training_arguments
+from emloc.options.types import Scheduler
 from emloc.stages.training_needs import TRACKERS, check_trackers
 
 

@@ -19,9 +19,9 @@ from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import copy_file, write_json
 from emloc.artefacts.tensor_info import TensorInfo
 from emloc.compression.groups import Plan
-from emloc.config import Dtype
 from emloc.extend.family import EmulatorLayers
 from emloc.linalg.convolution import left_shape, right_shape
+from emloc.options.types import Dtype
 from emloc.streaming.stream import UnitStream
 
 Declared = dict[str, tuple[torch.dtype, tuple[int, ...]]]
