@@ -8,7 +8,8 @@ import emloc
 from emloc.config import build
 from emloc.errors import ConfigError
 from emloc.options.overrides import read_overrides
-from emloc.stages.run import STAGES, plan_stages
+from emloc.stages.registry import run_stages
+from emloc.stages.run import plan_stages
 
 FILE = {
     "model_name_or_path": "m",
@@ -22,7 +23,7 @@ FILE = {
 
 
 def plans(*overrides):
-    return plan_stages(FILE, "c.yaml", read_overrides(overrides, [*STAGES]))
+    return plan_stages(FILE, "c.yaml", read_overrides(overrides, [*run_stages()]))
 
 
 def test_an_override_wins_over_every_section_that_has_the_key(capsys):
@@ -89,8 +90,8 @@ def test_texts_that_yaml_would_turn_into_something_else():
     given = ["dataset=2024-01-05", "dataset_split=no", "lora_r=010", "learning_rate=1e-3", "limit=none",
              "lora_target_modules=[q_proj,v_proj]", "eval_dataset=null", "seed=1e3", "packing=off",
              "adapter=a", "emulator=[e] x"]  # fmt: skip
-    made = plan_stages(options, "x", read_overrides(given, [*STAGES]))
-    train = build(STAGES["train"].config, made["train"], "train")
+    made = plan_stages(options, "x", read_overrides(given, [*run_stages()]))
+    train = build(run_stages()["train"].config, made["train"], "train")
     assert (train.dataset, train.dataset_split, train.eval_dataset) == ("2024-01-05", "no", None)
     assert (train.lora_r, train.learning_rate, train.seed, train.packing) == (
         10,
@@ -100,7 +101,7 @@ def test_texts_that_yaml_would_turn_into_something_else():
     )
     assert train.lora_target_modules == ["q_proj", "v_proj"]
     assert train.emulator == "[e] x"
-    assert build(STAGES["correct"].config, made["correct"], "correct").limit == "none"
+    assert build(run_stages()["correct"].config, made["correct"], "correct").limit == "none"
 
 
 def test_numbers_for_options_that_are_text():

@@ -5,6 +5,7 @@ The stages are functions with keyword options: `plan`, `compress`, `train`, `cor
 """
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from emloc.extend.hookspecs import hookimpl
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-STAGES = ("plan", "compress", "train", "correct", "merge", "evaluate", "verify", "run", "demo")
-
 __all__ = [
     "compress",
     "correct",
@@ -39,6 +38,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in STAGES:
-        return getattr(importlib.import_module(f"emloc.stages.{name}"), name)
+    if not name.startswith("_") and importlib.util.find_spec(f"emloc.stages.{name}") is not None:
+        module = importlib.import_module(f"emloc.stages.{name}")
+        if hasattr(module, name):
+            return getattr(module, name)
     raise AttributeError(f"module 'emloc' has no attribute {name!r}")

@@ -20,10 +20,10 @@ from rich.table import Table
 import emloc
 from emloc.config import nearest
 from emloc.errors import EmlocError, Interrupted
-from emloc.extend.plugin_options import with_plugin_options
 from emloc.extend.plugins import Plugins, load_plugins
 from emloc.machine.progress import quiet_libraries
 from emloc.options.text import from_command_line
+from emloc.stages.registry import AnyStage, all_stages
 
 UsageError: Any = typer.BadParameter.__bases__[0]
 """Usage errors of click, or of the copy of it in typer."""
@@ -68,12 +68,9 @@ def _usage(problem: Any) -> str:
         return f"error: {command}: {message[0].lower()}{message[1:].rstrip('.')}; see --help."
     if command in ("run", "bench"):
         return f"error: {command}: options are given as {option}=VALUE, without dashes; see --help."
-    owners = [
-        name
-        for name in emloc.STAGES
-        if name != "run" and option in getattr(emloc, name).config.model_fields
-    ]
-    own = getattr(emloc, command).config.model_fields if command in emloc.STAGES else {}
+    stages = all_stages()
+    owners = [name for name, stage in stages.items() if option in stage.config.model_fields]
+    own = stages[command].config.model_fields if command in stages else {}
     hint = f" It is one of {' and '.join(owners)}." if owners else nearest(option, list(own))
     return f"error: {command}: there is no option {option}.{hint}"
 
@@ -91,9 +88,8 @@ def _interruptible() -> Iterator[None]:
 
 def build_app(found: Plugins) -> None:
     """Add the stages, `run`, `families`, `methods` and the plugins' own commands."""
-    for name in emloc.STAGES:
-        if name != "run":
-            app.command(name)(_command(name))
+    for name, stage in all_stages(found).items():
+        app.command(name)(_command(stage))
     app.command("run")(_run)
 
     @app.command("families")
@@ -124,17 +120,14 @@ def build_app(found: Plugins) -> None:
             found.broken[name] = f"{type(problem).__name__}: {problem}"
 
 
-def _command(name: str) -> Any:
+def _command(stage: AnyStage) -> Any:
     """A function whose parameters are the stage's options, for typer to read."""
-    from emloc import config as configs
-
-    model = with_plugin_options(getattr(configs, f"{name.capitalize()}Config"))
+    name, model = stage.name, stage.config
 
     def call(**given: Any) -> None:
-        stage = getattr(emloc, name)
         as_table = name == "plan" and not given.pop("json")
         with _interruptible():
-            fields = stage.config.model_fields
+            fields = model.model_fields
             outcome = stage(
                 **{
                     key: from_command_line(fields[key], value)

@@ -1,6 +1,6 @@
 """The hooks by which plugins are discovered; behaviour is in typed protocols.
 
-Those are `emloc.extend.family.ModelFamily` and `emloc.extend.methods.Method`.
+Those are `emloc.extend.family.ModelFamily`, `emloc.extend.methods.Method` and `emloc.stages.stage.Stage`.
 
 A plugin is a module named by an entry point of the group `emloc`. It implements any of these with
 `@emloc.hookimpl` and imports nothing heavy at its top, so that `emloc --help` stays fast.
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from emloc.extend.family import FamilyEntry
     from emloc.extend.methods import MethodEntry
+    from emloc.extend.stages import StageEntry
 
 hookspec = pluggy.HookspecMarker("emloc")
 hookimpl = pluggy.HookimplMarker("emloc")
@@ -29,6 +30,11 @@ def emloc_register_families() -> "Sequence[FamilyEntry]":  # type: ignore[empty-
 @hookspec
 def emloc_register_methods() -> "Sequence[MethodEntry]":  # type: ignore[empty-body]
     """The methods that the plugin adds, to be compared with EMLoC or used instead of it."""
+
+
+@hookspec
+def emloc_register_stages() -> "Sequence[StageEntry]":  # type: ignore[empty-body]
+    """The stages that the plugin adds: commands, and parts of `emloc run` where they make an artefact."""
 
 
 @hookspec

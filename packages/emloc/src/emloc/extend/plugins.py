@@ -1,4 +1,4 @@
-"""Find the installed plugins, and the families and methods that they offer.
+"""Find the installed plugins, and the families, methods and stages that they offer.
 
 A plugin that cannot be imported, or that claims a name that is taken, is reported by name and left out;
 the others go on working.
@@ -23,6 +23,7 @@ from emloc.extend import hookspecs
 from emloc.extend.family import FamilyEntry, ModelFamily
 from emloc.extend.methods import CORE_METHODS, MethodEntry
 from emloc.extend.option_names import check_options
+from emloc.extend.stages import StageEntry
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 GROUP = "emloc"
@@ -36,6 +37,7 @@ class Plugins:
         manager: pluggy's manager, for hooks other than the families.
         families: by name.
         methods: by name, core's own first.
+        stages: by name, without core's own (`emloc.stages.registry`).
         broken: plugin name to one sentence on why it was left out.
     """
 
@@ -44,6 +46,7 @@ class Plugins:
     methods: dict[str, MethodEntry] = field(
         default_factory=lambda: {entry.name: entry.owned_by("emloc") for entry in CORE_METHODS}
     )
+    stages: dict[str, StageEntry] = field(default_factory=dict[str, StageEntry])
     broken: dict[str, str] = field(default_factory=dict[str, str])
 
 
@@ -64,8 +67,8 @@ def add_plugin(found: Plugins, name: str, module: Any) -> None:
     """Register one plugin module.
 
     Raises:
-        PluginError: a hook that does not exist, a name of a family or method that is taken, an option that
-            cannot stand beside the others, or a plugin registered twice.
+        PluginError: a hook that does not exist, a name of a family, method or stage that is taken, an option
+            that cannot stand beside the others, or a plugin registered twice.
     """
     manager = found.manager
     try:
@@ -74,11 +77,14 @@ def add_plugin(found: Plugins, name: str, module: Any) -> None:
         others = [other for other in manager.get_plugins() if other is not module]
         [families] = manager.subset_hook_caller("emloc_register_families", others)() or [[]]
         [methods] = manager.subset_hook_caller("emloc_register_methods", others)() or [[]]
+        [stages] = manager.subset_hook_caller("emloc_register_stages", others)() or [[]]
         _refuse_taken("family", families, found.families)
         _refuse_taken("method", methods, found.methods)
+        _refuse_taken("stage", stages, found.stages)
         check_options(families, found.families.values())
         found.families.update({entry.name: entry.owned_by(name) for entry in families})
         found.methods.update({entry.name: entry.owned_by(name) for entry in methods})
+        found.stages.update({entry.name: entry.owned_by(name) for entry in stages})
     except Exception:
         if manager.get_plugin(name) is module:
             manager.unregister(module)
@@ -87,8 +93,8 @@ def add_plugin(found: Plugins, name: str, module: Any) -> None:
 
 def _refuse_taken(
     kind: str,
-    entries: Sequence[FamilyEntry | MethodEntry],
-    taken: Mapping[str, FamilyEntry | MethodEntry],
+    entries: Sequence[FamilyEntry | MethodEntry | StageEntry],
+    taken: Mapping[str, FamilyEntry | MethodEntry | StageEntry],
 ) -> None:
     for entry in entries:
         if entry.name in taken:

@@ -18,15 +18,7 @@ from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
 from emloc.compression.groups import Group, Plan
-from emloc.config import (
-    CompressConfig,
-    CorrectConfig,
-    MergeConfig,
-    PlanConfig,
-    StageConfig,
-    TrainConfig,
-    build,
-)
+from emloc.config import CompressConfig, CorrectConfig, PlanConfig, StageConfig, build
 from emloc.errors import MemoryLimitError
 from emloc.extend.family import ModelFamily
 from emloc.extend.plugin_options import of_family, with_plugin_options
@@ -47,17 +39,20 @@ class Contract:
     """What a stage was planned to take, and what it may.
 
     Attributes:
+        stage: how it is called in messages.
+        lines: of the planner, that describe it.
         memory: bytes of the device that it may take.
     """
 
     stage: str
+    lines: str
     setting: Setting
     memory: int
 
     @property
     def planned(self) -> StageMemory:
         """Line by line."""
-        return self.setting.stage(self.stage)
+        return self.setting.stage(self.lines)
 
     def require_room(self, folder: Path) -> None:
         """Refuse what cannot fit: in the memory allowed, in the machine's, or on the disk of `folder`.
@@ -119,7 +114,7 @@ class Contract:
         return format_bytes(self.memory)
 
     def _way_out(self) -> str:
-        found = fit(self.setting, self.memory, [self.stage], asked=())
+        found = fit(self.setting, self.memory, [self.lines], asked=())
         if found.fits:
             options = changed_for(self.setting, found.setting)
             said = ", ".join(f"{name}={value}" for name, value in options.items())
@@ -159,47 +154,42 @@ def compress_contract(
             console.print(f"compress: the plan is for training with {said}")
         config = config.model_copy(update={**own, "keep_ratio": options.keep_ratio})
         setting = found.setting
-    return config, _agreed("compress", setting, config)
+    return config, _agreed("compress", "compress", setting, config)
 
 
-def train_contract(config: TrainConfig, model: Checkpoint, family: ModelFamily) -> Contract:
-    """The contract of training on an emulator, another method's light model, or a base."""
-    subject = Subject.opened(model, family)
+def contract_for(
+    stage: str,
+    lines: str,
+    config: Any,
+    model: Checkpoint,
+    family: ModelFamily,
+    adapter: Adapter | None = None,
+) -> Contract:
+    """The contract of a stage that works with a model as it is.
+
+    Args:
+        lines: of the planner, that describe the stage.
+        config: the stage's options, with `memory` and `output_dir`; without `device` it works on the CPU.
+        model: a base, an emulator, another method's light model.
+        adapter: that is there already.
+    """
+    subject, given = Subject.opened(model, family), dict[str, Any]()
+    more = {} if adapter is None else _existing(adapter)
+    if isinstance(config, CorrectConfig):
+        more["candidates"] = len(config.limit_candidates) if config.limit == "auto" else 0
+        more["correction_samples"] = config.num_calibration_samples
+        given["num_calibration_samples"] = config.num_calibration_samples
+    device: str = getattr(config, "device", "cpu")
+    options = plan_options(device, model, family, config, **given)
+    setting = Setting(subject, options, given=Plan(_held(subject, model), {}), **more)
+    return _agreed(stage, lines, setting, config)
+
+
+def _held(subject: Subject, model: Checkpoint) -> tuple[Group, ...]:
+    """What an emulator has compressed; nothing of any other model."""
     manifest = Manifest.find(model.path)
     entries = manifest.layers if manifest is not None and manifest.method is None else {}
-    groups = [_group(subject, entry) for entry in entries.values() if "rank" in entry]
-    options = plan_options(config.device, model, family, config)
-    return _agreed("train", Setting(subject, options, given=Plan(tuple(groups), {})), config)
-
-
-def correct_contract(
-    config: CorrectConfig, base: Checkpoint, family: ModelFamily, adapter: Adapter
-) -> Contract:
-    """The contract of correcting an adapter."""
-    setting = Setting(
-        Subject.opened(base, family),
-        plan_options(
-            config.device,
-            base,
-            family,
-            config,
-            num_calibration_samples=config.num_calibration_samples,
-        ),
-        given=Plan((), {}),
-        **_existing(adapter),
-        candidates=len(config.limit_candidates) if config.limit == "auto" else 0,
-        correction_samples=config.num_calibration_samples,
-    )
-    return _agreed("correct", setting, config)
-
-
-def merge_contract(
-    config: MergeConfig, base: Checkpoint, family: ModelFamily, adapter: Adapter
-) -> Contract:
-    """The contract of merging an adapter, which is done on the CPU."""
-    subject, options = Subject.opened(base, family), plan_options("cpu", base, family, config)
-    setting = Setting(subject, options, given=Plan((), {}), **_existing(adapter))
-    return _agreed("merge", setting, config)
+    return tuple(_group(subject, entry) for entry in entries.values() if "rank" in entry)
 
 
 def plan_options(
@@ -230,8 +220,8 @@ def require_fit(found: MemoryPlan) -> None:
         raise MemoryLimitError(f"{' '.join(verdict(found.as_json()))}\n{table}")
 
 
-def _agreed(stage: str, setting: Setting, config: Any) -> Contract:
-    contract = Contract(stage, setting, config.memory)
+def _agreed(stage: str, lines: str, setting: Setting, config: Any) -> Contract:
+    contract = Contract(stage, lines, setting, config.memory)
     contract.require_room(config.output_dir)
     return contract
 

@@ -1,12 +1,11 @@
 """All stages of a run fitted to one budget before any of them begins."""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from emloc.config import CompressConfig, CorrectConfig, TrainConfig, build
-from emloc.extend.plugin_options import with_plugin_options
+from emloc.config import build
 from emloc.extend.plugins import open_model
 from emloc.machine.progress import console
 from emloc.planning.contract import plan_options, require_fit
@@ -15,44 +14,59 @@ from emloc.planning.report import verdict
 from emloc.planning.setting import Setting
 from emloc.planning.subject import Subject
 
-ConfigT = TypeVar("ConfigT", bound=BaseModel)
-
-KINDS = {"compress": CompressConfig, "train": TrainConfig, "correct": CorrectConfig}
-"""Stages whose options fitting may change."""
+PLANNED_WITH = ("compress", "train")
+"""Lines of the stages whose options are a plan's."""
 
 
-def fit_run(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+class PlannedStage(NamedTuple):
+    """A stage that the planner knows.
+
+    Attributes:
+        lines: that describe it there.
+        config: its options.
+    """
+
+    lines: str
+    config: type[BaseModel]
+
+
+def fit_run(
+    stages: Mapping[str, Mapping[str, Any]], planned: Mapping[str, PlannedStage]
+) -> dict[str, dict[str, Any]]:
     """Keywords of every stage, with those that fitting chose; unchanged without `memory`.
 
     A run without compress has its emulator already: each of its stages is planned when it begins.
+
+    Args:
+        stages: keywords of all stages of the run, in order.
+        planned: those of them that are fitted; the first of each of the planner's lines stands for all.
 
     Raises:
         MemoryLimitError: a stage cannot fit.
     """
     changed = {name: dict(keywords) for name, keywords in stages.items()}
-    memory = changed.get("compress", {}).get("memory")
-    if memory is None:
+    first: dict[str, str] = {}
+    for name in changed:
+        if name in planned:
+            first.setdefault(planned[name].lines, name)
+    compress = first.get("compress", "")
+    if not compress or changed[compress].get("memory") is None:
         return changed
-    compress = _built(CompressConfig, changed["compress"], "compress")
-    train = _built(TrainConfig, changed["train"], "train") if "train" in changed else None
-    configs = [compress] if train is None else [compress, train]
-    assert compress.memory is not None
-    base, family = open_model(compress.model_name_or_path, compress.single_file_config)
+    configs: list[Any] = [
+        build(planned[first[lines]].config, changed[first[lines]], first[lines])
+        for lines in PLANNED_WITH
+        if lines in first
+    ]
+    base, family = open_model(configs[0].model_name_or_path, configs[0].single_file_config)
     setting = Setting(
         Subject.opened(base, family), plan_options(configs[-1].device, base, family, *configs)
     )
-    found = fit(setting, compress.memory, [name for name in NEEDED if name in changed])
-    require_fit(found)
-    console.print(f"run: {' '.join(verdict(found.as_json()))}")
-    chosen = changed_for(setting, found.setting)
-    changed["compress"].setdefault("keep_ratio", found.setting.options.keep_ratio)
-    for name, kind in KINDS.items():
-        if name in changed:
-            for option in chosen.keys() & kind.model_fields.keys():
-                changed[name].setdefault(option, chosen[option])
+    fitted = fit(setting, configs[0].memory, [lines for lines in NEEDED if lines in first])
+    require_fit(fitted)
+    console.print(f"run: {' '.join(verdict(fitted.as_json()))}")
+    chosen = changed_for(setting, fitted.setting)
+    changed[compress].setdefault("keep_ratio", fitted.setting.options.keep_ratio)
+    for name in changed.keys() & planned.keys():
+        for option in chosen.keys() & planned[name].config.model_fields.keys():
+            changed[name].setdefault(option, chosen[option])
     return changed
-
-
-def _built(kind: type[ConfigT], keywords: Mapping[str, Any], name: str) -> ConfigT:
-    complete: type[ConfigT] = with_plugin_options(kind)
-    return build(complete, keywords, name)

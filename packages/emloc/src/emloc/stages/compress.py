@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc.artefacts.digest import batches_digest
-from emloc.artefacts.kinds import EMULATOR
+from emloc.artefacts.kinds import BASE, EMULATOR
 from emloc.artefacts.manifest import ModelReference
 from emloc.artefacts.output_place import has_place
 from emloc.compression.emulator_folder import EmulatorFolder
@@ -30,7 +30,14 @@ PATHS = {"output_dir", "model_name_or_path", "single_file_config", "dataset"}
 NO_TOKEN = "no calibration token reached it"
 
 
-@stage(CompressConfig, check=has_place)
+@stage(
+    CompressConfig,
+    check=has_place,
+    consumes={"model_name_or_path": BASE},
+    produces=EMULATOR,
+    folder="emulator",
+    memory="compress",
+)
 def compress(config: CompressConfig) -> Path:
     """Compress a model into an emulator; returns its folder."""
     base, family = open_model(config.model_name_or_path, config.single_file_config)

@@ -17,7 +17,7 @@ from emloc.artefacts.adapter_config import CONFIG_NAME
 from emloc.artefacts.adapter_tensors import WEIGHTS_NAME
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.digest import batches_digest
-from emloc.artefacts.kinds import CORRECTED_ADAPTER
+from emloc.artefacts.kinds import ADAPTER, CORRECTED_ADAPTER, EMULATOR
 from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.artefacts.output_place import has_place
 from emloc.artefacts.small_files import copy_file, write_json
@@ -27,7 +27,6 @@ from emloc.errors import ConfigError, MismatchError
 from emloc.extend.family import Batch, ModelFamily
 from emloc.extend.plugin_options import of_family, own_options
 from emloc.extend.plugins import open_model
-from emloc.planning.contract import correct_contract
 from emloc.stages.frame import Artefact, Written, digests
 from emloc.stages.stage import stage
 from emloc.streaming.stream import UnitStream
@@ -51,7 +50,14 @@ def _can_correct(config: CorrectConfig) -> None:
     has_place(config)
 
 
-@stage(CorrectConfig, check=_can_correct)
+@stage(
+    CorrectConfig,
+    check=_can_correct,
+    consumes={"emulator": EMULATOR, "adapter": ADAPTER},
+    produces=CORRECTED_ADAPTER,
+    folder="corrected",
+    memory="correct",
+)
 def correct(config: CorrectConfig) -> Path:
     """Correct an adapter for the original model; returns the new adapter's folder."""
     emulator_manifest = _emulator_manifest(config.emulator)
@@ -76,9 +82,7 @@ def correct(config: CorrectConfig) -> Path:
     names = _weight_names(emulator_manifest, family, skeleton, base)
     del skeleton
     adapter = adapted.adapter
-    contract = None
-    if config.memory is not None:
-        contract = correct_contract(config, base, family, adapter)
+    contract = correct.contract(config, base, family, adapter)
     batches = _batches(config, family, base)
     settings = {
         **own_options(config, PATHS),

@@ -9,6 +9,7 @@ from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.companions import say_other_template
 from emloc.artefacts.digest import named_digests
 from emloc.artefacts.json_files import read_json
+from emloc.artefacts.kinds import ADAPTER, BASE, CORRECTED_ADAPTER, EVALUATION
 from emloc.artefacts.manifest import Manifest
 from emloc.artefacts.output_place import require_folder, require_outside_data
 from emloc.artefacts.settings import difference, same
@@ -37,7 +38,13 @@ def _can_evaluate(config: EvaluateConfig) -> None:
         require_outside_data(config)
 
 
-@stage(EvaluateConfig, check=_can_evaluate)
+@stage(
+    EvaluateConfig,
+    check=_can_evaluate,
+    consumes={"model_name_or_path": BASE, "adapter": (CORRECTED_ADAPTER, ADAPTER)},
+    produces=EVALUATION,
+    folder="evaluation",
+)
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate; returns the scores, and writes them to `output_dir/evaluation.json` if given."""
     model, family = open_model(config.model_name_or_path, config.single_file_config)

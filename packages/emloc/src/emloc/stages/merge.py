@@ -11,7 +11,7 @@ from emloc.artefacts.adapter_base import folder_named, require_base
 from emloc.artefacts.companions import say_other_template
 from emloc.artefacts.file_digest import file_sha256
 from emloc.artefacts.json_files import read_json
-from emloc.artefacts.kinds import MERGED_MODEL
+from emloc.artefacts.kinds import ADAPTER, CORRECTED_ADAPTER, MERGED_MODEL
 from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.artefacts.merged_tensors import MergedModel, merged_model, merged_part
 from emloc.artefacts.output_place import has_place
@@ -21,12 +21,18 @@ from emloc.config import MergeConfig
 from emloc.errors import MismatchError
 from emloc.extend.plugins import open_model
 from emloc.machine.progress import progress_bar
-from emloc.planning.contract import Contract, merge_contract
 from emloc.stages.frame import Artefact, Written
 from emloc.stages.stage import stage
 
 
-@stage(MergeConfig, check=has_place)
+@stage(
+    MergeConfig,
+    check=has_place,
+    consumes={"adapter": (CORRECTED_ADAPTER, ADAPTER)},
+    produces=MERGED_MODEL,
+    folder="merged",
+    memory="merge",
+)
 def merge(config: MergeConfig) -> Path:
     """Merge an adapter into its base model; returns the merged model's folder."""
     adapter = Adapter.open(config.adapter)
@@ -70,9 +76,6 @@ def merge(config: MergeConfig) -> Path:
         memory=config.memory,
     )
 
-    def planned() -> Contract | None:
-        return None if config.memory is None else merge_contract(config, base, family, adapter)
-
     def write(work: Path) -> Written:
         files = _write_shards(merged, work)
         for name, part in parts.items():
@@ -82,7 +85,7 @@ def merge(config: MergeConfig) -> Path:
         count = sum(len(each.layers) for each in (adapter, *adapter.parts.values()))
         return Written(files, summary={"merged_layers": count})
 
-    return artefact.write(write, planned)
+    return artefact.write(write, lambda: merge.contract(config, base, family, adapter))
 
 
 def _write_beside(merged: MergedModel, work: Path, written: Collection[str]) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc.artefacts.json_files import read_json
+from emloc.artefacts.kinds import BASE
 from emloc.artefacts.output_place import require_folder
 from emloc.artefacts.small_files import write_json
 from emloc.artefacts.write_errors import writing
@@ -24,7 +25,7 @@ def _has_folder(config: PlanConfig) -> None:
         require_folder(config.output_dir)
 
 
-@stage(PlanConfig, check=_has_folder)
+@stage(PlanConfig, check=_has_folder, consumes={"model_name_or_path": BASE})
 def plan(config: PlanConfig) -> dict[str, Any]:
     """Plan; returns the figures as JSON (README), and writes them and a picture to `output_dir`."""
     found = make_memory_plan(config).as_json()

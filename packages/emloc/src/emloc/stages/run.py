@@ -20,10 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
 from emloc.artefacts.output_place import require_folder
-from emloc.config import TrainConfig, nearest
+from emloc.config import nearest
 from emloc.errors import ConfigError
 from emloc.extend.plugin_options import of_family
 from emloc.extend.plugins import open_model
@@ -31,31 +29,12 @@ from emloc.machine.progress import console
 from emloc.options.overrides import Overrides, read_overrides
 from emloc.options.text import from_file
 from emloc.options.yaml_file import read_yaml
-from emloc.planning.fitted_run import fit_run
-from emloc.stages.compress import compress
-from emloc.stages.correct import correct
-from emloc.stages.evaluate import evaluate
-from emloc.stages.merge import merge
-from emloc.stages.stage import Stage
-from emloc.stages.train import train
-from emloc.stages.training_needs import require_modules
+from emloc.planning.fitted_run import PlannedStage, fit_run
+from emloc.stages.feeding import fed, without_replaced
+from emloc.stages.registry import AnyStage, run_stages
 
-STAGES: Mapping[str, Stage[Any, Any]] = {
-    "compress": compress,
-    "train": train,
-    "correct": correct,
-    "merge": merge,
-    "evaluate": evaluate,
-}
-
-FOLDERS = {
-    "compress": "emulator",
-    "train": "adapter",
-    "correct": "corrected",
-    "merge": "merged",
-    "evaluate": "evaluation",
-}
-"""What each stage's folder is called under the run's `output_dir`."""
+Stages = Mapping[str, AnyStage]
+"""By name, in order."""
 
 
 def run(config: str | Path | Mapping[str, Any], *overrides: str) -> dict[str, Any]:
@@ -72,47 +51,61 @@ def run(config: str | Path | Mapping[str, Any], *overrides: str) -> dict[str, An
     source = "run" if isinstance(config, Mapping) else str(config)
     options = dict(config) if isinstance(config, Mapping) else read_yaml(Path(config).expanduser())
     # All sections are checked before anything runs: a typo in the last must not cost hours.
-    plans = plan_stages(options, source, read_overrides(overrides, [*STAGES]))
+    stages = run_stages()
+    plans = plan_stages(options, source, read_overrides(overrides, [*stages]), stages)
     for name, keywords in plans.items():
-        STAGES[name].checked(keywords, f"{source}: {name}")
-    _refuse_unfit(plans)
+        stages[name].checked(keywords, f"{source}: {name}")
+    _refuse_unfit(plans, stages)
+    planned = {
+        name: PlannedStage(each.memory, each.config)
+        for name, each in stages.items()
+        if each.memory is not None
+    }
     results: dict[str, Any] = {}
-    for name, keywords in fit_run(plans).items():
-        results[name] = STAGES[name](**keywords)
+    for name, keywords in fit_run(plans, planned).items():
+        results[name] = stages[name](**keywords)
     return results
 
 
 def plan_stages(
-    options: Mapping[str, Any], source: str, overrides: Overrides | None = None
+    options: Mapping[str, Any],
+    source: str,
+    overrides: Overrides | None = None,
+    stages: Stages | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Keywords of every stage that `options` asks for, in order; their values are not looked at yet.
+
+    Args:
+        source: of the options, for messages.
+        stages: that there are; by default those of `run_stages`.
 
     Raises:
         ConfigError: an unknown key, no stage, no `output_dir`, or an override that no stage takes.
     """
-    given = overrides or Overrides({}, {})
+    stages, given = stages or run_stages(), overrides or Overrides({}, {})
     sections = {
         name: {**_section(options.get(name), source, name), **given.by_stage.get(name, {})}
-        for name in STAGES
+        for name in stages
         if name in options or name in given.by_stage
     }
     if not sections:
-        raise ConfigError(f"{source}: no stage to run; add a section: {', '.join(STAGES)}.")
-    _refuse_unknown(options, sections, source)
-    _refuse_idle(given, sections)
-    shared = {key: value for key, value in options.items() if key not in STAGES} | given.everywhere
+        raise ConfigError(f"{source}: no stage to run; add a section: {', '.join(stages)}.")
+    _refuse_unknown(options, sections, source, stages)
+    _refuse_idle(given, sections, stages)
+    shared = {key: value for key, value in options.items() if key not in stages} | given.everywhere
     root = _root(shared.get("output_dir"), source)
     plans: dict[str, dict[str, Any]] = {}
+    before: list[AnyStage] = []
     for name, section in sections.items():
-        model = STAGES[name].config
+        stage = stages[name]
+        model = stage.config
         own = {**section, **_overriding(given, name, section)}
         if "output_dir" in given.everywhere and "output_dir" not in given.by_stage.get(name, {}):
             own.pop("output_dir", None)  # of the run, in which every stage has its folder
         inherited = {key: value for key, value in shared.items() if key in model.model_fields}
-        keywords = {**inherited, **_fed(name, sections, root, shared), **own}
-        if name == "train" and "emulator" in keywords and "model_name_or_path" not in own:
-            keywords.pop("model_name_or_path", None)
-        plans[name] = from_file(model, keywords)
+        keywords = {**inherited, **fed(stage, before, root, shared), **own}
+        plans[name] = from_file(model, without_replaced(stage, keywords, own))
+        before.append(stage)
     return plans
 
 
@@ -141,26 +134,29 @@ def _overriding(given: Overrides, name: str, section: Mapping[str, Any]) -> dict
 
 
 def _refuse_unknown(
-    options: Mapping[str, Any], sections: Mapping[str, Mapping[str, Any]], source: str
+    options: Mapping[str, Any],
+    sections: Mapping[str, Mapping[str, Any]],
+    source: str,
+    stages: Stages,
 ) -> None:
-    known = {field for stage in STAGES.values() for field in stage.config.model_fields}
-    for key in [key for key in options if key not in known and key not in STAGES]:
-        raise ConfigError(f"{source}: unknown key {key}.{nearest(key, [*sorted(known), *STAGES])}")
+    known = {field for stage in stages.values() for field in stage.config.model_fields}
+    for key in [key for key in options if key not in known and key not in stages]:
+        raise ConfigError(f"{source}: unknown key {key}.{nearest(key, [*sorted(known), *stages])}")
     for name, section in sections.items():
-        fields = STAGES[name].config.model_fields
+        fields = stages[name].config.model_fields
         for key in [key for key in section if key not in fields]:
-            where = _stages_with(key)
+            where = _stages_with(key, stages)
             hint = f" It is one of {' and '.join(where)}." if where else nearest(key, [*fields])
             raise ConfigError(f"{source}: {name}: unknown option {key}.{hint}")
 
 
-def _refuse_idle(given: Overrides, sections: Mapping[str, Any]) -> None:
+def _refuse_idle(given: Overrides, sections: Mapping[str, Any], stages: Stages) -> None:
     """An override that nothing listens to is a mistake, and not a default for stages that may come."""
-    fields = {field for name in sections for field in STAGES[name].config.model_fields}
+    fields = {field for name in sections for field in stages[name].config.model_fields}
     for key, value in given.everywhere.items():
         if key in fields:
             continue
-        where = _stages_with(key)
+        where = _stages_with(key, stages)
         hint = (
             f" It is an option of {' and '.join(where)}, which does not run here."
             if where
@@ -169,11 +165,11 @@ def _refuse_idle(given: Overrides, sections: Mapping[str, Any]) -> None:
         raise ConfigError(f"Override {key}={value}: no stage of this run takes {key}.{hint}")
 
 
-def _stages_with(option: str) -> list[str]:
-    return [name for name, stage in STAGES.items() if option in stage.config.model_fields]
+def _stages_with(option: str, stages: Stages) -> list[str]:
+    return [name for name, stage in stages.items() if option in stage.config.model_fields]
 
 
-def _refuse_unfit(plans: Mapping[str, Mapping[str, Any]]) -> None:
+def _refuse_unfit(plans: Mapping[str, Mapping[str, Any]], stages: Stages) -> None:
     """Refuse what the model tells to be wrong, where one is there: options of other families, modules."""
     first = next(iter(plans.values()))
     name = first.get("model_name_or_path") or first.get("emulator")
@@ -181,28 +177,5 @@ def _refuse_unfit(plans: Mapping[str, Mapping[str, Any]]) -> None:
         return
     model, family = open_model(str(name), first.get("single_file_config"))
     for stage, keywords in plans.items():
-        config = of_family(STAGES[stage].checked(keywords, stage), family)
-        if isinstance(config, TrainConfig):
-            skeleton = family.skeleton(model, torch.float32)
-            require_modules(config, [name for name, _ in skeleton.named_modules()])
-
-
-def _fed(
-    name: str, sections: Mapping[str, Any], root: Path, shared: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What a stage takes from the stages before it."""
-
-    def folder(stage: str) -> str:
-        return str(root / FOLDERS[stage])
-
-    fed: dict[str, Any] = {"output_dir": folder(name)}
-    if name in ("train", "correct") and "compress" in sections:
-        fed["emulator"] = folder("compress")
-    if name == "correct" and "train" in sections:
-        fed["adapter"] = folder("train")
-    if name in ("merge", "evaluate"):
-        for stage in ("correct", "train"):
-            if stage in sections:
-                fed["adapter"] = folder(stage)
-                break
-    return {key: value for key, value in fed.items() if key == "output_dir" or key not in shared}
+        config = of_family(stages[stage].checked(keywords, stage), family)
+        stages[stage].require_suited(config, model, family)

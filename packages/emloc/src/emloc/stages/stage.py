@@ -1,22 +1,45 @@
 """A stage is one function of one options model: call it with keywords, or from the command line.
 
 `@stage(Config)` turns `def compress(config: CompressConfig)` into a function whose keywords are the
-config's fields, so Python, YAML and the command line can never disagree on names. `check=` is asked before
-the stage begins, and by a run of several stages before the first of them does.
+config's fields, so Python, YAML and the command line can never disagree on names. What else it declares says
+where it belongs: from the kinds of artefact that it takes and makes follow its place in a run and what it is
+fed with there, from the planner's lines that describe it the memory that it is planned and held to.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.kinds import Kind
 from emloc.config import build
+from emloc.extend.family import ModelFamily
 from emloc.extend.plugin_options import with_plugin_options
+from emloc.planning.contract import Contract, contract_for
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 ResultT = TypeVar("ResultT")
+
+Takes = Mapping[str, Kind | Sequence[Kind]]
+"""By option the kind of artefact that it names; of several, the first that a run has is preferred."""
+
+
+@dataclass(frozen=True)
+class Declared(Generic[ConfigT]):
+    """What a stage says of itself; the arguments of `stage`, where they are explained."""
+
+    check: Callable[[ConfigT], object] | None = None
+    suits: Callable[[ConfigT, Checkpoint, ModelFamily], object] | None = None
+    consumes: Takes = field(default_factory=dict[str, Kind])
+    produces: Kind | None = None
+    folder: str = ""
+    memory: str | None = None
+    instead: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 class Stage(Generic[ConfigT, ResultT]):
@@ -26,17 +49,26 @@ class Stage(Generic[ConfigT, ResultT]):
         self,
         config: type[ConfigT],
         function: Callable[[ConfigT], ResultT],
-        check: Callable[[ConfigT], object] | None = None,
+        declared: Declared[ConfigT],
     ) -> None:
         self._config = config
-        self._check = check
+        self._declared = declared
         self.function = function
         self.name = function.__name__
+        self.produces, self.memory = declared.produces, declared.memory
+        self.folder = declared.folder or self.name
+        self.instead = declared.instead
+        self.consumes: Mapping[str, Sequence[Kind]] = {
+            option: (kinds,) if isinstance(kinds, Kind) else tuple(kinds)
+            for option, kinds in declared.consumes.items()
+        }
         self.__name__ = function.__name__
+        self.__module__ = function.__module__
         self.__doc__ = f"{function.__doc__}\n\n    Options:\n" + "\n".join(
             f"        {name}: {field.description or 'as its name says'}{_default(field)}"
             for name, field in config.model_fields.items()
         )
+        self._refuse_backwards()
 
     @property
     def config(self) -> type[ConfigT]:
@@ -72,9 +104,68 @@ class Stage(Generic[ConfigT, ResultT]):
             EmlocError: as the stage's check says, for example of a folder that cannot be written.
         """
         config = build(self.config, options, where)
-        if self._check is not None:
-            self._check(config)
+        if self._declared.check is not None:
+            self._declared.check(config)
         return config
+
+    def require_suited(self, config: ConfigT, model: Checkpoint, family: ModelFamily) -> None:
+        """Refuse options that the model cannot do.
+
+        Raises:
+            EmlocError: as the stage's `suits` says.
+        """
+        if self._declared.suits is not None:
+            self._declared.suits(config, model, family)
+
+    def contract(
+        self,
+        config: Any,
+        model: Checkpoint,
+        family: ModelFamily,
+        adapter: Adapter | None = None,
+    ) -> Contract | None:
+        """The stage's planned memory, where its options give any.
+
+        Args:
+            config: the stage's options, with `memory` and `output_dir`.
+            model: what the stage opens: a base, an emulator.
+            adapter: that is there already, where the stage takes one.
+
+        Raises:
+            MemoryLimitError: the stage cannot fit.
+        """
+        if self.memory is None or config.memory is None:
+            return None
+        return contract_for(self.name, self.memory, config, model, family, adapter)
+
+    @property
+    def repairs(self) -> bool:
+        """Whether it makes the kind of artefact that it takes."""
+        return any(self.produces in kinds for kinds in self.consumes.values())
+
+    @property
+    def place(self) -> tuple[int, bool, str]:
+        """Key by which stages are in order: by what they make, those that repair after those that make anew.
+
+        A stage that makes nothing comes after the last kind that it takes; one that takes nothing either,
+        at the end.
+        """
+        taken = [kind.order for kinds in self.consumes.values() for kind in kinds]
+        order = self.produces.order if self.produces else max(taken, default=LAST)
+        return order, self.repairs, self.name
+
+    def _refuse_backwards(self) -> None:
+        """A stage that makes a kind before one that it takes would have no place: ValueError."""
+        for option, kinds in self.consumes.items():
+            for kind in kinds:
+                if self.produces is not None and kind.order > self.produces.order:
+                    raise ValueError(
+                        f"stage {self.name} takes {kind} as {option} and makes {self.produces}, which comes "
+                        f"before it"
+                    )
+
+
+LAST = 1 << 16
 
 
 def _default(field: FieldInfo) -> str:
@@ -82,11 +173,33 @@ def _default(field: FieldInfo) -> str:
 
 
 def stage(
-    config: type[ConfigT], check: Callable[[ConfigT], object] | None = None
+    config: type[ConfigT],
+    check: Callable[[ConfigT], object] | None = None,
+    suits: Callable[[ConfigT, Checkpoint, ModelFamily], object] | None = None,
+    consumes: Takes | None = None,
+    produces: Kind | None = None,
+    folder: str = "",
+    memory: str | None = None,
+    instead: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[[ConfigT], ResultT]], Stage[ConfigT, ResultT]]:
-    """Decorate a function of `config` to become a `Stage`; `check` refuses what cannot work."""
+    """Decorate a function of `config` to become a `Stage`.
+
+    Args:
+        check: refuses options that cannot work; asked before the stage begins, and by a run of several stages
+            before the first of them does.
+        suits: refuses options that the model cannot do; asked by a run that can open the model.
+        consumes: by option the kind of artefact that it names, or several kinds of which the first is
+            preferred. A run gives the option the artefact of the last stage before it that makes the kind.
+        produces: the kind that it makes in `output_dir`; without one it is no part of a run.
+        folder: what `output_dir` is called under a run's; by default as the stage.
+        memory: the planner's lines that describe it (`emloc.planning.setting.STAGES`): its options have
+            `memory`, and a run is fitted to a budget with it. None: it is not planned.
+        instead: by option the one that takes its place: where that is given, the former is not taken from the
+            top of a run's file.
+    """
+    declared = Declared(check, suits, consumes or {}, produces, folder, memory, instead or {})
 
     def wrap(function: Callable[[ConfigT], ResultT]) -> Stage[ConfigT, ResultT]:
-        return Stage(config, function, check)
+        return Stage(config, function, declared)
 
     return wrap

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 
 from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.digest import named_digests
-from emloc.artefacts.kinds import ADAPTER
+from emloc.artefacts.kinds import ADAPTER, EMULATOR
 from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.artefacts.output_place import has_place
 from emloc.artefacts.write_errors import others_writing
 from emloc.config import TrainConfig
 from emloc.errors import CheckpointError, ConfigError, NumericalError
+from emloc.extend.family import ModelFamily
 from emloc.extend.plugin_options import of_family, own_options
 from emloc.extend.plugins import of_folder, open_model
-from emloc.planning.contract import Contract, train_contract
 from emloc.stages.data_digest import data_digest
 from emloc.stages.frame import Artefact, Written, digests
 from emloc.stages.stage import stage
@@ -49,16 +50,28 @@ def _can_train(config: TrainConfig) -> None:
     check_training(config)
 
 
-@stage(TrainConfig, check=_can_train)
+def _has_modules(config: TrainConfig, model: Checkpoint, family: ModelFamily) -> None:
+    skeleton = family.skeleton(model, torch.float32)
+    require_modules(config, [name for name, _ in skeleton.named_modules()])
+
+
+@stage(
+    TrainConfig,
+    check=_can_train,
+    suits=_has_modules,
+    consumes={"emulator": EMULATOR},
+    produces=ADAPTER,
+    folder="adapter",
+    memory="train",
+    instead={"model_name_or_path": "emulator"},
+)
 def train(config: TrainConfig) -> Path:
     """Train a LoRA; returns the folder of the PEFT adapter."""
     model, family = open_model(
         config.emulator or str(config.model_name_or_path), config.single_file_config
     )
     config = of_family(config, family)
-    require_modules(
-        config, [name for name, _ in family.skeleton(model, torch.float32).named_modules()]
-    )
+    train.require_suited(config, model, family)
     emulator = _emulator(config, Manifest.find(model.path))
     digest, named = model.digest(), named_digests(config)
     settings: dict[str, Any] = {
@@ -85,9 +98,6 @@ def train(config: TrainConfig) -> Path:
         streamed=False,
     )
 
-    def planned() -> Contract | None:
-        return None if config.memory is None else train_contract(config, model, family)
-
     def write(work: Path) -> Written:
         with others_writing(work):
             figures = family.train(of_folder(config, model), work)
@@ -105,7 +115,7 @@ def train(config: TrainConfig) -> Path:
             measured={**how, **figures},
         )
 
-    return artefact.write(write, planned)
+    return artefact.write(write, lambda: train.contract(config, model, family))
 
 
 def _emulator(config: TrainConfig, found: Manifest | None) -> Manifest | None:

@@ -13,6 +13,7 @@ from emloc.artefacts.adapter_config import CONFIG_NAME
 from emloc.artefacts.adapter_tensors import WEIGHTS_NAME
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.file_digest import file_sha256
+from emloc.artefacts.kinds import ADAPTER, CORRECTED_ADAPTER, EMULATOR, MERGED_MODEL
 from emloc.artefacts.manifest import MANIFEST_NAME, Manifest
 from emloc.artefacts.named_files import named_file
 from emloc.config import VerifyConfig
@@ -25,7 +26,7 @@ from emloc.machine.progress import progress_bar
 from emloc.stages.stage import stage
 
 
-@stage(VerifyConfig)
+@stage(VerifyConfig, consumes={"path": (EMULATOR, ADAPTER, CORRECTED_ADAPTER, MERGED_MODEL)})
 def verify(config: VerifyConfig) -> dict[str, Any]:
     """Check a folder; returns what was checked.
 

@@ -1,0 +1,55 @@
+"""A plugin's stage that takes an emulator and makes one, run between compress and train."""
+
+import importlib.metadata
+import shutil
+import sys
+import types
+from pathlib import Path
+
+from pydantic import Field
+
+import emloc
+from emloc.artefacts.kinds import EMULATOR
+from emloc.artefacts.manifest import Manifest
+from emloc.config import StageConfig
+from emloc.extend.stages import StageEntry
+from emloc.stages.stage import stage
+from emloc_llm.example import write_example
+
+
+class DuplicateConfig(StageConfig):
+    """Copy an emulator."""
+
+    emulator: str = Field(description="emulator to copy")
+    output_dir: Path = Field(description="where the copy goes")
+
+
+@stage(DuplicateConfig, consumes={"emulator": EMULATOR}, produces=EMULATOR, folder="copy")
+def duplicate(config):
+    """Copy an emulator; returns the copy's folder."""
+    return Path(shutil.copytree(config.emulator, config.output_dir))
+
+
+def test_it_is_fed_and_feeds(tmp_path, monkeypatch):
+    module = types.ModuleType("toy_stages")
+    module.duplicate = duplicate
+
+    def emloc_register_stages():
+        return [StageEntry("duplicate", "toy_stages:duplicate")]
+
+    module.emloc_register_stages = emloc.hookimpl(emloc_register_stages)
+    plugin = types.SimpleNamespace(name="toys", load=lambda: module)
+    real = list(importlib.metadata.entry_points(group="emloc"))
+    monkeypatch.setitem(sys.modules, "toy_stages", module)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [*real, plugin])
+    options = write_example(tmp_path / "example", seed=0)
+    made = emloc.run(
+        {**options, "output_dir": str(tmp_path / "run"), "device": "cpu", "compress": {},
+         "duplicate": {}, "train": {"max_steps": 1, "lora_r": 2}, "correct": {"limit": 1}}
+    )  # fmt: skip
+    assert list(made) == ["compress", "duplicate", "train", "correct"]
+    trained, corrected = Manifest.read(made["train"]), Manifest.read(made["correct"])
+    assert (
+        trained.emulator.name_or_path == corrected.emulator.name_or_path == str(made["duplicate"])
+    )
+    assert trained.base_model.name_or_path == options["model_name_or_path"]
