@@ -39,9 +39,13 @@ def test_it_is_fed_and_feeds(tmp_path, monkeypatch):
 
     module.emloc_register_stages = emloc.hookimpl(emloc_register_stages)
     plugin = types.SimpleNamespace(name="toys", load=lambda: module)
-    real = list(importlib.metadata.entry_points(group="emloc"))
+    real = importlib.metadata.entry_points
     monkeypatch.setitem(sys.modules, "toy_stages", module)
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [*real, plugin])
+    monkeypatch.setattr(
+        importlib.metadata,
+        "entry_points",
+        lambda group: [*real(group=group), *([plugin] if group == "emloc" else [])],
+    )
     options = write_example(tmp_path / "example", seed=0)
     made = emloc.run(
         {**options, "output_dir": str(tmp_path / "run"), "device": "cpu", "compress": {},

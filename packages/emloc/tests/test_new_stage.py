@@ -57,9 +57,13 @@ class Installed:
 
 def install(monkeypatch, *entries):
     plugin = Installed(*entries)
-    real = list(importlib.metadata.entry_points(group="emloc"))
+    real = importlib.metadata.entry_points
     monkeypatch.setitem(sys.modules, "toy_stages", plugin.module)
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [*real, plugin])
+    monkeypatch.setattr(
+        importlib.metadata,
+        "entry_points",
+        lambda group: [*real(group=group), *([plugin] if group == "emloc" else [])],
+    )
 
 
 @pytest.fixture
