@@ -123,18 +123,12 @@ def test_contracts_of_artefacts_are_of_what_they_hold(tiny, tmp_path):
     """The emulator's bytes and the adapter's matrices, as they lie on the disk."""
     seen = {}
 
-    def remember(stage):
-        made = getattr(contracts, f"{stage}_contract")
-
-        def contract(*given):
-            seen[stage] = made(*given)
-            return seen[stage]
-
-        return contract
+    def remember(name, *given):
+        seen[name] = contracts.contract_for(name, *given)
+        return seen[name]
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("train", "correct", "merge"):
-            patch.setattr(sys.modules[f"emloc.stages.{name}"], f"{name}_contract", remember(name))
+        patch.setattr(sys.modules["emloc.stages.stage"], "contract_for", remember)
         emloc.train(output_dir=tmp_path / "a", memory="2GiB", **tiny.train_options)
         emloc.correct(output_dir=tmp_path / "c", memory="2GiB", **tiny.correct_options)
         emloc.merge(
