@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -246,6 +247,18 @@ def test_random_numbers_are_the_hosts(card):
     assert torch.equal(*on_both(draw, torch.ones(4)))
     with pytest.raises(RuntimeError, match="Expected a 'cuda' device type for generator"):
         torch.randn(1, device="cuda", generator=torch.Generator())
+
+
+def test_pools_of_threads_and_inference_mode_see_it(card):
+    with ThreadPoolExecutor(1) as pool:
+        moved = pool.submit(torch.ones(3).to, "cuda").result()
+        made = pool.submit(torch.ones, 3, device="cuda").result()
+    with torch.inference_mode():
+        x = torch.ones(2, 3).to("cuda", torch.float64)
+        assert linear(x, x).device == moved.device == made.device == CUDA
+        with pytest.raises(RuntimeError, match="same device"):
+            linear(x, torch.ones(2, 3, dtype=torch.float64))
+    assert card.to_device.count == 2
 
 
 def test_modules_keep_their_parameters(card):

@@ -34,6 +34,8 @@ def cuda_stand_ins(traffic: Traffic) -> Iterator[None]:
     with ExitStack() as stack:
         for name in (name for name in vars(_Card) if not name.startswith("__")):
             stack.enter_context(patch.object(torch.cuda, name, getattr(card, name)))
+            if name in vars(torch.cuda.random):
+                stack.enter_context(patch.object(torch.cuda.random, name, getattr(card, name)))
         stack.enter_context(patch.object(torch, "Generator", _Generator))
         stack.enter_context(claim_cuda())
         yield

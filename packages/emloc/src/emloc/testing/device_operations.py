@@ -165,6 +165,16 @@ def _is_pinned(traffic: Traffic, func: Any, args: Sequence[Any], kwargs: dict[st
     return not isinstance(args[0], DeviceTensor) and traffic.is_pinned(args[0])
 
 
+def _widened(traffic: Traffic, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """A product with a wider result, which only CUDA has: of widened factors."""
+    *factors, dtype = args
+    plain: dict[str, Any] = {"dtype": "default", "dtype_out": "out"}
+    wide = [factor.to(dtype) for factor in values_of(factors)]
+    product = getattr(func.overloadpacket, plain[func._overloadname])
+    _refuse_mixed(func, func.overloadpacket.__name__, factors, {})
+    return run(traffic, product, wide, kwargs, isinstance(factors[0], DeviceTensor))
+
+
 SPECIAL: dict[Any, Callable[[Traffic, Any, Sequence[Any], dict[str, Any]], Any]] = {
     aten._to_copy.default: _to_copy,
     aten.copy_.default: _copy,
@@ -172,4 +182,9 @@ SPECIAL: dict[Any, Callable[[Traffic, Any, Sequence[Any], dict[str, Any]], Any]]
     aten._pin_memory.default: _pin,
     aten.pin_memory.default: _pin,
     aten.is_pinned.default: _is_pinned,
+    **{
+        getattr(product, overload): _widened
+        for product in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
+        for overload in ("dtype", "dtype_out")
+    },
 }

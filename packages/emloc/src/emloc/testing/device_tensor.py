@@ -35,10 +35,11 @@ class DeviceTensor(Tensor):
             torch.OutOfMemoryError: the device's limit is reached.
         """
         traffic.hold(values)
-        made: Any = Tensor._make_wrapper_subclass(  # pyright: ignore
-            cls, values.shape, strides=values.stride(), storage_offset=values.storage_offset(),
-            dtype=values.dtype, layout=values.layout, device=DEVICE,
-        )  # fmt: skip
+        with torch.inference_mode(False):  # a wrapper may be a view of one that was made outside
+            made: Any = Tensor._make_wrapper_subclass(  # pyright: ignore
+                cls, values.shape, strides=values.stride(), storage_offset=values.storage_offset(),
+                dtype=values.dtype, layout=values.layout, device=DEVICE,
+            )  # fmt: skip
         made.values, made.traffic = values, traffic
         return made
 

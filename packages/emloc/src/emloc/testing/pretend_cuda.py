@@ -14,9 +14,11 @@ It does not see kernels (what CUDA has not implemented, other numerics, dtypes t
 races, the allocator (rounding, fragmentation, workspaces), or what happens without torch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,7 +31,7 @@ from emloc.testing.traffic import Traffic
 
 @contextmanager
 def pretend_device() -> Iterator[Traffic]:
-    """Have a device `cuda:0` in this thread while inside; yields its counts.
+    """Have a device `cuda:0` in this thread, and in pools of threads, while inside; yields its counts.
 
     Raises:
         RuntimeError: there is a real one.
@@ -37,11 +39,28 @@ def pretend_device() -> Iterator[Traffic]:
     traffic = Traffic()
     with (
         cuda_stand_ins(traffic),
-        _Operations(traffic),
-        Calls(),
-        torch.autograd.set_multithreading_enabled(False),  # the modes are this thread's
+        _pretending(traffic),
+        patch.object(ThreadPoolExecutor, "submit", _submitting(traffic)),
     ):
         yield traffic
+
+
+@contextmanager
+def _pretending(traffic: Traffic) -> Iterator[None]:
+    """What is of one thread: the modes, and that its autograd starts no others."""
+    with _Operations(traffic), Calls(), torch.autograd.set_multithreading_enabled(False):
+        yield
+
+
+def _submitting(traffic: Traffic) -> Callable[..., Any]:
+    submit = ThreadPoolExecutor.submit
+
+    def submit_pretending(
+        pool: ThreadPoolExecutor, call: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        return submit(pool, _pretending(traffic)(call), *args, **kwargs)
+
+    return submit_pretending
 
 
 class _Operations(TorchDispatchMode):
@@ -54,4 +73,10 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return operate(self._traffic, func, args, kwargs or {})
+        kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():  # then torch leaves composed operations whole
+            with self:
+                made = func.decompose(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
+        return operate(self._traffic, func, args, kwargs)
