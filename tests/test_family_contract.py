@@ -33,25 +33,6 @@ def batches(family, example, checkpoint):
     return family.calibration_batches(checkpoint, config)
 
 
-@pytest.fixture(scope="session")
-def stages(family, example, tmp_path_factory):
-    """The folders of all stages, run through the public functions and held to a GiB."""
-    memory = {"memory": "1GiB"}
-    root = tmp_path_factory.mktemp(f"{family.name}-stages")
-    data = {key: value for key, value in example.items() if key != "model_name_or_path"}
-    emulator = emloc.compress(output_dir=root / "emulator", keep_ratio=0.5, **example, **memory)
-    adapter = emloc.train(
-        emulator=str(emulator), output_dir=root / "adapter", max_steps=2, logging_steps=1,
-        save_steps=1, learning_rate=1e-2, lora_r=3, **data, **memory,
-    )  # fmt: skip
-    corrected = emloc.correct(
-        adapter=str(adapter), emulator=str(emulator), output_dir=root / "corrected", limit="none",
-        **data, **memory,
-    )  # fmt: skip
-    merged = emloc.merge(adapter=str(corrected), output_dir=root / "merged", **memory)
-    return {"emulator": emulator, "adapter": adapter, "corrected": corrected, "merged": merged}
-
-
 def test_is_a_family(family):
     assert isinstance(family, ModelFamily)
     assert family.adapter_formats

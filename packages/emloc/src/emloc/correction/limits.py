@@ -125,7 +125,7 @@ def _adding(lora: CandidateLora) -> Any:
         delta = _delta(module, x, lora.down, lora.ups[candidate]) * lora.scaling
         if lora.gains is None:
             return output + delta
-        bias = dict(module.named_parameters()).get("bias", torch.zeros(1))
+        bias = dict(module.named_parameters()).get("bias", output.new_zeros(1))
         gain = lora.gains[candidate]
         if isinstance(module, nn.Conv2d):
             bias, gain = bias.view(-1, 1, 1), gain.view(-1, 1, 1)
