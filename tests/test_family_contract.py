@@ -13,6 +13,7 @@ from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
 from emloc.config import CompressConfig
 from emloc.extend.family import ModelFamily
+from emloc.extend.losses import loss_sum
 from emloc.extend.plugin_options import with_plugin_options
 from emloc.extend.plugins import family_of
 from emloc.planning.family import PlannedFamily
@@ -77,7 +78,7 @@ def test_groups_really_share_their_input(family, checkpoint, batches):
     groups = family.layer_groups(stream.model)
     for name in (name for group in groups for name in group):
         stream.model.get_submodule(name).register_forward_pre_hook(record(name))
-    calls = [Call(lambda: family.forward_loss(stream.model, batches[0]))]
+    calls = [Call(lambda: loss_sum(family, stream.model, batches[0]))]
     lockstep(stream.model, stream.units, calls, stream.filled)
     for group in groups:
         assert all(seen[name] == seen[group[0]] for name in group)
@@ -87,7 +88,7 @@ def test_groups_really_share_their_input(family, checkpoint, batches):
 def test_streamed_forward_is_the_plain_forward(family, checkpoint, batches):
     """Bit for bit, with all weights loaded at once instead of one unit at a time."""
     stream = UnitStream(family, checkpoint)
-    calls = [Call(lambda b=batch: family.forward_loss(stream.model, b)) for batch in batches]
+    calls = [Call(lambda b=batch: loss_sum(family, stream.model, b)) for batch in batches]
     streamed = lockstep(stream.model, stream.units, calls, stream.filled)
     whole = family.skeleton(checkpoint, torch.float32)
     for name, _ in list(whole.named_parameters(remove_duplicate=False)):
@@ -95,7 +96,7 @@ def test_streamed_forward_is_the_plain_forward(family, checkpoint, batches):
         value = family.stored(whole, name, checkpoint).read(checkpoint.read).float()
         setattr(whole.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     with torch.no_grad():
-        plain = [family.forward_loss(whole, batch) for batch in batches]
+        plain = [loss_sum(family, whole, batch) for batch in batches]
     assert streamed == plain
     assert all(result.terms > 0 for result in plain)
 

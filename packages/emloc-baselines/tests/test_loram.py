@@ -16,8 +16,8 @@ from emloc.config import CompressConfig
 from emloc.errors import ConfigError, MismatchError
 from emloc.extend.methods import Task
 from emloc.extend.plugins import open_model
+from emloc.streaming.block_gradients import backward_by_block
 from emloc.streaming.stream import UnitStream
-from emloc_baselines.block_gradients import backward_by_block
 from emloc_baselines.budget import emulator_bytes, held_bytes
 from emloc_baselines.importance import first_order
 from emloc_baselines.kept import as_text, from_text

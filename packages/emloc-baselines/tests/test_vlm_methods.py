@@ -13,8 +13,8 @@ from emloc.config import CompressConfig
 from emloc.extend.methods import Task
 from emloc.extend.plugin_options import with_plugin_options
 from emloc.extend.plugins import method_named, open_model
+from emloc.streaming.block_gradients import backward_by_block
 from emloc.streaming.stream import UnitStream
-from emloc_baselines.block_gradients import backward_by_block
 from emloc_vlm.example import write_model, write_rows
 
 OWN = {

@@ -8,6 +8,7 @@ from emloc.config import TrainConfig
 from emloc.errors import ConfigError
 from emloc.extend.plugin_options import with_plugin_options
 from emloc.planning.described import describe
+from emloc.planning.family import traced_loss
 from emloc.planning.layers import layer_shapes, planned_layers
 from emloc.planning.step import Precision, StepOptions
 from emloc.planning.trace import count_step, materialise, trace_step
@@ -64,11 +65,11 @@ def both(checkpoint, family, config, compressed, run):
 def real(model, batch, family):
     materialise(model)
     made = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in batch.items()}
-    return count_step(model, made, family.training_loss, autocast=False)
+    return count_step(model, made, traced_loss(family), autocast=False)
 
 
 def traced(model, batch, family):
-    return trace_step(model, batch, family.training_loss, autocast=False)
+    return trace_step(model, batch, traced_loss(family), autocast=False)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, default_data_collator
 from trl import SFTConfig, SFTTrainer
 
 from emloc.errors import DataError, NumericalError
-from emloc.extend.family import LossSum, summed
+from emloc.extend.losses import LossSum, loss_sum, summed
 from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
 from emloc.integrations.transformers.loss import (
     IGNORED,
@@ -17,6 +17,7 @@ from emloc.integrations.transformers.loss import (
     summed_cross_entropy,
 )
 from emloc.streaming.lockstep import Call, lockstep
+from emloc_llm.family import LLMFamily
 from emloc_llm.training import Trainer
 
 VOCABULARY = 61
@@ -58,10 +59,10 @@ def test_the_loss_is_transformers_own(dtype, adapted):
         model = get_peft_model(
             model, LoraConfig(target_modules="all-linear", init_lora_weights=False)
         )
-    found = next_token_loss(model, batch)
-    assert found.terms == 8 + 3 + 3
+    total, terms = next_token_loss(model, batch)
+    assert terms == 8 + 3 + 3
     expected = float(reference(model, batch))
-    assert found.total / found.terms == pytest.approx(
+    assert float(total) / terms == pytest.approx(
         expected, rel=1e-2 if dtype == torch.bfloat16 else 1e-6
     )
 
@@ -77,9 +78,9 @@ def test_the_head_sees_labelled_positions_only():
 
 def test_a_model_without_a_head_of_its_own_gives_the_same(monkeypatch):
     model, batch = small_model(), batch_of()
-    expected = next_token_loss(model, batch)
+    expected, _ = next_token_loss(model, batch)
     monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
-    assert next_token_loss(model, batch).total == pytest.approx(expected.total, rel=1e-6)
+    torch.testing.assert_close(next_token_loss(model, batch)[0], expected, rtol=1e-6, atol=0)
 
 
 def test_calls_in_lockstep_see_their_own_labels():
@@ -100,8 +101,9 @@ def test_calls_in_lockstep_see_their_own_labels():
     calls = [Call(lambda batch=batch: next_token_loss(model, batch)) for batch in batches]
     found = lockstep(model, ["model.layers.0", "model.layers.1", "lm_head"], calls, visit)
     for result, batch in zip(found, batches, strict=True):
-        alone = next_token_loss(model, batch)
-        assert (result.terms, result.total) == (alone.terms, pytest.approx(alone.total, rel=1e-6))
+        alone, terms = next_token_loss(model, batch)
+        torch.testing.assert_close(result[0], alone, rtol=1e-6, atol=0)
+        assert result[1] == terms
     assert not model.lm_head._forward_pre_hooks
 
 
@@ -143,7 +145,7 @@ def test_logits_that_would_be_larger_than_a_tile_are_left_to_trl(make, monkeypat
     trainer = make(Trainer)
     expected = trainer.compute_loss(trainer.model, batch_of())
     monkeypatch.setattr("emloc_llm.training.TILE_ROWS", VOCABULARY // 3)
-    monkeypatch.setattr("emloc_llm.training.labelled_logits", None)
+    monkeypatch.setattr("emloc_llm.training.next_token_loss", None)
     torch.testing.assert_close(trainer.compute_loss(trainer.model, batch_of()), expected)
 
 
@@ -193,7 +195,7 @@ def test_ours_trls_and_transformers_losses_are_one(make, batch):
     trainer = make(SFTTrainer)
     model = trainer.model.eval()
     with torch.no_grad():
-        ours = next_token_loss(model, batch).mean("It")
+        ours = loss_sum(LLMFamily(), model, batch).mean("It")
         stock = float(reference(model, batch))
         trls = float(trainer.compute_loss(model, dict(batch)))
         mine = float(make(Trainer).compute_loss(model, dict(batch)))

@@ -9,6 +9,7 @@ import torch
 from emloc.config import TrainConfig
 from emloc.planning.blocks import by_block
 from emloc.planning.described import describe
+from emloc.planning.family import traced_loss
 from emloc.planning.layers import layer_shapes, planned_layers
 from emloc.planning.step import Precision, StepOptions
 from emloc.planning.trace import Depths, count_step, extrapolate, materialise, trace_step
@@ -65,7 +66,7 @@ def both(checkpoint, family, config, compressed, autocast=False):
     )
     planned = family.step_sizes(skeleton, layers, batch, step)
     model = family.trainable(checkpoint, groups, config)
-    return planned, SimpleNamespace(model=model, batch=batch, loss=family.training_loss)
+    return planned, SimpleNamespace(model=model, batch=batch, loss=traced_loss(family))
 
 
 def real(run, autocast=False):
@@ -142,7 +143,7 @@ def test_a_trace_of_two_and_three_blocks_tells_of_more(described):
     def count(blocks):
         counted.append(list(blocks))
         model = family.trainable(family.shallow(checkpoint, blocks), [], config)
-        return trace_step(model, batch, family.training_loss, autocast=False)
+        return trace_step(model, batch, traced_loss(family), autocast=False)
 
     assert family.stacks(checkpoint) == [3]
     deep = extrapolate(Depths([7], count))
@@ -165,7 +166,7 @@ def test_layers_of_a_block_that_differ_are_counted_each(described):
     batch = family.planned_batch(checkpoint, config, 2)
     planned = family.step_sizes(skeleton, layers, batch, StepOptions(Precision(4)))
     run = SimpleNamespace(
-        model=family.trainable(checkpoint, groups, config), batch=batch, loss=family.training_loss
+        model=family.trainable(checkpoint, groups, config), batch=batch, loss=traced_loss(family)
     )
     assert planned.largest.total == pytest.approx(real(run).largest.total, rel=0.02)
 

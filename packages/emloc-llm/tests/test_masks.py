@@ -14,7 +14,6 @@ from emloc.compression.groups import Group, Plan
 from emloc.compression.one_pass import compress_blocks
 from emloc.config import CompressConfig
 from emloc.errors import ConfigError, NumericalError
-from emloc.extend.family import LossSum
 from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
 from emloc.integrations.transformers.skeleton import empty_model, shared_linears
 from emloc.streaming.stream import UnitStream
@@ -78,9 +77,9 @@ class MaskedLM(LLMFamily):
     def skeleton(self, checkpoint, dtype):
         return empty_model(checkpoint, AutoModelForMaskedLM, dtype)
 
-    def forward_loss(self, model, batch):
-        found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        return LossSum(float(found.logits.sum()), 1)
+    def loss(self, model, batch):
+        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return output.logits.sum(), 1
 
 
 @pytest.mark.parametrize(("groups", "layers"), [(1, 3), (2, 4)])

@@ -12,6 +12,7 @@ from emloc.config import TrainConfig
 from emloc.errors import ConfigError
 from emloc.extend.plugin_options import with_plugin_options
 from emloc.planning.described import Described, describe
+from emloc.planning.family import traced_loss
 from emloc.planning.layers import layer_shapes, planned_layers
 from emloc.planning.step import Precision, StepOptions
 from emloc.planning.trace import count_step, materialise, trace_step
@@ -76,11 +77,11 @@ def real(model, batch, family, checkpoint):
     made["input_ids"][:, 1 : 1 + tokens] = checkpoint.config["image_token_id"]
     if samples > 1:
         made["attention_mask"][:, :-3] = 1
-    return count_step(model, made, family.training_loss, autocast=False)
+    return count_step(model, made, traced_loss(family), autocast=False)
 
 
 def traced(model, batch, family, checkpoint):
-    return trace_step(model, batch, family.training_loss, autocast=False)
+    return trace_step(model, batch, traced_loss(family), autocast=False)
 
 
 SETTINGS = [("float32", False, False, False), ("float32", True, True, False),

@@ -13,8 +13,8 @@ from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
 from emloc.config import CompressConfig
 from emloc.errors import ConfigError, NumericalError
+from emloc.extend.losses import loss_sum
 from emloc.extend.plugin_options import with_plugin_options
-from emloc.integrations.transformers.loss import next_token_loss
 from emloc.streaming.real_rows import real_rows
 from emloc_vlm.calibration import PATCH_MASK, _with_patch_mask
 from emloc_vlm.family import VLMFamily
@@ -87,7 +87,7 @@ def test_the_loss_is_transformers_own(tiny):
     model = load(tiny.base)
     for batch in batches_of(tiny.base, **tiny.common, calibration_batch_size=5):
         with torch.no_grad():
-            ours, stock = next_token_loss(model, batch), float(model(**batch).loss)
+            ours, stock = loss_sum(VLMFamily(), model, batch), float(model(**batch).loss)
         assert ours.mean("it") == pytest.approx(stock, rel=1e-6, abs=1e-6)
 
 

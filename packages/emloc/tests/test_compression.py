@@ -15,7 +15,7 @@ from emloc.compression.groups import Group, Plan
 from emloc.compression.one_pass import compress_blocks
 from emloc.compression.sensitivity import BlockProbe
 from emloc.errors import ConfigError
-from emloc.extend.family import LossSum, StoredParameter
+from emloc.extend.family import StoredParameter
 from emloc.streaming.lockstep import Call, lockstep
 from emloc.streaming.stream import UnitStream
 
@@ -154,8 +154,8 @@ class Family:
     def token_mask(self, batch, layer=None):
         return batch["mask"] if self.mask is None else self.mask(batch, layer)
 
-    def forward_loss(self, model, batch):
-        return LossSum(float(model(batch["x"]).sum()), 1)
+    def loss(self, model, batch):
+        return model(batch["x"]).sum(), 1
 
 
 def real_batches():
@@ -336,7 +336,7 @@ def probe_of(stream):
             if unit == "blocks.0":
                 found.append(probe.sensitivity(group, torch.ones(10, 3), torch.ones(3, WIDTH)))
 
-    calls = [Call(lambda: stream.family.forward_loss(stream.model, batch), context=batch)]
+    calls = [Call(lambda: stream.family.loss(stream.model, batch), context=batch)]
     with probe.watching(["blocks.0"]):
         lockstep(stream.model, stream.units, calls, visit)
     return found[0]

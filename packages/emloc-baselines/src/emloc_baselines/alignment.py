@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from emloc_baselines.continued import ContinuedOptions, continued, load_whole, train_further
-from emloc_baselines.differentiable_loss import summed_loss
 from emloc_baselines.light import Source
 
 
@@ -32,7 +31,7 @@ def alignment(
             work,
             model,
             trained,
-            lambda batch: summed_loss(source.family, model, batch),
+            lambda batch: source.family.loss(model, batch),
             options,
             "alignment",
         )

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from emloc.errors import ConfigError, DataError
 from emloc.extend.family import Batch
 from emloc_baselines.continued import ContinuedOptions, continued, load_whole, train_further
-from emloc_baselines.differentiable_loss import summed_loss
 from emloc_baselines.light import Source
 
 
@@ -59,7 +58,7 @@ def distillation(
 
         def loss_of(batch: Batch) -> tuple[Tensor, int]:
             with _Middle(student, thinned) as seen:
-                total, terms = summed_loss(source.family, student, batch)
+                total, terms = source.family.loss(student, batch)
             assert seen.entered is not None
             assert seen.left is not None
             target = _through(teacher, full, seen.entered)

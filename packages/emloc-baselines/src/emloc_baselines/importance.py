@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from emloc.extend.family import Batch
+from emloc.streaming.block_gradients import backward_by_block
 from emloc.streaming.stream import UnitStream
-from emloc_baselines.block_gradients import backward_by_block
 from emloc_baselines.structures import Structures
 
 

@@ -12,11 +12,11 @@ from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.locate import locate
 from emloc.config import EvaluateConfig
 from emloc.errors import ConfigError
-from emloc.extend.family import LossSum, ModelFamily, summed
+from emloc.extend.family import ModelFamily
+from emloc.extend.losses import LossSum, loss_sum, summed
 from emloc.integrations.peft.attach import attach
 from emloc.machine.memory import PeakMemory
 from emloc.machine.progress import progress_bar
-from emloc_diffusion.denoisers import denoiser_of
 from emloc_diffusion.encode.components import release
 from emloc_diffusion.evaluated_pictures import check_encoders, draw_and_score
 from emloc_diffusion.loading import load_denoiser
@@ -60,7 +60,7 @@ def _evaluate(config: DenoiserEvaluateConfig, family: ModelFamily) -> dict[str, 
     if config.adapter:
         model = attach(model, config.adapter, checkpoint, family)
     dtype = next(model.parameters()).dtype
-    scores = _loss(config, checkpoint, model, samples)
+    scores = _loss(config, checkpoint, family, model, samples)
     if plan is None:
         return scores
     del model  # the pipeline brings its own
@@ -73,10 +73,13 @@ def _evaluate(config: DenoiserEvaluateConfig, family: ModelFamily) -> dict[str, 
 
 
 def _loss(
-    config: DenoiserEvaluateConfig, checkpoint: Checkpoint, model: Any, samples: Samples
+    config: DenoiserEvaluateConfig,
+    checkpoint: Checkpoint,
+    family: ModelFamily,
+    model: Any,
+    samples: Samples,
 ) -> dict[str, Any]:
-    base = model.get_base_model() if config.adapter else model
-    objective, predict = objective_of(checkpoint.path), denoiser_of(checkpoint).predict
+    objective = objective_of(checkpoint.path)
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     chosen = samples.indices(prior=False)[: config.num_samples]
     order = [chosen[i % len(chosen)] for i in range(config.num_noise_samples)]
@@ -85,12 +88,9 @@ def _loss(
     with torch.inference_mode(), progress_bar("loss", len(order)) as advance:
         for start in range(0, len(order), size):
             part = order[start : start + size]
-            batch = {
-                name: tensor.to(base.device, base.dtype)
-                for name, tensor in samples.batch(part, objective, generator).items()
-            }
-            error = predict(model, batch).float() - batch["target"].float()
-            parts.append(LossSum(float(error.square().sum()), error.numel()))
+            drawn = samples.batch(part, objective, generator)
+            batch = {name: tensor.to(config.device) for name, tensor in drawn.items()}
+            parts.append(loss_sum(family, model, batch))
             advance(len(part))
     loss = summed(parts).mean(f"Pictures of {config.dataset}")
     return {"loss": loss, "exact_match": None, "samples": len(chosen)}

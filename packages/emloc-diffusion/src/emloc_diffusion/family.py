@@ -16,10 +16,11 @@ from emloc.config import (
     EvaluateConfig,
     TrainConfig,
 )
-from emloc.extend.family import Batch, EmulatorLayers, LossSum, StoredParameter
+from emloc.extend.family import Batch, EmulatorLayers, StoredParameter
 from emloc.integrations.diffusers.quantizer import emulator_config
 from emloc.integrations.diffusers.skeleton import Trace, empty_model, is_layer, trace, units
 from emloc_diffusion.denoisers import DENOISERS, denoiser_of
+from emloc_diffusion.denoising_loss import squared_errors
 from emloc_diffusion.objective import objective_of
 from emloc_diffusion.planned import PlannedDiffusion
 from emloc_diffusion.samples import Options, encode_samples
@@ -120,17 +121,9 @@ class DiffusionFamily(PlannedDiffusion):
         sample = batch["sample"]
         return torch.ones(sample.shape[0], *sample.shape[2:], dtype=torch.bool)
 
-    def forward_loss(self, model: nn.Module, batch: Batch) -> LossSum:
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         """Squared error of the prediction, summed over latents' elements."""
-        dtype = next(model.parameters()).dtype
-        given = {name: tensor.to(dtype) for name, tensor in batch.items()}
-        predicted = DENOISERS[type(model).__name__].predict(model, given)
-        error = (
-            (predicted - given["target"])
-            .square()
-            .sum(dtype=torch.promote_types(dtype, torch.float32))
-        )
-        return LossSum(float(error), batch["target"].numel())
+        return squared_errors(model, batch).sum(), batch["target"].numel()
 
     def emulator_config(self, checkpoint: Checkpoint, layers: EmulatorLayers) -> dict[str, Any]:
         """See `ModelFamily`."""

@@ -18,7 +18,7 @@ from emloc.planning.described import Described, weight_dtype
 from emloc.planning.family import Groups, OtherModel
 from emloc.planning.operations import Layer
 from emloc.planning.step import StepOptions, StepSizes
-from emloc_diffusion.denoisers import DENOISERS, denoiser_of
+from emloc_diffusion.denoisers import denoiser_of
 from emloc_diffusion_options import DreamBoothOptions, PictureOptions
 
 PROMPT_TOKENS = {
@@ -121,13 +121,6 @@ class PlannedDiffusion:
         chosen = {"lora_layers_to_transform": [], "lora_layers_pattern": []}  # taken in already
         options = options.model_copy(update={"lora_target_modules": targets, **chosen})
         return with_planned_lora(model.requires_grad_(False), options)
-
-    def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """As `DenoiserTrainer` computes it, without the weight of the class."""
-        base: Any = model
-        kind = type(base.get_base_model()).__name__
-        error = DENOISERS[kind].predict(model, batch).float() - batch["target"].float()
-        return error.square().flatten(1).mean(1).mean()
 
     def step_sizes(
         self, model: nn.Module, layers: Mapping[str, Layer], batch: Batch, options: StepOptions

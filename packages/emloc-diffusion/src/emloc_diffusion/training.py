@@ -25,7 +25,7 @@ from emloc.integrations.transformers.lora_training import train_lora as train_wi
 from emloc.integrations.transformers.lora_training import training_arguments
 from emloc.machine.memory import PeakMemory, return_large_blocks
 from emloc_diffusion.data.prompts import check_unique_token
-from emloc_diffusion.denoisers import denoiser_of
+from emloc_diffusion.denoising_loss import squared_errors
 from emloc_diffusion.encode.text import load_tokenizer
 from emloc_diffusion.family import DiffusionFamily
 from emloc_diffusion.loading import load_denoiser
@@ -74,7 +74,6 @@ class DenoiserTrainer(Trainer):
     Args:
         samples: the encoded pictures.
         objective: what noise, and what to predict.
-        predict: the denoiser's output for a micro-batch.
         prior_weight: of the loss on pictures of the class.
         text: text encoders in training; None where prompts are encoded already.
     """
@@ -83,13 +82,12 @@ class DenoiserTrainer(Trainer):
         self,
         samples: Samples,
         objective: Objective,
-        predict: Any,
         prior_weight: float,
         text: TextTraining | None,
         **more: Any,
     ) -> None:
         super().__init__(**more)
-        self._samples, self._objective, self._predict = samples, objective, predict
+        self._samples, self._objective = samples, objective
         self._text = text
         # A micro-batch's loss is a mean, which accumulation divides whatever the model's forward takes.
         self.model_accepts_loss_kwargs = False
@@ -101,13 +99,11 @@ class DenoiserTrainer(Trainer):
         if self._prior:
             chosen += [self._prior[position % len(self._prior)] for position in chosen]
         count = len(inputs["position"])
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         drawn = self._samples.batch(chosen, self._objective, torch.default_generator)
         if self._text is not None:
             drawn |= self._text.conditions(chosen)
-        batch = {name: tensor.to(base.device, base.dtype) for name, tensor in drawn.items()}
-        error = self._predict(model, batch).float() - batch["target"].float()
-        losses = error.square().flatten(1).mean(1)
+        batch = {name: tensor.to(self.args.device) for name, tensor in drawn.items()}
+        losses = squared_errors(model, batch).flatten(1).mean(1)
         prior = losses[count:].mean() * self._prior_weight if self._prior else 0.0
         return losses[:count].mean() + prior
 
@@ -140,7 +136,6 @@ def _train(config: DreamBoothConfig, work: Path) -> dict[str, Any]:
     samples = encode_samples(
         checkpoint.path, cast(Options, config), config.device, prompts=not config.train_text_encoder
     )
-    denoiser = denoiser_of(checkpoint)
     torch.manual_seed(config.seed)
     model = load_denoiser(checkpoint, config.dtype, config.device)
     model._internal_dict = TrackedConfig(model.config)
@@ -158,7 +153,6 @@ def _train(config: DreamBoothConfig, work: Path) -> dict[str, Any]:
         _validation(checkpoint, config, work, text),
         samples=samples,
         objective=objective_of(checkpoint.path),
-        predict=denoiser.predict,
         prior_weight=config.prior_loss_weight,
         text=text,
         args=arguments,

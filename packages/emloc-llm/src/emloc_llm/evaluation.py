@@ -10,7 +10,8 @@ from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.locate import locate
 from emloc.config import EvaluateConfig
 from emloc.errors import DataError, DependencyError
-from emloc.extend.family import LossSum, ModelFamily, summed
+from emloc.extend.family import ModelFamily
+from emloc.extend.losses import LossSum, loss_sum, summed
 from emloc.integrations.peft.attach import attach
 from emloc.integrations.transformers.capacity import load_capacity
 from emloc.integrations.transformers.generation import (
@@ -19,7 +20,6 @@ from emloc.integrations.transformers.generation import (
     say_missing_ends,
 )
 from emloc.integrations.transformers.loading import load_model, load_tokenizer
-from emloc.integrations.transformers.loss import next_token_loss
 from emloc.machine.memory import PeakMemory
 from emloc.machine.progress import progress_bar
 from emloc_llm.data import Sample, encode_all, in_batches, pad, say_truncated
@@ -62,7 +62,7 @@ def _evaluate(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any]:
     if config.adapter:
         model = attach(model, config.adapter, Checkpoint.open(str(path)), family)
     with torch.inference_mode():
-        loss = _loss(model, samples, tokenizer, config)
+        loss = _loss(family, model, samples, tokenizer, config)
         answers = _answers(model, asked, tokenizer, config)
     right = [entry["match"] for entry in answers]
     return {
@@ -73,13 +73,15 @@ def _evaluate(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any]:
     }
 
 
-def _loss(model: Any, samples: list[Sample], tokenizer: Any, config: EvaluateConfig) -> float:
+def _loss(
+    family: ModelFamily, model: Any, samples: list[Sample], tokenizer: Any, config: EvaluateConfig
+) -> float:
     parts: list[LossSum] = []
     with progress_bar("loss", len(samples)) as advance:
         by_length = sorted(samples, key=lambda sample: -len(sample.input_ids))  # pads little
         for part in in_batches(by_length, config.per_device_eval_batch_size):
             batch = {k: v.to(config.device) for k, v in pad(part, tokenizer.pad_token_id).items()}
-            parts.append(next_token_loss(model, batch))
+            parts.append(loss_sum(family, model, batch))
             advance(len(part))
     return summed(parts).mean(f"Data set {config.dataset}")
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import CalibrationOptions, DemoConfig, EvaluateConfig, TrainConfig
-from emloc.extend.family import Batch, EmulatorLayers, LossSum, StoredParameter
+from emloc.extend.family import Batch, EmulatorLayers, StoredParameter
 from emloc.integrations.transformers.capacity import capacity_of
 from emloc.integrations.transformers.conversion import module_name, stored_parameter
 from emloc.integrations.transformers.loading import load_tokenizer
@@ -97,7 +97,7 @@ class LLMFamily(PlannedLLM):
         mask = batch["attention_mask"].bool()
         return None if layer is not None and bool(mask.all()) else mask
 
-    def forward_loss(self, model: nn.Module, batch: Batch) -> LossSum:
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         """See `ModelFamily`; `next_token_loss`."""
         return next_token_loss(model, batch)
 

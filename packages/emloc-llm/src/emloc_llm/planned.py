@@ -61,10 +61,10 @@ class PlannedLLM(PlannedTransformer):
             run_blocks_twice(model)
         return with_planned_lora(model, options, task_type=TASK_TYPE)
 
-    def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """As TRL's `SFTTrainer` computes it."""
+    def trainers_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        """As TRL's `SFTTrainer` computes it, where all tokens are labelled."""
         out = model(**batch, use_cache=False, fused_lm_head=True)
-        return -out.log_probs.sum() / batch["labels"].numel()
+        return -out.log_probs.sum(), batch["labels"].numel()
 
     def step_sizes(
         self, model: nn.Module, layers: Mapping[str, Layer], batch: Batch, options: StepOptions

@@ -18,7 +18,7 @@ from emloc.integrations.transformers.generation import closing_tokens, say_missi
 from emloc.integrations.transformers.loading import load_model, load_tokenizer
 from emloc.integrations.transformers.lora_training import train_lora as train_with
 from emloc.integrations.transformers.lora_training import training_arguments
-from emloc.integrations.transformers.loss import IGNORED, labelled_logits, summed_cross_entropy
+from emloc.integrations.transformers.loss import IGNORED, next_token_loss
 from emloc.integrations.transformers.tables import dataset_names, shares
 from emloc.machine.memory import PeakMemory, return_large_blocks
 from emloc_llm.activations import TILE_ROWS, TILE_TOKENS
@@ -47,11 +47,8 @@ class Trainer(SFTTrainer):
         here = self.args.device.type == "cpu" and self.accelerator.num_processes == 1
         if return_outputs or self.aux_loss_enabled or not here or not self._fits_a_tile(labels):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        rest = {name: value for name, value in inputs.items() if name != "labels"}
-        inner = self.accelerator.unwrap_model(model)
-        logits = labelled_logits(inner, labels, lambda: model(**rest, use_cache=False))
-        count = len(logits) if num_items_in_batch is None else num_items_in_batch
-        return summed_cross_entropy(logits, labels) / max(1, int(count))
+        total, terms = next_token_loss(self.accelerator.unwrap_model(model), inputs)
+        return total / max(1, int(terms if num_items_in_batch is None else num_items_in_batch))
 
     def _fits_a_tile(self, labels: torch.Tensor) -> bool:
         config: Any = cast(Any, self.model).config

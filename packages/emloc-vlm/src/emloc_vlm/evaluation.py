@@ -8,11 +8,11 @@ from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.locate import locate
 from emloc.config import EvaluateConfig
 from emloc.errors import ConfigError, DataError
-from emloc.extend.family import LossSum, ModelFamily, summed
+from emloc.extend.family import ModelFamily
+from emloc.extend.losses import LossSum, loss_sum, summed
 from emloc.integrations.peft.attach import attach
 from emloc.integrations.transformers.capacity import capacity_of
 from emloc.integrations.transformers.generation import greedy_answers, say_missing_ends
-from emloc.integrations.transformers.loss import next_token_loss
 from emloc.machine.memory import PeakMemory
 from emloc.machine.progress import progress_bar
 from emloc_vlm.encode import collate, end_tokens
@@ -53,7 +53,7 @@ def _evaluate(config: VisualEvaluateConfig, family: ModelFamily) -> dict[str, An
     if config.adapter:
         model = attach(model, config.adapter, family.native(Checkpoint.open(path)), family)
     with torch.inference_mode():
-        loss = _loss(model, examples, processor, config)
+        loss = _loss(family, model, examples, processor, config)
         answers = _answers(model, examples, processor, config)
     metric = METRICS[_metric(examples, config)]
     for answer in answers:
@@ -76,7 +76,11 @@ def _metric(examples: list[Example], config: VisualEvaluateConfig) -> str:
 
 
 def _loss(
-    model: Any, examples: list[Example], processor: Any, config: VisualEvaluateConfig
+    family: ModelFamily,
+    model: Any,
+    examples: list[Example],
+    processor: Any,
+    config: VisualEvaluateConfig,
 ) -> float:
     parts: list[LossSum] = []
     size, capacity = config.per_device_eval_batch_size, capacity_of(model)
@@ -84,7 +88,7 @@ def _loss(
         for start in range(0, len(examples), size):
             part = examples[start : start + size]
             batch = collate(part, processor, config, capacity=capacity)
-            parts.append(next_token_loss(model, _to(model, batch, config.device)))
+            parts.append(loss_sum(family, model, _to(model, batch, config.device)))
             advance(len(part))
     return summed(parts).mean(f"Data set {config.dataset}")
 

@@ -92,9 +92,9 @@ class PlannedVLM(PlannedTransformer):
             run_blocks_twice(model)
         return with_planned_lora(model, options, frozen_modules(model, options), TASK_TYPE)
 
-    def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """As transformers' Trainer computes it."""
-        return model(**batch, use_cache=False, num_items_in_batch=batch["labels"].numel()).loss
+    def trainers_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        """As transformers' Trainer computes it, where all tokens are labelled."""
+        return model(**batch, use_cache=False, num_items_in_batch=1).loss, batch["labels"].numel()
 
     def step_sizes(
         self, model: nn.Module, layers: Mapping[str, Layer], batch: Batch, options: StepOptions

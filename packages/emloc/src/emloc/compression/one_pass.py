@@ -24,6 +24,7 @@ from emloc.compression.groups import Group, Plan
 from emloc.compression.sensitivity import BlockProbe
 from emloc.errors import ConfigError
 from emloc.extend.family import Batch
+from emloc.extend.losses import loss_sum
 from emloc.linalg.gram import Moments, Side, smaller_side
 from emloc.linalg.lowrank import factorise
 from emloc.machine.progress import progress_bar
@@ -116,7 +117,7 @@ def _refuse_shared(stream: UnitStream, plan: Plan) -> None:
 
 def _call(stream: UnitStream, batch: Batch) -> Call:
     here = {name: tensor.to(stream.device) for name, tensor in batch.items()}
-    return Call(lambda: stream.family.forward_loss(stream.model, here), context=here)
+    return Call(lambda: loss_sum(stream.family, stream.model, here), context=here)
 
 
 def _compress_block(

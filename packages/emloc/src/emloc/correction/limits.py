@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emloc.extend.family import Batch, LossSum, summed
+from emloc.extend.family import Batch
+from emloc.extend.losses import LossSum, loss_sum, summed
 from emloc.machine.progress import progress_bar
 from emloc.streaming.lockstep import Call, current_call, lockstep
 from emloc.streaming.stream import UnitStream
@@ -67,9 +68,8 @@ def losses(
     device = stream.device
 
     def run(batch: Batch) -> LossSum:
-        return stream.family.forward_loss(
-            stream.model, {name: tensor.to(device) for name, tensor in batch.items()}
-        )
+        here = {name: tensor.to(device) for name, tensor in batch.items()}
+        return loss_sum(stream.family, stream.model, here)
 
     calls = [
         Call(partial(run, batch), context=candidate)

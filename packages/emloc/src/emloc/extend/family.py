@@ -4,7 +4,6 @@ Core streams, compresses, corrects and merges by tensor name; everything that de
 reads (text, images, latents) is behind `ModelFamily`.
 """
 
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import CalibrationOptions, DataOptions, DemoConfig, EvaluateConfig, TrainConfig
-from emloc.errors import DataError, NumericalError
 from emloc.extend.targets import imported
 from emloc.linalg.convolution import as_matrix
 
@@ -52,43 +50,6 @@ class StoredParameter:
         """The parameter, a layer's weight, as d_out × d_in (`as_matrix`)."""
         weight = as_matrix(self.read(read))
         return weight.T if self.transposed else weight
-
-
-class LossSum(NamedTuple):
-    """A loss summed over what it averages (tokens, pixels), so that batches can be added up."""
-
-    total: float
-    terms: int
-
-    def mean(self, what: str) -> float:
-        """The loss per term.
-
-        Args:
-            what: what it is the loss of, for messages: a data set, a step.
-
-        Raises:
-            DataError: there are no terms, so there is no loss, and 0 would be the best of all.
-            NumericalError: it is NaN or infinite.
-        """
-        if self.terms == 0:
-            raise DataError(
-                f"{what}: no token has a label, so there is no loss; check that prompts leave room for "
-                f"answers within max_length."
-            )
-        if not math.isfinite(self.total):
-            raise NumericalError(
-                f"{what}: the loss is {self.total / self.terms}; the model or its adapter holds or makes "
-                f"values that are not numbers. Check both with emloc verify, or try another dtype."
-            )
-        return self.total / self.terms
-
-
-def summed(parts: Iterable[LossSum]) -> LossSum:
-    """The loss over all parts together."""
-    total, terms = 0.0, 0
-    for part in parts:
-        total, terms = total + part.total, terms + part.terms
-    return LossSum(total, terms)
 
 
 class EmulatorLayers(NamedTuple):
@@ -157,8 +118,16 @@ class ModelFamily(Protocol):
         """
         ...
 
-    def forward_loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        """The library's own forward on one micro-batch, and its training loss."""
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        """The library's own forward on one micro-batch, and its training loss.
+
+        Args:
+            batch: on the model's device.
+
+        Returns:
+            The loss summed over what it averages (tokens, pixels), a scalar with its graph, in float32 or
+            better; and the number of its terms. `emloc.extend.losses.loss_sum` is the same as numbers.
+        """
         ...
 
     def emulator_config(self, checkpoint: Checkpoint, layers: EmulatorLayers) -> dict[str, Any]:

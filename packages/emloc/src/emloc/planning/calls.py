@@ -165,4 +165,4 @@ def _forward(
     names = {name for name, _ in model.named_modules()}
     watched = {name: elements for name, elements in watched.items() if name in names}
     blocks = subject.family.blocks(model)
-    return trace_forward(model, blocks, batch, subject.family.forward_loss, watched)
+    return trace_forward(model, blocks, batch, subject.family.loss, watched)

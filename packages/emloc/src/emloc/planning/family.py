@@ -4,14 +4,14 @@ A family that lacks this is planned without them, and the plan says so. One that
 where `step_sizes` gives none, a step is traced on fake tensors.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import TrainConfig
-from emloc.extend.family import Batch
+from emloc.extend.family import Batch, ModelFamily
 from emloc.planning.operations import Layer
 from emloc.planning.step import StepOptions, StepSizes
 
@@ -58,10 +58,6 @@ class PlannedFamily(Protocol):
         """The model on the meta device as training has it: factors for `groups`, LoRA, training mode."""
         ...
 
-    def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The loss of a micro-batch, computed as the family's trainer does."""
-        ...
-
     def step_sizes(
         self, model: nn.Module, layers: Mapping[str, Layer], batch: Batch, options: StepOptions
     ) -> StepSizes | None:
@@ -80,3 +76,24 @@ class PlannedFamily(Protocol):
     def other_models(self, checkpoint: Checkpoint, options: Any) -> Mapping[str, OtherModel]:
         """By name, the models that encode the data before a stage, and run beside it at inference."""
         ...
+
+
+LossOf = Callable[[nn.Module, Batch], tuple[Tensor, int]]
+"""A micro-batch's loss, summed, and its number of terms; see `ModelFamily.loss`."""
+
+
+@runtime_checkable
+class TrainersLoss(Protocol):
+    """A `PlannedFamily` whose trainer, a library's, comes by the same loss by another way than `loss`.
+
+    What is alive meanwhile differs.
+    """
+
+    def trainers_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        """The loss of a micro-batch as `ModelFamily.loss` gives it, computed as the trainer does."""
+        ...
+
+
+def traced_loss(family: ModelFamily) -> LossOf:
+    """The loss that a training step on fake tensors is run to."""
+    return family.trainers_loss if isinstance(family, TrainersLoss) else family.loss

@@ -19,15 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emloc.extend.family import Batch
+from emloc.planning.family import LossOf
 from emloc.planning.live import SAVED, LiveBytes, Peak
 from emloc.planning.step import Moment, Passing, StepSizes
 
 WEIGHTS, LORA, GRADIENTS, BATCH = "weights", "LoRA", "gradients", "batch"
 
 
-def count_step(
-    model: nn.Module, batch: Batch, loss_of: Callable[[nn.Module, Batch], Tensor], autocast: bool
-) -> StepSizes:
+def count_step(model: nn.Module, batch: Batch, loss_of: LossOf, autocast: bool) -> StepSizes:
     """Run one step, forward and backward, and count; on fake tensors or on real ones.
 
     Args:
@@ -48,7 +47,8 @@ def count_step(
         device = next(iter(batch.values())).device.type
         mixed = torch.autocast(device, torch.bfloat16) if autocast else contextlib.nullcontext()
         with live.phase("forward"), live.saving(), mixed:
-            loss = loss_of(model, batch)
+            total, terms = loss_of(model, batch)
+            loss = total / terms
         with live.phase("backward"):
             loss.backward()
         for handle in handles:
@@ -63,9 +63,7 @@ def _moment(kinds: Mapping[str, int]) -> Moment:
     return Moment(kept=kinds.get(SAVED, 0), working=working)
 
 
-def trace_step(
-    model: nn.Module, batch: Batch, loss_of: Callable[[nn.Module, Batch], Tensor], autocast: bool
-) -> StepSizes:
+def trace_step(model: nn.Module, batch: Batch, loss_of: LossOf, autocast: bool) -> StepSizes:
     """`count_step` on fake tensors; what `model` holds on the meta device becomes fake."""
     with FakeTensorMode(allow_non_fake_inputs=True), _Answers():
         materialise(model)

@@ -12,6 +12,7 @@ import torch
 
 from emloc.compression.groups import Group
 from emloc.config import TrainConfig
+from emloc.planning.family import traced_loss
 from emloc.planning.layers import planned_layers
 from emloc.planning.ledger import lines_of
 from emloc.planning.operations import Layer
@@ -87,7 +88,7 @@ def planned_step(
         # A shallow model lacks the blocks that were chosen; with a LoRA on all it takes no less.
         chosen = {"lora_layers_to_transform": [], "lora_layers_pattern": []} if blocks else {}
         model = family.trainable(few, inside, config.model_copy(update=chosen))
-        return trace_step(model, batch, family.training_loss, on_gpu)
+        return trace_step(model, batch, traced_loss(subject.family), on_gpu)
 
     return extrapolate(Depths(family.stacks(subject.checkpoint), count)), layers, "trace"
 

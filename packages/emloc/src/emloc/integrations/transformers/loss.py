@@ -10,15 +10,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from emloc.extend.family import Batch, LossSum
+from emloc.extend.family import Batch
 from emloc.streaming.lockstep import current_call
 
 IGNORED = -100
 """The label of a token without loss."""
 
 
-def next_token_loss(model: Any, batch: Batch) -> LossSum:
-    """Cross-entropy of the next token over labelled tokens, from logits in float32 or better.
+def next_token_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
+    """Cross-entropy of the next token, summed over labelled tokens, and their number.
+
+    From logits in float32 or better, with its graph.
 
     Args:
         batch: what the model's forward takes, and `labels`, samples × tokens.
@@ -26,7 +28,7 @@ def next_token_loss(model: Any, batch: Batch) -> LossSum:
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     labels = batch["labels"]
     logits = labelled_logits(model, labels, lambda: model(**inputs, use_cache=False))
-    return LossSum(float(summed_cross_entropy(logits, labels).detach()), len(logits))
+    return summed_cross_entropy(logits, labels), len(logits)
 
 
 def labelled_logits(model: nn.Module, labels: Tensor, forward: Callable[[], Any]) -> Tensor:

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from emloc.errors import NumericalError
-from emloc.extend.family import Batch, LossSum, summed
+from emloc.extend.family import Batch
+from emloc.extend.losses import LossSum, summed
 from emloc.linalg.finite import is_finite
 from emloc.machine.progress import progress_bar
 from emloc.streaming.lockstep import Call, current_call, lockstep, refuse_again
 from emloc.streaming.stream import UnitStream
-from emloc_baselines.differentiable_loss import summed_loss
 
 Visit = Callable[[str, nn.Module], AbstractContextManager[None]]
 """Entered with a block's weights loaded, left when all micro-batches went back through it."""
@@ -94,10 +94,10 @@ def _forward(
 
     def run(batch: Batch) -> LossSum:
         here = {name: tensor.to(stream.device) for name, tensor in batch.items()}
-        loss, count = summed_loss(stream.family, stream.model, here)
+        loss, terms = stream.family.loss(stream.model, here)
         if loss.requires_grad:
             loss.backward()
-        return LossSum(float(loss.detach()), count)
+        return LossSum(float(loss.detach()), terms)
 
     calls = [
         Call(partial(run, batch), context=passage) for batch, passage in zip(batches, passages)
