@@ -28,8 +28,8 @@ from emloc_vlm import calibration
 from emloc_vlm.encode import collate
 from emloc_vlm.example import TEXT
 from emloc_vlm.family import VLMFamily
+from emloc_vlm.image_only import image_only
 from emloc_vlm.parts import part_of
-from emloc_vlm.processor import image_only
 
 TEMPLATE = (
     "{{% for m in messages %}}<|im_start|>{{{{ m['role'] }}}}\n"
@@ -69,8 +69,7 @@ def qwen():
              "vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>"}  # fmt: skip
     tokenizer = byte_tokenizer(**names)
     image = "<|vision_start|><|image_pad|><|vision_end|>"
-    processor = image_only(
-        Qwen2_5_VLProcessor,
+    processor = image_only(Qwen2_5_VLProcessor)(
         image_processor=Qwen2VLImageProcessorPil(
             patch_size=4, merge_size=2, temporal_patch_size=2,
             size={"shortest_edge": 16 * 16, "longest_edge": 64 * 64},

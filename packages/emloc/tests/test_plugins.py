@@ -78,7 +78,7 @@ def test_methods_are_collected_after_those_of_core(found):
     module = types.ModuleType("plugin_method")
 
     def emloc_register_methods():
-        return [MethodEntry("toy-method", "a toy", "emloc.extend.methods:Emloc")]
+        return [MethodEntry("toy-method", "a toy", "emloc.methods.emloc:Emloc")]
 
     module.emloc_register_methods = emloc.hookimpl(emloc_register_methods)
     add_plugin(found, "one", module)
@@ -97,7 +97,7 @@ def test_a_method_name_is_taken_once_and_nothing_of_the_plugin_stays(found):
 
 
 def emloc_register_methods():
-    return [MethodEntry("emloc", "another", "emloc.extend.methods:Emloc")]
+    return [MethodEntry("emloc", "another", "emloc.methods.emloc:Emloc")]
 
 
 _claims_emloc = emloc_register_methods

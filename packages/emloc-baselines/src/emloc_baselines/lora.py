@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from emloc.config import StageConfig
-from emloc.extend.methods import NoOptions, Task, train_light
+from emloc.extend.methods import NoOptions, Task
+from emloc.methods.light import train_light
 
 
 class Lora:

@@ -19,7 +19,8 @@ from pydantic import Field
 
 from emloc.config import StageConfig, build
 from emloc.errors import ConfigError
-from emloc.extend.methods import Task, train_light
+from emloc.extend.methods import Task
+from emloc.methods.light import train_light
 from emloc.streaming.stream import UnitStream
 from emloc_baselines.alignment import alignment
 from emloc_baselines.budget import emulator_bytes, held_bytes

@@ -17,7 +17,8 @@ from pydantic import Field
 from emloc.artefacts.manifest import Manifest
 from emloc.config import StageConfig, build
 from emloc.errors import ConfigError
-from emloc.extend.methods import Task, train_light
+from emloc.extend.methods import Task
+from emloc.methods.light import train_light
 from emloc.streaming.stream import UnitStream
 from emloc_baselines.budget import emulator_bytes, held_bytes
 from emloc_baselines.distillation import DistillationOptions, distillation

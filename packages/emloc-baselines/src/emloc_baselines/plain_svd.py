@@ -15,9 +15,10 @@ from torch import Tensor
 from emloc.compression.groups import Group, make_plan
 from emloc.config import StageConfig
 from emloc.extend.family import EmulatorLayers
-from emloc.extend.methods import Emloc, EmlocUncorrected, NoOptions, Task
+from emloc.extend.methods import NoOptions, Task
 from emloc.linalg.gram import Moments
 from emloc.linalg.lowrank import factorise
+from emloc.methods.emloc import Emloc, EmlocUncorrected
 from emloc.streaming.stream import UnitStream
 from emloc_baselines.light import LightModel, Piece, Source, build_light
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from emloc.config import StageConfig
-from emloc.extend.methods import NoOptions, Task, train_light
+from emloc.extend.methods import NoOptions, Task
+from emloc.methods.light import train_light
 from emloc_baselines.light import LightModel, Piece, Source, build_light
 from emloc_baselines.nf4 import quantised_pieces
 from emloc_baselines.recovery import recover_adapter

@@ -8,7 +8,8 @@ from pathlib import Path
 from pydantic import Field
 
 from emloc.config import StageConfig, build
-from emloc.extend.methods import Task, train_light
+from emloc.extend.methods import Task
+from emloc.methods.light import train_light
 
 NAME = "smaller-model"
 

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from emloc.config import StageConfig, build
 from emloc.errors import ConfigError
-from emloc.extend.methods import Task, train_light
+from emloc.extend.methods import Task
+from emloc.methods.light import train_light
 from emloc.streaming.stream import UnitStream
 from emloc_baselines.budget import emulator_bytes, held_bytes
 from emloc_baselines.kept import Kept

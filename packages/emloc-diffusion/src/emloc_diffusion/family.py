@@ -133,7 +133,7 @@ class DiffusionFamily(PlannedDiffusion):
         """See `ModelFamily`; `emloc_diffusion.training`."""
         from emloc_diffusion.training import train_lora
 
-        return train_lora(config, work)
+        return train_lora(config, work, self)
 
     def export_adapter(self, checkpoint: Checkpoint, folder: Path) -> Sequence[str]:
         """`pytorch_lora_weights.safetensors` for diffusers and, of UNets, kohya's file.

@@ -21,13 +21,13 @@ from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.locate import locate
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError
+from emloc.extend.family import ModelFamily
 from emloc.integrations.transformers.lora_training import train_lora as train_with
 from emloc.integrations.transformers.lora_training import training_arguments
 from emloc.machine.memory import PeakMemory, return_large_blocks
 from emloc_diffusion.data.prompts import check_unique_token
 from emloc_diffusion.denoising_loss import squared_errors
 from emloc_diffusion.encode.text import load_tokenizer
-from emloc_diffusion.family import DiffusionFamily
 from emloc_diffusion.loading import load_denoiser
 from emloc_diffusion.objective import Objective, objective_of
 from emloc_diffusion.samples import Options, Samples, encode_samples
@@ -108,7 +108,7 @@ class DenoiserTrainer(Trainer):
         return losses[:count].mean() + prior
 
 
-def train_lora(config: TrainConfig, work: Path) -> dict[str, Any]:
+def train_lora(config: TrainConfig, work: Path, family: ModelFamily) -> dict[str, Any]:
     """Train into `work`; returns figures for the manifest.
 
     Raises:
@@ -116,11 +116,11 @@ def train_lora(config: TrainConfig, work: Path) -> dict[str, Any]:
     """
     return_large_blocks()
     with PeakMemory(config.device, mapped=True, limit=config.memory) as peak:
-        figures = _train(cast(DreamBoothConfig, config), work)
+        figures = _train(cast(DreamBoothConfig, config), work, family)
     return {**figures, **peak.figures()}
 
 
-def _train(config: DreamBoothConfig, work: Path) -> dict[str, Any]:
+def _train(config: DreamBoothConfig, work: Path, family: ModelFamily) -> dict[str, Any]:
     refuse_text_options("train", config)
     if config.class_data_dir is None and "prior_loss_weight" in config.model_fields_set:
         raise ConfigError(
@@ -141,7 +141,7 @@ def _train(config: DreamBoothConfig, work: Path) -> dict[str, Any]:
     model._internal_dict = TrackedConfig(model.config)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    plain = plain.model_copy(update={"lora_target_modules": _targets(checkpoint, config)})
+    plain = plain.model_copy(update={"lora_target_modules": _targets(checkpoint, config, family)})
     text = None
     if config.train_text_encoder:
         captions = [picture.caption for picture in samples.pictures]
@@ -194,11 +194,10 @@ def _collate(positions: Sequence[int]) -> dict[str, Tensor]:
     return {"position": torch.tensor(positions)}
 
 
-def _targets(checkpoint: Checkpoint, config: DreamBoothConfig) -> list[str]:
+def _targets(checkpoint: Checkpoint, config: DreamBoothConfig, family: ModelFamily) -> list[str]:
     """Names as given; for `all-linear`, the linear layers of the blocks, and their convolutions if asked."""
     if config.lora_target_modules != ["all-linear"]:
         return config.lora_target_modules
-    family = DiffusionFamily()
     model = family.skeleton(checkpoint, torch.float32)  # an emulator's too has the dense layers
     kinds = (nn.Linear, nn.Conv2d) if config.lora_conv else nn.Linear
     names = [name for group in family.layer_groups(model) for name in group]

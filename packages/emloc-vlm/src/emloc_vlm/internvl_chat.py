@@ -11,6 +11,7 @@ from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.translated import TranslatedCheckpoint
 from emloc.errors import CheckpointError, DependencyError
+from emloc_vlm.image_only import image_only
 from emloc_vlm.internvl_chat_config import (
     IMAGE_TOKEN,
     has_original_processor,
@@ -95,8 +96,6 @@ def native_processor(path: Path) -> Any:
     """
     from transformers import GotOcr2ImageProcessorPil, InternVLProcessor
 
-    from emloc_vlm.processor import image_only
-
     config = read_json(path / "config.json")
     if is_internvl_chat(config):
         config = native_config(config, added_tokens(path).get(IMAGE_TOKEN))
@@ -122,8 +121,7 @@ def native_processor(path: Path) -> Any:
         # Moved into the template, so that a chat begins with it once, however it is encoded.
         tokenizer.add_bos_token = False
         tokenizer.chat_template = "{{ bos_token }}" + CHAT_TEMPLATE
-    return image_only(
-        InternVLProcessor,
+    return image_only(InternVLProcessor)(
         image_processor=images,
         tokenizer=tokenizer,
         image_seq_length=config["image_seq_length"],

@@ -6,7 +6,6 @@ videos, on the image processors that need only Pillow.
 """
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +15,7 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from emloc.errors import CheckpointError, EmlocError
 from emloc.integrations.transformers.loading import give_padding
+from emloc_vlm.image_only import image_only
 from emloc_vlm.internvl_chat import has_original_processor, native_processor
 
 
@@ -58,7 +58,7 @@ def _load(path: Path) -> Any:
         return native_processor(path)
     if is_torchvision_available():
         return AutoProcessor.from_pretrained(path, trust_remote_code=False)
-    return _image_only(_class_of(path, config)).from_pretrained(path, trust_remote_code=False)
+    return image_only(_class_of(path, config)).from_pretrained(path, trust_remote_code=False)
 
 
 def _class_of(path: Path, config: dict[str, Any]) -> type[ProcessorMixin]:
@@ -74,20 +74,3 @@ def _class_of(path: Path, config: dict[str, Any]) -> type[ProcessorMixin]:
     if name is None:
         raise ValueError("its files name no processor")
     return cast("type[ProcessorMixin]", getattr(transformers, str(name)))
-
-
-@cache
-def _image_only(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """The same class without videos; it saves itself under the original's name."""
-
-    def get_attributes(cls: Any) -> list[str]:
-        names = super(made, cls).get_attributes()  # pyright: ignore[reportAttributeAccessIssue]
-        return [name for name in names if name != "video_processor"]
-
-    made: Any = type(kind.__name__, (kind,), {"get_attributes": classmethod(get_attributes)})
-    return made
-
-
-def image_only(kind: Any, **parts: Any) -> Any:
-    """A processor of a class that also reads videos, from its parts, without a video processor."""
-    return cast(Any, _image_only(kind))(**parts)

@@ -97,70 +97,14 @@ class MethodEntry:
         return replace(self, plugin=plugin)
 
 
-class Emloc:
-    """Low-rank emulator, LoRA, correction: the stages of this package."""
-
-    options: type[StageConfig] = NoOptions
-
-    def build(self, task: Task, out: Path) -> Path:
-        """See `Method`; `emloc.compress`."""
-        from emloc.stages.compress import compress
-
-        return compress(
-            **{**task.compress, "model_name_or_path": task.model_name_or_path, "seed": task.seed},
-            keep_ratio=task.keep_ratio,
-            output_dir=out,
-        )
-
-    def train(self, task: Task, light: Path | None, out: Path) -> Path:
-        """See `Method`; `emloc.train`."""
-        return train_light(task, light, out)
-
-    def recover(self, task: Task, light: Path | None, adapter: Path, out: Path) -> Path:
-        """See `Method`; `emloc.correct`."""
-        return self._correct(task, light, adapter, out)
-
-    def _correct(
-        self, task: Task, light: Path | None, adapter: Path, out: Path, **instead: Any
-    ) -> Path:
-        from emloc.stages.correct import correct
-
-        return correct(
-            **{**task.correct, "seed": task.seed, **instead},
-            adapter=str(adapter),
-            emulator=str(light),
-            output_dir=out,
-        )
-
-
-class EmlocUncorrected(Emloc):
-    """The same without correction: what was learnt on the emulator is put on the original as it is."""
-
-    def recover(self, task: Task, light: Path | None, adapter: Path, out: Path) -> Path:
-        """See `Method`; a limit of 0 leaves every weight as it is and renames the base."""
-        return self._correct(task, light, adapter, out, limit=0.0)
-
-
-def train_light(task: Task, light: Path | None, out: Path, **instead: Any) -> Path:
-    """`emloc.train` on a light model, or on the base where there is none; `instead` overrides options."""
-    from emloc.stages.train import train
-
-    where: Options = (
-        {"model_name_or_path": task.model_name_or_path}
-        if light is None
-        else {"emulator": str(light)}
-    )
-    return train(**{**task.train, "seed": task.seed, **where, **instead}, output_dir=out)
-
-
 CORE_METHODS = (
     MethodEntry(
-        "emloc", "low-rank emulator, LoRA corrected for the base", "emloc.extend.methods:Emloc"
+        "emloc", "low-rank emulator, LoRA corrected for the base", "emloc.methods.emloc:Emloc"
     ),
     MethodEntry(
         "emloc-uncorrected",
         "the same without correction",
-        "emloc.extend.methods:EmlocUncorrected",
+        "emloc.methods.emloc:EmlocUncorrected",
         trains_as="emloc",
     ),
 )

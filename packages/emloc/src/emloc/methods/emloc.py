@@ -1,0 +1,50 @@
+"""EMLoC as a method: low-rank emulator, LoRA, correction."""
+
+from pathlib import Path
+from typing import Any
+
+from emloc.config import StageConfig
+from emloc.extend.methods import NoOptions, Task
+from emloc.methods.light import train_light
+from emloc.stages.compress import compress
+from emloc.stages.correct import correct
+
+
+class Emloc:
+    """Low-rank emulator, LoRA, correction: the stages of this package."""
+
+    options: type[StageConfig] = NoOptions
+
+    def build(self, task: Task, out: Path) -> Path:
+        """See `Method`; `emloc.compress`."""
+        return compress(
+            **{**task.compress, "model_name_or_path": task.model_name_or_path, "seed": task.seed},
+            keep_ratio=task.keep_ratio,
+            output_dir=out,
+        )
+
+    def train(self, task: Task, light: Path | None, out: Path) -> Path:
+        """See `Method`; `emloc.train`."""
+        return train_light(task, light, out)
+
+    def recover(self, task: Task, light: Path | None, adapter: Path, out: Path) -> Path:
+        """See `Method`; `emloc.correct`."""
+        return self._correct(task, light, adapter, out)
+
+    def _correct(
+        self, task: Task, light: Path | None, adapter: Path, out: Path, **instead: Any
+    ) -> Path:
+        return correct(
+            **{**task.correct, "seed": task.seed, **instead},
+            adapter=str(adapter),
+            emulator=str(light),
+            output_dir=out,
+        )
+
+
+class EmlocUncorrected(Emloc):
+    """The same without correction: what was learnt on the emulator is put on the original as it is."""
+
+    def recover(self, task: Task, light: Path | None, adapter: Path, out: Path) -> Path:
+        """See `Method`; a limit of 0 leaves every weight as it is and renames the base."""
+        return self._correct(task, light, adapter, out, limit=0.0)
