@@ -24,7 +24,7 @@ from emloc.errors import CheckpointError, ConfigError
 from emloc.extend.family import Batch, ModelFamily
 from emloc.extend.methods import Task
 from emloc.extend.plugin_options import of_family, own_options, with_plugin_options
-from emloc.extend.plugins import method_named, open_model
+from emloc.extend.plugins import method_named, named_family, open_model
 from emloc.machine.progress import progress_bar
 from emloc.stages.frame import Artefact, Written, digests
 from emloc_baselines.identity import content_of
@@ -103,7 +103,7 @@ def build_light(
     Raises:
         ConfigError, CheckpointError, DataError: see their messages.
     """
-    base, family = open_model(task.model_name_or_path)
+    base, family = open_model(task.model_name_or_path, family=task.compress.get("family"))
     if "quantization_config" in base.config:
         raise CheckpointError(
             f"{base.name} is quantised or an emulator already; start from the full-precision original."
@@ -123,6 +123,7 @@ def build_light(
         **own_options(config, paths),
         "method": method,
         "options": content_of(options.model_dump(mode="json")),
+        **named_family(base, family),
         "base_digest": base.digest(),
         "companions_digest": base.companions_digest(),
         "data_digest": batches_digest(batches),

@@ -76,7 +76,7 @@ def recover_adapter(
         raise MismatchError(
             f"Adapter {adapter} was not trained on {light}; pass what it was trained on."
         )
-    base, family = open_model(built.base_model.name_or_path)
+    base, family = open_model(built.base_model.name_or_path, recorded=built.family)
     if base.digest() != built.base_model.digest:
         raise MismatchError(f"{light} was built from other weights than those of {base.name}.")
     trained = Adapter.open(str(adapter))

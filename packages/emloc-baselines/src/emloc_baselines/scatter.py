@@ -62,7 +62,7 @@ def scattered(matrix: Tensor, rows: Tensor, count: int) -> Tensor:
 def _slices(light: Path) -> tuple[Mapping[str, Slice], Mapping[str, tuple[int, int]]]:
     """What was kept of each layer, and the shapes in the original."""
     manifest = Manifest.read(light)
-    base, family = open_model(manifest.base_model.name_or_path)
+    base, family = open_model(manifest.base_model.name_or_path, recorded=manifest.family)
     model = family.skeleton(base, torch.float32)
     structures = find_structures(model, list(manifest.layers))
     slices = all_slices(Kept.from_json(s, manifest.layers[s.block]["kept"]) for s in structures)

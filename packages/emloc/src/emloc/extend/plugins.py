@@ -103,7 +103,10 @@ def _refuse_taken(
 
 
 def open_model(
-    model_name_or_path: str | os.PathLike[str], single_file_config: str | None = None
+    model_name_or_path: str | os.PathLike[str],
+    single_file_config: str | None = None,
+    family: str | None = None,
+    recorded: str | None = None,
 ) -> tuple[Checkpoint, ModelFamily]:
     """A checkpoint in its family's layout, and the family.
 
@@ -111,24 +114,30 @@ def open_model(
 
     Args:
         single_file_config: where the configuration is if the model is one file; else it is not looked at.
+        family: to take, of those that recognise the model.
+        recorded: the family of what was made from the model, which decides where several recognise it and
+            none is named; by default that of the model's own manifest.
 
     Raises:
         CheckpointError: it cannot be read.
-        PluginError: no family recognises it, or several do, or its method is not installed.
+        PluginError: as `family_of`, or its method is not installed.
     """
     path, folder = Path(model_name_or_path), model_name_or_path
     if path.is_file():
-        folder = model_folder(path, single_file_config, load_plugins().families)
+        known = load_plugins().families
+        chosen = {} if family is None else {family: _entry(family, known)}
+        folder = model_folder(path, single_file_config, chosen or known)
     _refuse_adapter(model_name_or_path)
     checkpoint = Checkpoint.open(folder)
     manifest = Manifest.find(checkpoint.path)
     if manifest is not None and manifest.method is not None:
         method_named(manifest.method).load()
-    family = family_of(checkpoint)
-    native = family.native(checkpoint)
+    made_with = recorded or (manifest.family if manifest else None)
+    opened_with = family_of(checkpoint, family, made_with)
+    native = opened_with.native(checkpoint)
     if path.is_file():
         native.name, native.single_file_config = str(path), single_file_config
-    return native, family
+    return native, opened_with
 
 
 def _refuse_adapter(folder: str | os.PathLike[str]) -> None:
@@ -155,13 +164,16 @@ def family_named(name: str, families: Mapping[str, FamilyEntry] | None = None) -
     Raises:
         PluginError: no installed plugin offers it.
     """
-    known = load_plugins().families if families is None else families
+    return _entry(name, load_plugins().families if families is None else families).load()
+
+
+def _entry(name: str, known: Mapping[str, FamilyEntry]) -> FamilyEntry:
     if name not in known:
         raise PluginError(
             f"No installed plugin offers the family {name!r} (installed: "
             f"{', '.join(known) or 'none'}); install its plugin, for example pip install emloc-{name}."
         )
-    return known[name].load()
+    return known[name]
 
 
 def method_named(name: str) -> MethodEntry:
@@ -179,28 +191,55 @@ def method_named(name: str) -> MethodEntry:
     return known[name]
 
 
-def family_of(checkpoint: Checkpoint) -> ModelFamily:
-    """The family that recognises a checkpoint from its config.
+def family_of(
+    checkpoint: Checkpoint, name: str | None = None, recorded: str | None = None
+) -> ModelFamily:
+    """The family of a checkpoint, recognised from its config.
+
+    Args:
+        name: of the one to take; by default the only one.
+        recorded: of the one to take where several recognise it and none is named.
 
     Raises:
-        PluginError: none does, or several do.
+        PluginError: none recognises it; several do, and which to take is not said; or the named one does not,
+            or is not installed.
     """
     found = load_plugins()
-    matches: list[FamilyEntry] = []
-    for entry in found.families.values():
-        try:
-            if entry.recognises(checkpoint.config):
-                matches.append(entry)
-        except Exception as problem:  # a third party's code may raise anything
-            found.broken[entry.plugin] = f"{type(problem).__name__}: {problem}"
-    if len(matches) == 1:
-        return matches[0].load()
+    matches = _recognising(found, checkpoint)
+    names = ", ".join(matches)
     what = checkpoint.config.get("architectures") or checkpoint.config.get("model_type")
+    if name is not None and _entry(name, found.families).name not in matches:
+        others = f"; {names} would" if matches else ""
+        raise PluginError(
+            f"family={name}: it does not recognise {checkpoint.name} ({what}){others}. Leave family out, or "
+            f"pass another."
+        )
     if not matches:
         broken = "".join(f" Plugin {name} is broken ({why})." for name, why in found.broken.items())
         raise PluginError(
             f"No installed family recognises {checkpoint.name} ({what}); installed: "
             f"{', '.join(found.families) or 'none'}. Install the plugin of its modality.{broken}"
         )
-    names = ", ".join(entry.name for entry in matches)
-    raise PluginError(f"Several families recognise {checkpoint.name} ({what}): {names}.")
+    if name is None and len(matches) > 1 and recorded not in matches:
+        raise PluginError(
+            f"Several families recognise {checkpoint.name} ({what}): {names}; pass family=NAME."
+        )
+    chosen = name or (recorded if len(matches) > 1 else None) or next(iter(matches))
+    return matches[chosen].load()
+
+
+def named_family(checkpoint: Checkpoint, family: ModelFamily) -> dict[str, str]:
+    """What settings record of the family: nothing where it is the only one that recognises the model."""
+    several = len(_recognising(load_plugins(), checkpoint)) > 1
+    return {"family": family.name} if several else {}
+
+
+def _recognising(found: Plugins, checkpoint: Checkpoint) -> dict[str, FamilyEntry]:
+    matches: dict[str, FamilyEntry] = {}
+    for entry in found.families.values():
+        try:
+            if entry.recognises(checkpoint.config):
+                matches[entry.name] = entry
+        except Exception as problem:  # a third party's code may raise anything
+            found.broken[entry.plugin] = f"{type(problem).__name__}: {problem}"
+    return matches

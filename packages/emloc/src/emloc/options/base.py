@@ -20,6 +20,10 @@ class StageConfig(BaseModel):
 class ModelOptions(StageConfig):
     """How the model's files are read."""
 
+    family: Annotated[str | None, WithoutEffect()] = Field(
+        None,
+        description="whose model it is, where several installed families recognise it",
+    )
     single_file_config: Located | None = Field(
         None,
         description="of a model in one file: a folder or hub id with its configuration; by default a guess",

@@ -32,22 +32,25 @@ class Described(Checkpoint):
         return Described(self.name, self.path, dict(config), {})
 
 
-def describe(model_name_or_path: str, dtype: str = "auto") -> tuple[Described, ModelFamily, Any]:
+def describe(
+    model_name_or_path: str, dtype: str = "auto", family: str | None = None
+) -> tuple[Described, ModelFamily, Any]:
     """A model by its config, in its family's layout, with its tensors; the family; the skeleton.
 
     Args:
         model_name_or_path: local folder of a model, a pipeline or a pipeline's component, or hub id.
         dtype: of the weights; auto: what the config says, else by size.
+        family: whose model it is, where several recognise it.
 
     Raises:
         CheckpointError: there is no config that can be read.
-        PluginError: no family recognises it.
+        PluginError: as `family_of`.
     """
     path = _locate_config(model_name_or_path)
-    found, family = _recognised(model_name_or_path, path)
-    native = family.native(found)
+    found, known = _recognised(model_name_or_path, path, family)
+    native = known.native(found)
     assert isinstance(native, Described)
-    return native, family, with_tensors(native, family, dtype)
+    return native, known, with_tensors(native, known, dtype)
 
 
 def with_tensors(checkpoint: Described, family: ModelFamily, dtype: str = "auto") -> Any:
@@ -93,17 +96,17 @@ def _locate_config(name: str) -> Path:
         ) from problem
 
 
-def _recognised(name: str, path: Path) -> tuple[Described, ModelFamily]:
+def _recognised(name: str, path: Path, family: str | None) -> tuple[Described, ModelFamily]:
     """The model in the folder, or the one in a folder inside that a family recognises."""
     config = path / layout_of(path).config
     if config.is_file():
         found = Described(name, path, read_json(config), {})
-        return found, family_of(found)
+        return found, family_of(found, family)
     inside: list[tuple[Described, ModelFamily]] = []
     for nested in sorted(path.glob("*/config.json")):
         found = Described(name, nested.parent, read_json(nested), {})
         try:
-            inside.append((found, family_of(found)))
+            inside.append((found, family_of(found, family)))
         except PluginError:
             continue
     if len(inside) != 1:

@@ -57,7 +57,10 @@ def fit_run(
         for lines in PLANNED_WITH
         if lines in first
     ]
-    base, family = open_model(configs[0].model_name_or_path, configs[0].single_file_config)
+    first_options = configs[0]
+    base, family = open_model(
+        first_options.model_name_or_path, first_options.single_file_config, first_options.family
+    )
     setting = Setting(
         Subject.opened(base, family), plan_options(configs[-1].device, base, family, *configs)
     )

@@ -45,9 +45,9 @@ class Subject:
     _adapted: frozenset[str] | None = None
 
     @classmethod
-    def of(cls, model_name_or_path: str, dtype: str) -> "Subject":
+    def of(cls, model_name_or_path: str, dtype: str, family: str | None = None) -> "Subject":
         """The model of a folder or hub id; see `describe`."""
-        return cls(*describe(model_name_or_path, dtype))
+        return cls(*describe(model_name_or_path, dtype, family))
 
     @classmethod
     def opened(cls, checkpoint: Checkpoint, family: ModelFamily) -> "Subject":

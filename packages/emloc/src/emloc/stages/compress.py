@@ -17,7 +17,7 @@ from emloc.config import CompressConfig
 from emloc.errors import CheckpointError, ConfigError
 from emloc.extend.family import Batch, ModelFamily
 from emloc.extend.plugin_options import of_family, own_options
-from emloc.extend.plugins import open_model
+from emloc.extend.plugins import named_family, open_model
 from emloc.machine.progress import console
 from emloc.planning.contract import compress_contract
 from emloc.stages.frame import Artefact, Written
@@ -40,7 +40,7 @@ NO_TOKEN = "no calibration token reached it"
 )
 def compress(config: CompressConfig) -> Path:
     """Compress a model into an emulator; returns its folder."""
-    base, family = open_model(config.model_name_or_path, config.single_file_config)
+    base, family = open_model(config.model_name_or_path, config.single_file_config, config.family)
     config = of_family(config, family)
     if "quantization_config" in base.config:
         raise CheckpointError(
@@ -52,6 +52,7 @@ def compress(config: CompressConfig) -> Path:
     batches = family.calibration_batches(base, config)
     settings = {
         **own_options(config, PATHS),
+        **named_family(base, family),
         "base_digest": base.digest(),
         "companions_digest": base.companions_digest(),
         "data_digest": batches_digest(batches),

@@ -26,7 +26,7 @@ from emloc.correction.adapter_correction import AdapterCorrection
 from emloc.errors import ConfigError, MismatchError
 from emloc.extend.family import Batch, ModelFamily
 from emloc.extend.plugin_options import of_family, own_options
-from emloc.extend.plugins import open_model
+from emloc.extend.plugins import named_family, open_model
 from emloc.stages.frame import Artefact, Written, digests
 from emloc.stages.stage import stage
 from emloc.streaming.stream import UnitStream
@@ -67,6 +67,8 @@ def correct(config: CorrectConfig) -> Path:
     base, family = open_model(
         config.model_name_or_path or origin.name_or_path,
         config.single_file_config or origin.single_file_config,
+        config.family,
+        emulator_manifest.family,
     )
     config = of_family(config, family)
     if base.digest() != origin.digest:
@@ -86,6 +88,7 @@ def correct(config: CorrectConfig) -> Path:
     batches = _batches(config, family, base)
     settings = {
         **own_options(config, PATHS),
+        **named_family(base, family),
         "base_digest": origin.digest,
         "emulator_digest": emulator_manifest.summary["emulator_digest"],
         "adapter_digest": adapter.digest(),

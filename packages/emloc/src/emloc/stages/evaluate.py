@@ -19,7 +19,7 @@ from emloc.config import EvaluateConfig
 from emloc.errors import CheckpointError, ConfigError, OutputError
 from emloc.extend.family import ModelFamily
 from emloc.extend.plugin_options import of_family, own_options
-from emloc.extend.plugins import of_folder, open_model
+from emloc.extend.plugins import named_family, of_folder, open_model
 from emloc.machine.progress import console
 from emloc.stages.data_digest import data_digest
 from emloc.stages.stage import stage
@@ -47,7 +47,13 @@ def _can_evaluate(config: EvaluateConfig) -> None:
 )
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate; returns the scores, and writes them to `output_dir/evaluation.json` if given."""
-    model, family = open_model(config.model_name_or_path, config.single_file_config)
+    origin = Manifest.find(Path(config.adapter)) if config.adapter else None
+    model, family = open_model(
+        config.model_name_or_path,
+        config.single_file_config,
+        config.family,
+        origin.family if origin else None,
+    )
     config = of_family(config, family)
     _refuse_emulator_adapter(config, Manifest.find(model.path))
     if config.adapter is not None:
@@ -91,6 +97,7 @@ def _settings(config: EvaluateConfig, model: Checkpoint, family: ModelFamily) ->
     named = named_digests(config)
     return {
         **own_options(config, {"output_dir"}),
+        **named_family(model, family),
         "model_digest": model.digest(),
         "adapter_digest": Adapter.open(config.adapter).with_parts(model.parts).digest()
         if config.adapter

@@ -19,7 +19,7 @@ from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import copy_file, write_json
 from emloc.config import MergeConfig
 from emloc.errors import MismatchError
-from emloc.extend.plugins import open_model
+from emloc.extend.plugins import named_family, open_model
 from emloc.machine.progress import progress_bar
 from emloc.stages.frame import Artefact, Written
 from emloc.stages.stage import stage
@@ -42,6 +42,8 @@ def merge(config: MergeConfig) -> Path:
     base, family = open_model(
         config.model_name_or_path or require_base(adapter, origin, "merge"),
         config.single_file_config or origin_config,
+        config.family,
+        origin.family if origin else None,
     )
     adapter = adapter.with_parts(base.parts)
     digest = base.digest()
@@ -61,6 +63,7 @@ def merge(config: MergeConfig) -> Path:
     merged = merged_model(adapted, family, model, base)
     parts = {name: merged_part(part, base.part(name)) for name, part in adapter.parts.items()}
     settings = {
+        **named_family(base, family),
         "base_digest": digest,
         "companions_digest": base.companions_digest(),
         "adapter_digest": adapter.digest(),

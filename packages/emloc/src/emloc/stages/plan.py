@@ -36,7 +36,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
 
 def make_memory_plan(config: PlanConfig) -> MemoryPlan:
     """The plan of the options, fitted to `memory` where that is given."""
-    subject = Subject.of(config.model_name_or_path, config.dtype)
+    subject = Subject.of(config.model_name_or_path, config.dtype, config.family)
     setting = Setting(subject, of_family(config, subject.family))
     return MemoryPlan(setting) if config.memory is None else fit(setting, config.memory)
 

@@ -175,7 +175,7 @@ def _refuse_unfit(plans: Mapping[str, Mapping[str, Any]], stages: Stages) -> Non
     name = first.get("model_name_or_path") or first.get("emulator")
     if name is None:
         return
-    model, family = open_model(str(name), first.get("single_file_config"))
+    model, family = open_model(str(name), first.get("single_file_config"), first.get("family"))
     for stage, keywords in plans.items():
         config = of_family(stages[stage].checked(keywords, stage), family)
         stages[stage].require_suited(config, model, family)

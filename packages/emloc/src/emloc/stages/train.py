@@ -20,7 +20,7 @@ from emloc.config import TrainConfig
 from emloc.errors import CheckpointError, ConfigError, NumericalError
 from emloc.extend.family import ModelFamily
 from emloc.extend.plugin_options import of_family, own_options
-from emloc.extend.plugins import of_folder, open_model
+from emloc.extend.plugins import named_family, of_folder, open_model
 from emloc.stages.data_digest import data_digest
 from emloc.stages.frame import Artefact, Written, digests
 from emloc.stages.stage import stage
@@ -68,7 +68,9 @@ def _has_modules(config: TrainConfig, model: Checkpoint, family: ModelFamily) ->
 def train(config: TrainConfig) -> Path:
     """Train a LoRA; returns the folder of the PEFT adapter."""
     model, family = open_model(
-        config.emulator or str(config.model_name_or_path), config.single_file_config
+        config.emulator or str(config.model_name_or_path),
+        config.single_file_config,
+        config.family,
     )
     config = of_family(config, family)
     train.require_suited(config, model, family)
@@ -76,6 +78,7 @@ def train(config: TrainConfig) -> Path:
     digest, named = model.digest(), named_digests(config)
     settings: dict[str, Any] = {
         **own_options(config, PATHS),
+        **named_family(model, family),
         "model_digest": digest,
         "companions_digest": model.companions_digest(),
         "data_digest": data_digest(config.dataset, config.dataset_split, config, family),

@@ -42,7 +42,10 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
         return _verify_adapter(config, manifest)
     checkpoint = Checkpoint.open(str(config.path))
     checked = _verify_files(config.path, manifest)
-    family = family_named(manifest.family) if manifest else family_of(checkpoint)
+    if manifest is None or config.family is not None:
+        family = family_of(checkpoint, config.family)
+    else:
+        family = family_named(manifest.family)
     checkpoint = family.native(checkpoint)
     if manifest is not None and manifest.kind == "emulator":
         if manifest.method is None:  # what others hold, only they know
@@ -128,7 +131,8 @@ def _verify_base(config: VerifyConfig, manifest: Manifest) -> None:
     name = config.model_name_or_path or origin.name_or_path
     if config.model_name_or_path is None and not _is_here(name):
         return  # the base is elsewhere, and nobody asked for it
-    base, _ = open_model(name, config.single_file_config or origin.single_file_config)
+    sources = config.single_file_config or origin.single_file_config
+    base, _ = open_model(name, sources, config.family, manifest.family)
     if base.digest() != origin.digest:
         raise MismatchError(f"{config.path} was made from other weights than those of {name}.")
 
@@ -145,7 +149,8 @@ def _verify_adapter(config: VerifyConfig, manifest: Manifest | None) -> dict[str
     base = family = None
     if name and (config.model_name_or_path or _is_here(name)):
         named = manifest.base_model.single_file_config if manifest else None
-        base, family = open_model(name, config.single_file_config or named)
+        recorded = manifest.family if manifest else None
+        base, family = open_model(name, config.single_file_config or named, config.family, recorded)
     paths = [Path(file).parts for file in (manifest.files if manifest else ())]
     listed = {parts[0] for parts in paths if len(parts) == 2}
     adapter = adapter.with_parts(sorted(listed | set(base.parts if base else ())))
