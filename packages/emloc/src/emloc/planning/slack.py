@@ -5,10 +5,11 @@ least 20 MiB for large ones, and keeps what comes and goes for reuse, where not 
 part in twenty of what comes and goes, and one segment. The CUDA context and its kernels are not torch's and
 take half a GiB of the card.
 
-CPU: blocks of a MiB and more go back to the system at once (`memory.return_large_blocks`); the heap of
-smaller ones fragments, and oneDNN and MKL keep packed operands and buffers per thread: one part in fifty of
-what comes and goes, and a constant. Training imports more when it begins, and its measure counts the pages of
-those libraries: training the smallest model of each family takes 63 to 72 MB, where a tensor is nothing.
+CPU: large blocks go back to the system at once (`memory.return_large_blocks`, `memory.streaming_memory`);
+the heap of smaller ones fragments, and oneDNN and MKL keep packed operands and buffers per thread: one part
+in fifty of what comes and goes, and a constant. Training imports more when it begins, and its measure counts
+the pages of those libraries: training the smallest model of each family takes 63 to 72 MB, where a tensor is
+nothing.
 """
 
 from emloc.machine.memory_limit import CUDA_CONTEXT

@@ -16,7 +16,7 @@ from emloc.artefacts.file_digest import file_sha256
 from emloc.artefacts.kinds import Kind
 from emloc.artefacts.manifest import Manifest, ModelReference, is_complete, versions
 from emloc.artefacts.stage_folder import stage_folder
-from emloc.machine.memory import PeakMemory, return_large_blocks
+from emloc.machine.memory import PeakMemory, streaming_memory
 from emloc.planning.contract import Contract, keeping
 
 
@@ -101,8 +101,7 @@ class Artefact:
     ) -> tuple[Written, dict[str, int]]:
         if not self.streamed:
             return work(folder), {}
-        return_large_blocks()
-        with PeakMemory(self.device, limit=self.memory) as peak:
+        with streaming_memory(), PeakMemory(self.device, limit=self.memory) as peak:
             written = work(folder)
         return written, peak.figures()
 
