@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import emloc
+from emloc.artefacts.described import Described
 from emloc.compression.rank import rank_for
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError
 from emloc.extend.plugin_options import with_plugin_options
-from emloc.planning.described import Described, describe
+from emloc.planning.described import describe
 from emloc.planning.family import traced_loss
 from emloc.planning.layers import layer_shapes, planned_layers
 from emloc.planning.step import Precision, StepOptions

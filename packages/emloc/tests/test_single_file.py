@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from emloc.artefacts.checkpoint import Checkpoint
-from emloc.artefacts.single_file import model_folder
 from emloc.errors import CheckpointError
 from emloc.extend.family import FamilyEntry
+from emloc.extend.single_file import model_folder
 
 
 class Reader:

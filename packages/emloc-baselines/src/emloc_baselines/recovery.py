@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from emloc.artefacts.adapted_weights import adapted_weights
+from emloc.adapters.adapted_weights import adapted_weights
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_config import CONFIG_NAME, exact_patterns
 from emloc.artefacts.adapter_tensors import PREFIX, WEIGHTS_NAME, LoraLayer

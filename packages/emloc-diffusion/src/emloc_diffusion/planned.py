@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.described import Described
 from emloc.artefacts.json_files import read_json
 from emloc.config import StageConfig, TrainConfig
 from emloc.errors import ConfigError
 from emloc.extend.family import Batch
 from emloc.integrations.diffusers.skeleton import empty_model, is_layer
 from emloc.integrations.peft.blocks import in_chosen_blocks
-from emloc.planning.described import Described, weight_dtype
+from emloc.planning.described import weight_dtype
 from emloc.planning.family import Groups, OtherModel
 from emloc.planning.operations import Layer
 from emloc.planning.step import StepOptions, StepSizes

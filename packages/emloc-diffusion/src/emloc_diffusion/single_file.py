@@ -38,7 +38,7 @@ SHARD_SIZE = "2GB"
 
 
 class OriginalLayout:
-    """`emloc.artefacts.single_file.SingleFileReader` of diffusion models."""
+    """`emloc.extend.single_file.SingleFileReader` of diffusion models."""
 
     def configuration(self, file: Checkpoint, named: str | None) -> Path:
         """See `SingleFileReader`; without a name, the pipeline that diffusers takes the file for."""

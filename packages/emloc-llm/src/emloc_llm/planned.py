@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.described import Described
 from emloc.config import DataOptions, TrainConfig
 from emloc.extend.family import Batch
 from emloc.integrations.transformers.planned import (
@@ -17,7 +18,6 @@ from emloc.integrations.transformers.planned import (
     run_blocks_twice,
 )
 from emloc.integrations.transformers.shallow import cut, depth
-from emloc.planning.described import Described
 from emloc.planning.family import Groups
 from emloc.planning.operations import Layer
 from emloc.planning.step import StepOptions, StepSizes

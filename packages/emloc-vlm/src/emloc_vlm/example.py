@@ -13,8 +13,8 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 
 from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
 from emloc.integrations.transformers.lively_model import lively_model
+from emloc_vlm.image_only import image_only
 from emloc_vlm.internvl_chat import CHAT_TEMPLATE, IMAGE_TOKENS
-from emloc_vlm.processor import image_only
 
 # Sizes are all different, so that a transposed product cannot go unnoticed.
 TEXT: Mapping[str, Any] = {
@@ -30,8 +30,7 @@ COLORS: Mapping[str, str] = {"red": "#d02020", "green": "#20a030", "blue": "#204
 
 def example_processor(image_size: int, image_seq_length: int, max_patches: int = 3) -> Any:
     """InternVL's processor on the byte tokenizer."""
-    return image_only(
-        InternVLProcessor,
+    return image_only(InternVLProcessor)(
         image_processor=GotOcr2ImageProcessorPil(
             size={"height": image_size, "width": image_size}, crop_to_patches=True, min_patches=1,
             max_patches=max_patches,

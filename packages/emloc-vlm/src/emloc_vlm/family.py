@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.described import Described
 from emloc.config import CalibrationOptions, DataOptions, DemoConfig, EvaluateConfig, TrainConfig
 from emloc.extend.family import Batch, EmulatorLayers, StoredParameter
 from emloc.integrations.transformers.conversion import module_name, stored_parameter
@@ -22,7 +23,6 @@ from emloc.integrations.transformers.skeleton import (
     shared_linears,
 )
 from emloc.integrations.transformers.untying import untied_config
-from emloc.planning.described import Described
 from emloc_vlm.calibration import calibration_batches, patch_mask, without_patch_mask
 from emloc_vlm.data_files import files_of_rows
 from emloc_vlm.internvl_chat import is_internvl_chat, native_view

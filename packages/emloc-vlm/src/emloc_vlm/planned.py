@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.described import Described
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError
 from emloc.extend.family import Batch
@@ -18,7 +19,6 @@ from emloc.integrations.transformers.planned import (
     run_blocks_twice,
 )
 from emloc.integrations.transformers.shallow import cut, depth
-from emloc.planning.described import Described
 from emloc.planning.family import Groups
 from emloc.planning.operations import Layer
 from emloc.planning.step import StepOptions, StepSizes

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from emloc.artefacts.named_files import named_path, refuse_special
+from emloc.artefacts.named_files import named_path
 from emloc.config import CalibrationOptions, DataOptions
 from emloc.errors import DataError
 from emloc.integrations.transformers.data.files import (
@@ -33,6 +33,7 @@ from emloc.integrations.transformers.tables import (
     shares,
 )
 from emloc.machine.progress import console
+from emloc.machine.special_files import refuse_special
 from emloc_vlm.benchmarks import of_split, read_benchmark
 from emloc_vlm.examples import IMAGE_COLUMNS, REFERENCES, VISUAL_FORMS, Example, example_of
 from emloc_vlm_options import ImageOptions

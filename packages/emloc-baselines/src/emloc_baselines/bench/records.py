@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from emloc.artefacts.named_files import refuse_special
 from emloc.errors import ConfigError
+from emloc.machine.special_files import refuse_special
 
 Record = dict[str, Any]
 

@@ -8,8 +8,8 @@ own, out of a file.
 import re
 from pathlib import Path
 
-from emloc.artefacts.named_files import refuse_special
 from emloc.errors import ConfigError, DataError
+from emloc.machine.special_files import refuse_special
 
 _SCENES = (
     "a {0} {1} in the jungle",

@@ -18,8 +18,8 @@ from transformers import (
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
+from emloc_vlm.image_only import image_only
 from emloc_vlm.internvl_chat import CHAT_TEMPLATE, IMAGE_TOKENS
-from emloc_vlm.processor import image_only
 
 PIXELS = 64
 PATCH = 8
@@ -62,8 +62,7 @@ def small_processor(texts: Iterable[str]) -> Any:
         **IMAGE_TOKENS,
     )
     fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    return image_only(
-        InternVLProcessor,
+    return image_only(InternVLProcessor)(
         image_processor=GotOcr2ImageProcessorPil(
             size={"height": PIXELS, "width": PIXELS}, crop_to_patches=True, min_patches=1,
             max_patches=1,

@@ -23,11 +23,12 @@ from emloc.artefacts.adapter_tensors import (
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.file_digest import file_sha256
 from emloc.artefacts.json_files import read_json
-from emloc.artefacts.named_files import named_path, refuse_special
+from emloc.artefacts.named_files import named_path
 from emloc.artefacts.small_files import write_json
 from emloc.errors import CheckpointError
 from emloc.linalg.convolution import as_matrix
 from emloc.linalg.finite import is_finite
+from emloc.machine.special_files import refuse_special
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from emloc.artefacts.named_files import refuse_special
 from emloc.errors import CheckpointError
+from emloc.machine.special_files import refuse_special
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.kinds import Kind, KindName
-from emloc.artefacts.named_files import refuse_special
 from emloc.artefacts.settings import difference, same
 from emloc.artefacts.small_files import write_json
 from emloc.errors import CheckpointError, OutputError
 from emloc.machine.progress import console
+from emloc.machine.special_files import refuse_special
 
 MANIFEST_NAME = "emloc.json"
 FORMAT = 1

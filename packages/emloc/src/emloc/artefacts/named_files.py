@@ -4,14 +4,13 @@ A model, an adapter or a data set is somebody else's folder. Its index names sha
 components, its rows images; each name could as well be `../../.ssh/id_rsa`, or a link that leads there, and
 what is read ends up in artefacts that people publish. Every such name is resolved here: links are followed,
 and where they lead must lie in the folder. The hub's cache is the one exception: a snapshot's files are
-links to the blobs of its own repository. Pipes and devices are refused without being opened, since reading
-one may never end.
+links to the blobs of its own repository.
 """
 
-import stat
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from emloc.errors import CheckpointError, EmlocError
+from emloc.machine.special_files import refuse_special
 
 
 def named_path(
@@ -61,20 +60,6 @@ def named_file(
     return path
 
 
-def refuse_special(path: Path, error: type[EmlocError] = CheckpointError) -> None:
-    """Let files, folders and what does not exist pass; what is none of these is never opened.
-
-    Raises:
-        EmlocError: of the type `error`: it is a pipe, a socket or a device.
-    """
-    try:
-        mode = path.stat().st_mode
-    except OSError:
-        return  # whoever opens it says why it cannot be
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise error(f"{path} is a {_kind(mode)} and no file; it is not opened.")
-
-
 def _lies_inside(path: Path, folder: Path, where: object, error: type[EmlocError]) -> bool:
     try:
         real, home = path.resolve(), folder.resolve()
@@ -90,9 +75,3 @@ def _blobs(home: Path) -> list[Path]:
         for parent in home.parents
         if parent.name == "snapshots" and (parent.parent / "blobs").is_dir()
     ]
-
-
-def _kind(mode: int) -> str:
-    if stat.S_ISFIFO(mode):
-        return "pipe"
-    return "socket" if stat.S_ISSOCK(mode) else "device"

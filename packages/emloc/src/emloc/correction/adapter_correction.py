@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emloc.artefacts.adapted_weights import AdaptedWeights
+from emloc.adapters.adapted_weights import AdaptedWeights
 from emloc.artefacts.adapter_config import CONFIG_NAME
 from emloc.artefacts.adapter_tensors import WEIGHTS_NAME, LoraLayer
 from emloc.artefacts.checkpoint import Checkpoint

@@ -216,7 +216,7 @@ class FamilyEntry:
         recognises: decides from a parsed `config.json` alone.
         options: fields that stages take for this family: those of the value, for every stage whose
             options derive from the key, for example `{DataOptions: ImageOptions}`.
-        single_file: `module:attribute` of the `emloc.artefacts.single_file.SingleFileReader` object or
+        single_file: `module:attribute` of the `emloc.extend.single_file.SingleFileReader` object or
             class, if the family reads models that are one file.
         recognises_file: decides from the names of such a file's tensors.
         plugin: filled in by core.

@@ -16,13 +16,13 @@ from pydantic import BaseModel
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
-from emloc.artefacts.single_file import model_folder
 from emloc.config import nearest
 from emloc.errors import CheckpointError, PluginError
 from emloc.extend import hookspecs
 from emloc.extend.family import FamilyEntry, ModelFamily
 from emloc.extend.methods import CORE_METHODS, MethodEntry
 from emloc.extend.option_names import check_options
+from emloc.extend.single_file import model_folder
 from emloc.extend.stages import StageEntry
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from emloc.artefacts.named_files import refuse_special
 from emloc.errors import DataError
+from emloc.machine.special_files import refuse_special
 
 PIXEL_LIMIT = 178_956_970
 """Most pixels of a picture, Pillow's own: twice the number from which it warns."""

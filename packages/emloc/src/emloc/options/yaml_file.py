@@ -13,8 +13,8 @@ from typing import Any, ClassVar, cast
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode
 
-from emloc.artefacts.named_files import refuse_special
 from emloc.errors import ConfigError
+from emloc.machine.special_files import refuse_special
 
 NULLS = ("", "~", "null", "Null", "NULL")
 _MERGE, _TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"

@@ -6,11 +6,12 @@ That is what the files will hold, up to names and to what a checkpoint stores fu
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.described import Described
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.layout import layout_of
 from emloc.artefacts.tensor_info import TensorInfo
@@ -20,16 +21,6 @@ from emloc.extend.plugins import family_of
 
 LARGE_PARAMETERS = 1_000_000_000
 """From this size on, a config without a dtype (those of diffusers) is taken to be of bfloat16 weights."""
-
-
-class Described(Checkpoint):
-    """A checkpoint without files; its config is the whole of it."""
-
-    translated: ClassVar[bool] = True
-
-    def having(self, config: Mapping[str, Any]) -> "Described":
-        """The same with another config."""
-        return Described(self.name, self.path, dict(config), {})
 
 
 def describe(

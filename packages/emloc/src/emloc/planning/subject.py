@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.described import Described
 from emloc.compression.groups import Group, Plan, make_plan
 from emloc.compression.rank import match_pattern
 from emloc.config import CompressConfig, TrainConfig
 from emloc.extend.family import ModelFamily
 from emloc.planning.blocks import by_block, kind_of
-from emloc.planning.described import Described, describe, with_tensors
+from emloc.planning.described import describe, with_tensors
 from emloc.planning.family import PlannedFamily
 from emloc.planning.layers import layer_shapes
 from emloc.planning.operations import Layer

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from emloc.artefacts.adapted_weights import adapted_weights, part_weights
+from emloc.adapters.adapted_weights import adapted_weights, part_weights
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_base import folder_named
 from emloc.artefacts.adapter_config import CONFIG_NAME

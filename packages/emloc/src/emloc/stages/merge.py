@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from emloc.artefacts.adapted_weights import adapted_weights
+from emloc.adapters.adapted_weights import adapted_weights
+from emloc.adapters.merged_tensors import MergedModel, merged_model, merged_part
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_base import folder_named, require_base
 from emloc.artefacts.companions import say_other_template
@@ -13,7 +14,6 @@ from emloc.artefacts.file_digest import file_sha256
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.kinds import ADAPTER, CORRECTED_ADAPTER, MERGED_MODEL
 from emloc.artefacts.manifest import Manifest, ModelReference
-from emloc.artefacts.merged_tensors import MergedModel, merged_model, merged_part
 from emloc.artefacts.output_place import has_place
 from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import copy_file, write_json

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from emloc.artefacts.adapted_weights import adapted_weights, part_weights
+from emloc.adapters.adapted_weights import adapted_weights, part_weights
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_base import named_base
 from emloc.artefacts.adapter_config import CONFIG_NAME

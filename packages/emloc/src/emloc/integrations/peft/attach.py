@@ -11,7 +11,7 @@ from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from emloc.artefacts.adapted_weights import adapted_weights, differs, is_copy, under_current_names
+from emloc.adapters.adapted_weights import adapted_weights, differs, is_copy, under_current_names
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_config import exact_patterns
 from emloc.artefacts.adapter_tensors import PREFIX

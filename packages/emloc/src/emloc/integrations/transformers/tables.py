@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from emloc.artefacts.named_files import refuse_special
 from emloc.config import DataOptions
 from emloc.errors import ConfigError, DataError
 from emloc.integrations.transformers.data.columns import (
@@ -21,6 +20,7 @@ from emloc.integrations.transformers.data.files import data_suffix, read_file
 from emloc.integrations.transformers.data.folders import ADDRESS, folder_rows
 from emloc.integrations.transformers.data.hub import hub_rows
 from emloc.integrations.transformers.data.rows import AnyRows, Row, Rows, RowStream
+from emloc.machine.special_files import refuse_special
 
 SampleT = TypeVar("SampleT")
 

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from emloc.artefacts.named_files import refuse_special
 from emloc.errors import DataError
 from emloc.integrations.transformers.data.arrow import arrow_rows, parquet_rows
 from emloc.integrations.transformers.data.rows import Row
+from emloc.machine.special_files import refuse_special
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 PACKED: dict[str, Callable[[BinaryIO], Any]] = {

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emloc.artefacts.adapted_weights import AdaptedWeights, part_weights
+from emloc.adapters.adapted_weights import AdaptedWeights, part_weights
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_tensors import LoraLayer
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.described import Described
 from emloc.artefacts.tensor_info import TensorInfo
 from emloc.errors import MismatchError
 from emloc.extend.family import ModelFamily, StoredParameter, UntiesWeights
 from emloc.linalg.merging import merged_weight
-from emloc.planning.described import Described
 
 
 @dataclass(frozen=True)
