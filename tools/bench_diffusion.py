@@ -29,6 +29,7 @@ from rich.table import Table
 from torch import nn
 
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.extend.capabilities import kept_dense_of
 from emloc.integrations.diffusers.skeleton import empty_model
 from emloc.machine.memory import format_bytes
 from emloc_diffusion.denoisers import DENOISERS
@@ -70,7 +71,7 @@ def classes(model: nn.Module) -> dict[str, list[str]]:
         layer = model.get_submodule(name)
         size = "×".join(map(str, layer.kernel_size)) if isinstance(layer, nn.Conv2d) else ""
         found[f"compressed: {'convolutions ' + size if size else 'linear'}"].append(name)
-    for name, why in family.kept_dense(model).items():
+    for name, why in kept_dense_of(family, model).items():
         found[f"dense: {why}"].append(name)
     return found
 

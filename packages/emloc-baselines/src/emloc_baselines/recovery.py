@@ -20,6 +20,7 @@ from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import write_json
 from emloc.errors import MismatchError
+from emloc.extend.capabilities import exported
 from emloc.extend.plugins import open_model
 from emloc.stages.frame import Artefact, Written, digests
 
@@ -106,8 +107,8 @@ def recover_adapter(
                 shard.write(key, value)
         write_json(work / CONFIG_NAME, _config(trained, names, base.reference_name()))
         _require_fit(work, family, base)
-        exported = family.export_adapter(base, work)
-        return Written(digests(work, (CONFIG_NAME, WEIGHTS_NAME, *exported)))
+        others = exported(family, base, work)
+        return Written(digests(work, (CONFIG_NAME, WEIGHTS_NAME, *others)))
 
     return artefact.write(write)
 

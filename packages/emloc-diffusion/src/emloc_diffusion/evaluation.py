@@ -19,7 +19,6 @@ from emloc.machine.memory import PeakMemory
 from emloc.machine.progress import progress_bar
 from emloc_diffusion.encode.components import release
 from emloc_diffusion.evaluated_pictures import check_encoders, draw_and_score
-from emloc_diffusion.loading import load_denoiser
 from emloc_diffusion.objective import objective_of
 from emloc_diffusion.picture_plan import DenoiserEvaluateConfig, plan_pictures
 from emloc_diffusion.samples import Options, Samples, encode_samples
@@ -56,7 +55,7 @@ def _evaluate(config: DenoiserEvaluateConfig, family: ModelFamily) -> dict[str, 
     samples = encode_samples(
         checkpoint.path, cast(Options, config), config.device, adapter=config.adapter
     )
-    model = load_denoiser(checkpoint, config.dtype, config.device)
+    model: Any = family.load(checkpoint, config.dtype, config.device)
     if config.adapter:
         model = attach(model, config.adapter, checkpoint, family)
     dtype = next(model.parameters()).dtype

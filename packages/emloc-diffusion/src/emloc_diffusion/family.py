@@ -36,10 +36,6 @@ class DiffusionFamily(PlannedDiffusion):
     name = "diffusion"
     adapter_formats: tuple[str, ...] = ("peft", "diffusers", "kohya")
 
-    def native(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Itself: diffusers has one layout."""
-        return checkpoint
-
     def skeleton(self, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         """See `ModelFamily`."""
         return empty_model(checkpoint, denoiser_of(checkpoint).model_class, dtype)
@@ -124,6 +120,12 @@ class DiffusionFamily(PlannedDiffusion):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         """Squared error of the prediction, summed over latents' elements."""
         return squared_errors(model, batch).sum(), batch["target"].numel()
+
+    def load(self, checkpoint: Checkpoint, dtype: str, device: str) -> nn.Module:
+        """See `ModelFamily`; `emloc_diffusion.loading`."""
+        from emloc_diffusion.loading import load_denoiser
+
+        return load_denoiser(checkpoint, dtype, device)
 
     def emulator_config(self, checkpoint: Checkpoint, layers: EmulatorLayers) -> dict[str, Any]:
         """See `ModelFamily`."""

@@ -6,7 +6,7 @@ loss: on prompts, unless asked otherwise.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -247,9 +247,3 @@ def pad(samples: Sequence[Sample], pad_id: int, left: bool = False) -> dict[str,
         "attention_mask": torch.tensor([fill([1] * len(s.input_ids), 0) for s in samples]),
         "labels": torch.tensor([fill(s.labels, IGNORED) for s in samples]),
     }
-
-
-def in_batches(samples: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Consecutive slices of at most `size`."""
-    for start in range(0, len(samples), size):
-        yield samples[start : start + size]

@@ -19,10 +19,11 @@ from emloc.integrations.transformers.generation import (
     greedy_answers,
     say_missing_ends,
 )
-from emloc.integrations.transformers.loading import load_model, load_tokenizer
+from emloc.integrations.transformers.loading import load_tokenizer
+from emloc.integrations.transformers.sampling import in_batches
 from emloc.machine.memory import PeakMemory
 from emloc.machine.progress import progress_bar
-from emloc_llm.data import Sample, encode_all, in_batches, pad, say_truncated
+from emloc_llm.data import Sample, encode_all, pad, say_truncated
 from emloc_llm.matching import matches
 from emloc_llm.rows import load_rows
 
@@ -58,9 +59,10 @@ def _evaluate(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any]:
     capacity.check(
         (sample.prompt for sample in asked), tokenizer, "The prompts", more=config.max_new_tokens
     )
-    model = load_model(path, AutoModelForCausalLM, config.dtype, config.device).eval()
+    checkpoint = Checkpoint.open(path)
+    model: Any = family.load(checkpoint, config.dtype, config.device)
     if config.adapter:
-        model = attach(model, config.adapter, Checkpoint.open(str(path)), family)
+        model = attach(model, config.adapter, checkpoint, family)
     with torch.inference_mode():
         loss = _loss(family, model, samples, tokenizer, config)
         answers = _answers(model, asked, tokenizer, config)

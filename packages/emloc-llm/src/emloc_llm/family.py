@@ -1,6 +1,6 @@
 """Causal language models: any `AutoModelForCausalLM` whose blocks hold `nn.Linear`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,73 +10,41 @@ from transformers import AutoModelForCausalLM
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import CalibrationOptions, DemoConfig, EvaluateConfig, TrainConfig
-from emloc.extend.family import Batch, EmulatorLayers, StoredParameter
+from emloc.extend.family import Batch
 from emloc.integrations.transformers.capacity import capacity_of
-from emloc.integrations.transformers.conversion import module_name, stored_parameter
+from emloc.integrations.transformers.family import TransformersFamily
 from emloc.integrations.transformers.loading import load_tokenizer
 from emloc.integrations.transformers.loss import next_token_loss
-from emloc.integrations.transformers.quantizer import emulator_config
-from emloc.integrations.transformers.skeleton import (
-    empty_model,
-    linears_within,
-    repeated_blocks,
-    shared_input_groups,
-    shared_linears,
-)
-from emloc.integrations.transformers.untying import untied_config
-from emloc_llm.data import draw_samples, in_batches, pad
-from emloc_llm.planned import PlannedLLM
+from emloc.integrations.transformers.sampling import in_batches
+from emloc.planning.operations import Layer
+from emloc.planning.step import StepOptions, StepSizes
+from emloc_llm.data import draw_samples, pad
 
 OTHER_ROWS = frozenset({"cpmant", "prophetnet", "xlnet"})
 """Types whose layers do not read the micro-batch's tokens row by row: a learnt prompt stands in front,
 several streams are read at once, or tokens come before samples. Their samples go one by one, unpadded."""
 
 
-class LLMFamily(PlannedLLM):
+class LLMFamily(TransformersFamily):
     """`ModelFamily` for causal language models."""
 
     name = "llm"
-    adapter_formats: tuple[str, ...] = ("peft",)
+    auto_class = AutoModelForCausalLM
+    task_type = "CAUSAL_LM"
 
-    def native(self, checkpoint: Checkpoint) -> Checkpoint:
-        """See `ModelFamily`."""
-        return checkpoint
+    def example(self, config: Any, samples: int, length: int) -> Batch:
+        """Tokens, all of them real and labelled."""
+        ids = torch.zeros(samples, length, dtype=torch.int64)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
-    def skeleton(self, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
-        """See `ModelFamily`."""
-        return empty_model(checkpoint, AutoModelForCausalLM, dtype)
+    def forwards(self, model: nn.Module) -> Sequence[Callable[[Any], Any]]:
+        """One, without a cache."""
 
-    def stored(
-        self, model: nn.Module, parameter: str, checkpoint: Checkpoint
-    ) -> StoredParameter | None:
-        """See `ModelFamily`."""
-        return stored_parameter(model, parameter, checkpoint)
+        def read(fake: Any) -> None:
+            inputs = self.example(fake.config, 1, 4)
+            fake(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
 
-    def module_name(self, model: nn.Module, name: str) -> str:
-        """See `KnowsOlderNames`."""
-        return module_name(model, name)
-
-    def untied_config(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any] | None:
-        """See `UntiesWeights`."""
-        return untied_config(checkpoint, model)
-
-    def blocks(self, model: nn.Module) -> Sequence[str]:
-        """See `ModelFamily`."""
-        return repeated_blocks(model)
-
-    def layer_groups(self, model: nn.Module) -> Sequence[Sequence[str]]:
-        """See `ModelFamily`."""
-
-        def forward(fake: Any) -> None:
-            ids = torch.zeros(1, 4, dtype=torch.int64)
-            fake(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-
-        layers = linears_within(model, self.blocks(model))
-        return shared_input_groups(model, layers, forward)
-
-    def kept_dense(self, model: nn.Module) -> Mapping[str, str]:
-        """See `ModelFamily`; linear layers of blocks are compressed where their weight is their own."""
-        return shared_linears(model, self.blocks(model))
+        return [read]
 
     def calibration_batches(
         self, checkpoint: Checkpoint, options: CalibrationOptions
@@ -92,43 +60,57 @@ class LLMFamily(PlannedLLM):
         size = 1 if alone else options.calibration_batch_size
         return [pad(part, tokenizer.pad_token_id) for part in in_batches(samples, size)]
 
-    def token_mask(self, batch: Batch, layer: str | None = None) -> Tensor | None:
-        """See `ModelFamily`."""
-        mask = batch["attention_mask"].bool()
-        return None if layer is not None and bool(mask.all()) else mask
-
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         """See `ModelFamily`; `next_token_loss`."""
         return next_token_loss(model, batch)
 
-    def emulator_config(self, checkpoint: Checkpoint, layers: EmulatorLayers) -> dict[str, Any]:
-        """See `ModelFamily`."""
-        return emulator_config(checkpoint, layers)
-
     def train(self, config: TrainConfig, work: Path) -> dict[str, Any]:
-        """See `ModelFamily`; `emloc_llm.training`."""
+        """See `ModelFamily`; with TRL, in `emloc_llm.training`."""
         from emloc_llm.training import train_lora
 
-        return train_lora(config, work)
-
-    def export_adapter(self, checkpoint: Checkpoint, folder: Path) -> Sequence[str]:
-        """See `ModelFamily`; PEFT's format is the one that everybody reads."""
-        return ()
+        return train_lora(config, work, self)
 
     def evaluate(self, config: EvaluateConfig) -> dict[str, Any]:
-        """See `ModelFamily`; `emloc_llm.evaluation`."""
+        """See `Evaluates`; `emloc_llm.evaluation`."""
         from emloc_llm.evaluation import evaluate_model
 
         return evaluate_model(config, self)
 
     def demo(self, config: DemoConfig) -> Path:
-        """See `ModelFamily`; `emloc_llm.demo`."""
+        """See `HasDemo`; `emloc_llm.demo`."""
         from emloc_llm.demo.demo import run_demo
 
         return run_demo(config)
 
     def write_example(self, folder: Path, seed: int) -> Mapping[str, Any]:
-        """See `ModelFamily`; `emloc_llm.example`."""
+        """See `WritesExample`; `emloc_llm.example`."""
         from emloc_llm.example import write_example
 
         return write_example(folder, seed)
+
+    def planned_batch(self, checkpoint: Checkpoint, options: Any, samples: int) -> Batch:
+        """Samples of `max_length` tokens; where there are several, some will be padded."""
+        batch = super().planned_batch(checkpoint, options, samples)
+        padded = samples > 1 and not getattr(options, "packing", False)
+        return {name: t for name, t in batch.items() if padded or name != "attention_mask"}
+
+    def as_trained(self, model: nn.Module) -> nn.Module:
+        """With TRL's loss in place of the head."""
+        from trl.trainer.utils import add_fused_lm_head  # seconds to import
+
+        changed: Any = model
+        add_fused_lm_head(changed, outputs=("log_probs", "entropy", "is_top1"))
+        return changed
+
+    def trainers_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        """As TRL's `SFTTrainer` computes it, where all tokens are labelled."""
+        out = model(**batch, use_cache=False, fused_lm_head=True)
+        return -out.log_probs.sum(), batch["labels"].numel()
+
+    def step_sizes(
+        self, model: nn.Module, layers: Mapping[str, Layer], batch: Batch, options: StepOptions
+    ) -> StepSizes | None:
+        """See `PlannedFamily`; `emloc_llm.activations`."""
+        from emloc_llm.activations import step_sizes
+
+        return step_sizes(model, layers, batch, options)

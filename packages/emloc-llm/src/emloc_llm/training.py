@@ -3,28 +3,32 @@
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.locate import locate
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError
 from emloc.integrations.transformers.capacity import Capacity, load_capacity
 from emloc.integrations.transformers.data.rows import where_of
 from emloc.integrations.transformers.generation import closing_tokens, say_missing_ends
-from emloc.integrations.transformers.loading import load_model, load_tokenizer
+from emloc.integrations.transformers.loading import load_tokenizer
 from emloc.integrations.transformers.lora_training import train_lora as train_with
 from emloc.integrations.transformers.lora_training import training_arguments
 from emloc.integrations.transformers.loss import IGNORED, next_token_loss
+from emloc.integrations.transformers.sampling import in_batches
 from emloc.integrations.transformers.tables import dataset_names, shares
 from emloc.machine.memory import PeakMemory, return_large_blocks
 from emloc_llm.activations import TILE_ROWS, TILE_TOKENS
-from emloc_llm.data import Sample, encode, encode_all, in_batches, load_samples, pad, say_truncated
-from emloc_llm.planned import TASK_TYPE
+from emloc_llm.data import Sample, encode, encode_all, load_samples, pad, say_truncated
 from emloc_llm.rows import load_rows
+
+if TYPE_CHECKING:
+    from emloc_llm.family import LLMFamily
 
 
 class Trainer(SFTTrainer):
@@ -60,7 +64,7 @@ class Trainer(SFTTrainer):
         pass
 
 
-def train_lora(config: TrainConfig, work: Path) -> dict[str, Any]:
+def train_lora(config: TrainConfig, work: Path, family: "LLMFamily") -> dict[str, Any]:
     """Train into `work`; returns figures for the manifest.
 
     Raises:
@@ -70,11 +74,11 @@ def train_lora(config: TrainConfig, work: Path) -> dict[str, Any]:
     # for some 7 % of time, measured on SmolLM2-135M on two cores.
     return_large_blocks()
     with PeakMemory(config.device, mapped=True, limit=config.memory) as peak:
-        figures = _train(config, work)
+        figures = _train(config, work, family)
     return {**figures, **peak.figures()}
 
 
-def _train(config: TrainConfig, work: Path) -> dict[str, Any]:
+def _train(config: TrainConfig, work: Path, family: "LLMFamily") -> dict[str, Any]:
     path = locate(config.emulator or str(config.model_name_or_path))
     tokenizer = load_tokenizer(path)
     if config.streaming and config.max_steps <= 0:
@@ -107,12 +111,12 @@ def _train(config: TrainConfig, work: Path) -> dict[str, Any]:
         eval_dataset=_dataset(evaluation) if evaluation else None,
         processing_class=tokenizer,
     )
-    model = load_model(path, AutoModelForCausalLM, config.dtype, config.device)
+    model = family.load(Checkpoint.open(path), config.dtype, config.device)
     closing = closing_tokens((s.input_ids[s.prompt_length :] for s in samples), tokenizer)
     say_missing_ends(model, tokenizer, closing)
     parts = in_batches(samples, config.per_device_train_batch_size)
     batches = (pad(part, tokenizer.pad_token_id) for part in parts)
-    figures = train_with(config, work, model, make_trainer, batches, task_type=TASK_TYPE)
+    figures = train_with(config, work, model, make_trainer, batches, task_type=family.task_type)
     tokenizer.save_pretrained(work)
     figures["summary"] |= {
         "samples": len(samples),

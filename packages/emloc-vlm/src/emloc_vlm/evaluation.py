@@ -8,6 +8,7 @@ from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.locate import locate
 from emloc.config import EvaluateConfig
 from emloc.errors import ConfigError, DataError
+from emloc.extend.capabilities import native_of
 from emloc.extend.family import ModelFamily
 from emloc.extend.losses import LossSum, loss_sum, summed
 from emloc.integrations.peft.attach import attach
@@ -17,7 +18,6 @@ from emloc.machine.memory import PeakMemory
 from emloc.machine.progress import progress_bar
 from emloc_vlm.encode import collate, end_tokens
 from emloc_vlm.examples import Example
-from emloc_vlm.loading import load_vlm
 from emloc_vlm.processor import load_processor
 from emloc_vlm.rows import VisualOptions, load_examples, readable
 from emloc_vlm.scoring import METRICS
@@ -49,9 +49,10 @@ def _evaluate(config: VisualEvaluateConfig, family: ModelFamily) -> dict[str, An
     examples = readable(examples[: config.num_samples], config)
     if not examples:
         raise DataError(f"Data set {config.dataset}: no sample has an image that can be read.")
-    model = load_vlm(path, config.dtype, config.device).eval()
+    checkpoint = native_of(family, Checkpoint.open(path))
+    model: Any = family.load(checkpoint, config.dtype, config.device)
     if config.adapter:
-        model = attach(model, config.adapter, family.native(Checkpoint.open(path)), family)
+        model = attach(model, config.adapter, checkpoint, family)
     with torch.inference_mode():
         loss = _loss(family, model, examples, processor, config)
         answers = _answers(model, examples, processor, config)

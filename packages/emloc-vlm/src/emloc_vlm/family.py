@@ -1,42 +1,39 @@
 """Vision-language models: any `AutoModelForImageTextToText` whose towers hold `nn.Linear`."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, Trainer
 
 from emloc.artefacts.checkpoint import Checkpoint
-from emloc.artefacts.described import Described
-from emloc.config import CalibrationOptions, DataOptions, DemoConfig, EvaluateConfig, TrainConfig
-from emloc.extend.family import Batch, EmulatorLayers, StoredParameter
-from emloc.integrations.transformers.conversion import module_name, stored_parameter
+from emloc.config import CalibrationOptions, DataOptions, DemoConfig, EvaluateConfig
+from emloc.extend.family import Batch
+from emloc.integrations.transformers.family import TrainingData, TransformersFamily
 from emloc.integrations.transformers.loss import next_token_loss
-from emloc.integrations.transformers.quantizer import emulator_config
-from emloc.integrations.transformers.skeleton import (
-    empty_model,
-    linears_within,
-    repeated_blocks,
-    shared_input_groups,
-    shared_linears,
-)
-from emloc.integrations.transformers.untying import untied_config
+from emloc.artefacts.described import Described
+from emloc.planning.operations import Layer
+from emloc.planning.step import StepOptions, StepSizes
 from emloc_vlm.calibration import calibration_batches, patch_mask, without_patch_mask
 from emloc_vlm.data_files import files_of_rows
 from emloc_vlm.internvl_chat import is_internvl_chat, native_view
 from emloc_vlm.internvl_chat_config import native_config
-from emloc_vlm.parts import part_of
-from emloc_vlm.planned import PlannedVLM
+from emloc_vlm.parts import frozen_modules, part_of
+from emloc_vlm.planned import largest_batch
 from emloc_vlm.rows import CalibrationVisualOptions, VisualOptions
+from emloc_vlm.training import training_data
 
 
-class VLMFamily(PlannedVLM):
+class VLMFamily(TransformersFamily):
     """`ModelFamily` for vision-language models."""
 
     name = "vlm"
-    adapter_formats: tuple[str, ...] = ("peft",)
+    auto_class = AutoModelForImageTextToText
+    task_type = "CAUSAL_LM"  # images are part of what precedes the text
+    towers = ("vision_config", "text_config")
+    trainer_class = Trainer
 
     def native(self, checkpoint: Checkpoint) -> Checkpoint:
         """OpenGVLab's InternVL checkpoints as transformers' own class would have stored them."""
@@ -46,30 +43,8 @@ class VLMFamily(PlannedVLM):
             return checkpoint.having(native_config(checkpoint.config))
         return native_view(checkpoint)
 
-    def skeleton(self, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
-        """See `ModelFamily`."""
-        return empty_model(checkpoint, AutoModelForImageTextToText, dtype)
-
-    def stored(
-        self, model: nn.Module, parameter: str, checkpoint: Checkpoint
-    ) -> StoredParameter | None:
-        """See `ModelFamily`."""
-        return stored_parameter(model, parameter, checkpoint)
-
-    def module_name(self, model: nn.Module, name: str) -> str:
-        """See `KnowsOlderNames`."""
-        return module_name(model, name)
-
-    def untied_config(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any] | None:
-        """See `UntiesWeights`."""
-        return untied_config(checkpoint, model)
-
-    def blocks(self, model: nn.Module) -> Sequence[str]:
-        """Of both towers, the vision tower's first."""
-        return repeated_blocks(model)
-
-    def layer_groups(self, model: nn.Module) -> Sequence[Sequence[str]]:
-        """See `ModelFamily`; the towers are traced one by one."""
+    def forwards(self, model: nn.Module) -> Sequence[Callable[[Any], Any]]:
+        """Of text, and of a picture through the vision tower alone."""
         vision = cast(Any, model).config.vision_config
 
         def read(fake: Any) -> None:
@@ -83,11 +58,7 @@ class VLMFamily(PlannedVLM):
             pixels = torch.zeros(1, channels, height, width, dtype=torch.bfloat16)
             vision_tower(fake)(pixels)
 
-        return shared_input_groups(model, linears_within(model, self.blocks(model)), read, look)
-
-    def kept_dense(self, model: nn.Module) -> Mapping[str, str]:
-        """See `ModelFamily`; linear layers of blocks are compressed where their weight is their own."""
-        return shared_linears(model, self.blocks(model))
+        return [read, look]
 
     def calibration_batches(
         self, checkpoint: Checkpoint, options: CalibrationOptions
@@ -100,48 +71,57 @@ class VLMFamily(PlannedVLM):
         image borders; a projector that makes other tokens of patches does not fit their mask."""
         if layer is not None and part_of(layer) != "language":
             return patch_mask(batch)
-        mask = batch["attention_mask"].bool()
-        return None if layer is not None and bool(mask.all()) else mask
+        return super().token_mask(batch, layer)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         """See `ModelFamily`; `next_token_loss`."""
         return next_token_loss(model, without_patch_mask(batch))
 
-    def emulator_config(self, checkpoint: Checkpoint, layers: EmulatorLayers) -> dict[str, Any]:
-        """See `ModelFamily`."""
-        return emulator_config(checkpoint, layers)
+    def data(self, checkpoint: Checkpoint, options: Any) -> TrainingData:
+        """See `TransformersFamily`; `emloc_vlm.training`."""
+        return training_data(checkpoint, options)
+
+    def frozen(self, model: nn.Module, options: Any) -> Container[str]:
+        """The modules of the parts that are not trained."""
+        return frozen_modules(model, options)
 
     def data_files(self, options: DataOptions, dataset: str, split: str) -> Iterable[Path]:
         """See `NamesDataFiles`: images, and what a meta file or a benchmark's puts beside it."""
         return files_of_rows(cast(VisualOptions, options), dataset, split)
 
-    def train(self, config: TrainConfig, work: Path) -> dict[str, Any]:
-        """See `ModelFamily`; `emloc_vlm.training`."""
-        from emloc_vlm.training import train_lora
-
-        return train_lora(config, work)
-
-    def export_adapter(self, checkpoint: Checkpoint, folder: Path) -> Sequence[str]:
-        """See `ModelFamily`; PEFT's format is the one that everybody reads."""
-        return ()
-
     def evaluate(self, config: EvaluateConfig) -> dict[str, Any]:
-        """See `ModelFamily`; `emloc_vlm.evaluation`."""
+        """See `Evaluates`; `emloc_vlm.evaluation`."""
         from emloc_vlm.evaluation import evaluate_model
 
         return evaluate_model(config, self)
 
     def demo(self, config: DemoConfig) -> Path:
-        """See `ModelFamily`; `emloc_vlm.demo`."""
+        """See `HasDemo`; `emloc_vlm.demo`."""
         from emloc_vlm.demo.demo import run_demo
 
         return run_demo(config)
 
     def write_example(self, folder: Path, seed: int) -> Mapping[str, Any]:
-        """See `ModelFamily`; `emloc_vlm.example`."""
+        """See `WritesExample`; `emloc_vlm.example`."""
         from emloc_vlm.example import write_example
 
         return write_example(folder, seed)
+
+    def planned_batch(self, checkpoint: Checkpoint, options: Any, samples: int) -> Batch:
+        """See `PlannedFamily`; `emloc_vlm.planned`."""
+        return largest_batch(checkpoint, options, samples)
+
+    def trainers_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        """As transformers' Trainer computes it, where all tokens are labelled."""
+        return model(**batch, use_cache=False, num_items_in_batch=1).loss, batch["labels"].numel()
+
+    def step_sizes(
+        self, model: nn.Module, layers: Mapping[str, Layer], batch: Batch, options: StepOptions
+    ) -> StepSizes | None:
+        """See `PlannedFamily`; `emloc_vlm.activations`."""
+        from emloc_vlm.activations import step_sizes
+
+        return step_sizes(model, layers, batch, options)
 
 
 def vision_tower(model: Any) -> Any:

@@ -10,7 +10,8 @@ from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_tensors import WEIGHTS_NAME
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.errors import MismatchError
-from emloc.extend.family import KnowsOlderNames, ModelFamily, StoredParameter
+from emloc.extend.capabilities import module_name_of
+from emloc.extend.family import ModelFamily, StoredParameter
 from emloc.linalg.convolution import matrix_shape
 
 Find = Callable[[str], StoredParameter | None]
@@ -62,9 +63,7 @@ def under_current_names(adapter: Adapter, family: ModelFamily, model: nn.Module)
     Raises:
         MismatchError: two tensors of the file are of one module.
     """
-    if not isinstance(family, KnowsOlderNames):
-        return adapter
-    return adapter.renamed(lambda name: family.module_name(model, name))
+    return adapter.renamed(lambda name: module_name_of(family, model, name))
 
 
 def base_weights(adapter: Adapter, find: Find, base: Checkpoint) -> dict[str, StoredParameter]:

@@ -21,7 +21,8 @@ from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.described import Described
 from emloc.artefacts.tensor_info import TensorInfo
 from emloc.errors import MismatchError
-from emloc.extend.family import ModelFamily, StoredParameter, UntiesWeights
+from emloc.extend.capabilities import untied_config_of
+from emloc.extend.family import ModelFamily, StoredParameter
 from emloc.linalg.merging import merged_weight
 
 
@@ -183,7 +184,7 @@ def _untied(
     base: Checkpoint,
 ) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     """The config that ties nothing, and a tensor for each parameter that then has none."""
-    config = family.untied_config(base, model) if isinstance(family, UntiesWeights) else None
+    config = untied_config_of(family, base, model)
     if config is not None:
         alone = Described(base.name, base.path, config, dict(base.tensors))
         skeleton = family.skeleton(alone, torch.float32)

@@ -23,6 +23,7 @@ from emloc.compression.emulator_folder import SPECTRUM, EmulatorFolder
 from emloc.compression.groups import Group, Plan
 from emloc.compression.sensitivity import BlockProbe
 from emloc.errors import ConfigError
+from emloc.extend.capabilities import token_mask_of
 from emloc.extend.family import Batch
 from emloc.extend.losses import loss_sum
 from emloc.linalg.gram import Moments, Side, smaller_side
@@ -205,7 +206,7 @@ def _folding(stream: UnitStream, block: str, group: Group, moments: Moments) -> 
     def fold(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         call = current_call()
         batch: Batch = {} if call is None else call.context
-        mask = stream.family.token_mask(batch, group.owner)
+        mask = token_mask_of(stream.family, batch, group.owner)
         if expert and inputs[0].ndim == 2:  # tokens in an order and number of its own
             mask = None
 

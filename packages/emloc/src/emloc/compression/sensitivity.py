@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from emloc.compression.groups import Group
+from emloc.extend.capabilities import token_mask_of
 from emloc.streaming.lockstep import current_call
 from emloc.streaming.real_rows import real_rows
 from emloc.streaming.stream import UnitStream
@@ -77,7 +78,7 @@ class BlockProbe:
         weights = (left @ right).split(list(group.d_out))
         with _replaced(self._stream, group.layers, weights):
             changed = self._run()
-        mask = self._stream.family.token_mask(self._batch, self._name)
+        mask = token_mask_of(self._stream.family, self._batch, self._name)
         errors: list[Tensor] = []
         for before, after in zip(self._hidden(self._output, mask), self._hidden(changed, mask)):
             rows, others = (real_rows(v, mask, f"Block {self._name}") for v in (before, after))

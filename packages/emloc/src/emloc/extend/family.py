@@ -4,7 +4,7 @@ Core streams, compresses, corrects and merges by tensor name; everything that de
 reads (text, images, latents) is behind `ModelFamily`.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from emloc.artefacts.checkpoint import Checkpoint
-from emloc.config import CalibrationOptions, DataOptions, DemoConfig, EvaluateConfig, TrainConfig
+from emloc.config import CalibrationOptions, TrainConfig
 from emloc.extend.targets import imported
 from emloc.linalg.convolution import as_matrix
 
@@ -66,14 +66,12 @@ class EmulatorLayers(NamedTuple):
 
 @runtime_checkable
 class ModelFamily(Protocol):
-    """One modality. Layer, block and unit names are module names of the skeleton."""
+    """One modality. Layer, block and unit names are module names of the skeleton.
+
+    All else that a family may be able to do is in `emloc.extend.capabilities`.
+    """
 
     name: str
-    adapter_formats: tuple[str, ...]
-
-    def native(self, checkpoint: Checkpoint) -> Checkpoint:
-        """The checkpoint in the layout of the family's model class: itself, or a view on it."""
-        ...
 
     def skeleton(self, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         """The model with every parameter on the meta device and real buffers, in eval mode."""
@@ -93,10 +91,6 @@ class ModelFamily(Protocol):
         """Compressible layers; those that always read the same input form a group."""
         ...
 
-    def kept_dense(self, model: nn.Module) -> Mapping[str, str]:
-        """Other layers, which stay dense unless `include` names them, each with the reason."""
-        ...
-
     def calibration_batches(
         self, checkpoint: Checkpoint, options: CalibrationOptions
     ) -> Sequence[Batch]:
@@ -105,16 +99,6 @@ class ModelFamily(Protocol):
         Args:
             options: of compress, or of correct, whose `adapter` may have LoRAs of other models that
                 make part of what the model reads.
-        """
-        ...
-
-    def token_mask(self, batch: Batch, layer: str | None = None) -> Tensor | None:
-        """Which tokens are real (True) and which are padding; None where all are real.
-
-        Args:
-            layer: of what this layer reads, or what this block writes: in the shape that its tokens have
-                there, or one that flattens to the same order (`emloc.streaming.real_rows`). Without a
-                layer: of the micro-batch's own tokens, for counting them.
         """
         ...
 
@@ -130,6 +114,18 @@ class ModelFamily(Protocol):
         """
         ...
 
+    def load(self, checkpoint: Checkpoint, dtype: str, device: str) -> nn.Module:
+        """A whole model, of the base or of an emulator, in eval mode.
+
+        Args:
+            checkpoint: in the family's layout.
+            dtype: of the weights, as torch calls it; `auto`: as stored.
+
+        Raises:
+            CheckpointError: the library cannot load it.
+        """
+        ...
+
     def emulator_config(self, checkpoint: Checkpoint, layers: EmulatorLayers) -> dict[str, Any]:
         """The emulator's `config.json`: the base's, with what its loader needs."""
         ...
@@ -138,69 +134,6 @@ class ModelFamily(Protocol):
         """Train a LoRA into `work` as a PEFT adapter; returns what was measured.
 
         Keys at least `peak_bytes`, `seconds_per_step`, and `summary` with `train_weight_bytes`.
-        """
-        ...
-
-    def export_adapter(self, checkpoint: Checkpoint, folder: Path) -> Sequence[str]:
-        """Write the PEFT adapter in `folder` in the family's other formats beside it.
-
-        Args:
-            checkpoint: the model that the adapter runs on.
-
-        Returns:
-            The files' names; none where PEFT's format is the only one.
-        """
-        ...
-
-    def evaluate(self, config: EvaluateConfig) -> dict[str, Any]:
-        """Scores of a model, with or without an adapter; keys at least `loss` and `peak_bytes`."""
-        ...
-
-    def demo(self, config: DemoConfig) -> Path:
-        """The whole method on a small real model; returns the folder of its output."""
-        ...
-
-    def write_example(self, folder: Path, seed: int) -> Mapping[str, Any]:
-        """Save a tiny random model and data set; returns options that every stage accepts."""
-        ...
-
-
-@runtime_checkable
-class NamesDataFiles(Protocol):
-    """A family whose data sets name further files, such as pictures, which then belong to the data."""
-
-    def data_files(self, options: DataOptions, dataset: str, split: str) -> Iterable[Path]:
-        """The files that the rows of a local data set name, in any order; they need not exist.
-
-        Args:
-            options: of the stage that will read them.
-            dataset: of one name, a file or folder.
-            split: which part of it.
-        """
-        ...
-
-
-@runtime_checkable
-class KnowsOlderNames(Protocol):
-    """A `ModelFamily` whose models' modules were called otherwise in earlier versions of its library."""
-
-    def module_name(self, model: nn.Module, name: str) -> str:
-        """What a module of an adapter is called now; `name` itself where that is not known."""
-        ...
-
-
-@runtime_checkable
-class UntiesWeights(Protocol):
-    """A `ModelFamily` whose models may store a tensor of its own for each of several tied parameters."""
-
-    def untied_config(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any] | None:
-        """The config under which the model ties none of its parameters, and else computes the same.
-
-        Args:
-            model: the skeleton.
-
-        Returns:
-            None where there is no such config.
         """
         ...
 

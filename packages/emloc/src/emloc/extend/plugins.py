@@ -19,6 +19,7 @@ from emloc.artefacts.manifest import Manifest
 from emloc.config import nearest
 from emloc.errors import CheckpointError, PluginError
 from emloc.extend import hookspecs
+from emloc.extend.capabilities import native_of
 from emloc.extend.family import FamilyEntry, ModelFamily
 from emloc.extend.methods import CORE_METHODS, MethodEntry
 from emloc.extend.option_names import check_options
@@ -134,7 +135,7 @@ def open_model(
         method_named(manifest.method).load()
     made_with = recorded or (manifest.family if manifest else None)
     opened_with = family_of(checkpoint, family, made_with)
-    native = opened_with.native(checkpoint)
+    native = native_of(opened_with, checkpoint)
     if path.is_file():
         native.name, native.single_file_config = str(path), single_file_config
     return native, opened_with

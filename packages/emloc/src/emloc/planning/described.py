@@ -16,6 +16,7 @@ from emloc.artefacts.json_files import read_json
 from emloc.artefacts.layout import layout_of
 from emloc.artefacts.tensor_info import TensorInfo
 from emloc.errors import CheckpointError, PluginError
+from emloc.extend.capabilities import native_of
 from emloc.extend.family import ModelFamily
 from emloc.extend.plugins import family_of
 
@@ -39,7 +40,7 @@ def describe(
     """
     path = _locate_config(model_name_or_path)
     found, known = _recognised(model_name_or_path, path, family)
-    native = known.native(found)
+    native = native_of(known, found)
     assert isinstance(native, Described)
     return native, known, with_tensors(native, known, dtype)
 

@@ -17,6 +17,7 @@ from emloc.artefacts.described import Described
 from emloc.compression.groups import Group, Plan, make_plan
 from emloc.compression.rank import match_pattern
 from emloc.config import CompressConfig, TrainConfig
+from emloc.extend.capabilities import kept_dense_of
 from emloc.extend.family import ModelFamily
 from emloc.planning.blocks import by_block, kind_of
 from emloc.planning.described import describe, with_tensors
@@ -153,7 +154,7 @@ class Subject:
 
     def emulator(self, config: CompressConfig) -> Plan:
         """Which layers become factors, as compress decides."""
-        kept = self.family.kept_dense(self.model) if config.include else {}
+        kept = kept_dense_of(self.family, self.model) if config.include else {}
         wanted = dict.fromkeys(config.include, True)
         included = [[name] for name in kept if match_pattern(wanted, name)]
         return make_plan([*self.groups, *included], self.shapes.get, config)

@@ -15,6 +15,7 @@ from emloc.compression.rank import match_pattern
 from emloc.compression.truncation import allocate_ranks
 from emloc.config import CompressConfig
 from emloc.errors import CheckpointError, ConfigError
+from emloc.extend.capabilities import kept_dense_of, token_count
 from emloc.extend.family import Batch, ModelFamily
 from emloc.extend.plugin_options import of_family, own_options
 from emloc.extend.plugins import named_family, open_model
@@ -83,7 +84,7 @@ def compress(config: CompressConfig) -> Path:
 
 def _plan(stream: UnitStream, config: CompressConfig) -> Plan:
     """Ranks of all layers; says which stay dense, and refuses if all do."""
-    kept = dict(stream.family.kept_dense(stream.model))
+    kept = dict(kept_dense_of(stream.family, stream.model))
     included = [[name] for name in _included(stream, kept, config)]
     groups = [*stream.family.layer_groups(stream.model), *included]
     plan = make_plan(groups, stream.layer_shape, config)
@@ -113,11 +114,7 @@ def _included(stream: UnitStream, kept: Mapping[str, str], config: CompressConfi
 
 
 def _tokens(family: ModelFamily, batches: Sequence[Batch]) -> int:
-    def count(batch: Batch) -> int:
-        mask = family.token_mask(batch)
-        return next(iter(batch.values())).numel() if mask is None else int(mask.sum())
-
-    return sum(count(batch) for batch in batches)
+    return sum(token_count(family, batch) for batch in batches)
 
 
 def _samples(batches: Sequence[Batch]) -> int:

@@ -24,6 +24,7 @@ from emloc.artefacts.small_files import copy_file, write_json
 from emloc.config import CorrectConfig
 from emloc.correction.adapter_correction import AdapterCorrection
 from emloc.errors import ConfigError, MismatchError
+from emloc.extend.capabilities import exported
 from emloc.extend.family import Batch, ModelFamily
 from emloc.extend.plugin_options import of_family, own_options
 from emloc.extend.plugins import named_family, open_model
@@ -122,9 +123,9 @@ def correct(config: CorrectConfig) -> Path:
         layers = correction.write(work, chosen)
         for name, part in adapter.parts.items():
             _carry_over(part, base, work / name)
-        exported = family.export_adapter(base, work)
+        others = exported(family, base, work)
         return Written(
-            digests(work, (*adapter.files, *exported)),
+            digests(work, (*adapter.files, *others)),
             layers,
             summary=summary,
             measured={"device": config.device},

@@ -9,7 +9,8 @@ from pathlib import Path
 from emloc.artefacts.digest import data_names, dataset_digest
 from emloc.artefacts.file_digest import file_sha256
 from emloc.config import DataOptions
-from emloc.extend.family import ModelFamily, NamesDataFiles
+from emloc.extend.capabilities import data_files_of
+from emloc.extend.family import ModelFamily
 from emloc.machine.progress import progress_bar
 
 MANY = 1000
@@ -30,13 +31,13 @@ def data_digest(
         DataError: rows cannot be read, as the family says it.
     """
     own = dataset_digest(dataset)
-    if not dataset or not isinstance(family, NamesDataFiles):
+    if not dataset:
         return own
     files: dict[Path, None] = {}
     for name in data_names(dataset):
         if Path(name).exists():
             within = Path(name).absolute()  # a folder, whose files are in its own digest
-            found = (path.absolute() for path in family.data_files(options, name, split))
+            found = (path.absolute() for path in data_files_of(family, options, name, split))
             files |= {path: None for path in found if not path.is_relative_to(within)}
     return f"{own}+{_files_digest(files)}" if files else own
 

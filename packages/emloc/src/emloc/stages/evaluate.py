@@ -17,6 +17,7 @@ from emloc.artefacts.small_files import write_json
 from emloc.artefacts.write_errors import writing
 from emloc.config import EvaluateConfig
 from emloc.errors import CheckpointError, ConfigError, OutputError
+from emloc.extend.capabilities import evaluated
 from emloc.extend.family import ModelFamily
 from emloc.extend.plugin_options import of_family, own_options
 from emloc.extend.plugins import named_family, of_folder, open_model
@@ -64,7 +65,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if known is not None:
         console.print(f"evaluate: {target} is complete already")
         return known
-    result = {**family.evaluate(of_folder(config, model)), "settings": settings}
+    result = {**evaluated(family, of_folder(config, model)), "settings": settings}
     if target is not None:
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)

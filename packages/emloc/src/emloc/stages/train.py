@@ -18,6 +18,7 @@ from emloc.artefacts.output_place import has_place
 from emloc.artefacts.write_errors import others_writing
 from emloc.config import TrainConfig
 from emloc.errors import CheckpointError, ConfigError, NumericalError
+from emloc.extend.capabilities import exported
 from emloc.extend.family import ModelFamily
 from emloc.extend.plugin_options import of_family, own_options
 from emloc.extend.plugins import named_family, of_folder, open_model
@@ -107,13 +108,13 @@ def train(config: TrainConfig) -> Path:
         adapter = Adapter.open(str(work)).with_parts(model.parts)
         adapter.require_finite(_diverged)
         adapter.name_base(reference.name_or_path)
-        exported = family.export_adapter(model, work)
+        others = exported(family, model, work)
         how = {
             "device": config.device,
             "gradient_checkpointing": config.gradient_checkpointing,
         }
         return Written(
-            digests(work, (*adapter.files, *exported)),
+            digests(work, (*adapter.files, *others)),
             summary=figures.pop("summary", {}),
             measured={**how, **figures},
         )

@@ -18,6 +18,7 @@ from emloc.artefacts.manifest import MANIFEST_NAME, Manifest
 from emloc.artefacts.named_files import named_file
 from emloc.config import VerifyConfig
 from emloc.errors import CheckpointError, EmlocError, MismatchError, NumericalError
+from emloc.extend.capabilities import native_of
 from emloc.extend.family import ModelFamily
 from emloc.extend.plugins import family_named, family_of, open_model
 from emloc.linalg.convolution import matrix_shape
@@ -46,7 +47,7 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
         family = family_of(checkpoint, config.family)
     else:
         family = family_named(manifest.family)
-    checkpoint = family.native(checkpoint)
+    checkpoint = native_of(family, checkpoint)
     if manifest is not None and manifest.kind == "emulator":
         if manifest.method is None:  # what others hold, only they know
             _verify_emulator(checkpoint, manifest, family)

@@ -3,9 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import AutoTokenizer
 
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.errors import CheckpointError
+from emloc.integrations.transformers.skeleton import empty_model
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -41,12 +45,19 @@ def give_padding(tokenizer: Any, path: Path) -> None:
         )
 
 
-def load_model(path: Path, auto_class: Any, dtype: str, device: str) -> Any:
-    """A model or an emulator, its weights on `device`.
+def load_model(checkpoint: Checkpoint, auto_class: Any, dtype: str, device: str) -> Any:
+    """A model or an emulator, its weights on `device`, in eval mode.
+
+    Args:
+        checkpoint: as the class stores it, or a view that says what it would have stored.
+        dtype: as torch calls it; `auto`: as stored.
 
     Raises:
         CheckpointError: transformers cannot load it.
     """
+    if checkpoint.translated:
+        return _filled(checkpoint, auto_class, dtype, device)
+    path = checkpoint.path
     try:
         return auto_class.from_pretrained(
             path, dtype=dtype, device_map={"": device}, trust_remote_code=False
@@ -54,3 +65,16 @@ def load_model(path: Path, auto_class: Any, dtype: str, device: str) -> Any:
     except (OSError, ValueError, RuntimeError) as problem:
         first = str(problem).strip().splitlines()[0]
         raise CheckpointError(f"{path} cannot be loaded: {first}") from problem
+
+
+def _filled(checkpoint: Checkpoint, auto_class: Any, dtype: str, device: str) -> Any:
+    """The skeleton with the tensors of a view, one by one."""
+    stored = next(iter(checkpoint.tensors.values())).dtype
+    wanted = stored if dtype == "auto" else getattr(torch, dtype)
+    model: Any = empty_model(checkpoint, auto_class, wanted)
+    for name in checkpoint.tensors:
+        owner, _, leaf = name.rpartition(".")
+        value = nn.Parameter(checkpoint.read(name).to(device, wanted), requires_grad=False)
+        setattr(model.get_submodule(owner), leaf, value)
+    model.tie_weights()
+    return model.to(device)

@@ -8,10 +8,15 @@ from torch import nn
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import TrainConfig
+from emloc.extend.family import Batch
 from emloc.integrations.peft.targets import chosen_targets, linear_layers
-from emloc.integrations.transformers.skeleton import empty_model, is_linear
+from emloc.integrations.transformers.shallow import cut, depth
+from emloc.integrations.transformers.skeleton import empty_model, is_linear, model_config
+from emloc.artefacts.described import Described
 from emloc.planning.described import weight_dtype
 from emloc.planning.family import Groups, OtherModel
+from emloc.planning.operations import Layer
+from emloc.planning.step import StepOptions, StepSizes
 
 
 def adapted_layers(
@@ -51,12 +56,81 @@ def run_blocks_twice(model: Any) -> None:
 
 
 class PlannedTransformer:
-    """What is the same of `PlannedFamily` for all models of transformers."""
+    """`PlannedFamily` for models of transformers, whatever they read; steps are traced.
+
+    Attributes:
+        auto_class: of transformers.
+        task_type: PEFT's name of what the models are for, if it has one.
+        towers: sub-configs that have a stack of blocks each; none: the config itself has one.
+    """
+
+    auto_class: Any
+    task_type: str | None = None
+    towers: tuple[str, ...] = ()
+
+    def example(self, config: Any, samples: int, length: int) -> Batch:
+        """Zeros as the forward takes them, and labels, for models of a config of transformers.
+
+        Args:
+            length: tokens of each sample, where there are tokens.
+        """
+        raise NotImplementedError
+
+    def frozen(self, model: nn.Module, options: Any) -> Container[str]:
+        """Modules that no LoRA goes on, whatever targets say; by default none."""
+        return ()
+
+    def as_trained(self, model: nn.Module) -> nn.Module:
+        """A model whose head is what the trainer makes of it; by default as it is."""
+        return model
+
+    def planned_batch(self, checkpoint: Checkpoint, options: Any, samples: int) -> Batch:
+        """See `PlannedFamily`; an `example` on the meta device."""
+        with torch.device("meta"):
+            length: int = options.max_length if "max_length" in type(options).model_fields else 0
+            return self.example(model_config(checkpoint), samples, length)
+
+    def adapted_layers(self, model: nn.Module, options: Any) -> Sequence[str]:
+        """See `PlannedFamily`."""
+        return adapted_layers(model, options, self.frozen(model, options))
+
+    def stacks(self, checkpoint: Checkpoint) -> Sequence[int]:
+        """See `PlannedFamily`; by `towers`."""
+        if not self.towers:
+            return [depth(checkpoint.config)]
+        return [depth(checkpoint.config[tower]) for tower in self.towers]
+
+    def shallow(self, checkpoint: Checkpoint, blocks: Sequence[int]) -> Checkpoint:
+        """See `PlannedFamily`."""
+        assert isinstance(checkpoint, Described)
+        config = checkpoint.config
+        if not self.towers:
+            return checkpoint.having(cut(config, blocks[0]))
+        towers = {name: cut(config[name], count) for name, count in zip(self.towers, blocks)}
+        return checkpoint.having({**config, **towers})
+
+    def trainable(self, checkpoint: Checkpoint, groups: Groups, options: Any) -> nn.Module:
+        """See `PlannedFamily`."""
+        from emloc.integrations.peft.planned import with_planned_lora
+
+        model = emulator_skeleton(checkpoint, self.auto_class, groups, options.dtype)
+        model = self.as_trained(model)
+        if options.gradient_checkpointing:
+            run_blocks_twice(model)
+        return with_planned_lora(model, options, self.frozen(model, options), self.task_type)
+
+    def step_sizes(
+        self, model: nn.Module, layers: Mapping[str, Layer], batch: Batch, options: StepOptions
+    ) -> StepSizes | None:
+        """See `PlannedFamily`; no closed form."""
+        return None
 
     def cache_elements(self, model: nn.Module, options: Any) -> int:
-        """Keys and values of `max_length` tokens in every block of the language model."""
-        whole: Any = model.config
-        config = whole.get_text_config()
+        """Keys and values of `max_length` tokens in every block of a model that writes text."""
+        whole: Any = model
+        if not whole.can_generate():
+            return 0
+        config = whole.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return 2 * config.num_hidden_layers * heads * head * options.max_length

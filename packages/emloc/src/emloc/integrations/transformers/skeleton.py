@@ -32,7 +32,7 @@ def empty_model(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype) -> 
         CheckpointError: transformers does not know the architecture.
     """
     try:
-        config = _config(checkpoint)
+        config = model_config(checkpoint)
         # An emulator is described by its dense layers here; its factors are core's business.
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -63,7 +63,8 @@ def _report_real_device(model: nn.Module) -> None:
             )
 
 
-def _config(checkpoint: Checkpoint) -> Any:
+def model_config(checkpoint: Checkpoint) -> Any:
+    """transformers' config of a checkpoint."""
     if not checkpoint.translated:
         return AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     content = dict(checkpoint.config)

@@ -1,0 +1,231 @@
+"""What a family may be able to do beside what `ModelFamily` requires of every one.
+
+Each capability is a small protocol, recognised by its methods, and an accessor with what is done for a
+family that lacks it. Callers use the accessors. Counting a step for plans is one more, in
+`emloc.planning.family`.
+
+What a method needs of the models themselves is a word that `FamilyEntry.offers` and `MethodEntry.needs` have
+in common, so that both are known before either is imported.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.config import DataOptions, DemoConfig, EvaluateConfig
+from emloc.errors import PluginError
+from emloc.extend.family import Batch, ModelFamily
+
+TRANSFORMERS_MODEL = "a model of transformers"
+"""Offered by a family whose folders load with transformers' `from_pretrained`, quantised ones too."""
+
+TEXT_DECODER = "a text decoder"
+"""Offered by a family whose models have a `get_decoder()` of equal blocks of attention and MLP."""
+
+PEFT_FORMAT = "peft"
+
+
+@runtime_checkable
+class HasOtherLayouts(Protocol):
+    """A family whose checkpoints may lie in other layouts than that of its model class."""
+
+    def native(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint in the layout of the family's model class: itself, or a view on it."""
+        ...
+
+
+def native_of(family: ModelFamily, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint in the layout of the family's model class; itself by default."""
+    return family.native(checkpoint) if isinstance(family, HasOtherLayouts) else checkpoint
+
+
+@runtime_checkable
+class KeepsLayersDense(Protocol):
+    """A family that knows layers which could be compressed, and are not by default."""
+
+    def kept_dense(self, model: nn.Module) -> Mapping[str, str]:
+        """Other layers, which stay dense unless `include` names them, each with the reason."""
+        ...
+
+
+def kept_dense_of(family: ModelFamily, model: nn.Module) -> Mapping[str, str]:
+    """Layers that stay dense unless `include` names them, with reasons; none by default."""
+    return family.kept_dense(model) if isinstance(family, KeepsLayersDense) else {}
+
+
+@runtime_checkable
+class MasksPadding(Protocol):
+    """A family whose micro-batches hold padding."""
+
+    def token_mask(self, batch: Batch, layer: str | None = None) -> Tensor | None:
+        """Which tokens are real (True) and which are padding; None where all are real.
+
+        Args:
+            layer: of what this layer reads, or what this block writes: in the shape that its tokens have
+                there, or one that flattens to the same order (`emloc.streaming.real_rows`). Without a
+                layer: of the micro-batch's own tokens, for counting them.
+        """
+        ...
+
+
+def token_mask_of(family: ModelFamily, batch: Batch, layer: str | None = None) -> Tensor | None:
+    """Which tokens are real; None, as by default, where all are."""
+    return family.token_mask(batch, layer) if isinstance(family, MasksPadding) else None
+
+
+def token_count(family: ModelFamily, batch: Batch) -> int:
+    """Real tokens of a micro-batch; without a mask, the elements of its first tensor."""
+    mask = token_mask_of(family, batch)
+    return next(iter(batch.values())).numel() if mask is None else int(mask.sum())
+
+
+@runtime_checkable
+class ExportsAdapters(Protocol):
+    """A family whose adapters are also read in other formats than PEFT's."""
+
+    adapter_formats: tuple[str, ...]
+
+    def export_adapter(self, checkpoint: Checkpoint, folder: Path) -> Sequence[str]:
+        """Write the PEFT adapter in `folder` in the family's other formats beside it.
+
+        Args:
+            checkpoint: the model that the adapter runs on.
+
+        Returns:
+            The files' names.
+        """
+        ...
+
+
+def adapter_formats_of(family: ModelFamily) -> tuple[str, ...]:
+    """Formats that an adapter is written in; by default PEFT's alone."""
+    return family.adapter_formats if isinstance(family, ExportsAdapters) else (PEFT_FORMAT,)
+
+
+def exported(family: ModelFamily, checkpoint: Checkpoint, folder: Path) -> Sequence[str]:
+    """Write an adapter's other formats beside it; the files' names, by default none."""
+    if isinstance(family, ExportsAdapters):
+        return family.export_adapter(checkpoint, folder)
+    return ()
+
+
+@runtime_checkable
+class Evaluates(Protocol):
+    """A family that scores models by more than their loss."""
+
+    def evaluate(self, config: EvaluateConfig) -> dict[str, Any]:
+        """Scores of a model, with or without an adapter; keys at least `loss` and `peak_bytes`."""
+        ...
+
+
+def evaluated(family: ModelFamily, config: EvaluateConfig) -> dict[str, Any]:
+    """Scores of a model; by default its mean loss (`emloc.integrations.peft.evaluated_loss`)."""
+    if isinstance(family, Evaluates):
+        return family.evaluate(config)
+    from emloc.integrations.peft.evaluated_loss import evaluate_loss
+
+    return evaluate_loss(config, family)
+
+
+@runtime_checkable
+class HasDemo(Protocol):
+    """A family with a demonstration."""
+
+    def demo(self, config: DemoConfig) -> Path:
+        """The whole method on a small real model; returns the folder of its output."""
+        ...
+
+
+def run_demo(family: ModelFamily, config: DemoConfig) -> Path:
+    """Run the family's demonstration.
+
+    Raises:
+        PluginError: it has none.
+    """
+    if not isinstance(family, HasDemo):
+        raise PluginError(f"The family {family.name} has no demo; pass another family.")
+    return family.demo(config)
+
+
+@runtime_checkable
+class WritesExample(Protocol):
+    """A family that can make a tiny model and data of its kind."""
+
+    def write_example(self, folder: Path, seed: int) -> Mapping[str, Any]:
+        """Save a tiny random model and data set; returns options that every stage accepts."""
+        ...
+
+
+def example_of(family: ModelFamily, folder: Path, seed: int = 0) -> dict[str, Any]:
+    """Save a tiny model and data of the family's kind; returns options that every stage accepts.
+
+    Raises:
+        PluginError: it has no example.
+    """
+    if not isinstance(family, WritesExample):
+        raise PluginError(
+            f"The family {family.name} writes no example; make a model and data of your own."
+        )
+    return dict(family.write_example(folder, seed))
+
+
+@runtime_checkable
+class NamesDataFiles(Protocol):
+    """A family whose data sets name further files, such as pictures, which then belong to the data."""
+
+    def data_files(self, options: DataOptions, dataset: str, split: str) -> Iterable[Path]:
+        """The files that the rows of a local data set name, in any order; they need not exist.
+
+        Args:
+            options: of the stage that will read them.
+            dataset: of one name, a file or folder.
+            split: which part of it.
+        """
+        ...
+
+
+def data_files_of(
+    family: ModelFamily, options: DataOptions, dataset: str, split: str
+) -> Iterable[Path]:
+    """The files that the rows of a local data set name; by default none."""
+    return family.data_files(options, dataset, split) if isinstance(family, NamesDataFiles) else ()
+
+
+@runtime_checkable
+class KnowsOlderNames(Protocol):
+    """A family whose models' modules were called otherwise in earlier versions of its library."""
+
+    def module_name(self, model: nn.Module, name: str) -> str:
+        """What a module of an adapter is called now; `name` itself where that is not known."""
+        ...
+
+
+def module_name_of(family: ModelFamily, model: nn.Module, name: str) -> str:
+    """What a module of an adapter is called now; by default `name`."""
+    return family.module_name(model, name) if isinstance(family, KnowsOlderNames) else name
+
+
+@runtime_checkable
+class UntiesWeights(Protocol):
+    """A family whose models may store a tensor of its own for each of several tied parameters."""
+
+    def untied_config(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any] | None:
+        """The config under which the model ties none of its parameters, and else computes the same.
+
+        Args:
+            model: the skeleton.
+
+        Returns:
+            None where there is no such config.
+        """
+        ...
+
+
+def untied_config_of(
+    family: ModelFamily, checkpoint: Checkpoint, model: nn.Module
+) -> dict[str, Any] | None:
+    """The config under which the model ties nothing; None, as by default, where there is none."""
+    return family.untied_config(checkpoint, model) if isinstance(family, UntiesWeights) else None

@@ -1,0 +1,154 @@
+"""A family of transformers' models, but for what they read.
+
+From an auto class, inputs to trace, a loss and samples, a subclass gets the rest of what every family gives:
+skeleton, stored parameters, blocks, groups of layers, loading, training with the Trainer, and a plan whose
+steps are traced. Evaluation of the loss is core's own (`emloc.extend.capabilities.evaluated`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.locate import locate
+from emloc.config import CalibrationOptions, TrainConfig
+from emloc.extend.capabilities import native_of
+from emloc.extend.family import Batch, EmulatorLayers, ModelFamily, StoredParameter
+from emloc.integrations.transformers.conversion import module_name, stored_parameter
+from emloc.integrations.transformers.loading import load_model
+from emloc.integrations.transformers.planned import PlannedTransformer
+from emloc.integrations.transformers.quantizer import emulator_config
+from emloc.integrations.transformers.sampling import drawn, in_batches
+from emloc.integrations.transformers.skeleton import (
+    empty_model,
+    linears_within,
+    repeated_blocks,
+    shared_input_groups,
+    shared_linears,
+)
+from emloc.integrations.transformers.untying import untied_config
+from emloc.machine.memory import PeakMemory, return_large_blocks
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Data as training takes them.
+
+    Attributes:
+        samples: learnt from, in any form that `collate` takes.
+        collate: makes a micro-batch, with labels, of samples.
+        evaluation: samples that the loss is taken on every `eval_steps`; none by default.
+        processing: the tokenizer or processor, saved beside the adapter; None for none.
+    """
+
+    samples: Sequence[Any]
+    collate: Callable[[Sequence[Any]], Batch]
+    evaluation: Sequence[Any] = ()
+    processing: Any = None
+
+
+class TransformersFamily(PlannedTransformer):
+    """`ModelFamily` of one auto class; a subclass adds `name`, `example`, `loss` and `data`.
+
+    Attributes:
+        trainer_class: a subclass of transformers' Trainer that comes by the family's loss in a way of its
+            own; None: by `loss`.
+    """
+
+    name: str
+    trainer_class: Any = None
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        """See `ModelFamily`."""
+        raise NotImplementedError
+
+    def data(self, checkpoint: Checkpoint, options: Any) -> TrainingData:
+        """The data that the options name, read for this model, in their order."""
+        raise NotImplementedError
+
+    def skeleton(self, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+        """See `ModelFamily`."""
+        return empty_model(checkpoint, self.auto_class, dtype)
+
+    def stored(
+        self, model: nn.Module, parameter: str, checkpoint: Checkpoint
+    ) -> StoredParameter | None:
+        """See `ModelFamily`."""
+        return stored_parameter(model, parameter, checkpoint)
+
+    def module_name(self, model: nn.Module, name: str) -> str:
+        """See `KnowsOlderNames`."""
+        return module_name(model, name)
+
+    def untied_config(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any] | None:
+        """See `UntiesWeights`."""
+        return untied_config(checkpoint, model)
+
+    def blocks(self, model: nn.Module) -> Sequence[str]:
+        """See `ModelFamily`; of all towers, in the order of the model's modules."""
+        return repeated_blocks(model)
+
+    def forwards(self, model: nn.Module) -> Sequence[Callable[[Any], Any]]:
+        """Calls of a bfloat16 copy of fake tensors that together run all layers once.
+
+        By default one, on `example`.
+        """
+
+        def forward(fake: Any) -> None:
+            inputs = self.example(fake.config, 1, 4)
+            fake(**{k: _halved(v) for k, v in inputs.items() if k != "labels"})
+
+        return [forward]
+
+    def layer_groups(self, model: nn.Module) -> Sequence[Sequence[str]]:
+        """See `ModelFamily`; found out by tracing `forwards`."""
+        layers = linears_within(model, self.blocks(model))
+        return shared_input_groups(model, layers, *self.forwards(model))
+
+    def kept_dense(self, model: nn.Module) -> Mapping[str, str]:
+        """See `KeepsLayersDense`: linear layers of blocks are compressed where their weight is their own."""
+        return shared_linears(model, self.blocks(model))
+
+    def token_mask(self, batch: Batch, layer: str | None = None) -> Tensor | None:
+        """See `MasksPadding`; by `attention_mask`, where there is one."""
+        given = batch.get("attention_mask")
+        mask = None if given is None else given.bool()
+        return None if mask is None or (layer is not None and bool(mask.all())) else mask
+
+    def calibration_batches(
+        self, checkpoint: Checkpoint, options: CalibrationOptions
+    ) -> Sequence[Batch]:
+        """See `ModelFamily`; so many samples of `data`, drawn by seed."""
+        data = self.data(checkpoint, options)
+        samples = drawn(data.samples, options.num_calibration_samples, options.seed)
+        return [data.collate(part) for part in in_batches(samples, options.calibration_batch_size)]
+
+    def emulator_config(self, checkpoint: Checkpoint, layers: EmulatorLayers) -> dict[str, Any]:
+        """See `ModelFamily`."""
+        return emulator_config(checkpoint, layers)
+
+    def load(self, checkpoint: Checkpoint, dtype: str, device: str) -> nn.Module:
+        """See `ModelFamily`."""
+        return load_model(checkpoint, self.auto_class, dtype, device)
+
+    def train(self, config: TrainConfig, work: Path) -> dict[str, Any]:
+        """See `ModelFamily`; `emloc.integrations.transformers.loss_trainer`."""
+        from emloc.integrations.transformers.loss_trainer import train_on
+
+        return_large_blocks()
+        with PeakMemory(config.device, mapped=True, limit=config.memory) as peak:
+            figures = train_on(self, self._opened(config), config, work)
+        return {**figures, **peak.figures()}
+
+    def _opened(self, config: TrainConfig) -> Checkpoint:
+        path = locate(config.emulator or str(config.model_name_or_path))
+        family: ModelFamily = self
+        return native_of(family, Checkpoint.open(path))
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    return tensor.bfloat16() if tensor.is_floating_point() else tensor

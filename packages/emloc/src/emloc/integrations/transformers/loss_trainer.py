@@ -1,0 +1,96 @@
+"""Train a LoRA on a family's samples with transformers' `Trainer`, by the family's own loss."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.config import TrainConfig
+from emloc.extend.family import Batch
+from emloc.integrations.transformers.lora_training import train_lora, training_arguments
+from emloc.integrations.transformers.sampling import in_batches
+
+if TYPE_CHECKING:
+    from emloc.integrations.transformers.family import TransformersFamily
+
+
+class Samples(Dataset[Any]):
+    """A sequence as torch's loaders take it; samples are read when a micro-batch is made."""
+
+    def __init__(self, samples: Sequence[Any]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        """Their number."""
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        """One of them."""
+        return self.samples[index]
+
+
+class LossTrainer(Trainer):
+    """The Trainer with a family's loss, per term of the whole step."""
+
+    def __init__(self, family: "TransformersFamily", **more: Any) -> None:
+        super().__init__(**more)
+        self._family = family
+        # A micro-batch's loss is a mean, which accumulation divides whatever the model's forward takes.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean over the micro-batch; there is no output to return."""
+        total, terms = self._family.loss(model, inputs)
+        loss = total / max(1, terms)
+        return (loss, {}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        """The loss alone."""
+        with torch.no_grad():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+
+def train_on(
+    family: "TransformersFamily", checkpoint: Checkpoint, config: TrainConfig, work: Path
+) -> dict[str, Any]:
+    """Train into `work`; returns figures for the manifest.
+
+    Raises:
+        DataError, ConfigError, NumericalError: see their messages.
+    """
+    data = family.data(checkpoint, config)
+    arguments = training_arguments(TrainingArguments, config, work, remove_unused_columns=False)
+    torch.manual_seed(config.seed)
+    kind = partial(LossTrainer, family) if family.trainer_class is None else family.trainer_class
+    make_trainer = partial(
+        kind,
+        args=arguments,
+        train_dataset=Samples(data.samples),
+        eval_dataset=Samples(data.evaluation) if data.evaluation else None,
+        data_collator=data.collate,
+        processing_class=data.processing,
+    )
+    model = family.load(checkpoint, config.dtype, config.device)
+
+    def batches() -> Iterator[Batch]:
+        for part in in_batches(data.samples, config.per_device_train_batch_size):
+            yield data.collate(part)
+
+    frozen = family.frozen(model, config)
+    figures = train_lora(
+        config, work, model, make_trainer, batches(), frozen, task_type=family.task_type
+    )
+    if data.processing is not None:
+        data.processing.save_pretrained(work)
+    figures["summary"] |= {"samples": len(data.samples)}
+    return figures
