@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import emloc
 from emloc.errors import Interrupted
+from emloc.extend.capabilities import TEXT_DECODER, TRANSFORMERS_MODEL
 from emloc.extend.methods import MethodEntry
 
 if TYPE_CHECKING:
@@ -26,32 +27,32 @@ def emloc_register_methods() -> Sequence[MethodEntry]:
             "qlora",
             "LoRA beside the base in NF4, put on the original weights",
             "emloc_baselines.qlora:Qlora",
-            families=("llm", "vlm"),
+            needs=(TRANSFORMERS_MODEL,),
             uses_budget=False,
         ),
         MethodEntry(
             "loram-rand",
             "LoRA on a model without random heads and neurons, scattered back",
             "emloc_baselines.loram:LoramRand",
-            families=("llm", "vlm"),
+            needs=(TRANSFORMERS_MODEL, TEXT_DECODER),
         ),
         MethodEntry(
             "loram-stru",
             "the same without the least important ones, to first order",
             "emloc_baselines.loram:LoramStru",
-            families=("llm", "vlm"),
+            needs=(TRANSFORMERS_MODEL, TEXT_DECODER),
         ),
         MethodEntry(
             "offsite-tuning",
             "LoRA in the first and last blocks around a thinned middle",
             "emloc_baselines.offsite:OffsiteTuning",
-            families=("llm", "vlm"),
+            needs=(TRANSFORMERS_MODEL, TEXT_DECODER),
         ),
         MethodEntry(
             "upop",
             "LoRA on a model without head dimensions and neurons that masks close, scattered back",
             "emloc_baselines.upop:Upop",
-            families=("llm", "vlm"),
+            needs=(TRANSFORMERS_MODEL, TEXT_DECODER),
         ),
         MethodEntry(
             "smaller-model",
@@ -63,13 +64,13 @@ def emloc_register_methods() -> Sequence[MethodEntry]:
             "svd",
             "EMLoC with an emulator by plain singular values, without calibration",
             "emloc_baselines.plain_svd:PlainSvd",
-            families=("llm", "vlm"),
+            needs=(TRANSFORMERS_MODEL,),
         ),
         MethodEntry(
             "svd-uncorrected",
             "the same without correction",
             "emloc_baselines.plain_svd:PlainSvdUncorrected",
-            families=("llm", "vlm"),
+            needs=(TRANSFORMERS_MODEL,),
             trains_as="svd",
         ),
     ]

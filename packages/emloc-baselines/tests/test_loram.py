@@ -365,7 +365,7 @@ def test_alignment_lowers_the_loss_of_the_pruned_model_and_is_said(base, tiny, t
 
 @pytest.mark.parametrize("base", ["llama"], indirect=True)
 def test_an_alignment_that_is_killed_begins_or_ends_where_it_was(base, tiny, tmp_path, monkeypatch):
-    from emloc_baselines import continued
+    from emloc.training import continued
 
     own = {**OWN, "alignment": {"steps": 3, "batch_size": 4, "max_length": 64}}
     task = task_of(base, tiny.data, options=own)

@@ -12,7 +12,7 @@ from emloc.artefacts.manifest import Manifest
 from emloc.config import StageConfig
 from emloc.errors import ConfigError
 from emloc.extend.methods import Method, Task
-from emloc.extend.plugins import load_plugins, method_named
+from emloc.extend.plugins import families_for, load_plugins, method_named
 from emloc_baselines.bench import cell as cell_module
 from emloc_baselines.bench.harness import run_bench
 from emloc_baselines.plain_svd import PlainSvd, PlainSvdUncorrected
@@ -35,7 +35,9 @@ def test_every_registered_method_is_one():
         assert isinstance(method, Method), entry.name
         assert issubclass(method.options, StageConfig)
         assert entry.trains_as in ("", *found)
-        assert set(entry.families) <= {"llm", "vlm", "diffusion"}
+        works_for = set(families_for(entry))
+        assert {"llm", "vlm"} <= works_for
+        assert ("diffusion" in works_for) == (not entry.needs)
 
 
 def test_uncorrected_is_the_trained_lora_as_an_adapter_of_the_base(tiny, tmp_path):

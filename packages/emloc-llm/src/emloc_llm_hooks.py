@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import emloc
+from emloc.extend.capabilities import TEXT_DECODER, TRANSFORMERS_MODEL
 from emloc.extend.family import FamilyEntry
 
 _ENDINGS = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "BertGenerationDecoder")
@@ -27,5 +28,6 @@ def emloc_register_families() -> Sequence[FamilyEntry]:
             summary="causal language models of transformers (AutoModelForCausalLM)",
             target="emloc_llm.family:LLMFamily",
             recognises=is_causal_lm,
+            offers=(TRANSFORMERS_MODEL, TEXT_DECODER),
         )
     ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import emloc
 from emloc.config import DataOptions, EvaluateConfig, TrainConfig
+from emloc.extend.capabilities import TEXT_DECODER, TRANSFORMERS_MODEL
 from emloc.extend.family import FamilyEntry
 from emloc_vlm_options import FreezeOptions, ImageOptions, MetricOptions
 
@@ -32,6 +33,7 @@ def emloc_register_families() -> Sequence[FamilyEntry]:
             summary="vision-language models of transformers (AutoModelForImageTextToText), InternVL",
             target="emloc_vlm.family:VLMFamily",
             recognises=is_vlm,
+            offers=(TRANSFORMERS_MODEL, TEXT_DECODER),
             options={
                 DataOptions: ImageOptions,
                 TrainConfig: FreezeOptions,

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from emloc_baselines.continued import ContinuedOptions, continued, load_whole, train_further
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.training.continued import ContinuedOptions, continued, train_further
 from emloc_baselines.light import Source
 
 
@@ -18,7 +19,9 @@ def alignment(
     """What aligns a pruned model in its folder; None for no steps."""
 
     def train(work: Path) -> dict[str, Any]:
-        model = cast(Any, load_whole(work, source))
+        model = cast(
+            Any, source.family.load(Checkpoint.open(work), "float32", source.config.device)
+        )
         head, table = model.get_output_embeddings(), model.get_input_embeddings()
         tied = head.weight is table.weight
         trained = {

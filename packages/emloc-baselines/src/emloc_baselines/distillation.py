@@ -13,9 +13,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.errors import ConfigError, DataError
 from emloc.extend.family import Batch
-from emloc_baselines.continued import ContinuedOptions, continued, load_whole, train_further
+from emloc.training.continued import ContinuedOptions, continued, train_further
 from emloc_baselines.light import Source
 
 
@@ -51,8 +52,9 @@ def distillation(
                 f"Distillation loads the whole of {source.base.name}, which transformers cannot in its "
                 f"layout; convert it to transformers' own first, or leave distillation out."
             )
-        teacher = load_whole(source.base.path, source).eval().requires_grad_(False)
-        student = load_whole(work, source)
+        device = source.config.device
+        teacher = source.family.load(source.base, "float32", device).requires_grad_(False)
+        student = source.family.load(Checkpoint.open(work), "float32", device)
         middle = tuple(f"{name}." for name in thinned)
         trained = {n: p for n, p in student.named_parameters() if n.startswith(middle)}
 

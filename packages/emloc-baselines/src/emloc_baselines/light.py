@@ -21,16 +21,14 @@ from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import copy_file, write_json
 from emloc.config import CompressConfig, StageConfig, build
 from emloc.errors import CheckpointError, ConfigError
-from emloc.extend.family import Batch, ModelFamily
+from emloc.extend.family import Batch
 from emloc.extend.methods import Task
 from emloc.extend.plugin_options import of_family, own_options, with_plugin_options
-from emloc.extend.plugins import method_named, named_family, open_model
+from emloc.extend.plugins import families_for, method_named, named_family, open_model
 from emloc.machine.progress import progress_bar
 from emloc.stages.frame import Artefact, Written, digests
+from emloc.training.continued import NOTES_NAME, Origin
 from emloc_baselines.identity import content_of
-
-NOTES_NAME = "build_notes.json"
-"""What `LightModel.finish` may leave for a continuation; gone when the folder is complete."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +46,13 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Source:
-    """What a light model is made from.
+class Source(Origin):
+    """What a light model is made from: `config` has the budget, and what EMLoC would have kept dense.
 
     Attributes:
-        base: the original model, in its family's layout.
-        config: compress's options: the budget, the calibration data, what EMLoC would have kept dense.
         batches: calibration micro-batches; none for a method that does not look at data.
     """
 
-    base: Checkpoint
-    family: ModelFamily
-    config: CompressConfig
     batches: Sequence[Batch]
 
 
@@ -108,10 +101,10 @@ def build_light(
         raise CheckpointError(
             f"{base.name} is quantised or an emulator already; start from the full-precision original."
         )
-    entry = method_named(method)
-    if entry.families and family.name not in entry.families:
+    works_for = families_for(method_named(method))
+    if family.name not in works_for:
         raise ConfigError(
-            f"{method} works for {', '.join(entry.families)}, and {base.name} is of {family.name}."
+            f"{method} works for {', '.join(works_for)}, and {base.name} is of {family.name}."
         )
     given = {**task.compress, "keep_ratio": task.keep_ratio, "seed": task.seed}
     kind: type[CompressConfig] = with_plugin_options(CompressConfig)

@@ -22,9 +22,9 @@ from emloc.errors import ConfigError
 from emloc.extend.methods import Task
 from emloc.methods.light import train_light
 from emloc.streaming.stream import UnitStream
+from emloc.training.continued import ContinuedOptions
 from emloc_baselines.alignment import alignment
 from emloc_baselines.budget import emulator_bytes, held_bytes
-from emloc_baselines.continued import ContinuedOptions
 from emloc_baselines.importance import Importance, first_order
 from emloc_baselines.kept import Kept, best
 from emloc_baselines.language_model import decoder_blocks

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -15,6 +15,7 @@ from emloc.config import TrainConfig
 from emloc.errors import ConfigError
 from emloc.integrations.transformers.capacity import Capacity, load_capacity
 from emloc.integrations.transformers.data.rows import where_of
+from emloc.integrations.transformers.family import TransformersFamily
 from emloc.integrations.transformers.generation import closing_tokens, say_missing_ends
 from emloc.integrations.transformers.loading import load_tokenizer
 from emloc.integrations.transformers.lora_training import train_lora as train_with
@@ -26,9 +27,6 @@ from emloc.machine.memory import PeakMemory, return_large_blocks
 from emloc_llm.activations import TILE_ROWS, TILE_TOKENS
 from emloc_llm.data import Sample, encode, encode_all, load_samples, pad, say_truncated
 from emloc_llm.rows import load_rows
-
-if TYPE_CHECKING:
-    from emloc_llm.family import LLMFamily
 
 
 class Trainer(SFTTrainer):
@@ -64,7 +62,7 @@ class Trainer(SFTTrainer):
         pass
 
 
-def train_lora(config: TrainConfig, work: Path, family: "LLMFamily") -> dict[str, Any]:
+def train_lora(config: TrainConfig, work: Path, family: TransformersFamily) -> dict[str, Any]:
     """Train into `work`; returns figures for the manifest.
 
     Raises:
@@ -78,7 +76,7 @@ def train_lora(config: TrainConfig, work: Path, family: "LLMFamily") -> dict[str
     return {**figures, **peak.figures()}
 
 
-def _train(config: TrainConfig, work: Path, family: "LLMFamily") -> dict[str, Any]:
+def _train(config: TrainConfig, work: Path, family: TransformersFamily) -> dict[str, Any]:
     path = locate(config.emulator or str(config.model_name_or_path))
     tokenizer = load_tokenizer(path)
     if config.streaming and config.max_steps <= 0:

@@ -7,7 +7,7 @@ from typing import cast
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError
-from emloc.integrations.transformers.family import TrainingData
+from emloc.integrations.transformers.sampling import TrainingData
 from emloc_vlm.encode import collate
 from emloc_vlm.loading import load_vlm_capacity
 from emloc_vlm.processor import load_processor

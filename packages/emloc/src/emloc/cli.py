@@ -20,7 +20,7 @@ from rich.table import Table
 import emloc
 from emloc.config import nearest
 from emloc.errors import EmlocError, Interrupted
-from emloc.extend.plugins import Plugins, load_plugins
+from emloc.extend.plugins import Plugins, families_for, load_plugins
 from emloc.machine.progress import quiet_libraries
 from emloc.options.text import from_command_line
 from emloc.stages.registry import AnyStage, all_stages
@@ -107,9 +107,8 @@ def build_app(found: Plugins) -> None:
         """List the installed methods: EMLoC and those that it is compared with."""
         table = Table("method", "plugin", "families", "what it does")
         for entry in found.methods.values():
-            table.add_row(
-                entry.name, entry.plugin, ", ".join(entry.families) or "all", entry.summary
-            )
+            where = ", ".join(families_for(entry, found.families)) if entry.needs else "all"
+            table.add_row(entry.name, entry.plugin, where, entry.summary)
         Console().print(table)
 
     for name, plugin in found.manager.list_name_plugin():

@@ -114,7 +114,7 @@ def exported(family: ModelFamily, checkpoint: Checkpoint, folder: Path) -> Seque
 
 @runtime_checkable
 class Evaluates(Protocol):
-    """A family that scores models by more than their loss."""
+    """A family that scores models."""
 
     def evaluate(self, config: EvaluateConfig) -> dict[str, Any]:
         """Scores of a model, with or without an adapter; keys at least `loss` and `peak_bytes`."""
@@ -122,12 +122,14 @@ class Evaluates(Protocol):
 
 
 def evaluated(family: ModelFamily, config: EvaluateConfig) -> dict[str, Any]:
-    """Scores of a model; by default its mean loss (`emloc.integrations.peft.evaluated_loss`)."""
-    if isinstance(family, Evaluates):
-        return family.evaluate(config)
-    from emloc.integrations.peft.evaluated_loss import evaluate_loss
+    """Scores of a model.
 
-    return evaluate_loss(config, family)
+    Raises:
+        PluginError: the family has none. `emloc.integrations.peft.evaluated_loss` is what one may give.
+    """
+    if not isinstance(family, Evaluates):
+        raise PluginError(f"The family {family.name} does not score models.")
+    return family.evaluate(config)
 
 
 @runtime_checkable

@@ -152,6 +152,7 @@ class FamilyEntry:
         single_file: `module:attribute` of the `emloc.extend.single_file.SingleFileReader` object or
             class, if the family reads models that are one file.
         recognises_file: decides from the names of such a file's tensors.
+        offers: what methods may need of its models (`emloc.extend.capabilities`).
         plugin: filled in by core.
     """
 
@@ -164,6 +165,7 @@ class FamilyEntry:
     )
     single_file: str = ""
     recognises_file: Callable[[Collection[str]], bool] = lambda names: False
+    offers: tuple[str, ...] = ()
     plugin: str = ""
 
     def load(self) -> ModelFamily:

@@ -74,7 +74,7 @@ class MethodEntry:
         name: for example `emloc`.
         summary: one line for `emloc methods`.
         target: `module:attribute` of the `Method` class.
-        families: those that it works for; none means all.
+        needs: what a family must offer (`emloc.extend.capabilities`) for the method to work on its models.
         uses_budget: whether `keep_ratio` changes the light model.
         trains_as: the method whose light model and training are the same, if not its own.
         plugin: filled in by core.
@@ -83,7 +83,7 @@ class MethodEntry:
     name: str
     summary: str
     target: str
-    families: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
     uses_budget: bool = True
     trains_as: str = ""
     plugin: str = ""

@@ -192,6 +192,15 @@ def method_named(name: str) -> MethodEntry:
     return known[name]
 
 
+def families_for(
+    method: MethodEntry, families: Mapping[str, FamilyEntry] | None = None
+) -> list[str]:
+    """Names of the installed families that offer what a method needs."""
+    known = load_plugins().families if families is None else families
+    needs = set(method.needs)
+    return [entry.name for entry in known.values() if needs.issubset(entry.offers)]
+
+
 def family_of(
     checkpoint: Checkpoint, name: str | None = None, recorded: str | None = None
 ) -> ModelFamily:

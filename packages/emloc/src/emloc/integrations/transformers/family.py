@@ -1,12 +1,11 @@
 """A family of transformers' models, but for what they read.
 
 From an auto class, inputs to trace, a loss and samples, a subclass gets the rest of what every family gives:
-skeleton, stored parameters, blocks, groups of layers, loading, training with the Trainer, and a plan whose
-steps are traced. Evaluation of the loss is core's own (`emloc.extend.capabilities.evaluated`).
+skeleton, stored parameters, blocks, groups of layers, loading, training with the Trainer, a plan whose
+steps are traced, evaluation of the loss.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,14 @@ from torch import Tensor, nn
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.locate import locate
-from emloc.config import CalibrationOptions, TrainConfig
+from emloc.config import CalibrationOptions, EvaluateConfig, TrainConfig
 from emloc.extend.capabilities import native_of
 from emloc.extend.family import Batch, EmulatorLayers, ModelFamily, StoredParameter
 from emloc.integrations.transformers.conversion import module_name, stored_parameter
 from emloc.integrations.transformers.loading import load_model
 from emloc.integrations.transformers.planned import PlannedTransformer
 from emloc.integrations.transformers.quantizer import emulator_config
-from emloc.integrations.transformers.sampling import drawn, in_batches
+from emloc.integrations.transformers.sampling import TrainingData, drawn, in_batches
 from emloc.integrations.transformers.skeleton import (
     empty_model,
     linears_within,
@@ -32,23 +31,6 @@ from emloc.integrations.transformers.skeleton import (
 )
 from emloc.integrations.transformers.untying import untied_config
 from emloc.machine.memory import PeakMemory, return_large_blocks
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Data as training takes them.
-
-    Attributes:
-        samples: learnt from, in any form that `collate` takes.
-        collate: makes a micro-batch, with labels, of samples.
-        evaluation: samples that the loss is taken on every `eval_steps`; none by default.
-        processing: the tokenizer or processor, saved beside the adapter; None for none.
-    """
-
-    samples: Sequence[Any]
-    collate: Callable[[Sequence[Any]], Batch]
-    evaluation: Sequence[Any] = ()
-    processing: Any = None
 
 
 class TransformersFamily(PlannedTransformer):
@@ -137,12 +119,20 @@ class TransformersFamily(PlannedTransformer):
 
     def train(self, config: TrainConfig, work: Path) -> dict[str, Any]:
         """See `ModelFamily`; `emloc.integrations.transformers.loss_trainer`."""
-        from emloc.integrations.transformers.loss_trainer import train_on
+        from emloc.integrations.transformers.loss_trainer import TrainingWay, train_on
 
         return_large_blocks()
         with PeakMemory(config.device, mapped=True, limit=config.memory) as peak:
-            figures = train_on(self, self._opened(config), config, work)
+            checkpoint = self._opened(config)
+            how = TrainingWay(self.task_type, self.frozen, self.trainer_class)
+            figures = train_on(self, checkpoint, self.data(checkpoint, config), how, config, work)
         return {**figures, **peak.figures()}
+
+    def evaluate(self, config: EvaluateConfig) -> dict[str, Any]:
+        """See `Evaluates`; the mean loss, in `emloc.integrations.peft.evaluated_loss`."""
+        from emloc.integrations.peft.evaluated_loss import evaluate_loss
+
+        return evaluate_loss(config, self)
 
     def _opened(self, config: TrainConfig) -> Checkpoint:
         path = locate(config.emulator or str(config.model_name_or_path))

@@ -1,9 +1,10 @@
 """Train a LoRA on a family's samples with transformers' `Trainer`, by the family's own loss."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -11,12 +12,9 @@ from transformers import Trainer, TrainingArguments
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import TrainConfig
-from emloc.extend.family import Batch
+from emloc.extend.family import Batch, ModelFamily
 from emloc.integrations.transformers.lora_training import train_lora, training_arguments
-from emloc.integrations.transformers.sampling import in_batches
-
-if TYPE_CHECKING:
-    from emloc.integrations.transformers.family import TransformersFamily
+from emloc.integrations.transformers.sampling import TrainingData, in_batches
 
 
 class Samples(Dataset[Any]):
@@ -37,7 +35,7 @@ class Samples(Dataset[Any]):
 class LossTrainer(Trainer):
     """The Trainer with a family's loss, per term of the whole step."""
 
-    def __init__(self, family: "TransformersFamily", **more: Any) -> None:
+    def __init__(self, family: ModelFamily, **more: Any) -> None:
         super().__init__(**more)
         self._family = family
         # A micro-batch's loss is a mean, which accumulation divides whatever the model's forward takes.
@@ -60,18 +58,37 @@ class LossTrainer(Trainer):
         return loss.detach(), None, None
 
 
+@dataclass(frozen=True)
+class TrainingWay:
+    """How a family trains.
+
+    Attributes:
+        task_type: PEFT's name of what the models are for, if it has one.
+        frozen: modules of a model that no LoRA goes on, under the options.
+        trainer_class: the Trainer or a subclass, with its own loss; None: `LossTrainer`.
+    """
+
+    task_type: str | None
+    frozen: Callable[[Any, Any], Container[str]]
+    trainer_class: Any
+
+
 def train_on(
-    family: "TransformersFamily", checkpoint: Checkpoint, config: TrainConfig, work: Path
+    family: ModelFamily,
+    checkpoint: Checkpoint,
+    data: TrainingData,
+    how: TrainingWay,
+    config: TrainConfig,
+    work: Path,
 ) -> dict[str, Any]:
     """Train into `work`; returns figures for the manifest.
 
     Raises:
         DataError, ConfigError, NumericalError: see their messages.
     """
-    data = family.data(checkpoint, config)
     arguments = training_arguments(TrainingArguments, config, work, remove_unused_columns=False)
     torch.manual_seed(config.seed)
-    kind = partial(LossTrainer, family) if family.trainer_class is None else family.trainer_class
+    kind = partial(LossTrainer, family) if how.trainer_class is None else how.trainer_class
     make_trainer = partial(
         kind,
         args=arguments,
@@ -86,9 +103,9 @@ def train_on(
         for part in in_batches(data.samples, config.per_device_train_batch_size):
             yield data.collate(part)
 
-    frozen = family.frozen(model, config)
+    frozen = how.frozen(model, config)
     figures = train_lora(
-        config, work, model, make_trainer, batches(), frozen, task_type=family.task_type
+        config, work, model, make_trainer, batches(), frozen, task_type=how.task_type
     )
     if data.processing is not None:
         data.processing.save_pretrained(work)

@@ -1,10 +1,30 @@
-"""Samples drawn by seed, and micro-batches of samples."""
+"""Samples as training takes them, drawn by seed, and in micro-batches."""
 
 import random
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from emloc.extend.family import Batch
 
 SampleT = TypeVar("SampleT")
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Data as training takes them.
+
+    Attributes:
+        samples: learnt from, in any form that `collate` takes.
+        collate: makes a micro-batch, with labels, of samples.
+        evaluation: samples that the loss is taken on every `eval_steps`; none by default.
+        processing: the tokenizer or processor, saved beside the adapter; None for none.
+    """
+
+    samples: Sequence[Any]
+    collate: Callable[[Sequence[Any]], Batch]
+    evaluation: Sequence[Any] = ()
+    processing: Any = None
 
 
 def drawn(samples: Sequence[SampleT], count: int, seed: int) -> list[SampleT]:

@@ -1,7 +1,7 @@
-"""Train a light model's own weights further: LoRAM's alignment, Offsite-Tuning's distillation.
+"""Train a model's own weights further, whole, on the family's loss or another one.
 
-This is done once, by whoever has the memory: the light model is loaded whole, with gradients and AdamW's
-moments of what is trained. Warm-up over a tenth of the steps at most, then a cosine to zero.
+This is done once, by whoever has the memory: the model is loaded whole, with gradients and AdamW's moments of
+what is trained. Warm-up over a tenth of the steps at most, then a cosine to zero.
 
 The new weights are written beside the old ones and take their place together: a run that is killed
 begins again with the old ones, or ends what it had finished.
@@ -12,12 +12,12 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -26,9 +26,9 @@ from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import write_json
 from emloc.config import CompressConfig, StageConfig
 from emloc.errors import DataError, NumericalError
-from emloc.extend.family import Batch
+from emloc.extend.capabilities import token_count
+from emloc.extend.family import Batch, ModelFamily
 from emloc.machine.progress import progress_bar
-from emloc_baselines.light import NOTES_NAME, Source
 
 Loss = Callable[[Batch], tuple[Tensor, int]]
 """A micro-batch's summed loss with its graph, and how many terms it sums."""
@@ -36,9 +36,26 @@ Loss = Callable[[Batch], tuple[Tensor, int]]
 BESIDE = "continued"
 """Where new weights lie until all of them are there."""
 
+NOTES_NAME = "build_notes.json"
+"""Figures of a training that is done; for a continuation, gone when the folder is complete."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model that is trained further, or the one that it was made from.
+
+    Attributes:
+        base: the original, in its family's layout, which calibration data are drawn for.
+        config: the options of compressing: calibration data, device, seed.
+    """
+
+    base: Checkpoint
+    family: ModelFamily
+    config: CompressConfig
+
 
 class ContinuedOptions(StageConfig):
-    """Of training a light model further; 0 steps: as it is."""
+    """How a model is trained further; 0 steps: not at all."""
 
     steps: Annotated[int, Field(ge=0)] = 0
     dataset: str | None = None
@@ -48,15 +65,7 @@ class ContinuedOptions(StageConfig):
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
 
 
-def load_whole(folder: Path, source: Source) -> nn.Module:
-    """A model or light model of the source's architecture, all weights loaded, in float32."""
-    name = source.base.config["architectures"][0]
-    return getattr(transformers, name).from_pretrained(
-        folder, dtype=torch.float32, device_map={"": source.config.device}
-    )
-
-
-def batches_for(source: Source, options: ContinuedOptions) -> Sequence[Batch]:
+def batches_for(source: Origin, options: ContinuedOptions) -> Sequence[Batch]:
     """A micro-batch per step, drawn by seed, as long as there are samples; the loss is on every token."""
     config: Any = source.config
     given: dict[str, Any] = {
@@ -68,15 +77,18 @@ def batches_for(source: Source, options: ContinuedOptions) -> Sequence[Batch]:
     }
     if options.dataset is not None:
         given |= {"dataset": options.dataset, "column_map": {}, "dataset_weights": []}
-    chosen: CompressConfig = config.model_copy(update=given)
-    found = list(source.family.calibration_batches(source.base, chosen))
+    known = type(config).model_fields  # options of text are not every family's
+    chosen: CompressConfig = config.model_copy(
+        update={k: v for k, v in given.items() if k in known}
+    )
+    batches = list(source.family.calibration_batches(source.base, chosen))
     # Families sort samples by length; training should not see them in that order.
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(config.seed))
-    return [found[index] for index in order.tolist()]
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(config.seed))
+    return [batches[index] for index in order.tolist()]
 
 
 def train_further(
-    source: Source,
+    source: Origin,
     work: Path,
     model: nn.Module,
     trained: Mapping[str, nn.Parameter],
@@ -84,7 +96,7 @@ def train_further(
     options: ContinuedOptions,
     what: str,
 ) -> dict[str, Any]:
-    """Train some parameters of a loaded light model and write them into its folder.
+    """Train some parameters of a loaded model and write them beside the old ones, into its folder.
 
     Args:
         trained: by their names.
@@ -112,14 +124,14 @@ def train_further(
             total, terms = loss_of(batch)
             if terms == 0:
                 raise DataError(
-                    f"Step {len(losses) + 1} of training the light model further has no token to learn "
+                    f"Step {len(losses) + 1} of training the model further has no token to learn "
                     f"from; its samples are of one token each. Use longer ones."
                 )
             loss = total / terms
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
                 raise NumericalError(
-                    f"The loss of training the light model further is {losses[-1]} at step {len(losses)}; "
+                    f"The loss of training the model further is {losses[-1]} at step {len(losses)}; "
                     f"use a lower learning rate."
                 )
             loss.backward()
@@ -127,8 +139,7 @@ def train_further(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            mask = source.family.token_mask(batch)
-            tokens += next(iter(batch.values())).numel() if mask is None else int(mask.sum())
+            tokens += token_count(source.family, batch)
             advance(note=f"loss {losses[-1]:.4f}")
     figures: dict[str, Any] = {
         "continued_as": what,
@@ -157,7 +168,7 @@ def _cosine(steps: int) -> Callable[[int], float]:
 
 
 def _write_beside(
-    source: Source, work: Path, trained: Mapping[str, nn.Parameter], figures: Mapping[str, Any]
+    source: Origin, work: Path, trained: Mapping[str, nn.Parameter], figures: Mapping[str, Any]
 ) -> None:
     """The folder's shards with the new weights, in a folder of their own; the notes come last."""
     beside = work / BESIDE
@@ -186,7 +197,10 @@ def _write_beside(
 def continued(
     train: Callable[[Path], dict[str, Any]], options: ContinuedOptions
 ) -> Callable[[Path], Mapping[str, Any]] | None:
-    """`LightModel.finish` of a light model that is trained further by `train`; None for no steps."""
+    """A step that trains the model in a folder by `train`, and puts its new weights in place.
+
+    It returns the figures, and may be called again after it was killed. None for no steps.
+    """
 
     def finish(work: Path) -> Mapping[str, Any]:
         notes, beside = work / NOTES_NAME, work / BESIDE
@@ -196,7 +210,7 @@ def continued(
             for file in sorted(beside.iterdir()):
                 file.rename(work / file.name)
             beside.rmdir()
-        found: dict[str, Any] = json.loads(notes.read_text("utf-8"))
-        return found
+        figures: dict[str, Any] = json.loads(notes.read_text("utf-8"))
+        return figures
 
     return finish if options.steps else None

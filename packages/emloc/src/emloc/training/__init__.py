@@ -1,0 +1,1 @@
+"""Training a model's own weights further."""
