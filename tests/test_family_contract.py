@@ -12,6 +12,7 @@ from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
 from emloc.config import CompressConfig
+from emloc.extend.capabilities import adapter_formats_of
 from emloc.extend.family import ModelFamily
 from emloc.extend.losses import loss_sum
 from emloc.extend.plugin_options import with_plugin_options
@@ -36,7 +37,7 @@ def batches(family, example, checkpoint):
 
 def test_is_a_family(family):
     assert isinstance(family, ModelFamily)
-    assert family.adapter_formats
+    assert adapter_formats_of(family)
 
 
 def test_recognises_its_own_checkpoint_from_the_config(family, checkpoint):
