@@ -5,8 +5,9 @@ The head lies outside of the blocks and stays dense.
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
+from string import ascii_letters
 from typing import Any
 
 import torch
@@ -50,6 +51,10 @@ class ClassifierFamily(TransformersFamily):
         labels = batch["labels"]
         return nn.functional.cross_entropy(logits.to(high), labels, reduction="sum"), len(labels)
 
+    def frozen(self, model: nn.Module, options: Any) -> Container[str]:
+        """What is not in a block: the pooler and the head."""
+        return {name for name, _ in model.named_modules() if ".layer." not in name}
+
     def data(self, checkpoint: Checkpoint, options: Any) -> TrainingData:
         """Rows with a text and the number of its class."""
         tokenizer = load_tokenizer(checkpoint.path)
@@ -72,8 +77,8 @@ class ClassifierFamily(TransformersFamily):
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         draw = random.Random(seed)
-        words = ["".join(draw.choices("abc", k=draw.randint(3, 9))) for _ in range(24)]
-        rows = [json.dumps({"text": word, "label": "abc".index(word[0])}) for word in words]
+        words = ["".join(draw.choices(ascii_letters, k=draw.randint(3, 20))) for _ in range(24)]
+        rows = [json.dumps({"text": word, "label": ord(word[0]) % 3}) for word in words]
         (folder / "train.jsonl").write_text("\n".join(rows) + "\n")
         data = str(folder / "train.jsonl")
         return {"model_name_or_path": str(folder / "model"), "dataset": data, "max_length": 32}

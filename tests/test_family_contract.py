@@ -12,7 +12,7 @@ from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
 from emloc.config import CompressConfig
-from emloc.extend.capabilities import adapter_formats_of
+from emloc.extend.capabilities import adapter_formats_of, token_mask_of
 from emloc.extend.family import ModelFamily
 from emloc.extend.losses import loss_sum
 from emloc.extend.plugin_options import with_plugin_options
@@ -21,7 +21,10 @@ from emloc.planning.family import PlannedFamily
 from emloc.streaming.lockstep import Call, lockstep
 from emloc.streaming.stream import UnitStream
 
-OPTIONS = with_plugin_options(CompressConfig)
+
+def options(**given):
+    """Of compress, with those of the installed families."""
+    return with_plugin_options(CompressConfig)(**given)
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +34,7 @@ def checkpoint(example):
 
 @pytest.fixture(scope="session")
 def batches(family, example, checkpoint):
-    config = OPTIONS(output_dir="unused", **example)
+    config = options(output_dir="unused", **example)
     return family.calibration_batches(checkpoint, config)
 
 
@@ -103,19 +106,19 @@ def test_streamed_forward_is_the_plain_forward(family, checkpoint, batches):
 
 
 def test_calibration_is_by_seed(family, example, checkpoint, batches):
-    again = family.calibration_batches(checkpoint, OPTIONS(output_dir="x", **example))
+    again = family.calibration_batches(checkpoint, options(output_dir="x", **example))
     assert all(torch.equal(a[k], b[k]) for a, b in zip(batches, again) for k in a)
     few = {**example, "num_calibration_samples": 4}
     some = [
-        family.calibration_batches(checkpoint, OPTIONS(output_dir="x", seed=seed, **few))
+        family.calibration_batches(checkpoint, options(output_dir="x", seed=seed, **few))
         for seed in (0, 1)
     ]
     first = [next(iter(part[0].values())) for part in some]
     assert first[0].shape[0] == 4
     assert first[0].shape != first[1].shape or not torch.equal(*first)
     for batch in batches:
-        assert family.token_mask(batch).dtype == torch.bool
-        assert bool(family.token_mask(batch).any())
+        assert token_mask_of(family, batch).dtype == torch.bool
+        assert bool(token_mask_of(family, batch).any())
 
 
 def test_stages_leave_what_they_promise(family, stages, example):

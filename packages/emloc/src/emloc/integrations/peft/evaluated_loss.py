@@ -51,12 +51,10 @@ def _all_samples(config: EvaluateConfig, family: ModelFamily) -> CompressConfig:
     """The options of evaluating as those of drawing calibration samples."""
     kind: type[CompressConfig] = with_plugin_options(CompressConfig)
     shared = config.model_fields_set & kind.model_fields.keys()
-    options = kind(
-        **{
-            **{name: getattr(config, name) for name in shared},
-            "output_dir": "unused",
-            "num_calibration_samples": config.num_samples or 1 << 40,
-            "calibration_batch_size": config.per_device_eval_batch_size,
-        }
-    )
-    return of_family(options, family)
+    given: dict[str, Any] = {
+        **{name: getattr(config, name) for name in shared},
+        "output_dir": "unused",
+        "num_calibration_samples": config.num_samples or 1 << 40,
+        "calibration_batch_size": config.per_device_eval_batch_size,
+    }
+    return of_family(kind(**given), family)
