@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, Trainer
 
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.described import Described
 from emloc.config import CalibrationOptions, DataOptions, DemoConfig, EvaluateConfig
 from emloc.extend.family import Batch
 from emloc.integrations.transformers.family import TransformersFamily
 from emloc.integrations.transformers.loss import next_token_loss
-from emloc.artefacts.described import Described
 from emloc.integrations.transformers.sampling import TrainingData
 from emloc.planning.operations import Layer
 from emloc.planning.step import StepOptions, StepSizes

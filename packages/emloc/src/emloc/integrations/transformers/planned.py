@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.described import Described
 from emloc.config import TrainConfig
 from emloc.extend.family import Batch
 from emloc.integrations.peft.targets import chosen_targets, linear_layers
 from emloc.integrations.transformers.shallow import cut, depth
 from emloc.integrations.transformers.skeleton import empty_model, is_linear, model_config
-from emloc.artefacts.described import Described
 from emloc.planning.described import weight_dtype
 from emloc.planning.family import Groups, OtherModel
 from emloc.planning.operations import Layer
