@@ -25,7 +25,7 @@ from emloc.compression.sensitivity import BlockProbe
 from emloc.errors import ConfigError
 from emloc.extend.capabilities import token_mask_of
 from emloc.extend.family import Batch
-from emloc.extend.losses import loss_sum
+from emloc.extend.losses import LossSum, loss_sum
 from emloc.linalg.gram import Moments, Side, smaller_side
 from emloc.linalg.lowrank import factorise
 from emloc.machine.progress import progress_bar
@@ -80,7 +80,7 @@ def compress_blocks(stream: UnitStream, folder: EmulatorFolder, batches: Sequenc
             return len(waiting) > 1 or any(_numel(stream, str(unit)) > small for unit in waiting)
 
         with probe.watching(probed):
-            lockstep(stream.model, stream.units, calls, visit, enough)
+            lockstep(stream.model, stream.units, calls, visit, enough, stream.device)
         for block in blocks:
             if block not in seen | done:  # a tower that no sample needs
                 folder.write_block(block, {}, _report({}, _layers_of(folder, block), 0.0))
@@ -117,8 +117,13 @@ def _refuse_shared(stream: UnitStream, plan: Plan) -> None:
 
 
 def _call(stream: UnitStream, batch: Batch) -> Call:
-    here = {name: tensor.to(stream.device) for name, tensor in batch.items()}
-    return Call(lambda: loss_sum(stream.family, stream.model, here), context=here)
+    def run() -> LossSum:
+        call = current_call()
+        assert call is not None
+        call.context = {name: tensor.to(stream.device) for name, tensor in batch.items()}
+        return loss_sum(stream.family, stream.model, call.context)
+
+    return Call(run)
 
 
 def _compress_block(

@@ -97,7 +97,7 @@ def losses(
                         handle.remove()
             advance(note=unit)
 
-        results: list[LossSum] = lockstep(stream.model, stream.units, calls, visit)
+        results: list[LossSum] = lockstep(stream.model, stream.units, calls, visit, device=device)
     return [
         summed(results[candidate * len(batches) : (candidate + 1) * len(batches)]).mean(
             f"The calibration samples, candidate {candidate + 1} of {candidates}"

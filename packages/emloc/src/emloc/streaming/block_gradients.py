@@ -103,7 +103,7 @@ def _forward(
         Call(partial(run, batch), context=passage) for batch, passage in zip(batches, passages)
     ]
     with _hooks(stream), _stray_units(stream) as visit:
-        return lockstep(stream.model, stream.units, calls, visit)
+        return lockstep(stream.model, stream.units, calls, visit, device=stream.device)
 
 
 @contextmanager

@@ -6,7 +6,8 @@ block, or any other module with weights). When all calls stand before the same u
 loaded, each call runs through it and on to the next unit, and the weights are dropped. No model's
 forward is copied or patched, so skips and several towers need no code of their own.
 
-Memory: the resident tensors, one unit, and what each suspended call keeps alive (its hidden state).
+Memory: the resident tensors, one unit, and what each suspended call keeps alive (its hidden state), which
+lies on the host where the device has memory of its own (`emloc.streaming.parking`).
 A call runs on to the next unit before the next call is resumed, so after the last unit (the head)
 only one call's logits exist at a time.
 
@@ -14,14 +15,16 @@ only one call's logits exist at a time.
 """
 
 from collections.abc import Callable, Container, Iterator, Sequence, Set
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from greenlet import GreenletExit, getcurrent, greenlet
+from greenlet import GreenletExit
 from torch import nn
 
 from emloc.errors import ConfigError, EmlocError
+from emloc.streaming.call import Call, current_call
+from emloc.streaming.parking import Parking
 
 
 class LockstepError(EmlocError, RuntimeError):
@@ -41,42 +44,22 @@ def refuse_again(block: str, seen: Container[str]) -> None:
         )
 
 
-class Call(greenlet):
-    """One forward call: `run()` returns its result; `context` is free for the hooks that it meets."""
-
-    def __init__(self, run: Callable[[], Any], context: Any = None) -> None:
-        super().__init__(run)
-        self.context = context
-        self.waiting_for: str | None = None
-        self.result: Any = None
-
-    def advance(self) -> None:
-        """Run until the call stands before its next unit or has returned."""
-        outcome = self.switch()
-        if self.dead:
-            self.waiting_for, self.result = None, outcome
-        else:
-            self.waiting_for = outcome
-
-
-def current_call() -> Call | None:
-    """The call that is running, or None outside of lockstep."""
-    running = getcurrent()
-    return running if isinstance(running, Call) else None
-
-
 @contextmanager
-def _rendezvous(model: nn.Module, units: Sequence[str]) -> Iterator[None]:
+def _rendezvous(model: nn.Module, units: Sequence[str], parking: Parking | None) -> Iterator[None]:
     def pause_before(name: str) -> Callable[..., None]:
-        def pause(_module: nn.Module, _inputs: object) -> None:
+        def pause(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             call = current_call()
             if call is not None and call.parent is not None:
                 call.parent.switch(name)
+                if parking is not None:
+                    parking.use((inputs, named))
 
         return pause
 
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(pause_before(name), prepend=True)
+        model.get_submodule(name).register_forward_pre_hook(
+            pause_before(name), prepend=True, with_kwargs=True
+        )
         for name in units
     ]
     try:
@@ -92,6 +75,7 @@ def lockstep(
     calls: Sequence[Call],
     visit: Callable[[str], AbstractContextManager[None]],
     enough: Callable[[Set[str | None]], bool] | None = None,
+    device: torch.device | None = None,
 ) -> list[Any]:
     """Advance `calls` together through `units`; returns their results in order.
 
@@ -100,14 +84,15 @@ def lockstep(
         visit: entered when all calls stand before the named unit, left when all are through it.
         enough: asked whenever calls have left a unit, with the units that they stand before now (None: it
             has returned); if it says so they are abandoned, and their results are None.
+        device: where the calls compute, the CPU by default.
 
     Raises:
         LockstepError: the calls stand before different units.
     """
-    with _rendezvous(model, units), torch.no_grad():
+    parking = None if device is None or device.type == "cpu" else Parking(device)
+    with _rendezvous(model, units, parking), torch.no_grad(), parking or nullcontext():
         try:
-            for call in calls:
-                call.advance()
+            _advance(calls, parking)
             while True:
                 waiting = {call.waiting_for for call in calls}
                 if waiting == {None}:
@@ -121,9 +106,17 @@ def lockstep(
                     )
                 name = str(waiting.pop())
                 with visit(name):
-                    for call in calls:
-                        call.advance()
+                    _advance(calls, parking)
         finally:
             for call in calls:
                 if not call.dead:
                     call.throw(GreenletExit)
+
+
+def _advance(calls: Sequence[Call], parking: Parking | None) -> None:
+    for call in calls:
+        if parking is None:
+            call.advance()
+        else:
+            with parking.running(call):
+                call.advance()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from emloc.testing.cuda_claim import claim_cuda
-from emloc.testing.device_tensor import DEVICE
+from emloc.testing.device_storage import DEVICE
 from emloc.testing.traffic import Traffic
 
 MEMORY = 24 << 30

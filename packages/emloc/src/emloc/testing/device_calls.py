@@ -8,12 +8,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from emloc.testing.device_operations import aten, is_cuda, tensors_of, values_of
-from emloc.testing.device_tensor import DEVICE, DeviceTensor
+from emloc.testing.device_storage import DEVICE
+from emloc.testing.device_tensor import DeviceTensor
 
-NO_NUMPY = (
-    "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host "
-    "memory first."
-)
 GENERATOR = "Expected a '{}' device type for generator but found '{}'"
 FUSED = 1
 """The host's fused attention, among the choices of `torch._fused_sdp_choice`."""
@@ -66,42 +63,6 @@ def _cuda(tensor: Tensor, device: Any = None, non_blocking: bool = False, **kwar
     return Tensor.to(tensor, device=DEVICE, non_blocking=non_blocking, **kwargs)
 
 
-def _numpy(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if isinstance(tensor, DeviceTensor):
-        raise TypeError(NO_NUMPY)
-    return Tensor.numpy(tensor, *args, **kwargs)
-
-
-def _array(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if isinstance(tensor, DeviceTensor):
-        raise TypeError(NO_NUMPY)
-    return Tensor.__array__(tensor, *args, **kwargs)
-
-
-def _tolist(tensor: Tensor) -> Any:
-    return Tensor.tolist(tensor.cpu() if isinstance(tensor, DeviceTensor) else tensor)
-
-
-def _new_tensor(tensor: Tensor, data: Any, **kwargs: Any) -> Tensor:
-    device = kwargs.pop("device", None) or tensor.device
-    named: dict[str, Any] = {"dtype": tensor.dtype, **kwargs}
-    return torch.tensor(data, **named).to(device)
-
-
-def _dlpack(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if isinstance(tensor, DeviceTensor):
-        raise BufferError("the memory of a pretend device cannot be shared; use Tensor.cpu() first")
-    return Tensor.__dlpack__(tensor, *args, **kwargs)
-
-
-def _data_ptr(tensor: Tensor) -> int:
-    return values_of(tensor).data_ptr()
-
-
-def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    return values_of(tensor).untyped_storage()
-
-
 def _set_data(tensor: Tensor, value: Tensor) -> None:
     """`tensor.data = value`, which may take a tensor to the other device."""
     here, there = isinstance(tensor, DeviceTensor), isinstance(value, DeviceTensor)
@@ -150,13 +111,6 @@ _MAKING = {torch.tensor, torch.as_tensor, torch.asarray}
 _CALLS: dict[Any, Callable[..., Any]] = {
     Tensor.to: _to,
     Tensor.cuda: _cuda,
-    Tensor.numpy: _numpy,
-    Tensor.tolist: _tolist,
-    Tensor.new_tensor: _new_tensor,
-    Tensor.__array__: _array,
-    Tensor.__dlpack__: _dlpack,
-    Tensor.data_ptr: _data_ptr,
-    Tensor.untyped_storage: _storage,
     Tensor.data.__set__: _set_data,  # pyright: ignore
     torch.nn.functional.scaled_dot_product_attention: _attention,
 }

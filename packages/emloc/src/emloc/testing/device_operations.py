@@ -81,8 +81,18 @@ def tensors_of(tree: Any) -> list[Tensor]:
 
 
 def values_of(tree: Any) -> Any:
-    """The same arguments with the values of the device's tensors."""
-    return tree_map_only(DeviceTensor, lambda tensor: tensor.values, tree)
+    """The same arguments with the values of the device's tensors.
+
+    Raises:
+        RuntimeError: a tensor's storage has been freed.
+    """
+    return tree_map_only(DeviceTensor, _values, tree)
+
+
+def _values(tensor: DeviceTensor) -> Tensor:
+    if tensor.numel() and not tensor.values.untyped_storage().nbytes():
+        raise RuntimeError("CUDA error: an illegal memory access: the tensor's storage was freed")
+    return tensor.values
 
 
 def is_cuda(device: Any) -> bool:
@@ -142,7 +152,9 @@ def _count_transfer(
     traffic: Traffic, source: Tensor, host: Tensor, on_device: bool, eager: bool
 ) -> None:
     """Count a copy of `source`; `host` is the side that is not the device's."""
-    (traffic.to_device if on_device else traffic.to_host).add(source)
+    (traffic.to_device if on_device else traffic.to_host).add(
+        source.numel() * source.element_size()
+    )
     if not eager:
         traffic.unpinned += on_device and not traffic.is_pinned(host)
         traffic.unfinished += not on_device

@@ -5,15 +5,20 @@ Autograd, autocast and the choices that torch makes by device see a CUDA tensor;
 runs on the values (`emloc.testing.device_operations`).
 """
 
+from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from emloc.testing.device_storage import DEVICE, DeviceStorage
 from emloc.testing.traffic import Traffic
 
-DEVICE = torch.device("cuda:0")
 HOST = torch.device("cpu")
+NO_NUMPY = (
+    "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host "
+    "memory first."
+)
 
 
 class DeviceTensor(Tensor):
@@ -45,6 +50,54 @@ class DeviceTensor(Tensor):
 
     def __init__(self, values: Tensor, traffic: Traffic) -> None:
         pass
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Refused as CUDA does.
+
+        Raises:
+            TypeError: without `force`.
+        """
+        if not force:
+            raise TypeError(NO_NUMPY)
+        return self.detach().cpu().numpy()
+
+    def __array__(self, dtype: Any = None) -> Any:
+        return self.numpy()
+
+    def __dlpack__(self, **named: Any) -> Any:
+        raise BufferError("the memory of a pretend device cannot be shared; use Tensor.cpu() first")
+
+    def tolist(self) -> Any:
+        """Copy to the host and read there."""
+        return self.cpu().tolist()
+
+    def new_tensor(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, data: Any, *, dtype: Any = None, device: Any = None, **named: Any
+    ) -> Any:
+        """A tensor of the same dtype and device."""
+        made = torch.tensor(data, dtype=dtype or self.dtype, **named)
+        return made.to(DEVICE if device is None else device)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Saved as a tensor of the host, whose pickle needs no device to be read."""
+        return self.detach().cpu().__reduce_ex__(protocol)
+
+    def data_ptr(self) -> int:
+        """The address of the values."""
+        return self.values.data_ptr()
+
+    def untyped_storage(self) -> Any:
+        """The device's storage."""
+        return DeviceStorage(self.values.untyped_storage(), self.traffic)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            copied = self.detach().clone()
+            if isinstance(self, nn.Parameter):
+                copied = nn.Parameter(copied)
+            memo[id(self)] = copied.requires_grad_(self.requires_grad)
+            copied.grad = deepcopy(self.grad, memo)
+        return memo[id(self)]
 
     def __format__(self, spec: str) -> str:
         """As a tensor's: a scalar is read."""

@@ -24,10 +24,10 @@ class Transfers:
     count: int = 0
     bytes: int = 0
 
-    def add(self, tensor: Tensor) -> None:
-        """Count one copy of `tensor`."""
+    def add(self, size: int) -> None:
+        """Count one copy of so many bytes."""
         self.count += 1
-        self.bytes += tensor.numel() * tensor.element_size()
+        self.bytes += size
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Traffic:
     live_bytes: int = 0
     peak_bytes: int = 0
     limit: int | None = None
-    _storages: set[int] = field(default_factory=set[int])
+    _storages: dict[int, int] = field(default_factory=dict[int, int])
     _pinned: set[int] = field(default_factory=set[int])
 
     def reset_peak(self) -> None:
@@ -69,22 +69,34 @@ class Traffic:
             torch.OutOfMemoryError: more than `limit` bytes would live.
         """
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()  # pyright: ignore[reportPrivateUsage]
-        if key in self._storages:
-            return
+        key = storage._cdata  # pyright: ignore[reportPrivateUsage]
+        if key not in self._storages:
+            self._allocate(key, storage.nbytes())
+            weakref.finalize(storage, self._free, key)
+
+    def resize(self, storage: torch.UntypedStorage, size: int) -> None:
+        """Give a storage of the device another size.
+
+        Raises:
+            torch.OutOfMemoryError: more than `limit` bytes would live.
+        """
+        key = storage._cdata  # pyright: ignore[reportPrivateUsage]
+        self._free(key)
+        self._allocate(key, size)
+        storage.resize_(size)
+
+    def _allocate(self, key: int, size: int) -> None:
         if self.limit is not None and self.live_bytes + size > self.limit:
             raise torch.OutOfMemoryError(
                 f"CUDA out of memory. Tried to allocate {size} bytes on a pretend device that holds "
                 f"{self.live_bytes} of {self.limit} bytes."
             )
-        self._storages.add(key)
+        self._storages[key] = size
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(storage, self._free, key, size)
 
-    def _free(self, key: int, size: int) -> None:
-        self._storages.discard(key)
-        self.live_bytes -= size
+    def _free(self, key: int) -> None:
+        self.live_bytes -= self._storages.pop(key, 0)
 
     def pin(self, tensor: Tensor) -> None:
         """Let a host tensor's storage count as pinned."""
