@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import emloc
+from emloc.artefacts.manifest import Manifest
 from emloc.testing import pretend_device
 
 
@@ -26,6 +27,10 @@ def same_weights(one, other):
         assert (Path(one) / file).read_bytes() == (Path(other) / file).read_bytes(), file
 
 
+CARD = {"allocator slack", "CUDA context"}
+"""Lines of a plan that nothing here can take."""
+
+
 def test_compress_and_correct_and_merge(example, data, stages, card, tmp_path):
     emulator = emloc.compress(
         output_dir=tmp_path / "emulator", keep_ratio=0.5, device="cuda", **example
@@ -40,6 +45,11 @@ def test_compress_and_correct_and_merge(example, data, stages, card, tmp_path):
     same_weights(stages["merged"], merged)
     assert card.live_bytes == 0
     assert card.unfinished == 0
+    plan = emloc.plan(keep_ratio=0.5, device="cuda", **example)["stages"]["compress"]
+    planned = sum(n for line, n in plan["device_bytes"]["lines"].items() if line not in CARD)
+    measured = Manifest.read(emulator).measured["peak_bytes"]
+    assert planned / 5 < measured <= planned  # the plan is of the longest samples allowed
+    assert plan["host_bytes"]["lines"]["suspended calls"] > 0
 
 
 def test_a_limit_is_chosen(stages, data, tmp_path):

@@ -2,7 +2,8 @@
 
 What a call holds when it stands before a block, inside of it, and behind it, is counted by the family's
 closed form or on fake tensors, with what hooks take on the way: compress folds what layers read or wrote,
-correct adds a candidate's LoRA.
+correct adds a candidate's LoRA. Where the device has memory of its own, calls that wait lie on the host
+(`parking`), and the device has one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ class Calls:
         blocks: what one holds as it passes a block, by the block's name or kind; the batch included.
         at_head: what one holds when it stands before the head.
         shared: what is counted more than once: on a CPU, candidates read the same micro-batches.
+        parked: whether those that wait are in host memory.
     """
 
     count: int
@@ -46,6 +48,7 @@ class Calls:
     blocks: Mapping[BlockKind, Sequence[Passing]]
     at_head: int
     shared: int = 0
+    parked: bool = False
 
     def at(self, block: str, kind: BlockKind) -> Sequence[Passing]:
         """The ways through a block; those through any, where it is not known by itself."""
@@ -53,15 +56,29 @@ class Calls:
         return found or [passing for passings in self.blocks.values() for passing in passings]
 
     def running(self, passing: Passing) -> tuple[int, int]:
-        """Suspended ones, and what the one that runs takes besides.
+        """Calls on the device while one passes a block, and what that one takes besides.
 
         Some stand before the block yet, others behind it.
         """
-        standing = max(passing.before, passing.after)
-        return (
-            (self.count - 1) * standing + passing.before - self.shared,
-            max(0, passing.peak - passing.before),
-        )
+        standing = 0 if self.parked else (self.count - 1) * max(passing.before, passing.after)
+        return standing + passing.before - self.shared, max(0, passing.peak - passing.before)
+
+    def behind(self, passings: Sequence[Passing]) -> int:
+        """Calls on the device when all have passed a block."""
+        return 0 if self.parked else self.count * max(passing.after for passing in passings)
+
+    @property
+    def ending(self) -> int:
+        """Calls on the device while one is at the head."""
+        return self.at_head if self.parked else self.count * self.at_head - self.shared
+
+    @property
+    def waiting(self) -> int:
+        """Calls in host memory, at most."""
+        if not self.parked:
+            return 0
+        passings = [passing for found in self.blocks.values() for passing in found]
+        return self.count * max(max(p.before, p.after) for p in passings)
 
 
 def side_of(model: nn.Module, group: Group) -> Side:
@@ -132,7 +149,7 @@ def calibration_calls(
     at_head = between if sizes.at_head is None else sizes.at_head
     copied = options.device.startswith("cuda")
     shared = 0 if copied else (count - count // candidates) * given
-    return Calls(count, given, _tokens(batch), sizes.blocks, at_head, shared)
+    return Calls(count, given, _tokens(batch), sizes.blocks, at_head, shared, parked=copied)
 
 
 def compute_itemsize(subject: Subject) -> int:

@@ -174,7 +174,8 @@ class Setting:
             until_ranks_are_cut=self.subject.emulator_bytes(wide, options.dtype) - emulator,
             other_models=self._companions,
         )
-        return self._after_encoding(lines, lines_of(calibration_batches=given), disk, moment)
+        host = lines_of(calibration_batches=given, suspended_calls=calls.waiting if calls else 0)
+        return self._after_encoding(lines, host, disk, moment)
 
     def train(self) -> StageMemory:
         """A LoRA on the emulator."""
@@ -218,7 +219,8 @@ class Setting:
         )
         given = calls.count // count * calls.batch if calls and self.on_gpu else 0
         disk = lines_of(adapter=self.learnt)
-        return self._after_encoding(lines, lines_of(calibration_batches=given), disk, moment)
+        host = lines_of(calibration_batches=given, suspended_calls=calls.waiting if calls else 0)
+        return self._after_encoding(lines, host, disk, moment)
 
     def _calls(self, options: PlanConfig, candidates: int | None = None) -> Calls | None:
         """The suspended calls of correct's candidates, or of compress, which folds moments.

@@ -1,10 +1,11 @@
 """What the stages take that stream the base: compress, correct and merge.
 
 **Compress.** A block's weights in float32, the moments of its groups, and every micro-batch's suspended
-call (`lockstep`): its hidden state and what else the forward holds between two blocks. A hook folds what a
-layer read or wrote as soon as it has run, with the tokens that are padding left out. When all calls are
-through, the groups are factorised one after another, each with a workspace of its own; a group's moments
-go with it, its factors stay until the block is written. The block and the moment that take most count.
+call (`lockstep`): its hidden state and what else the forward holds between two blocks. On a GPU the card
+has the call that runs, and host memory those that wait. A hook folds what a layer read or wrote as soon as
+it has run, with the tokens that are padding left out. When all calls are through, the groups are factorised
+one after another, each with a workspace of its own; a group's moments go with it, its factors stay until the
+block is written. The block and the moment that take most count.
 
 **Correct.** To choose a limit, every candidate is one more set of suspended calls, and the head is a unit
 like the blocks. Writing takes one layer at a time.
@@ -155,8 +156,7 @@ def compress_lines(
                     working_tensors=working,
                 )
             )
-        passed = max(passing.after for passing in block.passings)
-        suspended = calls.count * passed if calls else 0
+        suspended = calls.behind(block.passings) if calls else 0
         common = {"block_in_float32": weights, "suspended_calls": suspended}
         factors = 0
         for side, group in block.groups:
@@ -228,7 +228,7 @@ def correct_lines(
         logits = 3 * calls.tokens * head[0] * itemsize
         moments["the head"] = lines_of(
             head_in_float32=loaded_bytes(subject, head[0] * head[1], device),
-            suspended_calls=calls.count * calls.at_head - calls.shared,
+            suspended_calls=calls.ending,
             logits_and_loss=logits,
         )
     name = max(moments, key=lambda name: sum(moments[name].values()))
