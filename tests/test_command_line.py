@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from warm_python import run_python
 
 
 def emloc_command(*arguments, **more):
@@ -24,12 +25,16 @@ def llm(tmp_path_factory):
     return write_example(tmp_path_factory.mktemp("llm"), seed=0)
 
 
+def warm_command(*arguments, **more):
+    return run_python("-m", "emloc", *arguments, **more)
+
+
 def test_help_lists_every_stage():
     shown = emloc_command("--help").stdout
     for name in ("compress", "train", "correct", "merge", "evaluate", "verify", "run", "families",
                  "demo"):  # fmt: skip
         assert f"  {name} " in shown
-    options = emloc_command("train", "--help").stdout
+    options = warm_command("train", "--help").stdout
     for name in ("emulator", "lora_target_modules", "use_rslora", "resume_from_checkpoint",
                  "gradient_accumulation_steps", "report_to", "warmup_ratio"):  # fmt: skip
         assert f"--{name}" in options
@@ -40,10 +45,10 @@ def test_families():
 
 
 def test_methods():
-    shown = emloc_command("methods").stdout
+    shown = warm_command("methods").stdout
     for name in ("emloc", "emloc-uncorrected", "lora", "offsite-tuning"):
         assert f" {name} " in shown
-    assert "bench" in emloc_command("--help").stdout
+    assert "bench" in warm_command("--help").stdout
 
 
 REFUSALS = [
@@ -65,7 +70,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("arguments", "code", "message"), REFUSALS)
 def test_refusals_are_one_sentence_and_a_code_of_their_kind(arguments, code, message, tmp_path):
-    run = emloc_command(*arguments, cwd=tmp_path)
+    run = warm_command(*arguments, cwd=tmp_path)
     assert run.returncode == code
     assert message in run.stderr
     assert run.stderr.startswith("error: ")
@@ -83,7 +88,7 @@ def test_run_a_yaml_file_twice_with_overrides(llm, tmp_path):
         "train: {max_steps: 50, lora_r: 2}\n"
         "correct: {limit: 1}\nmerge:\nevaluate: {num_samples: 2, max_new_tokens: 2}\n"
     )
-    first = emloc_command("run", config, "train.max_steps=2", "seed=3")
+    first = warm_command("run", config, "train.max_steps=2", "seed=3")
     assert first.returncode == 0, first.stderr
     results = json.loads(first.stdout)
     assert results["evaluate"]["samples"] == 2
@@ -91,11 +96,11 @@ def test_run_a_yaml_file_twice_with_overrides(llm, tmp_path):
     manifest = json.loads((tmp_path / "out/adapter/emloc.json").read_text())
     assert (manifest["settings"]["max_steps"], manifest["settings"]["seed"]) == (2, 3)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    again = emloc_command("run", config, "train.max_steps=2", "seed=3")
+    again = warm_command("run", config, "train.max_steps=2", "seed=3")
     assert json.loads(again.stdout) == results
     assert again.stderr.count("complete already") == 5
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    other = emloc_command("run", config, "train.max_steps=3", "seed=3")
+    other = warm_command("run", config, "train.max_steps=3", "seed=3")
     assert other.returncode == 7
     assert "nothing is ever overwritten" in other.stderr
 

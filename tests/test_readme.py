@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from warm_python import run_python
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -147,24 +148,15 @@ def test_the_command_line_block_runs(example, tmp_path):
         line = line.replace("train.jsonl", example["dataset"]).replace(
             "test.jsonl", example["dataset"]
         )
-        run = subprocess.run(
-            [sys.executable, "-m", *line.split()],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        run = run_python("-m", *line.split(), cwd=tmp_path)
         assert run.returncode == 0, run.stderr[-3000:]
 
 
 def test_the_example_script_runs(each_example, tmp_path):
     name, example = each_example
     data = example["dataset"]
-    run = subprocess.run(
-        [sys.executable, str(ROOT / f"examples/{name}.py"), example["model_name_or_path"], data, data,
-         str(tmp_path), "2"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    script = ROOT / f"examples/{name}.py"
+    run = run_python(script, example["model_name_or_path"], data, data, tmp_path, "2")
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("exact match") == 3
     assert (tmp_path / "merged/config.json").is_file()
@@ -179,11 +171,9 @@ def test_the_diffusion_example_runs(tmp_path):
         example[key] for key in ("model_name_or_path", "dataset", "instance_prompt")
     )
     size = str(example["resolution"])
-    script = subprocess.run(
-        [sys.executable, str(ROOT / "examples/diffusion.py"), model, pictures, prompt,
-         str(tmp_path / "script"), "2", size],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    script = run_python(
+        ROOT / "examples/diffusion.py", model, pictures, prompt, tmp_path / "script", "2", size
+    )
     assert script.returncode == 0, script.stderr[-3000:]
     assert script.stdout.count("denoising loss") == 3
     assert (tmp_path / "script/merged/unet/config.json").is_file()
@@ -193,10 +183,7 @@ def test_the_diffusion_example_runs(tmp_path):
         f"instance_prompt={prompt}", f"resolution={size}", f"output_dir={tmp_path / 'yaml'}",
         "train.max_train_steps=1",
     ]  # fmt: skip
-    run = subprocess.run(
-        [sys.executable, "-m", "emloc", "run", str(ROOT / "examples/diffusion.yaml"), *overrides],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    run = run_python("-m", "emloc", "run", ROOT / "examples/diffusion.yaml", *overrides)
     assert run.returncode == 0, run.stderr[-3000:]
     assert set(json.loads(run.stdout)) == {"compress", "train", "correct", "merge", "evaluate"}
 
@@ -209,10 +196,7 @@ def test_the_example_yaml_runs(each_example, tmp_path):
         "max_length=96", "train.max_steps=1",
         "evaluate.num_samples=2", "evaluate.max_new_tokens=2",
     ]  # fmt: skip
-    run = subprocess.run(
-        [sys.executable, "-m", "emloc", "run", str(ROOT / f"examples/{name}.yaml"), *overrides],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    run = run_python("-m", "emloc", "run", ROOT / f"examples/{name}.yaml", *overrides)
     assert run.returncode == 0, run.stderr[-3000:]
     assert set(json.loads(run.stdout)) == {"compress", "train", "correct", "merge", "evaluate"}
 

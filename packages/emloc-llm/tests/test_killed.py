@@ -1,12 +1,10 @@
 """kill -9 at random writes of every stage, then the same command again: the result is the same bytes."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
 
 import pytest
+from warm_python import run_python
 
 KILLER = """
 import os, random, signal, sys
@@ -32,11 +30,7 @@ print(count)
 
 def run(kill_at, stage, options):
     pairs = [f"{key}={value}" for key, value in options.items()]
-    return subprocess.run(
-        [sys.executable, "-c", KILLER, str(kill_at), stage, *pairs],
-        capture_output=True, text=True, check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    return run_python("-c", KILLER, kill_at, stage, *pairs)
 
 
 @pytest.mark.parametrize("case", ["compress", "allocate", "train", "correct", "merge"])

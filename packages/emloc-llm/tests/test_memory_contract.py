@@ -1,12 +1,12 @@
 """Stages that are planned before they begin, refused if they cannot fit, and held to what they may take."""
 
 import json
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
+from warm_python import run_python
 
 import emloc
 from emloc.artefacts.manifest import Manifest
@@ -162,10 +162,7 @@ def test_a_stage_that_goes_beyond_is_stopped_with_its_plan_and_goes_on_later(wid
     own = {"compress": {"keep_ratio": "0.5", "num_calibration_samples": "24"},
            "train": {"max_steps": "2", "save_steps": "1"}}[stage]  # fmt: skip
     given = [f"--{name}={value}" for name, value in {**options, **own}.items()]
-    stopped = subprocess.run(
-        [sys.executable, "-c", WITHOUT_REFUSAL, stage, *given, "--memory=4MiB"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    stopped = run_python("-c", WITHOUT_REFUSAL, stage, *given, "--memory=4MiB")
     assert stopped.returncode == 10, stopped.stderr
     assert f"error: {stage} was stopped. It needs more than memory=4.0 MiB" in stopped.stderr
     assert "\n  planned " in stopped.stderr

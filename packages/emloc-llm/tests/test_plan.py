@@ -1,8 +1,6 @@
 """Plans of small language models against what the stages then take, write and count."""
 
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
+from warm_python import run_python
 
 import emloc
 from emloc.artefacts.checkpoint import Checkpoint
@@ -350,10 +349,7 @@ def test_refusals(bare, tmp_path):
 
 def test_on_the_command_line(bare):
     def run(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "emloc", "plan", bare, *arguments],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        return run_python("-m", "emloc", "plan", bare, *arguments)
 
     table = run("--memory", "100GB")
     assert table.returncode == 0, table.stderr

@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 from llm_reference import load
 from safetensors.torch import load_file
+from warm_python import run_python
 
 import emloc
 from emloc.artefacts.manifest import Manifest
@@ -203,11 +202,8 @@ except emloc.errors.OutputError as problem:
 def test_a_full_disk_is_one_sentence(tiny, tmp_path, limit):
     """The system refuses the adapter's, or only the optimiser's file, as a full disk does."""
     options = {**tiny.train_options, "output_dir": tmp_path / "a"}
-    run = subprocess.run(
-        [sys.executable, "-c", "import emloc.errors\n" + FULL_DISK, str(limit),
-         *(f"{key}={value}" for key, value in options.items())],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    pairs = [f"{key}={value}" for key, value in options.items()]
+    run = run_python("-c", "import emloc.errors\n" + FULL_DISK, limit, *pairs)
     assert "refused: The disk is full while writing" in run.stdout, run.stderr[-2000:]
     assert not (tmp_path / "a").exists()
 
