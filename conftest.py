@@ -15,6 +15,11 @@ def pytest_sessionstart(session):
         session.config.cache.set(KEY, None)
 
 
+def pytest_collection_modifyitems(items):
+    """Long tests begin first: one that is left for the end has the other process wait for it."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def pytest_terminal_summary(terminalreporter, config):
     """Print it."""
     found = config.cache.get(KEY, None) if config.cache else None

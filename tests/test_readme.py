@@ -58,6 +58,7 @@ def check_summary(folder, names=("lora", "uncorrected", "emloc"), measure="exact
     return summary, rows
 
 
+@pytest.mark.long
 def test_make_demo_on_the_real_model(tmp_path):
     """The README's first command, shortened: SmolLM2-135M through every stage."""
     arguments = f"--output_dir {tmp_path}/demo --max_steps 2 --num_samples 3"
@@ -80,6 +81,7 @@ def test_make_demo_on_the_real_model(tmp_path):
     assert all(0 < entry["relative_error"] < 0.9 for entry in errors.values())
 
 
+@pytest.mark.long
 def test_the_vlm_demo_on_a_base_trained_shortly(tmp_path):
     """The same code with a base that has seen little: what it scores is not the point here."""
     from emloc_vlm.demo.base import Recipe, trained_base
@@ -102,6 +104,7 @@ def test_the_vlm_demo_on_a_base_trained_shortly(tmp_path):
     assert again == trained_base(recipe)
 
 
+@pytest.mark.long
 def test_the_diffusion_demo_on_a_base_trained_shortly(tmp_path):
     """As above; the LoRAs learn less than noise, so losses are not compared."""
     from emloc_diffusion.demo.base import Recipe, trained_base
@@ -137,6 +140,7 @@ def test_the_python_block_runs(example, tmp_path):
     assert run.stdout.split()[-1].startswith("PeftModel")
 
 
+@pytest.mark.long
 def test_the_command_line_block_runs(example, tmp_path):
     lines = block("bash", "emloc compress").strip().splitlines()
     names = [line.split()[1] for line in lines]
@@ -162,6 +166,7 @@ def test_the_example_script_runs(each_example, tmp_path):
     assert (tmp_path / "merged/config.json").is_file()
 
 
+@pytest.mark.long
 def test_the_diffusion_example_runs(tmp_path):
     """Script and YAML, whose data are a folder of pictures and a prompt."""
     from emloc.extend.plugins import family_named

@@ -234,6 +234,7 @@ def test_a_killed_bench_goes_on(options, tmp_path, monkeypatch):
     assert len(records(tmp_path / "out")) == 4
 
 
+@pytest.mark.long
 def test_cells_run_in_processes_from_the_command_line(options, tmp_path):
     import yaml
 

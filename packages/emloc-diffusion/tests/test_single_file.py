@@ -87,6 +87,7 @@ def test_parts_keep_their_dtypes(sd, tmp_path, cache):
         assert torch.equal(found[name], tensor.to(found[name].dtype)), name
 
 
+@pytest.mark.long
 def test_all_stages_give_the_bytes_of_the_native_folder(sd, tmp_path, cache):
     pictures = {
         "dataset": str(write_pictures(tmp_path / "pictures", 3, seed=2)),
