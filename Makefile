@@ -1,4 +1,4 @@
-# make demo: the whole method on a real model.   make test: all tests.   make lint: ruff and pyright.
+# make demo: the whole method on a real model.   make test: all tests.   make lint: ruff, pyright, import-linter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -32,3 +32,4 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
