@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from emloc.compression.rank import rank_for
+from emloc.formats.low_rank_sizes import rank_for
 from emloc.linalg.gram import Moments, smaller_side
 from emloc.linalg.lowrank import factorise
 

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import emloc_llm
-from emloc.compression.rank import rank_for
+from emloc.formats.low_rank_sizes import rank_for
 from emloc.linalg.eigen import LARGEST
 from emloc.linalg.lowrank import DENSE_BELOW
 from emloc_llm.example import write_model, write_rows

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 import emloc
 import emloc_llm
-from emloc.integrations.peft.low_rank_lora import fuse_lora
+from emloc.integrations.peft.fused_lora import fuse_lora
 from emloc.machine.memory import PeakMemory, format_bytes, return_large_blocks
 from emloc_llm.example import write_model, write_rows
 

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from emloc.compression.rank import rank_for
+from emloc.compression.groups import Group, group_shape
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError
 from emloc.extend.plugin_options import with_plugin_options
+from emloc.formats.low_rank import low_rank
+from emloc.formats.low_rank_sizes import rank_for
 from emloc.planning.described import describe
 from emloc.planning.family import traced_loss
 from emloc.planning.layers import layer_shapes, planned_layers
@@ -44,10 +46,8 @@ def options(dtype="float32", twice=False, **more):
 
 def compressed_groups(family, skeleton):
     shapes = layer_shapes(skeleton)
-    return [
-        (names, rank_for(0.4, sum(shapes[name][0] for name in names), shapes[names[0]][1]))
-        for names in family.layer_groups(skeleton)
-    ]
+    found = [group_shape(names, shapes.__getitem__) for names in family.layer_groups(skeleton)]
+    return [Group(shape, low_rank(rank_for(0.4, shape.rows, shape.d_in))) for shape in found]
 
 
 def both(checkpoint, family, config, compressed, run):

@@ -17,11 +17,11 @@ from torch import nn
 from emloc.errors import CheckpointError, ConfigError, MismatchError
 from emloc.extend.family import EmulatorLayers
 from emloc.integrations.diffusers.quantizer import (
-    METHOD,
     EmlocConfig,
     emulator_config,
     replace_layers,
 )
+from emloc.integrations.emulated_layers import METHOD
 from emloc.layers.low_rank_conv import LowRankConv2d
 from emloc.layers.low_rank_linear import LowRankLinear
 from emloc_diffusion.example_pipelines import write_pipeline
@@ -79,7 +79,7 @@ def write_emulator(base, folder, component, share):
             tensors[f"{name}.left"] = (left[..., None, None] if four else left).contiguous()
         shape = (rank, *layers[0].weight.shape[1:])
         tensors[f"{names[0]}.right"] = right.reshape(shape).contiguous()
-        groups.append((names, rank))
+        groups.append({"layers": names, "rank": rank})
     save_file(tensors, target / WEIGHTS)
     config = json.loads((target / "config.json").read_text())
     config = emulator_config(config, EmulatorLayers(groups, None))

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from emloc.compression.groups import Group, group_shape
 from emloc.config import TrainConfig
+from emloc.formats.low_rank import low_rank
 from emloc.planning.blocks import by_block
 from emloc.planning.described import describe
 from emloc.planning.family import traced_loss
@@ -35,8 +37,12 @@ def described(tmp_path_factory):
 def emulated(model):
     """Groups as compress makes them, with ranks that differ."""
     ranks = itertools.cycle((31, 17, 40, 23))
+    shape_of = layer_shapes(model).__getitem__
     return [
-        ([f"model.layers.{i}.{name}" for name in names], next(ranks) + i)
+        Group(
+            group_shape([f"model.layers.{i}.{name}" for name in names], shape_of),
+            low_rank(next(ranks) + i),
+        )
         for i in range(len(model.model.layers))
         for names in (
             ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -156,7 +162,7 @@ def test_layers_of_a_block_that_differ_are_counted_each(described):
     checkpoint, family = described["llama"]
     skeleton = family.skeleton(checkpoint, torch.float32)
     config = options("float32", False)
-    groups = [group for group in emulated(skeleton) if ".1." not in group[0][0]]
+    groups = [group for group in emulated(skeleton) if ".1." not in group.owner]
     adapted = family.adapted_layers(skeleton, config)
     layers = planned_layers(skeleton, layer_shapes(skeleton), groups, adapted, config)
     blocks = by_block(layers, family.blocks(skeleton))

@@ -14,6 +14,8 @@ from emloc.compression.groups import Group, Plan
 from emloc.compression.one_pass import compress_blocks
 from emloc.config import CompressConfig
 from emloc.errors import ConfigError, NumericalError
+from emloc.formats.layer_format import GroupShape
+from emloc.formats.low_rank import low_rank
 from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
 from emloc.integrations.transformers.skeleton import empty_model, shared_linears
 from emloc.streaming.stream import UnitStream
@@ -109,7 +111,11 @@ def test_albert_runs_its_blocks_again_and_is_refused(tmp_path, groups, layers):
 def _plan(stream):
     names = [name for group in stream.family.layer_groups(stream.model) for name in group]
     shapes = {name: stream.layer_shape(name) for name in names}
-    return Plan(tuple(Group((n,), 2, (d_out,), d_in) for n, (d_out, d_in) in shapes.items()), {})
+    groups = [
+        Group(GroupShape((name,), (d_out,), d_in), low_rank(2))
+        for name, (d_out, d_in) in shapes.items()
+    ]
+    return Plan(tuple(groups), {})
 
 
 def test_layers_that_share_a_weight_stay_dense(tmp_path, monkeypatch):

@@ -17,7 +17,6 @@ from emloc.config import PlanConfig, build
 from emloc.errors import CheckpointError, ConfigError, OutputError
 from emloc.extend.plugin_options import with_plugin_options
 from emloc.planning import fitting
-from emloc.planning.calls import side_of
 from emloc.planning.fitting import fit
 from emloc.planning.ledger import total
 from emloc.planning.live import LiveBytes
@@ -54,8 +53,7 @@ def test_parameters_and_bytes_are_those_of_the_files(tiny, planned):
     for group in planned.emulator.groups:
         entry = manifest.layers[group.owner]
         assert entry["layers"] == list(group.layers)
-        assert entry["rank"] == group.rank
-        assert entry["side"] == side_of(planned.subject.model, group)
+        assert entry["rank"] == group.form.sizes["rank"]
     assert len(planned.emulator.groups) == len(manifest.layers)
 
 

@@ -8,10 +8,12 @@ import torch
 
 import emloc
 from emloc.artefacts.described import Described
-from emloc.compression.rank import rank_for
+from emloc.compression.groups import Group, group_shape
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError
 from emloc.extend.plugin_options import with_plugin_options
+from emloc.formats.low_rank import low_rank
+from emloc.formats.low_rank_sizes import rank_for
 from emloc.planning.described import describe
 from emloc.planning.family import traced_loss
 from emloc.planning.layers import layer_shapes, planned_layers
@@ -57,10 +59,9 @@ def both(checkpoint, family, config, compressed, run, samples=2):
     """Largest moments in closed form and as `run` counts them."""
     skeleton = family.skeleton(checkpoint, torch.float32)
     shapes = layer_shapes(skeleton)
-    groups = [] if not compressed else [
-        (names, rank_for(0.4, sum(shapes[name][0] for name in names), shapes[names[0]][1]))
-        for names in family.layer_groups(skeleton)
-    ]  # fmt: skip
+    found = [group_shape(names, shapes.__getitem__) for names in family.layer_groups(skeleton)]
+    groups = [Group(shape, low_rank(rank_for(0.4, shape.rows, shape.d_in))) for shape in found]
+    groups = groups if compressed else []
     batch = family.planned_batch(checkpoint, config, samples)
     adapted = family.adapted_layers(skeleton, config)
     layers = planned_layers(skeleton, shapes, groups, adapted, config)

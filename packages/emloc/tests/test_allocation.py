@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emloc.compression.rank import factors_are_smaller, largest_smaller_rank
-from emloc.linalg.allocation import Candidate, allocate, predicted_error, rank_range
+from emloc.formats.low_rank_sizes import factors_are_smaller, largest_smaller_rank, rank_range
+from emloc.linalg.allocation import Candidate, allocate, predicted_error
 
 
 @st.composite
@@ -112,7 +112,7 @@ def test_layers_of_which_nothing_is_known_keep_their_rank():
 
 @given(st.integers(2, 400), st.integers(2, 400), st.floats(0.01, 0.99))
 def test_the_range_holds_the_uniform_rank_and_no_factors_as_large_as_the_weight(d_out, d_in, ratio):
-    from emloc.compression.rank import rank_for
+    from emloc.formats.low_rank_sizes import rank_for
 
     rank = rank_for(ratio, d_out, d_in)
     largest = largest_smaller_rank(d_out, d_in)

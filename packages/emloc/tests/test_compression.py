@@ -16,6 +16,8 @@ from emloc.compression.one_pass import compress_blocks
 from emloc.compression.sensitivity import BlockProbe
 from emloc.errors import ConfigError
 from emloc.extend.family import StoredParameter
+from emloc.formats.layer_format import GroupShape
+from emloc.formats.low_rank import low_rank
 from emloc.streaming.lockstep import Call, lockstep
 from emloc.streaming.stream import UnitStream
 
@@ -197,7 +199,9 @@ def compressed(tmp_path):
                 d_out, d_in = (WIDTH, 10) if part == ["down"] else (10, WIDTH)
                 layers = tuple(f"{block}.{name}" for name in part)
                 if layers:
-                    groups.append(Group(layers, 3, (d_out,) * len(layers), d_in, span))
+                    shape = GroupShape(layers, (d_out,) * len(layers), d_in)
+                    wide = low_rank(span[1]) if span else None
+                    groups.append(Group(shape, low_rank(3), wide))
         (tmp_path / "work").mkdir()
         folder = EmulatorFolder(stream, Plan(tuple(groups), {}), "auto", tmp_path / "work")
         compress_blocks(stream, folder, real_batches())
@@ -326,7 +330,7 @@ def test_what_a_block_writes_has_a_mask_of_its_own(compressed, tmp_path):
 def probe_of(stream):
     """The sensitivity of the first block's first layer."""
     batch, probe = real_batches()[0], BlockProbe(stream)
-    group = Group(("blocks.0.up",), 3, (10,), WIDTH)
+    weight = torch.ones(10, 3) @ torch.ones(3, WIDTH)
     found = []
 
     @contextmanager
@@ -334,7 +338,7 @@ def probe_of(stream):
         with stream.filled(unit), probe.of(unit):
             yield
             if unit == "blocks.0":
-                found.append(probe.sensitivity(group, torch.ones(10, 3), torch.ones(3, WIDTH)))
+                found.append(probe.sensitivity(["blocks.0.up"], [weight]))
 
     calls = [Call(lambda: stream.family.loss(stream.model, batch), context=batch)]
     with probe.watching(["blocks.0"]):

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emloc.linalg.correction import correct_up, dora_magnitude, measure, residual
+from emloc.linalg import correction
+from emloc.linalg.correction import correct_up, dora_magnitude, residual
+from emloc.linalg.operator import Product
 
 
 def layer(d_out=11, d_in=17, k=4, r=3, scale=0.7, seed=0, dtype=torch.float64):
@@ -16,6 +18,10 @@ def layer(d_out=11, d_in=17, k=4, r=3, scale=0.7, seed=0, dtype=torch.float64):
 
     return (random(d_out, d_in), random(d_out, k), random(k, d_in), random(r, d_in),
             random(d_out, r), scale)  # fmt: skip
+
+
+def measure(weight, left, right, *others):
+    return correction.measure(weight, Product(left, right), *others)
 
 
 def formula(weight, left, right, down, up, scale):

@@ -4,14 +4,16 @@ import pytest
 import torch
 from pydantic import BaseModel, ValidationError
 
-from emloc.compression.groups import Group
+from emloc.formats.layer_format import GroupShape, tensor_bytes
+from emloc.formats.low_rank import low_rank
+from emloc.formats.low_rank_bytes import factorise_bytes
 from emloc.linalg.gram import Moments
 from emloc.linalg.lowrank import factorise
 from emloc.options.amounts import Bytes
 from emloc.planning.ledger import StageMemory, largest, lines_of, total
 from emloc.planning.live import LiveBytes
 from emloc.planning.qlora import quantised_bytes
-from emloc.planning.streaming import factor_bytes, factorise_bytes, moment_bytes
+from emloc.planning.streaming import moment_bytes
 from emloc.planning.training import optimizer_bytes
 
 
@@ -57,15 +59,15 @@ def test_factorising_takes_what_is_planned(side, d_out, d_in, rank):
     moments = Moments(side, "layer")
     tokens = torch.randn(2 * max(d_in, d_out), d_in)
     moments.fold(tokens if side == "input" else tokens @ weight.T)
-    group = Group(("layer",), rank, (d_out,), d_in)
-    assert moment_bytes(side, group, 4) == moments.matrix.untyped_storage().nbytes()
+    shape = GroupShape(("layer",), (d_out,), d_in)
+    assert moment_bytes(side, shape, 4) == moments.matrix.untyped_storage().nbytes()
     with LiveBytes() as live:
         live.mark([weight, moments.matrix], "given")
         before = live.now
         found = factorise(weight, moments, rank)
         made = live.peak.total - before
-    assert factor_bytes(group, 4) == (found.left.numel() + found.right.numel()) * 4
-    planned = factorise_bytes(side, group, 4)
+    assert tensor_bytes(shape, low_rank(rank), 4) == (found.left.numel() + found.right.numel()) * 4
+    planned = factorise_bytes(side, shape, rank, 4)
     assert made <= planned
     assert planned <= 2.5 * made + 3 * min(d_out, d_in) ** 2 * 8
 

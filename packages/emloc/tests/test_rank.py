@@ -2,8 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emloc.compression.rank import decide, match_pattern, rank_for
 from emloc.errors import ConfigError
+from emloc.formats.low_rank_sizes import decide, rank_for
+from emloc.options.patterns import match_pattern
 
 
 @given(st.floats(0.01, 1.0), st.integers(2, 5000), st.integers(2, 5000))

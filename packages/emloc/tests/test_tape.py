@@ -103,7 +103,7 @@ def test_linear_layers_with_factors_and_lora(rank, lora_rank, dtype, itemsize):
     """Against PEFT's layer and ours, also where a LoRA stays in float32 beside half precision."""
     from peft import LoraConfig, get_peft_model
 
-    from emloc.integrations.peft.low_rank_lora import fuse_lora
+    from emloc.integrations.peft.fused_lora import fuse_lora
 
     d_out = 33
     made = nn.Linear(WIDTH, d_out, dtype=dtype)

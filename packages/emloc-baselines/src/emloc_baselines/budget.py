@@ -1,10 +1,12 @@
 """How many bytes a light model may hold: as many as EMLoC's emulator of the same `keep_ratio`.
 
-`bytes = Σ base parameters − Σ compressed layers' weights + Σ their factors`, each in the dtype that the
-checkpoint stores, ranks as `emloc compress` would choose them. Known from shapes alone.
+`bytes = Σ base parameters − Σ compressed layers' weights + Σ their stored form`, in the dtype that the
+checkpoint stores, sizes as `emloc compress` would choose them. Known from shapes alone.
 """
 
+from emloc.compression.choice import streamed_itemsize
 from emloc.compression.groups import make_plan
+from emloc.formats.layer_format import tensor_bytes
 from emloc.streaming.stream import UnitStream
 from emloc_baselines.light import Source
 
@@ -21,11 +23,12 @@ def held_bytes(stream: UnitStream) -> int:
 
 def emulator_bytes(source: Source, stream: UnitStream) -> int:
     """Bytes of the parameters of EMLoC's emulator at the source's `keep_ratio`."""
+    config = source.config
+    itemsize_of = streamed_itemsize(stream, "auto")
     groups = source.family.layer_groups(stream.model)
-    plan = make_plan(groups, stream.layer_shape, source.config)
+    plan = make_plan(groups, stream.layer_shape, config, itemsize_of)
     total = held_bytes(stream)
     for group in plan.groups:
-        size = stream.checkpoint.tensors[stream.weight_name(group.owner)].dtype.itemsize
-        outputs = sum(group.d_out)
-        total += size * (group.rank * (outputs + group.d_in) - outputs * group.d_in)
+        itemsize = itemsize_of(group.owner)
+        total += tensor_bytes(group.shape, group.form, itemsize) - group.shape.numel * itemsize
     return total

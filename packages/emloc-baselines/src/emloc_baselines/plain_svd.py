@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emloc.compression.choice import streamed_itemsize
 from emloc.compression.groups import Group, make_plan
 from emloc.config import StageConfig
 from emloc.extend.family import EmulatorLayers
 from emloc.extend.methods import NoOptions, Task
+from emloc.formats.layer_format import StoredTensor, Tensors
 from emloc.linalg.gram import Moments
-from emloc.linalg.lowrank import factorise
 from emloc.methods.emloc import Emloc, EmlocUncorrected
 from emloc.streaming.stream import UnitStream
 from emloc_baselines.light import LightModel, Piece, Source, build_light
@@ -47,57 +48,51 @@ def svd_emulator(source: Source) -> LightModel:
     """Factors in place of every weight that EMLoC would compress."""
     stream = UnitStream(source.family, source.base, source.config.device)
     groups = source.family.layer_groups(stream.model)
-    plan = make_plan(groups, stream.layer_shape, source.config)
+    itemsize_of = streamed_itemsize(stream, "auto")
+    plan = make_plan(groups, stream.layer_shape, source.config, itemsize_of)
     pieces: dict[str, Sequence[Piece]] = {}
     for group in plan.groups:
-        pieces.update(_factor_pieces(stream, group))
+        pieces.update(_group_pieces(stream, group))
     layers: Mapping[str, dict[str, Any]] = {
         group.owner: {
-            "layers": list(group.layers),
-            "rank": group.rank,
-            "d_out": list(group.d_out),
-            "d_in": group.d_in,
+            **group.as_json(),
+            "d_out": list(group.shape.d_out),
+            "d_in": group.shape.d_in,
         }
         for group in plan.groups
     }
-    named = EmulatorLayers([(group.layers, group.rank) for group in plan.groups], None)
+    named = EmulatorLayers([group.as_json() for group in plan.groups], None)
     return LightModel(source.family.emulator_config(source.base, named), pieces, {}, layers)
 
 
-def _factor_pieces(stream: UnitStream, group: Group) -> dict[str, Sequence[Piece]]:
-    """By each layer's weight its left factor, the owner's right one before it."""
-    made: dict[str, Tensor] = {}
-    names = [stream.weight_name(layer) for layer in group.layers]
+def _group_pieces(stream: UnitStream, group: Group) -> dict[str, Sequence[Piece]]:
+    """By each layer's weight, the tensors that its form stores under its name."""
+    made: dict[tuple[str, str], Tensor] = {}
 
-    def factor(key: str) -> Callable[[], Tensor]:
+    def making(stored: StoredTensor, dtype: torch.dtype) -> Callable[[], Tensor]:
         def make() -> Tensor:
-            if key not in made:  # once per group, again only if a shard ends within it
-                made.update(_factors(stream, group, names))
-            return made.pop(key)
+            if stored[:2] not in made:  # once per group, again only if a shard ends within it
+                made.update(_fitted(stream, group))
+            return made.pop((stored.layer, stored.name)).to(dtype).contiguous()
 
         return make
 
-    pieces: dict[str, Sequence[Piece]] = {}
-    for index, (name, d_out) in enumerate(zip(names, group.d_out)):
-        dtype = stream.checkpoint.tensors[name].dtype
+    pieces: dict[str, list[Piece]] = {stream.weight_name(layer): [] for layer in group.layers}
+    for stored in group.form.format.stored(group.shape, group.form):
+        name = stream.weight_name(stored.layer)
+        dtype = stored.dtype or stream.checkpoint.tensors[name].dtype
         stem = name.removesuffix("weight")
-        own = [Piece(f"{stem}left", dtype, (d_out, group.rank), factor(f"{name} left"))]
-        if index == 0:
-            shape = (group.rank, group.d_in)
-            own.insert(0, Piece(f"{stem}right", dtype, shape, factor("right")))
-        pieces[name] = own
-    return pieces
+        pieces[name].append(
+            Piece(f"{stem}{stored.name}", dtype, stored.shape, making(stored, dtype))
+        )
+    return dict(pieces)
 
 
-def _factors(stream: UnitStream, group: Group, names: Sequence[str]) -> dict[str, Tensor]:
+def _fitted(stream: UnitStream, group: Group) -> Tensors:
     weights = [
         stream.stored(f"{layer}.weight").layer_weight(stream.checkpoint.read).to(stream.dtype)
         for layer in group.layers
     ]
     moments = Moments("input", group.owner)
-    moments.fold(torch.eye(group.d_in, dtype=stream.dtype))
-    found = factorise(weights, moments, group.rank)
-    lefts = found.left.split(list(group.d_out))
-    dtype = stream.checkpoint.tensors[names[0]].dtype
-    factors = {"right": found.right, **{f"{n} left": left for n, left in zip(names, lefts)}}
-    return {key: value.to(dtype).contiguous() for key, value in factors.items()}
+    moments.fold(torch.eye(group.shape.d_in, dtype=stream.dtype))
+    return group.form.format.fit(weights, moments, group.shape, group.form).tensors

@@ -116,7 +116,7 @@ class PlannedDiffusion:
         kind = _dtype(checkpoint, options.dtype)
         model: Any = empty_model(checkpoint, denoiser_of(checkpoint).model_class, kind)
         targets = list(self.adapted_layers(model, options))
-        replace_layers(model, [{"layers": list(names), "rank": rank} for names, rank in groups])
+        replace_layers(model, [group.as_json() for group in groups])
         if options.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         chosen = {"lora_layers_to_transform": [], "lora_layers_pattern": []}  # taken in already

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from emloc.compression.rank import match_pattern
 from emloc.errors import CheckpointError, MismatchError
+from emloc.options.patterns import match_pattern
 
 CONFIG_NAME = "adapter_config.json"
 

@@ -5,7 +5,7 @@ done; the manifest takes the reports up at the end.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,17 @@ from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.layout import Layout
 from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import copy_file, write_json
-from emloc.artefacts.tensor_info import TensorInfo
-from emloc.compression.groups import Plan
+from emloc.compression.choice import emulator_dtype
+from emloc.compression.groups import Group, Plan
 from emloc.extend.family import EmulatorLayers
-from emloc.linalg.convolution import left_shape, right_shape
+from emloc.formats.layer_format import Form, StoredTensor, Tensors
 from emloc.options.types import Dtype
 from emloc.streaming.stream import UnitStream
 
 Declared = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 SPECTRUM = "spectrum"
-"""Where a block's report holds the eigenvalues of a group whose rank is to be found."""
+"""Where a block's report holds the spectrum of a group whose size is to be found."""
 
 
 @dataclass
@@ -36,8 +36,8 @@ class EmulatorFolder:
 
     Attributes:
         stream: the base model, for its names.
-        plan: which layers become factors.
-        dtype: of the factors and all other weights; `auto` keeps the base's.
+        plan: the groups and their forms.
+        dtype: of all weights, but for tensors that have their own in a form; `auto` keeps the base's.
         work: where to write.
     """
 
@@ -76,26 +76,24 @@ class EmulatorFolder:
     def write_block(
         self,
         block: str,
-        factors: Mapping[str, tuple[Tensor, Sequence[Tensor]]],
+        fitted: Mapping[str, Tensors],
         report: Mapping[str, Any],
     ) -> None:
         """Write a block's shard, then its report.
 
         Args:
-            factors: by a group's owner, its right factor and the left ones in the group's order; a
-                group that is not in it stays dense.
+            fitted: by a group's owner, its stored tensors; a group that is not in it stays dense.
             report: JSON for the manifest.
         """
         tensors: dict[str, Tensor] = {}
         replaced: set[str] = set()
         for group in self.plan.within(block):
-            if group.owner not in factors:
+            if group.owner not in fitted:
                 continue
-            right, lefts = factors[group.owner]
-            tensors[self.factor(group.owner, "right")] = self._right(group.owner, right)
-            for name, left in zip(group.layers, lefts):
-                tensors[self.factor(name, "left")] = self._left(name, left)
-                replaced.add(self.stream.weight_name(name))
+            for name, stored in self.stored(group, group.fitted).items():
+                tensor = fitted[group.owner][stored.layer, stored.name]
+                tensors[name] = tensor.to(stored.dtype).reshape(stored.shape)
+            replaced.update(self.stream.weight_name(layer) for layer in group.layers)
         for name in self._block_tensors(block):
             if name not in replaced:
                 stored = self.base.read(name)
@@ -124,9 +122,9 @@ class EmulatorFolder:
         reports = [self.read_report(block) for block in self.stream.blocks]
         compressed = {owner for report in reports for owner in report["layers"]}
         for entry in (entry for report in reports for entry in report["layers"].values()):
-            entry.pop(SPECTRUM, None)  # thousands of numbers, of use until ranks are known
+            entry.pop(SPECTRUM, None)  # thousands of numbers, of use until sizes are known
         layers = EmulatorLayers(
-            [(group.layers, group.rank) for group in self.plan.groups if group.owner in compressed],
+            [group.as_json() for group in self.plan.groups if group.owner in compressed],
             None if self.dtype == "auto" else self.dtype,
         )
         config = self.stream.family.emulator_config(self.base, layers)
@@ -164,23 +162,20 @@ class EmulatorFolder:
         }
         return sorted(names | {n for n in self.base.tensors if n.startswith(f"{block}.")})
 
-    def factor(self, layer: str, kind: str) -> str:
-        """Name of a layer's tensor of `kind`, right or left."""
-        return self.stream.weight_name(layer).removesuffix("weight") + kind
+    def stored(self, group: Group, form: Form) -> dict[str, StoredTensor]:
+        """A group's tensors by their names in the checkpoint, with their dtypes."""
+        return {
+            self._tensor_name(stored.layer, stored.name): stored
+            if stored.dtype
+            else stored._replace(dtype=self._dtype_of(stored.layer))
+            for stored in form.format.stored(group.shape, form)
+        }
 
-    def _stored_weight(self, layer: str) -> TensorInfo:
-        return self.base.tensors[self.stream.weight_name(layer)]
+    def _tensor_name(self, layer: str, name: str) -> str:
+        return self.stream.weight_name(layer).removesuffix("weight") + name
 
-    def _right(self, layer: str, factor: Tensor) -> Tensor:
-        info = self._stored_weight(layer)
-        shape = factor.shape if len(info.shape) == 2 else right_shape(info.shape, factor.shape[0])
-        return factor.to(self._target_dtype(info.dtype)).reshape(shape)
-
-    def _left(self, layer: str, factor: Tensor) -> Tensor:
-        info = self._stored_weight(layer)
-        shape = factor.shape if len(info.shape) == 2 else left_shape(info.shape, factor.shape[1])
-        return factor.to(self._target_dtype(info.dtype)).reshape(shape)
+    def _dtype_of(self, layer: str) -> torch.dtype:
+        return self._target_dtype(self.base.tensors[self.stream.weight_name(layer)].dtype)
 
     def _target_dtype(self, stored: torch.dtype) -> torch.dtype:
-        keep = self.dtype == "auto" or not stored.is_floating_point
-        return stored if keep else getattr(torch, self.dtype)
+        return emulator_dtype(stored, self.dtype)

@@ -1,41 +1,55 @@
-"""Which layers become which factors: groups, ranks, and the layers that stay dense with the reason."""
+"""The groups of layers that are compressed together, each with its form, and the layers that stay dense."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
 
-from emloc.compression.rank import decide, match_pattern
+from torch import nn
+
 from emloc.config import CompressConfig
 from emloc.errors import ConfigError
-from emloc.linalg.allocation import rank_range
+from emloc.extend.formats import Forms, format_named
+from emloc.formats.abilities import Cuttable
+from emloc.formats.layer_format import Form, GroupShape, LayerFormat
+from emloc.linalg.convolution import matrix_shape
+from emloc.options.patterns import match_pattern
+
+Shape = Sequence[int]
+"""Of a dense weight: d_out, inputs or channels, and the axes of a kernel."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Layers whose weights are stacked and share one right factor.
+    """Layers that take one form together.
 
     Attributes:
-        layers: names, in the order of the stack.
-        rank: of the stack.
-        d_out: outputs of each layer.
-        d_in: inputs of all.
-        span: least and largest rank that allocation may give it; None: the rank is fixed.
+        form: that they take.
+        wide: a larger form that they are fitted in first, if the size is found after the pass.
     """
 
-    layers: tuple[str, ...]
-    rank: int
-    d_out: tuple[int, ...]
-    d_in: int
-    span: tuple[int, int] | None = None
+    shape: GroupShape
+    form: Form
+    wide: Form | None = None
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names, in the order of the stack."""
+        return self.shape.layers
 
     @property
     def owner(self) -> str:
-        """The layer under whose name the shared right factor is stored."""
-        return self.layers[0]
+        """The layer under whose name tensors of all are stored."""
+        return self.shape.owner
 
     @property
-    def widest(self) -> int:
-        """The largest rank that it may come to have."""
-        return self.rank if self.span is None else self.span[1]
+    def fitted(self) -> Form:
+        """The form that the pass fits."""
+        return self.form if self.wide is None else self.wide
+
+    def as_json(self) -> dict[str, Any]:
+        """The group's entry in the emulator's config."""
+        return {"layers": list(self.layers), **self.form.as_json()}
 
 
 @dataclass(frozen=True)
@@ -49,30 +63,38 @@ class Plan:
         """The groups of one block."""
         return [group for group in self.groups if f"{group.owner}.".startswith(f"{block}.")]
 
-    def with_ranks(self, ranks: Mapping[str, int]) -> "Plan":
-        """The same groups with other ranks, by owner."""
-        groups = [replace(group, rank=ranks.get(group.owner, group.rank)) for group in self.groups]
+    def with_forms(self, forms: Mapping[str, Form]) -> "Plan":
+        """The same groups in other forms, by owner."""
+        groups = [replace(group, form=forms.get(group.owner, group.form)) for group in self.groups]
         return replace(self, groups=tuple(groups))
 
 
 def make_plan(
     layer_groups: Sequence[Sequence[str]],
-    shape_of: Callable[[str], tuple[int, int] | None],
+    shape_of: Callable[[str], Shape | None],
     config: CompressConfig,
+    itemsize_of: Callable[[str], int],
 ) -> Plan:
     """Apply ratios, patterns and exclusions to a family's layer groups.
 
     Args:
-        shape_of: `(d_out, d_in)` of a layer; None if its weight is not one tensor of the checkpoint.
+        shape_of: of a layer's weight; None if it is not one tensor of the checkpoint.
+        itemsize_of: bytes of an element of a layer's weight in the emulator.
+
+    Raises:
+        ConfigError: options do not go together, or a pattern matches nothing.
+        PluginError: the format is not installed.
     """
+    format = format_named(config.format)
+    _refuse_foreign_options(format, config)
     excluded = dict.fromkeys(config.exclude, True)
     names = [name for group in layer_groups for name in group]
     refuse_idle_patterns(names, config, ("exclude", "keep_ratio_pattern", "rank_pattern"))
     groups: list[Group] = []
     dense: dict[str, str] = {}
-    shapes: dict[str, tuple[int, int]] = {}
+    shapes: dict[str, Shape] = {}
     for candidates in layer_groups:
-        # Layers that patterns treat differently cannot share a rank, so they do not share factors.
+        # Layers that patterns treat differently cannot share a size, so they do not share tensors.
         by_pattern: dict[object, list[str]] = {}
         for name in candidates:
             if match_pattern(excluded, name):
@@ -89,29 +111,76 @@ def make_plan(
             )
             by_pattern.setdefault(key if config.share_factors else name, []).append(name)
         for layers in by_pattern.values():
-            d_out, d_in = tuple(shapes[name][0] for name in layers), shapes[layers[0]][1]
-            decision = decide(
-                layers[0],
-                sum(d_out),
-                d_in,
-                config.keep_ratio,
-                config.keep_ratio_pattern,
-                config.rank_pattern,
-            )
-            if decision.rank is None:
-                dense |= dict.fromkeys(layers, decision.reason)
+            shape = group_shape(layers, shapes.__getitem__)
+            form = format.decide(shape, config, itemsize_of(shape.owner))
+            if isinstance(form, str):
+                dense |= dict.fromkeys(layers, form)
             else:
-                span = None
-                if config.keep_ratio_allocation == "error" and not _is_named(layers[0], config):
-                    span = rank_range(decision.rank, sum(d_out), d_in)
-                groups.append(Group(tuple(layers), decision.rank, d_out, d_in, span))
+                groups.append(Group(shape, form, _wide(shape, form, config)))
     return Plan(tuple(groups), dense)
 
 
-def _is_named(layer: str, config: CompressConfig) -> bool:
-    """Whether an option gives this layer a rank of its own."""
+def group_shape(layers: Sequence[str], shape_of: Callable[[str], Shape]) -> GroupShape:
+    """The shape of layers whose weights have these shapes."""
+    first = shape_of(layers[0])
+    outputs = tuple(shape_of(name)[0] for name in layers)
+    return GroupShape(tuple(layers), outputs, matrix_shape(first)[1], tuple(first[2:]))
+
+
+def written_groups(
+    entries: Mapping[str, Mapping[str, Any]], shape_of: Callable[[str], Shape]
+) -> list[Group]:
+    """The groups of an emulator that exists, by the layers of its manifest.
+
+    Args:
+        shape_of: of a layer's dense weight.
+
+    Raises:
+        PluginError: a format is not installed.
+    """
+    forms = Forms()
+    return [
+        Group(group_shape(entry["layers"], shape_of), forms.of_manifest(entry))
+        for entry in entries.values()
+    ]
+
+
+def dense_shapes(
+    entries: Mapping[str, Mapping[str, Any]], model: nn.Module
+) -> Callable[[str], Shape]:
+    """`shape_of` for `written_groups`: sizes from the manifest, kernels from the base's skeleton."""
+    sizes = {
+        name: (d_out, entry["d_in"])
+        for entry in entries.values()
+        for name, d_out in zip(entry["layers"], entry["d_out"])
+    }
+
+    def shape_of(name: str) -> Shape:
+        d_out, d_in = sizes[name]
+        kernel = tuple(model.get_parameter(f"{name}.weight").shape[2:])
+        return (d_out, d_in // prod(kernel), *kernel)
+
+    return shape_of
+
+
+def _wide(shape: GroupShape, form: Form, config: CompressConfig) -> Form | None:
+    """The largest form that allocation may choose, where it chooses."""
     patterns = (config.rank_pattern, config.keep_ratio_pattern)
-    return any(match_pattern(pattern, layer) is not None for pattern in patterns)
+    named = any(match_pattern(pattern, shape.owner) is not None for pattern in patterns)
+    if config.keep_ratio_allocation != "error" or named:
+        return None
+    assert isinstance(form.format, Cuttable)
+    return form.with_size(form.format.unit, form.format.span(shape, form)[1])
+
+
+def _refuse_foreign_options(format: LayerFormat, config: CompressConfig) -> None:
+    if config.rank_pattern and "rank_pattern" not in format.options:
+        raise ConfigError(f"rank_pattern means nothing to format={format.name}; leave it out.")
+    if config.keep_ratio_allocation == "error" and not isinstance(format, Cuttable):
+        raise ConfigError(
+            f"keep_ratio_allocation=error makes layers smaller after they were fitted, which "
+            f"format={format.name} cannot; pass keep_ratio_allocation=uniform."
+        )
 
 
 def refuse_idle_patterns(

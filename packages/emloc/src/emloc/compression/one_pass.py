@@ -1,13 +1,13 @@
-"""The pass over the base model: fold moments while micro-batches run, factorise at each block.
+"""The pass over the base model: fold moments while micro-batches run, fit at each block.
 
 All micro-batches advance in lockstep. At a block its weights are loaded, hooks fold the moments of
-every group's side, and when all are through, each group is factorised and the block is written. Peak
-memory is one block in float32, its moments and one eigenproblem, and the hidden states.
+every group's side, and when all are through, each group is fitted in its form and the block is written.
+Peak memory is one block in float32, its moments and what fitting one group takes, and the hidden states.
 
-Where ranks are to be allocated (`emloc.linalg.allocation`), groups are factorised at the largest rank that
-they may get, and it is measured how much the block's output minds their errors.
+Where sizes are to be allocated (`emloc.linalg.allocation`), groups are fitted in the largest that they may
+get, and it is measured how much the block's output minds their errors.
 
-A block that is finished already is only run, not factorised again: an interrupted run gives the same
+A block that is finished already is only run, not fitted again: an interrupted run gives the same
 bytes as an uninterrupted one.
 """
 
@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from emloc.compression.emulator_folder import SPECTRUM, EmulatorFolder
 from emloc.compression.groups import Group, Plan
 from emloc.compression.sensitivity import BlockProbe
+from emloc.compression.truncation import uniform_weights
 from emloc.errors import ConfigError
 from emloc.extend.capabilities import token_mask_of
 from emloc.extend.family import Batch
 from emloc.extend.losses import LossSum, loss_sum
-from emloc.linalg.gram import Moments, Side, smaller_side
-from emloc.linalg.lowrank import factorise
+from emloc.formats.abilities import Cuttable
+from emloc.formats.layer_format import Tensors
+from emloc.linalg.gram import Moments
 from emloc.machine.progress import progress_bar
 from emloc.streaming.lockstep import Call, current_call, lockstep, refuse_again
 from emloc.streaming.real_rows import is_expert, real_rows
@@ -36,9 +38,6 @@ from emloc.streaming.stream import UnitStream
 SMALL = 0.25
 """Of the largest block: a module behind the last block that is run to see whether blocks come again, as in
 models that loop. A head is larger, and too dear to run for that."""
-
-Factors = tuple[Tensor, Sequence[Tensor]]
-"""A group's right factor, and the left ones of its layers."""
 
 
 def compress_blocks(stream: UnitStream, folder: EmulatorFolder, batches: Sequence[Batch]) -> None:
@@ -55,7 +54,7 @@ def compress_blocks(stream: UnitStream, folder: EmulatorFolder, batches: Sequenc
         return
     calls = [_call(stream, batch) for batch in batches]
     probe = BlockProbe(stream)
-    probed = [block for block in blocks if any(group.span for group in folder.plan.within(block))]
+    probed = [block for block in blocks if any(group.wide for group in folder.plan.within(block))]
     small = SMALL * max(_numel(stream, block) for block in blocks)
     with progress_bar("compress", len(blocks)) as advance:
 
@@ -129,10 +128,12 @@ def _call(stream: UnitStream, batch: Batch) -> Call:
 def _compress_block(
     stream: UnitStream, folder: EmulatorFolder, block: str, probe: BlockProbe
 ) -> Iterator[None]:
-    """Fold moments while the caller runs the micro-batches, then factorise and write."""
+    """Fold moments while the caller runs the micro-batches, then fit and write."""
     started = time.monotonic()
     groups = folder.plan.within(block)
-    moments = {group.owner: Moments(_side(stream, group), group.owner) for group in groups}
+    moments = {
+        group.owner: Moments(group.form.format.side(group.shape), group.owner) for group in groups
+    }
     handles = [
         stream.model.get_submodule(group.owner).register_forward_hook(
             _folding(stream, block, group, moments[group.owner])
@@ -145,7 +146,7 @@ def _compress_block(
     finally:
         for handle in handles:
             handle.remove()
-    factors: dict[str, Factors] = {}
+    fitted: dict[str, Tensors] = {}
     layers: dict[str, Any] = {}
     unreached: list[str] = []
     for group in groups:
@@ -153,8 +154,8 @@ def _compress_block(
         if found.tokens == 0:  # an expert that no token chose, or a layer that the forward skips
             unreached += group.layers
         else:
-            factors[group.owner], layers[group.owner] = _factorise(stream, group, found, probe)
-    folder.write_block(block, factors, _report(layers, unreached, time.monotonic() - started))
+            fitted[group.owner], layers[group.owner] = _fit(stream, group, found, probe)
+    folder.write_block(block, fitted, _report(layers, unreached, time.monotonic() - started))
 
 
 def _watch_shared_input(stream: UnitStream, group: Group) -> list[Any]:
@@ -188,25 +189,9 @@ def _watch_shared_input(stream: UnitStream, group: Group) -> list[Any]:
     ]
 
 
-def _side(stream: UnitStream, group: Group) -> Side:
-    """Outputs of several layers would have to be computed once more, so they must be few to pay.
-
-    A convolution's inputs overlap and would have to be cut into patches; its outputs are there.
-    """
-    if _is_convolution(stream, group):
-        return "output"
-    if len(group.layers) > 1:
-        return "output" if 2 * sum(group.d_out) < group.d_in else "input"
-    return smaller_side(group.d_out[0], group.d_in)
-
-
-def _is_convolution(stream: UnitStream, group: Group) -> bool:
-    return isinstance(stream.model.get_submodule(group.owner), nn.Conv2d)
-
-
 def _folding(stream: UnitStream, block: str, group: Group, moments: Moments) -> Any:
     expert = is_expert(stream.model, block, group.owner)
-    convolution = _is_convolution(stream, group)
+    convolution = bool(group.shape.kernel)
 
     def fold(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         call = current_call()
@@ -235,23 +220,27 @@ def _weights(stream: UnitStream, group: Group) -> list[Tensor]:
     return [stream.weight(name) for name in group.layers]
 
 
-def _factorise(
+def _fit(
     stream: UnitStream, group: Group, moments: Moments, probe: BlockProbe
-) -> tuple[Factors, dict[str, Any]]:
-    found = factorise(_weights(stream, group), moments, group.widest)
+) -> tuple[Tensors, dict[str, Any]]:
+    shape, form = group.shape, group.fitted
+    fitted = form.format.fit(_weights(stream, group), moments, shape, form)
     report: dict[str, Any] = {
-        "layers": list(group.layers),
-        "rank": group.widest,
-        "d_out": list(group.d_out),
-        "d_in": group.d_in,
+        "layers": list(shape.layers),
+        **form.as_json(),
+        "d_out": list(shape.d_out),
+        "d_in": shape.d_in,
         "side": moments.side,
         "tokens": moments.tokens,
-        "relative_error": found.relative_error,
-        "estimated_excess": found.excess,
+        **fitted.report,
     }
-    if group.span is not None:
-        left, right = found.left[:, : group.rank], found.right[: group.rank]
-        report["uniform_rank"] = group.rank
-        report["sensitivity"] = probe.sensitivity(group, left, right)
-        report[SPECTRUM] = {"values": found.values.tolist(), "total": found.total}
-    return (found.right, found.left.split(list(group.d_out))), report
+    if group.wide is not None:
+        assert isinstance(form.format, Cuttable)
+        assert fitted.spectrum is not None
+        unit = form.format.unit
+        report[f"uniform_{unit}"] = group.form.sizes[unit]
+        report["sensitivity"] = probe.sensitivity(
+            shape.layers, uniform_weights(group, fitted.tensors)
+        )
+        report[SPECTRUM] = {"values": fitted.spectrum.values, "total": fitted.spectrum.total}
+    return fitted.tensors, report

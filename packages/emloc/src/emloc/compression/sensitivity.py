@@ -7,7 +7,7 @@ the hidden state that the block passes on, token by token:
 
     s_g = mean over tokens of ‖h − h_g‖² / ‖h‖²
 
-where h is the block's output and h_g that with group g alone compressed to its uniform rank. Padding, by
+where h is the block's output and h_g that with group g alone compressed to its uniform size. Padding, by
 the mask of what the block writes, does not count. It costs a run of the block per group, on one
 micro-batch. Measured on SmolLM2-135M, the second-order increase of the loss that a layer's error predicts,
 `Σ_tokens (∂L/∂y · Δy)²`, is 1.5e4 to 3e4 times s_g for nine layers in ten, from the first block to the
@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emloc.compression.groups import Group
 from emloc.extend.capabilities import token_mask_of
 from emloc.streaming.lockstep import current_call
 from emloc.streaming.real_rows import real_rows
@@ -71,12 +70,11 @@ class BlockProbe:
         finally:
             self._module = self._given = self._output = None
 
-    def sensitivity(self, group: Group, left: Tensor, right: Tensor) -> float:
-        """Relative squared change of the block's output with the group's weights `left @ right`."""
+    def sensitivity(self, layers: Sequence[str], weights: Sequence[Tensor]) -> float:
+        """Relative squared change of the block's output with other weights, d_out × d_in, of layers."""
         if self._output is None:
             self._output = self._run()
-        weights = (left @ right).split(list(group.d_out))
-        with _replaced(self._stream, group.layers, weights):
+        with _replaced(self._stream, layers, weights):
             changed = self._run()
         mask = token_mask_of(self._stream.family, self._batch, self._name)
         errors: list[Tensor] = []

@@ -1,6 +1,6 @@
 """Correct a whole adapter: each layer's mismatch, the limit by the loss on data, the new tensors.
 
-A layer's weight is read from the base's shards and its factors from the emulator's, whenever its
+A layer's weight is read from the base's shards and its stored form from the emulator's, whenever its
 mismatch is wanted; nothing is kept, so memory is one layer's, however deep the model is.
 """
 
@@ -16,17 +16,17 @@ from emloc.adapters.adapted_weights import AdaptedWeights
 from emloc.artefacts.adapter_config import CONFIG_NAME
 from emloc.artefacts.adapter_tensors import WEIGHTS_NAME, LoraLayer
 from emloc.artefacts.checkpoint import Checkpoint
-from emloc.artefacts.manifest import Manifest
 from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import write_json
+from emloc.compression.groups import Group
 from emloc.config import CorrectConfig
 from emloc.correction.limits import CandidateLora, losses
 from emloc.errors import MismatchError, NumericalError
 from emloc.extend.family import Batch
-from emloc.linalg.convolution import as_matrix
 from emloc.linalg.correction import Mismatch, correct_up, dora_magnitude, measure, residual
 from emloc.linalg.finite import is_finite
 from emloc.linalg.gram import moment_dtype
+from emloc.linalg.operator import Operator
 from emloc.machine.progress import console, progress_bar
 from emloc.streaming.stream import UnitStream
 
@@ -42,7 +42,7 @@ class AdapterCorrection:
         config: the stage's options.
         base: the original model.
         emulator: the emulator's tensors.
-        manifest: the emulator's.
+        groups: what the emulator compresses.
         adapted: the adapter as trained on the emulator, and what it changes in the base.
         weight_names: tensor names of the weights of compressed layers, by layer.
     """
@@ -50,18 +50,16 @@ class AdapterCorrection:
     config: CorrectConfig
     base: Checkpoint
     emulator: Checkpoint
-    manifest: Manifest
+    groups: Sequence[Group]
     adapted: AdaptedWeights
     weight_names: Mapping[str, str]
 
     def __post_init__(self) -> None:
         self.device = torch.device(self.config.device)
         self.adapter, self.weights = self.adapted.adapter, self.adapted.layers
-        self.owners = {
-            name: owner for owner, entry in self.manifest.layers.items() for name in entry["layers"]
-        }
+        self.groups_of = {name: group for group in self.groups for name in group.layers}
         for name in self.adapter.saved:
-            if name.rpartition(".")[0] in self.owners:
+            if name.rpartition(".")[0] in self.groups_of:
                 raise MismatchError(
                     f"Adapter {self.adapter.path} trained {name} whole, which the emulator compresses: "
                     f"what it learnt does not fit the base. Leave it out of modules_to_save, or exclude "
@@ -74,20 +72,21 @@ class AdapterCorrection:
             )
         )
 
-    def _factors(self, layer: str) -> tuple[Tensor, Tensor]:
-        def stem(name: str) -> str:
-            return self.weight_names[name].removesuffix("weight")
+    def _emulated(self, layer: str, device: torch.device | None = None) -> Operator:
+        """The emulator's weight of a compressed layer."""
+        group = self.groups_of[layer]
 
-        left = self.emulator.read(f"{stem(layer)}left")
-        right = self.emulator.read(f"{stem(self.owners[layer])}right")
-        return as_matrix(left), as_matrix(right)
+        def read(owner: str, name: str) -> Tensor:
+            stem = self.weight_names[owner].removesuffix("weight")
+            return self.emulator.read(f"{stem}{name}").to(device)
+
+        return group.form.format.operator(group.shape, group.form, layer, read)
 
     def _measure(self, layer: LoraLayer) -> Mismatch | None:
         """What base and emulator do differently where the LoRA reads; None for a dense layer."""
-        if layer.name not in self.owners:
+        if layer.name not in self.groups_of:
             return None
         weight = self.weights[layer.name].layer_weight(self.base.read)
-        left, right = self._factors(layer.name)
         down, up = self.adapter.matrix(layer.down_key), self.adapter.matrix(layer.up_key)
 
         def on_device(tensor: Tensor) -> Tensor:
@@ -95,8 +94,7 @@ class AdapterCorrection:
 
         mismatch = measure(
             on_device(weight),
-            on_device(left),
-            on_device(right),
+            self._emulated(layer.name, self.device),
             on_device(down),
             on_device(up),
             layer.scaling,
@@ -166,12 +164,11 @@ class AdapterCorrection:
         """DoRA's magnitude for the base beside B = `up`; limit 0 leaves the adapter as it was."""
         assert layer.magnitude_key is not None
         magnitude = self.adapter.magnitude(layer.magnitude_key)
-        if layer.name not in self.owners or limit == 0.0:
+        if layer.name not in self.groups_of or limit == 0.0:
             return magnitude
-        left, right = self._factors(layer.name)
         high = moment_dtype(self.base.tensors[self.weights[layer.name].names[0]].dtype)
         original = self.adapter.matrix(layer.up_key)
-        emulated = self._sum(layer, original, left.to(high) @ right.to(high))
+        emulated = self._sum(layer, original, self._emulated(layer.name).dense(high))
         return dora_magnitude(magnitude, self._sum(layer, up), emulated)
 
     def write(self, work: Path, limit: Limit) -> dict[str, dict[str, Any]]:
@@ -189,7 +186,7 @@ class AdapterCorrection:
         ):
             for key in infos:
                 layer = by_key.get(key)
-                if layer is None or layer.name not in self.owners:
+                if layer is None or layer.name not in self.groups_of:
                     shard.write(key, self.adapter.read(key))
                     continue
                 if last is None or last[0] != layer.name:

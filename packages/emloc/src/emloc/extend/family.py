@@ -56,11 +56,11 @@ class EmulatorLayers(NamedTuple):
     """What the emulator's config must say for its layers to be rebuilt.
 
     Attributes:
-        groups: layers that share a right factor, with their rank; a group may hold one layer.
+        groups: `{"layers": [names], …}` with the sizes of their form, as a loader reads it (`Form`).
         dtype: what all weights were converted to, for example `bfloat16`; None: kept.
     """
 
-    groups: Sequence[tuple[Sequence[str], int]]
+    groups: Sequence[Mapping[str, Any]]
     dtype: str | None
 
 

@@ -1,6 +1,7 @@
 """The hooks by which plugins are discovered; behaviour is in typed protocols.
 
-Those are `emloc.extend.family.ModelFamily`, `emloc.extend.methods.Method` and `emloc.stages.stage.Stage`.
+Those are `emloc.extend.family.ModelFamily`, `emloc.extend.methods.Method`, `emloc.stages.stage.Stage` and
+`emloc.formats.layer_format.LayerFormat`.
 
 A plugin is a module named by an entry point of the group `emloc`. It implements any of these with
 `@emloc.hookimpl` and imports nothing heavy at its top, so that `emloc --help` stays fast.
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from emloc.extend.family import FamilyEntry
     from emloc.extend.methods import MethodEntry
     from emloc.extend.stages import StageEntry
+    from emloc.formats.layer_format import FormatEntry
 
 hookspec = pluggy.HookspecMarker("emloc")
 hookimpl = pluggy.HookimplMarker("emloc")
@@ -35,6 +37,11 @@ def emloc_register_methods() -> "Sequence[MethodEntry]":  # type: ignore[empty-b
 @hookspec
 def emloc_register_stages() -> "Sequence[StageEntry]":  # type: ignore[empty-body]
     """The stages that the plugin adds: commands, and parts of `emloc run` where they make an artefact."""
+
+
+@hookspec
+def emloc_register_formats() -> "Sequence[FormatEntry]":  # type: ignore[empty-body]
+    """The forms that the plugin adds for a layer to take in an emulator."""
 
 
 @hookspec

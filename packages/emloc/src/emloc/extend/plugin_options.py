@@ -14,7 +14,7 @@ from pydantic import BaseModel, create_model
 from emloc.errors import ConfigError
 from emloc.extend.family import ModelFamily
 from emloc.extend.plugins import load_plugins
-from emloc.options.marks import without_effect
+from emloc.options.marks import at_default, without_effect
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
@@ -52,7 +52,8 @@ def of_family(config: ConfigT, family: ModelFamily) -> ConfigT:
 
 def own_options(config: BaseModel, exclude: set[str]) -> dict[str, Any]:
     """The options of `of_family` that shape a result, as JSON."""
-    return config.model_dump(mode="json", exclude=exclude | without_effect(type(config)))
+    left_out = exclude | without_effect(type(config)) | at_default(config)
+    return config.model_dump(mode="json", exclude=left_out)
 
 
 def _with(config: type[ConfigT], parts: Sequence[type[BaseModel]]) -> type[ConfigT]:

@@ -1,4 +1,4 @@
-"""Find the installed plugins, and the families, methods and stages that they offer.
+"""Find the installed plugins, and the families, methods, stages and formats that they offer.
 
 A plugin that cannot be imported, or that claims a name that is taken, is reported by name and left out;
 the others go on working.
@@ -25,6 +25,7 @@ from emloc.extend.methods import CORE_METHODS, MethodEntry
 from emloc.extend.option_names import check_options
 from emloc.extend.single_file import model_folder
 from emloc.extend.stages import StageEntry
+from emloc.formats.layer_format import CORE_FORMATS, FormatEntry
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 GROUP = "emloc"
@@ -39,6 +40,7 @@ class Plugins:
         families: by name.
         methods: by name, core's own first.
         stages: by name, without core's own (`emloc.stages.registry`).
+        formats: by name, core's own first.
         broken: plugin name to one sentence on why it was left out.
     """
 
@@ -48,6 +50,9 @@ class Plugins:
         default_factory=lambda: {entry.name: entry.owned_by("emloc") for entry in CORE_METHODS}
     )
     stages: dict[str, StageEntry] = field(default_factory=dict[str, StageEntry])
+    formats: dict[str, FormatEntry] = field(
+        default_factory=lambda: {entry.name: entry for entry in CORE_FORMATS}
+    )
     broken: dict[str, str] = field(default_factory=dict[str, str])
 
 
@@ -68,8 +73,8 @@ def add_plugin(found: Plugins, name: str, module: Any) -> None:
     """Register one plugin module.
 
     Raises:
-        PluginError: a hook that does not exist, a name of a family, method or stage that is taken, an option
-            that cannot stand beside the others, or a plugin registered twice.
+        PluginError: a hook that does not exist, a name of a family, method, stage or format that is taken, an
+            option that cannot stand beside the others, or a plugin registered twice.
     """
     manager = found.manager
     try:
@@ -79,12 +84,15 @@ def add_plugin(found: Plugins, name: str, module: Any) -> None:
         [families] = manager.subset_hook_caller("emloc_register_families", others)() or [[]]
         [methods] = manager.subset_hook_caller("emloc_register_methods", others)() or [[]]
         [stages] = manager.subset_hook_caller("emloc_register_stages", others)() or [[]]
+        [formats] = manager.subset_hook_caller("emloc_register_formats", others)() or [[]]
         _refuse_taken("family", families, found.families)
         _refuse_taken("method", methods, found.methods)
         _refuse_taken("stage", stages, found.stages)
+        _refuse_taken("format", formats, found.formats)
         check_options(families, found.families.values())
         found.families.update({entry.name: entry.owned_by(name) for entry in families})
         found.methods.update({entry.name: entry.owned_by(name) for entry in methods})
+        found.formats.update({entry.name: entry.owned_by(name) for entry in formats})
         found.stages.update({entry.name: entry.owned_by(name) for entry in stages})
     except Exception:
         if manager.get_plugin(name) is module:
@@ -94,8 +102,8 @@ def add_plugin(found: Plugins, name: str, module: Any) -> None:
 
 def _refuse_taken(
     kind: str,
-    entries: Sequence[FamilyEntry | MethodEntry | StageEntry],
-    taken: Mapping[str, FamilyEntry | MethodEntry | StageEntry],
+    entries: Sequence[FamilyEntry | MethodEntry | StageEntry | FormatEntry],
+    taken: Mapping[str, FamilyEntry | MethodEntry | StageEntry | FormatEntry],
 ) -> None:
     for entry in entries:
         if entry.name in taken:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from emloc.errors import ConfigError
+from emloc.layers.emulated_layer import EmulatedLayer
 from emloc.layers.read_only_weight import ReadOnlyWeight
 
 
-class LowRankConv2d(nn.Conv2d):
+class LowRankConv2d(EmulatedLayer, nn.Conv2d):
     """`y = conv(conv(x, right), left) + bias`.
 
     Args:

@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from emloc.layers.low_rank_products import Project
+from emloc.layers.emulated_layer import EmulatedLayer
+from emloc.layers.low_rank_products import Expand, Project
 from emloc.layers.read_only_weight import ReadOnlyWeight
 
 
@@ -33,7 +34,7 @@ class SharedProjection:
         self._taken: set[int] = set()
 
     def attach(self, lora: Any) -> None:
-        """Take a `LowRankLora` on a layer of the group; another on the same layer is let go."""
+        """Take a `FusedLora` on a layer of the group; another on the same layer is let go."""
         others = [other for other in self._loras if other.base_layer is not lora.base_layer]
         self._loras = [*others, lora]
 
@@ -95,7 +96,7 @@ def _as_autocast(x: Tensor, *others: Tensor) -> list[Tensor]:
     return [tensor.to(dtype) for tensor in (x, *others)]
 
 
-class LowRankLinear(nn.Linear):
+class LowRankLinear(EmulatedLayer, nn.Linear):
     """`y = (x @ rightᵀ) @ leftᵀ + bias`.
 
     Args:
@@ -127,8 +128,6 @@ class LowRankLinear(nn.Linear):
             shared = SharedProjection(self, group_size)
         self.bias = empty(d_out) if bias else None
         self.shared = shared
-        # Its factors come from a checkpoint: transformers must not draw values for the weight.
-        self._is_hf_initialized = True
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -139,6 +138,32 @@ class LowRankLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., d_in) to (..., d_out)."""
         return nn.functional.linear(self.shared.project(input, self), self.left, self.bias)
+
+    @torch.no_grad()
+    def take_off(self, columns: Tensor, share: float) -> None:
+        """See `LosesPart`: of `left·right`, only the layer's own left factor changes."""
+        held = self.left
+        held.data -= (share * columns @ (columns.T @ held.data.float())).to(held.dtype)
+
+    def attach_lora(self, lora: Any) -> None:
+        """See `FusesLora`."""
+        self.shared.attach(lora)
+
+    def frozen_parameters(self) -> list[nn.Parameter]:
+        """See `FusesLora`."""
+        return [self.shared.owner.right, *self.parameters()]
+
+    def product_dtype(self) -> torch.dtype:
+        """See `FusesLora`."""
+        return self.left.dtype
+
+    def forward_with_lora(self, x: Tensor, up: Tensor, scaling: float) -> Tensor:
+        """See `FusesLora`; the input of a group is projected once for all of its LoRAs."""
+        h, z = self.shared.project_with_lora(x, self)
+        bias = None if self.bias is None else self.bias.to(h.dtype)
+        return cast(
+            Tensor, Expand.apply(h, z, self.left.to(h.dtype), bias, up.to(h.dtype), scaling)
+        )
 
     def reset_parameters(self) -> None:
         """Nothing to draw: the factors always come from a checkpoint."""

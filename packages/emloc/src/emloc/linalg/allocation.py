@@ -21,16 +21,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from emloc.compression.rank import largest_smaller_rank
-
-LEAST = 0.25
-"""A layer keeps this share of its uniform rank: its sensitivity was measured at that rank, on a few
-samples, and says little about losing all (an expert may have met no token at all)."""
-
-MOST = 3.0
-"""A layer gets so many times its uniform rank: the pass computes factors of that rank, and at small
-ratios the rank at which factors are as large as the weight is far beyond what any layer was given."""
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -62,12 +52,6 @@ class Candidate:
         lost = self.lost(self.uniform)
         # What a sum over millions of tokens cannot tell from nothing.
         return self.sensitivity / lost if lost > 1e-12 * self.total else 0.0
-
-
-def rank_range(uniform: int, d_out: int, d_in: int) -> tuple[int, int]:
-    """Least and largest rank that a layer of uniform rank `uniform` may be given."""
-    least = max(1, int(LEAST * uniform))
-    return least, max(uniform, min(int(MOST * uniform), largest_smaller_rank(d_out, d_in)))
 
 
 def predicted_error(candidates: Mapping[str, Candidate], ranks: Mapping[str, int]) -> float:

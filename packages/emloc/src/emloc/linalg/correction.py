@@ -9,7 +9,7 @@ of `D = E·V`. So
 
 where `L` limits the correction against the column it is added to, and no limit means c = 1.
 Directions with a zero singular value read nothing and get nothing. `A` is unchanged, and only r
-columns of E are ever formed: `E·V = left·(right·V) − W·V`.
+columns of E are ever formed: `E·V = W_e·V − W·V`, where `W_e` is an operator.
 
 Precision: products with the weights in float32 (float64 if the base is), from weights, never from
 outputs; everything of size r in float64.
@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emloc.linalg.gram import moment_dtype
-from emloc.linalg.merging import ROWS
+from emloc.linalg.operator import Operator, product
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,16 @@ class Corrected:
 
 def measure(
     weight: Float[Tensor, "d_out d_in"],
-    left: Float[Tensor, "d_out k"],
-    right: Float[Tensor, "k d_in"],
+    emulated: Operator,
     down: Float[Tensor, "rank d_in"],
     up: Float[Tensor, "d_out rank"],
     scaling: float,
 ) -> Mismatch:
-    """Compare the base's `weight` with the emulator's `left @ right` where `down` (A) reads."""
+    """Compare the base's `weight` with the emulator's where `down` (A) reads.
+
+    Args:
+        emulated: the emulator's weight, d_out × d_in.
+    """
     a = down.to(torch.float64)
     q, sigma, vt = torch.linalg.svd(a, full_matrices=False)
     floor = sigma.max() * max(a.shape) * torch.finfo(down.dtype).eps
@@ -77,7 +80,7 @@ def measure(
     inverse = torch.where(alive, 1.0 / torch.where(alive, sigma, 1.0), 0.0)
     high = moment_dtype(weight.dtype)
     v = vt.T.to(high)
-    drift = _product(left, _product(right, v)) - _product(weight, v)
+    drift = emulated @ v - product(weight, v)
     b = up.to(torch.float64)
     return Mismatch(
         up=b,
@@ -86,12 +89,6 @@ def measure(
         drift=drift.to(torch.float64) * alive,
         back=inverse[:, None] * q.T,
     )
-
-
-def _product(weight: Tensor, columns: Tensor) -> Tensor:
-    """`weight @ columns` in the columns' precision, without a copy of the weight in it."""
-    parts = [rows.to(columns.dtype) @ columns for rows in weight.split(ROWS)]
-    return torch.cat(parts)
 
 
 def correct_up(mismatch: Mismatch, limit: float | None) -> Corrected:

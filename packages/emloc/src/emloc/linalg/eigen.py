@@ -46,6 +46,17 @@ OUTLIER_RATIO = 100.0
 """An outlier is so many times larger than the last of those."""
 
 
+def basis_sizes(size: int, count: int) -> list[int]:
+    """Basis sizes at which convergence is judged; none where a dense solver is faster.
+
+    Args:
+        size: of the matrix.
+        count: of the wanted eigenvectors.
+    """
+    sizes = [max(blocks, -(-int(factor * count) // BLOCK)) * BLOCK for factor, blocks in CHECKS]
+    return [basis for basis in sizes if basis <= LARGEST * size]
+
+
 class Leading(NamedTuple):
     """A subspace that is as good as the leading eigenvectors.
 
@@ -115,8 +126,7 @@ def _random_rows(count: int, like: Tensor) -> Tensor:
 def _lanczos(matrix: Tensor, count: int) -> Leading | None:
     """None where a dense solver is faster or safer."""
     size = matrix.shape[0]
-    sizes = [max(blocks, -(-int(factor * count) // BLOCK)) * BLOCK for factor, blocks in CHECKS]
-    sizes = [m for m in sizes if m <= LARGEST * size]
+    sizes = basis_sizes(size, count)
     if not sizes:
         return None
     trace = float(matrix.diagonal().double().sum())

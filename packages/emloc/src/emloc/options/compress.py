@@ -7,22 +7,28 @@ from pydantic import Field
 from emloc.machine.device import Device
 from emloc.options.base import DEVICES, MemoryOptions, ModelOptions
 from emloc.options.data import CalibrationOptions
-from emloc.options.marks import WithoutEffect
+from emloc.options.marks import UnlessDefault, WithoutEffect
 from emloc.options.types import CountMap, Dtype, Located, Names, OutputDir, RatioMap
+
+DEFAULT_FORMAT = "low_rank"
+"""The format of a group whose entry in a config names none."""
 
 
 class CompressConfig(CalibrationOptions, ModelOptions, MemoryOptions):
-    """Stage 1: write a low-rank emulator of a model."""
+    """Stage 1: write an emulator of a model."""
 
     model_name_or_path: Located = Field(
         description="local folder or hub id of the base model, or its one file"
     )
     output_dir: OutputDir = Field(description="where the emulator goes; must not exist")
+    format: Annotated[str, UnlessDefault()] = Field(
+        DEFAULT_FORMAT, description="what layers become, by the name of an installed format"
+    )
     keep_ratio: float = Field(
         0.4,
         gt=0,
         le=1,
-        description="share of each layer's parameters kept; with memory, what fits by default",
+        description="share of each layer's bytes kept; with memory, what fits by default",
     )
     keep_ratio_pattern: RatioMap = Field({}, description="regular expression=ratio, per layer")
     rank_pattern: CountMap = Field({}, description="regular expression=rank, per layer")

@@ -28,3 +28,21 @@ def without_effect(config: type[BaseModel]) -> set[str]:
         for name, field in config.model_fields.items()
         if any(isinstance(mark, WithoutEffect) for mark in field.metadata)
     }
+
+
+@dataclass(frozen=True)
+class UnlessDefault:
+    """Marks an option that settings record only where it is not at its default.
+
+    An option that came later: artefacts from before it are those of its default.
+    """
+
+
+def at_default(config: BaseModel) -> set[str]:
+    """Names of the options so marked that are at their defaults."""
+    return {
+        name
+        for name, field in type(config).model_fields.items()
+        if any(isinstance(mark, UnlessDefault) for mark in field.metadata)
+        and getattr(config, name) == field.default
+    }

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from emloc.compression.groups import Group, Plan
+from emloc.compression.groups import Plan
 from emloc.extend.family import Batch
-from emloc.linalg.gram import Side, smaller_side
 from emloc.planning.layers import planned_layers
 from emloc.planning.step import BlockKind, Passing, Precision, StepOptions, StepSizes
 from emloc.planning.subject import Subject
@@ -81,18 +80,6 @@ class Calls:
         return self.count * max(max(p.before, p.after) for p in passings)
 
 
-def side_of(model: nn.Module, group: Group) -> Side:
-    """Whose moments compress sums for a group (`compression`)."""
-    outputs, several = sum(group.d_out), len(group.layers) > 1
-    if isinstance(model.get_submodule(group.owner), nn.Conv2d):
-        return "output"
-    if several and 2 * outputs >= group.d_in:
-        return "input"
-    if several:
-        return "output"
-    return smaller_side(group.d_out[0], group.d_in)
-
-
 def folding_elements(model: nn.Module, plan: Plan) -> Watched:
     """What folding takes beside what was read and written.
 
@@ -101,16 +88,16 @@ def folding_elements(model: nn.Module, plan: Plan) -> Watched:
     """
     found: dict[str, tuple[int, int]] = {}
     for group in plan.groups:
-        module, side = model.get_submodule(group.owner), side_of(model, group)
-        biased = "bias" in dict(module.named_parameters())
-        if isinstance(module, nn.Conv2d):
-            found[group.owner] = group.d_out[0] * (1 + biased), 0
-        elif side == "input":
-            found[group.owner] = 0, group.d_in
+        shape, side = group.shape, group.form.format.side(group.shape)
+        biased = "bias" in dict(model.get_submodule(group.owner).named_parameters())
+        if side == "input":
+            found[group.owner] = 0, shape.d_in
+        elif shape.kernel:
+            found[group.owner] = shape.rows * (1 + biased), 0
         elif len(group.layers) == 1:
-            found[group.owner] = group.d_out[0] * biased, group.d_out[0]
+            found[group.owner] = shape.rows * biased, shape.rows
         else:
-            found[group.owner] = 2 * sum(group.d_out), group.d_in
+            found[group.owner] = 2 * shape.rows, shape.d_in
     return found
 
 

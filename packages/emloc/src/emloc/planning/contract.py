@@ -4,7 +4,7 @@ Made from the opened model and the stage's own options. A stage that cannot fit 
 one that goes beyond its memory is stopped (`PeakMemory`), and the plan's lines say what was expected.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
-from emloc.compression.groups import Group, Plan
+from emloc.compression.groups import Group, Plan, dense_shapes, written_groups
 from emloc.config import CompressConfig, CorrectConfig, PlanConfig, StageConfig, build
 from emloc.errors import MemoryLimitError
 from emloc.extend.family import ModelFamily
@@ -188,8 +188,9 @@ def contract_for(
 def _held(subject: Subject, model: Checkpoint) -> tuple[Group, ...]:
     """What an emulator has compressed; nothing of any other model."""
     manifest = Manifest.find(model.path)
-    entries = manifest.layers if manifest is not None and manifest.method is None else {}
-    return tuple(_group(subject, entry) for entry in entries.values() if "rank" in entry)
+    ours = manifest is not None and manifest.kind == "emulator" and manifest.method is None
+    entries = manifest.layers if manifest is not None and ours else {}
+    return tuple(written_groups(entries, dense_shapes(entries, subject.model)))
 
 
 def plan_options(
@@ -224,12 +225,6 @@ def _agreed(stage: str, lines: str, setting: Setting, config: Any) -> Contract:
     contract = Contract(stage, lines, setting, config.memory)
     contract.require_room(config.output_dir)
     return contract
-
-
-def _group(subject: Subject, entry: Mapping[str, Any]) -> Group:
-    layers = tuple(entry["layers"])
-    outputs = tuple(subject.shapes[name][0] for name in layers)
-    return Group(layers, int(entry["rank"]), outputs, subject.shapes[layers[0]][1])
 
 
 def _existing(adapter: Adapter) -> dict[str, Any]:

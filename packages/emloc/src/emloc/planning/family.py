@@ -10,13 +10,14 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.compression.groups import Group
 from emloc.config import TrainConfig
 from emloc.extend.family import Batch, ModelFamily
 from emloc.planning.operations import Layer
 from emloc.planning.step import StepOptions, StepSizes
 
-Groups = Sequence[tuple[Sequence[str], int]]
-"""Layers that share a right factor, with their rank."""
+Groups = Sequence[Group]
+"""Layers that are emulated together, with their form."""
 
 
 class OtherModel(NamedTuple):
@@ -55,7 +56,7 @@ class PlannedFamily(Protocol):
         ...
 
     def trainable(self, checkpoint: Checkpoint, groups: Groups, options: TrainConfig) -> nn.Module:
-        """The model on the meta device as training has it: factors for `groups`, LoRA, training mode."""
+        """The model on the meta device as training has it: `groups` emulated, LoRA, training mode."""
         ...
 
     def step_sizes(
@@ -65,7 +66,7 @@ class PlannedFamily(Protocol):
 
         Args:
             model: the skeleton.
-            layers: its linear layers and convolutions, those with factors and with a LoRA as such.
+            layers: its linear layers and convolutions, those that are emulated or have a LoRA as such.
         """
         ...
 

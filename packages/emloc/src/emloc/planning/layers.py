@@ -1,36 +1,50 @@
-"""The layers of a planned model: which have factors, which have a LoRA, and how large they are."""
+"""The layers of a planned model: which are emulated, which have a LoRA, and how large they are."""
 
 from collections.abc import Container, Mapping, Sequence
 
 from torch import nn
 
-from emloc.compression.rank import match_pattern
+from emloc.compression.groups import Group
 from emloc.config import LoraOptions
+from emloc.formats.abilities import TwoProducts
 from emloc.linalg.convolution import matrix_shape
+from emloc.options.patterns import match_pattern
 from emloc.planning.operations import Layer
-
-Grouped = Sequence[tuple[Sequence[str], int]]
 
 
 def planned_layers(
     model: nn.Module,
     shapes: Mapping[str, tuple[int, int]],
-    groups: Grouped,
+    groups: Sequence[Group],
     adapted: Container[str],
     options: LoraOptions,
+    itemsize: int = 0,
 ) -> dict[str, Layer]:
-    """Every layer of `shapes` (d_out × d_in by name) with its factors and its LoRA."""
-    factors = {name: (names[0], rank, len(names)) for names, rank in groups for name in names}
+    """Every layer of `shapes` (d_out × d_in by name) with its form and its LoRA.
+
+    Args:
+        itemsize: bytes of an element that emulated layers multiply in.
+    """
+    group_of = {name: group for group in groups for name in group.layers}
     layers: dict[str, Layer] = {}
     for name, (d_out, d_in) in shapes.items():
-        owner, rank, size = factors.get(name, (name, None, 1))
+        group = group_of.get(name)
+        owner, size = (group.owner, len(group.layers)) if group else (name, 1)
+        rank, made = _form_sizes(group, itemsize) if group else (None, 0)
         lora = 0
         if name in adapted:
             lora = match_pattern(options.lora_rank_pattern, name) or options.lora_r
         module = model.get_submodule(name)
         channels = module.in_channels if isinstance(module, nn.Conv2d) else 0
-        layers[name] = Layer(d_in, d_out, rank, owner, size, lora, channels)
+        layers[name] = Layer(d_in, d_out, rank, owner, size, lora, channels, working=made)
     return layers
+
+
+def _form_sizes(group: Group, itemsize: int) -> tuple[int | None, int]:
+    """The numbers per token between two products, if there are two; and bytes made for a moment."""
+    form = group.form
+    inner = form.format.inner(form) if isinstance(form.format, TwoProducts) else None
+    return inner, form.format.running_bytes(group.shape, form, itemsize)
 
 
 def layer_shapes(model: nn.Module, transposed: Container[str] = ()) -> dict[str, tuple[int, int]]:

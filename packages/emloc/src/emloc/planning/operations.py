@@ -22,6 +22,7 @@ class Layer:
         lora_rank: 0 without a LoRA.
         channels: of a convolution, its input channels; 0 for a linear layer.
         watched: elements per row that a hook makes and lets go of when the layer has run.
+        working: bytes that the layer itself makes and lets go of, forward and backward.
     """
 
     d_in: int
@@ -32,6 +33,7 @@ class Layer:
     lora_rank: int = 0
     channels: int = 0
     watched: int = 0
+    working: int = 0
 
 
 @dataclass
@@ -109,10 +111,11 @@ class Forward:
         shared = _Shared(x)
         return [Read(self, shared, layer, layers) for layer in layers]
 
-    def dense(self, x: Sized, d_in: int, d_out: int) -> Sized:
-        """`x @ Wᵀ` with a frozen weight."""
+    def dense(self, x: Sized, d_in: int, d_out: int, working: int = 0) -> Sized:
+        """`x @ Wᵀ` with a frozen weight, which may be made of something else for `working` bytes."""
         out = self.tape.new(x.numel // d_in * d_out, self.precision.product)
-        return self.tape.operation([x], out, weight=True)
+        self.tape.work(working)
+        return self.tape.operation([x], out, weight=True, backward_work=working)
 
     def watch(self, layer: Layer, rows: int) -> None:
         """What a hook on the layer does now."""
@@ -133,6 +136,7 @@ class Forward:
         if layer.lora_rank:
             return self._conv_with_lora(x, layer, pixels)
         if layer.rank is None:
+            self.tape.work(layer.working)
             y = self._conv(x, pixels * layer.d_out)
             self.watch(layer, pixels)
             return y
@@ -241,7 +245,7 @@ class Read:
         forward, layer = self.forward, self.layer
         x = forward.product_input(x)
         if layer.rank is None:
-            y = forward.dense(x, layer.d_in, layer.d_out)
+            y = forward.dense(x, layer.d_in, layer.d_out, layer.working)
             forward.watch(layer, x.numel // layer.d_in)
             return y
         h = self._product(x)

@@ -13,7 +13,6 @@ import torch
 
 from emloc.compression.groups import Plan
 from emloc.config import PlanConfig
-from emloc.errors import ConfigError
 from emloc.linalg.convolution import matrix_shape
 from emloc.planning.calls import (
     Calls,
@@ -90,10 +89,7 @@ class Setting:
         """Which layers become factors."""
         if self.given is not None:
             return self.given
-        found = self.subject.emulator(self.options)
-        if not found.groups:
-            raise ConfigError(f"No layer of {self.subject.checkpoint.name} can be compressed.")
-        return found
+        return self.subject.emulator(self.options)
 
     @cached_property
     def _step(self) -> tuple[StepSizes | None, Mapping[str, Layer], str]:
@@ -143,7 +139,7 @@ class Setting:
     def beside(self) -> Mapping[str, StageMemory]:
         """What other ways take."""
         return {
-            "LoRA on the base": self._training(self.subject.parameters, self._base_step),
+            "LoRA on the base": self._trained(self._base_weights, *self._base_step[:2], 0),
             "QLoRA on the base": self.qlora(),
             "inference of the base": self._running({}),
         }
@@ -164,8 +160,8 @@ class Setting:
         options = self.options
         calls = self._calls(options)
         written = self.subject.itemsize(options.dtype)
-        # Where ranks are allocated after the pass, it writes the widest that they may become.
-        wide = self.emulator.with_ranks({g.owner: g.widest for g in self.emulator.groups})
+        # Where sizes are allocated after the pass, it writes the largest that they may become.
+        wide = self.emulator.with_forms({g.owner: g.fitted for g in self.emulator.groups})
         lines, moment = compress_lines(self.subject, wide, calls, written, options.device)
         given = calls.count * calls.batch if calls and self.on_gpu else 0  # else the calls' own
         emulator = self.subject.emulator_bytes(self.emulator, options.dtype)
@@ -179,15 +175,13 @@ class Setting:
 
     def train(self) -> StageMemory:
         """A LoRA on the emulator."""
-        numel = self.subject.emulator_parameters(self.emulator)
-        return self._training(numel, self._step)
+        weights = self.subject.emulator_bytes(self.emulator, self.options.dtype)
+        return self._trained(weights, *self._step[:2], 0)
 
-    def _training(
-        self, parameters: int, counted: tuple[StepSizes | None, Mapping[str, Layer], str]
-    ) -> StageMemory:
-        step, layers, _ = counted
-        weights = parameters * self.subject.itemsize(self.options.dtype)
-        return self._trained(weights, step, layers, 0)
+    @property
+    def _base_weights(self) -> int:
+        """Bytes of the base's weights as training holds them."""
+        return self.subject.parameters * self.subject.itemsize(self.options.dtype)
 
     def _trained(
         self, weights: int, step: StepSizes | None, layers: Mapping[str, Layer], work: int

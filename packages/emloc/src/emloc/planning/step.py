@@ -34,7 +34,7 @@ class Precision:
 
     @property
     def fuses(self) -> bool:
-        """Whether a LoRA on a low-rank layer runs without passes in between (`low_rank_lora`)."""
+        """Whether a LoRA on a low-rank layer runs without passes in between (`fused_lora`)."""
         return self.autocast or self.lora == self.weights
 
 

@@ -3,30 +3,29 @@
 **Compress.** A block's weights in float32, the moments of its groups, and every micro-batch's suspended
 call (`lockstep`): its hidden state and what else the forward holds between two blocks. On a GPU the card
 has the call that runs, and host memory those that wait. A hook folds what a layer read or wrote as soon as
-it has run, with the tokens that are padding left out. When all calls are through, the groups are factorised
-one after another, each with a workspace of its own; a group's moments go with it, its factors stay until the
-block is written. The block and the moment that take most count.
+it has run, with the tokens that are padding left out. When all calls are through, the groups are fitted one
+after another, each with a workspace of its own (`fitting_bytes` of its format); a group's moments go with
+it, its tensors stay until the block is written. The block and the moment that take most count.
 
 **Correct.** To choose a limit, every candidate is one more set of suspended calls, and the head is a unit
 like the blocks. Writing takes one layer at a time.
 
 **Merge.** The tensor being merged and the one being written.
 
-Precision as in the stages: float32, float64 for a float64 base; eigenproblems below 1024 in float64.
+Precision as in the stages: float32, float64 for a float64 base.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from emloc.compression.groups import Group, Plan
-from emloc.linalg.eigen import BLOCK, CHECKS, LARGEST
+from emloc.formats.layer_format import GroupShape, tensor_bytes
 from emloc.linalg.gram import Side
-from emloc.linalg.lowrank import DENSE_BELOW
 from emloc.linalg.merging import ROWS
-from emloc.planning.calls import Calls, Matrices, compute_itemsize, side_of
+from emloc.planning.calls import Calls, Matrices, compute_itemsize
 from emloc.planning.ledger import Lines, largest, lines_of
 from emloc.planning.step import Passing
 from emloc.planning.subject import Subject
@@ -45,60 +44,10 @@ def loaded_bytes(subject: Subject, numel: int, device: str) -> int:
     return 0 if mapped else numel * itemsize
 
 
-def moment_bytes(side: Side, group: Group, itemsize: int) -> int:
+def moment_bytes(side: Side, shape: GroupShape, itemsize: int) -> int:
     """A group's matrix."""
-    size = sum(group.d_out) if side == "output" else group.d_in
+    size = shape.rows if side == "output" else shape.d_in
     return size * size * itemsize
-
-
-def factor_bytes(group: Group, itemsize: int) -> int:
-    """Both factors of a group."""
-    return group.rank * (group.d_in + sum(group.d_out)) * itemsize
-
-
-def factorise_bytes(side: Side, group: Group, itemsize: int) -> int:
-    """The most that `lowrank.factorise` holds beside weights and moments, its factors included."""
-    m, d, k = sum(group.d_out), group.d_in, group.rank
-    size = m if side == "output" else min(m, d)
-    small = size < DENSE_BELOW
-    high = DOUBLE if small else itemsize
-    weights = m * d * high if small else 0
-    matrix = (m if side == "output" else d) ** 2 * high if small else 0
-    symmetric, made = size * size * high, [0]
-    root = 0
-    if side == "input" and m <= d:
-        weights += m * d * high  # stacked
-        made.append(matrix + m * d * high + symmetric)
-        matrix = symmetric
-    elif side == "input":
-        root = d * d * high
-        diagonal = 3 * min(d, max(256, -(-d // 8))) ** 2 * high  # mirrored, block by block
-        made += [matrix + 2 * root + diagonal, matrix + root + 2 * d * d * high + diagonal]
-        matrix = symmetric
-    if not root:
-        made.append(matrix + 2 * symmetric)
-        matrix = symmetric
-    made.append(matrix + _eigen_bytes(size, k, high, small))
-    vectors = size * k * high
-    right = k * d * high
-    left = 2 * m * k * high + d * k * high if root else vectors
-    made.append(vectors + right + left)
-    return weights + root + max(made)
-
-
-def _eigen_bytes(size: int, count: int, itemsize: int, small: bool) -> int:
-    """Beside the matrix: eigenvectors and LAPACK's workspace, or a Krylov basis with its projection."""
-    dense = 3 * size * size * itemsize + size * count * itemsize
-    if small:
-        return dense
-    sizes = [max(blocks, -(-int(factor * count) // BLOCK)) * BLOCK for factor, blocks in CHECKS]
-    sizes = [found for found in sizes if found <= LARGEST * size]
-    if not sizes:
-        return dense
-    basis = sizes[-1] * size * itemsize
-    projected = sizes[-1] ** 2 * itemsize
-    found = sizes[0] ** 2 * 3 * itemsize + 2 * size * count * itemsize
-    return basis + projected + found
 
 
 @dataclass(frozen=True)
@@ -114,7 +63,7 @@ class Block:
 
     weights: int
     dense: int
-    groups: Sequence[tuple[Side, Group]]
+    groups: Sequence[Group]
     passings: Sequence[Passing]
 
 
@@ -122,13 +71,12 @@ def blocks_of(subject: Subject, plan: Plan, calls: Calls | None) -> Sequence[Blo
     """Every kind of block once; equal ones take the same."""
     found: dict[Any, Block] = {}
     for name, kind in subject.kinds.items():
-        groups: list[tuple[Side, Group]] = [
-            (side_of(subject.model, group), group) for group in plan.within(name)
-        ]
+        groups = plan.within(name)
         numel = sum(p.numel() for p in subject.model.get_submodule(name).parameters())
-        compressed = sum(sum(group.d_out) * group.d_in for _, group in groups)
+        compressed = sum(group.shape.numel for group in groups)
         passings = tuple(calls.at(name, kind)) if calls else (Passing(0, 0, 0),)
-        key = (numel, passings, *((side, g.rank, g.d_out, g.d_in) for side, g in groups))
+        sizes = ((str(g.form.as_json()), replace(g.shape, layers=())) for g in groups)
+        key = (numel, passings, *sizes)
         found.setdefault(key, Block(numel, numel - compressed, groups, passings))
     return list(found.values())
 
@@ -144,7 +92,10 @@ def compress_lines(
     itemsize = compute_itemsize(subject)
     moments: dict[str, list[Lines]] = {"running a block": [], "factorising": [], "writing": []}
     for block in blocks_of(subject, plan, calls):
-        kept = {g.owner: moment_bytes(side, g, itemsize) for side, g in block.groups}
+        kept = {
+            g.owner: moment_bytes(g.form.format.side(g.shape), g.shape, itemsize)
+            for g in block.groups
+        }
         weights = loaded_bytes(subject, block.weights, device)
         for passing in block.passings:
             suspended, working = calls.running(passing) if calls else (0, 0)
@@ -158,21 +109,22 @@ def compress_lines(
             )
         suspended = calls.behind(block.passings) if calls else 0
         common = {"block_in_float32": weights, "suspended_calls": suspended}
-        factors = 0
-        for side, group in block.groups:
+        fitted = converted = 0
+        for group in block.groups:
+            shape, form = group.shape, group.form
             moments["factorising"].append(
                 lines_of(
                     **common,
                     moments=sum(kept.values()),
-                    eigenproblem=factorise_bytes(side, group, itemsize),
-                    factors=factors,
+                    eigenproblem=form.format.fitting_bytes(shape, form, itemsize),
+                    factors=fitted,
                 )
             )
             kept.pop(group.owner)
-            factors += factor_bytes(group, itemsize)
-        converted = 0 if written == itemsize else factors // itemsize * written
+            fitted += tensor_bytes(shape, form, itemsize)
+            converted += 0 if written == itemsize else tensor_bytes(shape, form, written)
         converted += 0 if written == subject.stored.itemsize else block.dense * written
-        moments["writing"].append(lines_of(**common, factors=factors, written=converted))
+        moments["writing"].append(lines_of(**common, factors=fitted, written=converted))
     found = {name: largest(parts) for name, parts in moments.items()}
     name = max(found, key=lambda name: sum(found[name].values()))
     return found[name], name

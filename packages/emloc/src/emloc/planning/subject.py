@@ -7,6 +7,7 @@ model of few blocks, and holds for all.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from torch import nn
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.described import Described
-from emloc.compression.groups import Group, Plan, make_plan
-from emloc.compression.rank import match_pattern
+from emloc.compression.choice import choose_groups
+from emloc.compression.groups import Plan
 from emloc.config import CompressConfig, TrainConfig
 from emloc.extend.capabilities import kept_dense_of
 from emloc.extend.family import ModelFamily
+from emloc.formats.layer_format import stored_elements, tensor_bytes
 from emloc.planning.blocks import by_block, kind_of
 from emloc.planning.described import describe, with_tensors
 from emloc.planning.family import PlannedFamily
@@ -152,30 +154,50 @@ class Subject:
         """Parameters that are trained whole."""
         return whole_parameters(self.model, config.lora_modules_to_save)
 
+    @cached_property
+    def _kept_dense(self) -> Mapping[str, str]:
+        return kept_dense_of(self.family, self.model)
+
     def emulator(self, config: CompressConfig) -> Plan:
-        """Which layers become factors, as compress decides."""
-        kept = kept_dense_of(self.family, self.model) if config.include else {}
-        wanted = dict.fromkeys(config.include, True)
-        included = [[name] for name in kept if match_pattern(wanted, name)]
-        return make_plan([*self.groups, *included], self.shapes.get, config)
+        """The plan of compress for these options; see `choose_groups`."""
+        itemsize = self.itemsize(config.dtype)
+        return choose_groups(
+            self.checkpoint.name,
+            self.model,
+            self.blocks,
+            self.groups,
+            self._kept_dense,
+            config,
+            self.weight_shape,
+            lambda _: itemsize,
+        )
+
+    def weight_shape(self, layer: str) -> Sequence[int] | None:
+        """d_out × d_in of a layer's weight, d_out × channels × height × width of a convolution's."""
+        if layer not in self.shapes:
+            return None
+        kernel = self.model.get_parameter(f"{layer}.weight").shape[2:]
+        d_out, d_in = self.shapes[layer]
+        return (d_out, d_in // prod(kernel), *kernel)
 
     def emulator_parameters(self, plan: Plan) -> int:
-        """Parameters of the emulator: factors in place of weights."""
-        return self.parameters + sum(saved(group) for group in plan.groups)
+        """Elements of an emulator's tensors."""
+        return self.parameters + sum(
+            stored_elements(group.shape, group.form) - group.shape.numel for group in plan.groups
+        )
 
     def emulator_bytes(self, plan: Plan, dtype: str) -> int:
-        """Of its weights on disk; `auto`: in the base's dtype."""
+        """Bytes of an emulator's weights; `auto`: in the base's dtype."""
         itemsize = self.itemsize(dtype)
-        return self.emulator_parameters(plan) * itemsize
+        saved = sum(
+            group.shape.numel * itemsize - tensor_bytes(group.shape, group.form, itemsize)
+            for group in plan.groups
+        )
+        return self.parameters * itemsize - saved
 
     def itemsize(self, dtype: str) -> int:
         """Bytes of an element; `auto`: as stored."""
         return (self.stored if dtype == "auto" else getattr(torch, dtype)).itemsize
-
-
-def saved(group: Group) -> int:
-    """By how much a group's factors hold more parameters than its weights; less than nothing."""
-    return group.rank * (group.d_in + sum(group.d_out)) - sum(group.d_out) * group.d_in
 
 
 def _likeness(model: nn.Module, block: str) -> Any:

@@ -65,12 +65,11 @@ def planned_step(
     family = subject.planned
     if family is None:
         return None, {}, "not counted: the family does not say how it trains"
-    grouped = [(group.layers, group.rank) for group in groups]
     adapted = subject.adapted(config)
-    layers = planned_layers(subject.model, subject.shapes, grouped, adapted, config)
+    weights = subject.itemsize(config.dtype)
+    layers = planned_layers(subject.model, subject.shapes, groups, adapted, config, weights)
     batch = family.planned_batch(subject.checkpoint, config, config.per_device_train_batch_size)
     on_gpu = config.device.startswith("cuda")
-    weights = subject.itemsize(config.dtype)
     options = StepOptions(
         Precision(weights, lora_itemsize(weights), autocast=on_gpu),
         config.gradient_checkpointing,
@@ -84,7 +83,7 @@ def planned_step(
     def count(blocks: Sequence[int]) -> StepSizes:
         few = family.shallow(subject.checkpoint, blocks) if blocks else subject.checkpoint
         names = {name for name, _ in subject.family.skeleton(few, torch.float32).named_modules()}
-        inside = [(layers, rank) for layers, rank in grouped if names.issuperset(layers)]
+        inside = [group for group in groups if names.issuperset(group.layers)]
         # A shallow model lacks the blocks that were chosen; with a LoRA on all it takes no less.
         chosen = {"lora_layers_to_transform": [], "lora_layers_pattern": []} if blocks else {}
         model = family.trainable(few, inside, config.model_copy(update=chosen))

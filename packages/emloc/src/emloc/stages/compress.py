@@ -1,4 +1,4 @@
-"""Stage 1: stream a model once, and write its low-rank emulator block by block."""
+"""Stage 1: stream a model once, and write its emulator block by block."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,14 +8,14 @@ from emloc.artefacts.digest import batches_digest
 from emloc.artefacts.kinds import BASE, EMULATOR
 from emloc.artefacts.manifest import ModelReference
 from emloc.artefacts.output_place import has_place
+from emloc.compression.choice import choose_streamed
 from emloc.compression.emulator_folder import EmulatorFolder
-from emloc.compression.groups import Plan, make_plan, refuse_idle_patterns
+from emloc.compression.groups import Plan
 from emloc.compression.one_pass import compress_blocks
-from emloc.compression.rank import match_pattern
 from emloc.compression.truncation import allocate_ranks
 from emloc.config import CompressConfig
 from emloc.errors import CheckpointError, ConfigError
-from emloc.extend.capabilities import kept_dense_of, token_count
+from emloc.extend.capabilities import token_count
 from emloc.extend.family import Batch, ModelFamily
 from emloc.extend.plugin_options import of_family, own_options
 from emloc.extend.plugins import named_family, open_model
@@ -72,7 +72,8 @@ def compress(config: CompressConfig) -> Path:
 
     def write(work: Path) -> Written:
         stream = UnitStream(family, base, config.device)
-        plan = _plan(stream, config)
+        plan = choose_streamed(stream, config)
+        _say_dense(plan.kept_dense)
         _say_tokens(family, batches, plan, config)
         folder = EmulatorFolder(stream, plan, config.dtype, work)
         compress_blocks(stream, folder, batches)
@@ -80,37 +81,6 @@ def compress(config: CompressConfig) -> Path:
         return _written(folder, config, batches, errors)
 
     return artefact.write(write, lambda: contract)
-
-
-def _plan(stream: UnitStream, config: CompressConfig) -> Plan:
-    """Ranks of all layers; says which stay dense, and refuses if all do."""
-    kept = dict(kept_dense_of(stream.family, stream.model))
-    included = [[name] for name in _included(stream, kept, config)]
-    groups = [*stream.family.layer_groups(stream.model), *included]
-    plan = make_plan(groups, stream.layer_shape, config)
-    chosen = {name for [name] in included}
-    plan.kept_dense.update({name: why for name, why in kept.items() if name not in chosen})
-    plan.kept_dense.update(_other_weights(stream, plan))
-    reasons = sorted(set(plan.kept_dense.values()))
-    if not plan.groups:
-        why = "; ".join(reasons) or "it has no linear layers in blocks"
-        raise ConfigError(f"No layer of {stream.checkpoint.name} can be compressed: {why}.")
-    _say_dense(plan.kept_dense)
-    return plan
-
-
-def _included(stream: UnitStream, kept: Mapping[str, str], config: CompressConfig) -> Sequence[str]:
-    """Layers that the family keeps dense and the options want compressed."""
-    refuse_idle_patterns(list(kept), config, ("include",))
-    wanted = dict.fromkeys(config.include, True)
-    names = [name for name in kept if match_pattern(wanted, name)]
-    for name in names:
-        if not any(name.startswith(f"{block}.") for block in stream.blocks):
-            raise ConfigError(
-                f"include: {name} lies in no block of {stream.checkpoint.name} ({kept[name]}), so it "
-                f"stays dense; leave it out."
-            )
-    return names
 
 
 def _tokens(family: ModelFamily, batches: Sequence[Batch]) -> int:
@@ -125,7 +95,7 @@ def _say_tokens(
     family: ModelFamily, batches: Sequence[Batch], plan: Plan, config: CompressConfig
 ) -> None:
     """Fewer tokens than a layer has inputs leave directions of which nothing is known."""
-    tokens, widest = _tokens(family, batches), max(group.d_in for group in plan.groups)
+    tokens, widest = _tokens(family, batches), max(group.shape.d_in for group in plan.groups)
     samples, wanted = _samples(batches), config.num_calibration_samples
     if samples < wanted and config.num_calibration_tokens is None:
         console.print(
@@ -133,17 +103,6 @@ def _say_tokens(
         )
     hint = " (few: more samples would describe it better)" if tokens < widest else ""
     console.print(f"compress: {tokens} calibration tokens, layers of up to {widest} inputs{hint}")
-
-
-def _other_weights(stream: UnitStream, plan: Plan) -> dict[str, str]:
-    """Large weights of blocks that belong to no linear layer, such as experts fused in one tensor."""
-    layers = {name for group in plan.groups for name in group.layers} | plan.kept_dense.keys()
-    return {
-        name: "no linear layer"
-        for block in stream.blocks
-        for name, parameter in stream.model.get_submodule(block).named_parameters(prefix=block)
-        if parameter.ndim >= 3 and name.rpartition(".")[0] not in layers
-    }
 
 
 def _say_dense(kept: Mapping[str, str]) -> None:
@@ -174,7 +133,7 @@ def _written(
             "emulator_bytes": sum(info.nbytes for info in written.tensors.values()),
             "calibration_samples": _samples(batches),
             "calibration_tokens": _tokens(family, batches),
-            "widest_input": max(group.d_in for group in folder.plan.groups),
+            "widest_input": max(group.shape.d_in for group in folder.plan.groups),
             "emulator_digest": written.digest(),
             **({"predicted_error": errors} if errors else {}),
         },

@@ -1,6 +1,6 @@
 """Stage 3: fit a LoRA trained on an emulator to the original model, one layer at a time.
 
-Reads a layer's weight from the base's shards and its factors from the emulator's, never a model.
+Reads a layer's weight from the base's shards and its stored form from the emulator's, never a model.
 With `limit="auto"` one streamed pass over the base compares the candidates on calibration samples.
 """
 
@@ -21,6 +21,7 @@ from emloc.artefacts.kinds import ADAPTER, CORRECTED_ADAPTER, EMULATOR
 from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.artefacts.output_place import has_place
 from emloc.artefacts.small_files import copy_file, write_json
+from emloc.compression.groups import dense_shapes, written_groups
 from emloc.config import CorrectConfig
 from emloc.correction.adapter_correction import AdapterCorrection
 from emloc.errors import ConfigError, MismatchError
@@ -83,6 +84,9 @@ def correct(config: CorrectConfig) -> Path:
     skeleton = family.skeleton(base, torch.float32)
     adapted = adapted_weights(adapter, family, skeleton, base)
     names = _weight_names(emulator_manifest, family, skeleton, base)
+    groups = written_groups(
+        emulator_manifest.layers, dense_shapes(emulator_manifest.layers, skeleton)
+    )
     del skeleton
     adapter = adapted.adapter
     contract = correct.contract(config, base, family, adapter)
@@ -112,7 +116,7 @@ def correct(config: CorrectConfig) -> Path:
     )
 
     def write(work: Path) -> Written:
-        correction = AdapterCorrection(config, base, emulator, emulator_manifest, adapted, names)
+        correction = AdapterCorrection(config, base, emulator, groups, adapted, names)
         if config.limit == "auto":
             saved = {name: adapter.read(key) for name, key in adapter.saved.items()}
             stream = UnitStream(family, base, config.device, instead=saved)

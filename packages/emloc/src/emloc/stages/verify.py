@@ -1,6 +1,7 @@
 """Check what a stage wrote: digests, shapes, finiteness, and keys against the base's configuration."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from emloc.artefacts.file_digest import file_sha256
 from emloc.artefacts.kinds import ADAPTER, CORRECTED_ADAPTER, EMULATOR, MERGED_MODEL
 from emloc.artefacts.manifest import MANIFEST_NAME, Manifest
 from emloc.artefacts.named_files import named_file
+from emloc.compression.groups import dense_shapes, written_groups
 from emloc.config import VerifyConfig
 from emloc.errors import CheckpointError, EmlocError, MismatchError, NumericalError
 from emloc.extend.capabilities import native_of
 from emloc.extend.family import ModelFamily
 from emloc.extend.plugins import family_named, family_of, open_model
-from emloc.linalg.convolution import matrix_shape
 from emloc.linalg.finite import is_finite, is_mask
 from emloc.machine.progress import progress_bar
 from emloc.stages.stage import stage
@@ -93,32 +94,37 @@ def _verify_parameters(checkpoint: Checkpoint, family: ModelFamily) -> None:
 
 
 def _verify_emulator(checkpoint: Checkpoint, manifest: Manifest, family: ModelFamily) -> None:
-    expected: dict[str, tuple[int, ...]] = {}
-    for owner, entry in manifest.layers.items():
-        expected[f"{owner}.right"] = (entry["rank"], entry["d_in"])
-        for name, d_out in zip(entry["layers"], entry["d_out"]):
-            expected[f"{name}.left"] = (d_out, entry["rank"])
     model = family.skeleton(checkpoint, torch.float32)
-    factored = {name.rsplit(".", 1)[0] for name in expected}
-    stored = {
-        name.removeprefix(_prefix(checkpoint, expected)): i
-        for name, i in checkpoint.tensors.items()
+    groups = written_groups(manifest.layers, dense_shapes(manifest.layers, model))
+    expected = {
+        f"{tensor.layer}.{tensor.name}": tensor
+        for group in groups
+        for tensor in group.form.format.stored(group.shape, group.form)
     }
-    for name, shape in expected.items():
-        # Factors bear the names of the weights in the checkpoint, which may not be the module's.
+    emulated = {name for group in groups for name in group.layers}
+    prefix = _prefix(checkpoint, expected)
+    stored = {name.removeprefix(prefix): info for name, info in checkpoint.tensors.items()}
+    for name, tensor in expected.items():
+        # They bear the names of the weights in the checkpoint, which may not be the module's.
         renamed = family.stored(model, name, checkpoint)
         info = checkpoint.tensors[renamed.names[0]] if renamed else stored.get(name)
-        found = matrix_shape(info.shape) if info else "missing"
-        if found != shape:
-            raise CheckpointError(f"{name} of {checkpoint.path} should be {shape}, is {found}.")
+        shape = info.shape if info else "missing"
+        if shape != tensor.shape:
+            raise CheckpointError(
+                f"{name} of {checkpoint.path} should be {tensor.shape}, is {shape}."
+            )
+        if info and tensor.dtype not in (None, info.dtype):
+            raise CheckpointError(
+                f"{name} of {checkpoint.path} should be {tensor.dtype}, is {info.dtype}."
+            )
     for name, _ in model.named_parameters():
         layer = name.rpartition(".")[0]
-        dense = layer not in factored or not name.endswith(".weight")
+        dense = layer not in emulated or not name.endswith(".weight")
         if dense and family.stored(model, name, checkpoint) is None:
             raise CheckpointError(f"{checkpoint.path} holds no tensor for {name}.")
 
 
-def _prefix(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> str:
+def _prefix(checkpoint: Checkpoint, expected: Iterable[str]) -> str:
     """What the checkpoint puts before module names, if anything."""
     first = next(iter(expected))
     for name in checkpoint.tensors:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.errors import CheckpointError
 from emloc.extend.family import ModelFamily, StoredParameter
-from emloc.linalg.convolution import as_matrix, matrix_shape
+from emloc.linalg.convolution import as_matrix
 from emloc.linalg.gram import moment_dtype
 
 
@@ -71,13 +71,16 @@ class UnitStream:
             )
         return found
 
-    def layer_shape(self, layer: str) -> tuple[int, int] | None:
-        """`(d_out, d_in)` of a layer's weight as a matrix; None if it is not stored as one tensor."""
+    def layer_shape(self, layer: str) -> tuple[int, ...] | None:
+        """`(d_out, d_in)` of a layer's weight, `(d_out, channels, height, width)` of a convolution's.
+
+        None if it is not stored as one tensor.
+        """
         stored = self.stored(f"{layer}.weight")
         if stored.plain_name is None:
             return None
-        rows, columns = matrix_shape(self.model.get_parameter(f"{layer}.weight").shape)
-        return (columns, rows) if stored.transposed else (rows, columns)
+        shape = tuple(self.model.get_parameter(f"{layer}.weight").shape)
+        return shape[::-1] if stored.transposed else shape
 
     def weight_name(self, layer: str) -> str:
         """The checkpoint's tensor of a layer's weight, which is stored plainly."""

@@ -1,10 +1,11 @@
 """Put a LoRA on a model or an emulator, with any of PEFT's beginnings.
 
 PiSSA (Meng et al. 2024) and OLoRA (Büyükakyüz 2024) begin with a part `s·B₀·A₀` of the weight, which
-they take off it. On an emulator's weight `left·right` that part is `P·left·right` for a projection P
-onto columns, so only the layer's own left factor changes: `left − s·B₀·B₀⁺·left`. What such a LoRA has
-learnt, in terms of the untouched emulator, is `s·(B·A − B₀·A₀)`, a plain LoRA of twice the rank; it is
-saved as that, so that correction compares the base with the emulator and not with the residual.
+they take off it. That part is `P·W` for a projection P onto columns, and an emulator's layer that can
+take it off (`LosesPart`) does: of a product of factors, only the layer's own left one changes,
+`left − s·B₀·B₀⁺·left`. What such a LoRA has learnt, in terms of the untouched emulator, is
+`s·(B·A − B₀·A₀)`, a plain LoRA of twice the rank; it is saved as that, so that correction compares the
+base with the emulator and not with the residual.
 """
 
 import json
@@ -24,7 +25,7 @@ from emloc.config import TrainConfig
 from emloc.errors import ConfigError, DataError
 from emloc.extend.family import Batch
 from emloc.integrations.peft.targets import chosen_targets
-from emloc.layers.low_rank_linear import LowRankLinear
+from emloc.layers.emulated_layer import LosesPart
 
 Start = dict[str, tuple[Tensor, Tensor]]
 """A₀ and B₀ by layer."""
@@ -106,8 +107,8 @@ def _take_off(layer: Any, kind: str) -> tuple[Tensor, Tensor]:
     """Begin with a part of the weight, take it off, and return it as A₀, B₀ (float32)."""
     base, name = layer.get_base_layer(), "default"
     rank, scaling = layer.r[name], layer.scaling[name]
-    low_rank = isinstance(base, LowRankLinear)
-    if not low_rank and type(base) is not nn.Linear:
+    takes_off = base if isinstance(base, nn.Linear) and isinstance(base, LosesPart) else None
+    if takes_off is None and type(base) is not nn.Linear:
         raise ConfigError(f"lora_init={kind} works on linear layers, not on {type(base).__name__}.")
     weight = base.weight.data.float()
     if rank > min(weight.shape):
@@ -124,8 +125,10 @@ def _take_off(layer: Any, kind: str) -> tuple[Tensor, Tensor]:
         columns = torch.linalg.qr(weight[:, :rank])[0]
         up, down = columns, columns.T @ weight
     share = 1.0 if kind == "pissa" else scaling
-    held = base.left if low_rank else base.weight
-    held.data -= (share * columns @ (columns.T @ held.data.float())).to(held.dtype)
+    if takes_off is not None:
+        takes_off.take_off(columns, share)
+    else:
+        base.weight.data -= (share * columns @ (columns.T @ weight)).to(base.weight.dtype)
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     a.data.copy_(down)
     b.data.copy_(up)

@@ -7,8 +7,8 @@ from peft import get_peft_model
 from torch import nn
 
 from emloc.config import TrainConfig
+from emloc.integrations.peft.fused_lora import fuse_lora
 from emloc.integrations.peft.lora import lora_config
-from emloc.integrations.peft.low_rank_lora import fuse_lora
 
 
 def with_planned_lora(

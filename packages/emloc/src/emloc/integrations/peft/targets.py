@@ -3,13 +3,14 @@
 from collections.abc import Callable, Container, Sequence
 from typing import Any
 
+from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from emloc.config import LoraOptions, nearest
 from emloc.errors import ConfigError
 from emloc.integrations.peft.blocks import in_chosen_blocks
 from emloc.integrations.transformers.skeleton import is_linear
-from emloc.layers.low_rank_linear import LowRankLinear
+from emloc.layers.emulated_layer import EmulatedLayer
 from emloc.machine.progress import console
 
 READ_NOT_CALLED = {
@@ -30,7 +31,7 @@ def linear_layers(model: Any, excluded: Container[str] = ()) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if (is_linear(module) or isinstance(module, LowRankLinear) or _in_few_bits(module))
+        if (is_linear(module) or _is_emulated(module) or _in_few_bits(module))
         and module is not head
         and name.rpartition(".")[2] not in refused
         and name not in excluded
@@ -39,6 +40,10 @@ def linear_layers(model: Any, excluded: Container[str] = ()) -> list[str]:
 
 IN_FEW_BITS = ("Linear4bit", "Linear8bitLt")
 """bitsandbytes' linear layers, which need not be installed."""
+
+
+def _is_emulated(module: Any) -> bool:
+    return isinstance(module, EmulatedLayer) and isinstance(module, nn.Linear)
 
 
 def _in_few_bits(module: Any) -> bool:

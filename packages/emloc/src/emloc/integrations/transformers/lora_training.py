@@ -16,8 +16,8 @@ from transformers.trainer_callback import PrinterCallback
 from emloc.config import TrainConfig
 from emloc.errors import CheckpointError, ConfigError, NumericalError
 from emloc.extend.family import Batch
+from emloc.integrations.peft.fused_lora import fuse_lora
 from emloc.integrations.peft.lora import new_lora, save_as_plain_lora
-from emloc.integrations.peft.low_rank_lora import fuse_lora
 from emloc.integrations.peft.parts import Part, with_parts
 from emloc.integrations.transformers.optimizers import (
     set_optimizer,

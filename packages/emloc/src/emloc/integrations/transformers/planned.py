@@ -40,12 +40,12 @@ def _endings(name: str) -> list[str]:
 def emulator_skeleton(
     checkpoint: Checkpoint, auto_class: Any, groups: Groups, dtype: str
 ) -> nn.Module:
-    """The model on the meta device with factors for `groups`."""
+    """The model on the meta device with `groups` emulated."""
     from emloc.integrations.transformers.quantizer import replace_layers
 
     kind = weight_dtype(checkpoint, 0) if dtype == "auto" else getattr(torch, dtype)
     model = empty_model(checkpoint, auto_class, kind)
-    replace_layers(model, [{"layers": list(names), "rank": rank} for names, rank in groups])
+    replace_layers(model, [group.as_json() for group in groups])
     return model.requires_grad_(False)
 
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import emloc
-from emloc.integrations.peft.low_rank_lora import LowRankLora, fuse_lora
+from emloc.integrations.peft.fused_lora import FusedLora, fuse_lora
 from emloc.integrations.transformers import lora_training
 from emloc.layers.low_rank_linear import LowRankLinear
 
@@ -221,7 +221,7 @@ def test_training_uses_it(tiny, tmp_path, monkeypatch):
 
     def spy(model):
         count = fuse_lora(model)
-        fused.append((count, sum(isinstance(m, LowRankLora) for m in model.modules())))
+        fused.append((count, sum(isinstance(m, FusedLora) for m in model.modules())))
         return count
 
     monkeypatch.setattr(lora_training, "fuse_lora", spy)

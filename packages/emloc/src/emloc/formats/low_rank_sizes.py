@@ -1,18 +1,22 @@
 """How many directions each layer keeps.
 
-`keep_ratio` is the share of a weight's parameters that its two factors may hold:
+`keep_ratio` is the share of a weight's bytes that its two factors may hold:
 `rank · (d_out + d_in) ≤ keep_ratio · d_out · d_in`, at least one. Layers that read the same input
-are stacked, so for them d_out is the sum. Patterns are regular expressions that must match from a
-dot or the beginning to the end of a layer's name, as PEFT matches its rank_pattern.
+are stacked, so for them d_out is the sum.
 """
 
-import re
 from collections.abc import Mapping
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-from emloc.errors import ConfigError
+from emloc.options.patterns import match_pattern
 
-T = TypeVar("T")
+LEAST = 0.25
+"""A layer keeps this share of its uniform rank: its sensitivity was measured at that rank, on a few
+samples, and says little about losing all (an expert may have met no token at all)."""
+
+MOST = 3.0
+"""A layer gets so many times its uniform rank: the pass computes factors of that rank, and at small
+ratios the rank at which factors are as large as the weight is far beyond what any layer was given."""
 
 
 class Decision(NamedTuple):
@@ -37,18 +41,10 @@ def largest_smaller_rank(d_out: int, d_in: int) -> int:
     return (d_out * d_in - 1) // (d_out + d_in)
 
 
-def match_pattern(patterns: Mapping[str, T], name: str) -> T | None:
-    """The value of the first pattern that matches the end of `name`, or None."""
-    for pattern, value in patterns.items():
-        try:
-            matched = re.match(rf"(.*\.)?({pattern})$", name)
-        except re.error as problem:
-            raise ConfigError(
-                f"Pattern {pattern!r} is not a regular expression: {problem}."
-            ) from problem
-        if matched:
-            return value
-    return None
+def rank_range(uniform: int, d_out: int, d_in: int) -> tuple[int, int]:
+    """Least and largest rank that a layer of uniform rank `uniform` may be given."""
+    least = max(1, int(LEAST * uniform))
+    return least, max(uniform, min(int(MOST * uniform), largest_smaller_rank(d_out, d_in)))
 
 
 def decide(

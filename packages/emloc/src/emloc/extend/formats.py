@@ -1,0 +1,58 @@
+"""Formats by name: core's own and those that plugins register."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from emloc.config import nearest
+from emloc.errors import PluginError
+from emloc.extend.plugins import load_plugins
+from emloc.formats.layer_format import CORE_FORMATS, Form, LayerFormat
+from emloc.options.compress import DEFAULT_FORMAT
+
+ABOUT_A_GROUP = ("format", "layers")
+"""Keys of a group's entry in a config that are no sizes."""
+
+
+def format_named(name: str) -> LayerFormat:
+    """The format of that name, imported.
+
+    Raises:
+        PluginError: neither core nor an installed plugin has it.
+    """
+    for entry in CORE_FORMATS:  # before plugins are looked for
+        if entry.name == name:
+            return entry.load()
+    known = load_plugins().formats
+    if name not in known:
+        raise PluginError(
+            f"No installed plugin offers the format {name!r} (installed: {', '.join(known)})."
+            f"{nearest(name, list(known))}"
+        )
+    return known[name].load()
+
+
+class Forms:
+    """Forms from entries of configs and manifests; each format is looked up once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, LayerFormat] = {}
+
+    def of_config(self, entry: Mapping[str, Any]) -> Form:
+        """The form of a group in `quantization_config`.
+
+        Raises:
+            PluginError: the format is not installed.
+        """
+        sizes = {key: value for key, value in entry.items() if key not in ABOUT_A_GROUP}
+        return Form(self._named(str(entry.get("format", DEFAULT_FORMAT))), sizes)
+
+    def of_manifest(self, entry: Mapping[str, Any]) -> Form:
+        """The form of a group in a manifest, whose sizes lie among other figures; see `of_config`."""
+        name = str(entry.get("format", DEFAULT_FORMAT))
+        format = self._named(name)
+        return Form(format, {key: entry[key] for key in format.size_names})
+
+    def _named(self, name: str) -> LayerFormat:
+        if name not in self._known:
+            self._known[name] = format_named(name)
+        return self._known[name]
