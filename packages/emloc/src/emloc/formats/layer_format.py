@@ -202,7 +202,8 @@ class LayerFormat(Protocol):
     def modules(self, layers: Sequence[DenseLayer], form: Form) -> Sequence[nn.Module]:
         """Empty trainable modules for a group, each an `EmulatedLayer` and of the dense module's kind.
 
-        Tensors of `stored` are their frozen parameters or buffers.
+        Tensors of `stored` are their frozen parameters or buffers. Nothing that a module makes of them is
+        kept for the backward (`emloc.layers.remade_weight`).
 
         Raises:
             MismatchError, ConfigError: the format knows no such group of layers.

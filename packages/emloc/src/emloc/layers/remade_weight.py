@@ -1,0 +1,38 @@
+"""A linear layer whose weight is made of stored tensors each time that it is needed.
+
+Composed of single operations, autograd would keep the weight that was made from the forward to the backward,
+and so at one time the dense weights of all layers. Here the backward makes it once more.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Make = Callable[..., Tensor]
+"""Makes a weight, d_out × d_in, of stored tensors."""
+
+
+def remade_linear(x: Tensor, make: Make, bias: Tensor | None, *stored: Tensor) -> Tensor:
+    """`x @ make(*stored)ᵀ + bias`, (..., d_in) to (..., d_out); bias and stored tensors are frozen."""
+    return cast(Tensor, _RemadeLinear.apply(x, make, bias, *stored))
+
+
+class _RemadeLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, make: Make, bias: Tensor | None, *stored: Tensor) -> Tensor:
+        ctx.save_for_backward(*stored)
+        ctx.make, ctx.dtype = make, x.dtype
+        return torch.nn.functional.linear(x, make(*stored), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        stored, of_x = ctx.saved_tensors, None
+        if ctx.needs_input_grad[0]:
+            # Under autocast the output is of another dtype than the weight.
+            weight = ctx.make(*stored).to(gradients[0].dtype)
+            of_x = (gradients[0] @ weight).to(ctx.dtype)
+        return of_x, None, None, *(None for _ in stored)
