@@ -268,6 +268,7 @@ def test_what_a_module_makes_while_it_runs_is_planned(installed, tmp_path):
         planned = family.step_sizes(model, layers, batch, StepOptions(Precision(4)))
         model_of_training = family.trainable(checkpoint, groups, config)
         traced = trace_step(model_of_training, batch, traced_loss(family), autocast=False)
+        print(emulated, planned.phases, traced.phases)
         totals.append((planned.phases["backward"].total, traced.phases["backward"].total))
     (dense, dense_traced), (rounded, rounded_traced) = totals
     widest = 256 * 700 * 4
