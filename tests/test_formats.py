@@ -261,20 +261,19 @@ def test_what_a_module_makes_while_it_runs_is_planned(installed, tmp_path):
     shapes = layer_shapes(model)
     totals = []
     for emulated in (False, True):
-        found = [group_shape(names, shapes.__getitem__) for names in family.layer_groups(model)]
-        groups = [Group(shape, Form(ROUNDED)) for shape in found] if emulated else []
+        shaped = [group_shape(names, shapes.__getitem__) for names in family.layer_groups(model)]
+        groups = [Group(shape, Form(ROUNDED)) for shape in shaped] if emulated else []
         adapted = family.adapted_layers(model, config)
         layers = planned_layers(model, shapes, groups, adapted, config, 4)
         planned = family.step_sizes(model, layers, batch, StepOptions(Precision(4)))
         model_of_training = family.trainable(checkpoint, groups, config)
         traced = trace_step(model_of_training, batch, traced_loss(family), autocast=False)
-        print(emulated, planned.phases, traced.phases)
         totals.append((planned.phases["backward"].total, traced.phases["backward"].total))
     (dense, dense_traced), (rounded, rounded_traced) = totals
     widest = 256 * 700 * 4
     assert rounded - dense == pytest.approx(widest, rel=0.3)
-    # The trace also has one at another moment than the largest.
-    assert 0 < rounded_traced - dense_traced <= widest * 1.3
+    # The largest moment of the trace may be another, at which no layer runs.
+    assert 0 <= rounded_traced - dense_traced <= widest * 1.3
 
 
 def test_an_emulator_without_a_tensor_is_refused(llm, tmp_path):
