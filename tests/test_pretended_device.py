@@ -1,11 +1,20 @@
 """Stages on a pretended CUDA device: they never mix devices, and give what they give on the CPU."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
 
 import emloc
+from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
+from emloc.config import CompressConfig
+from emloc.extend.plugin_options import with_plugin_options
+from emloc.streaming.block_gradients import backward_by_block
+from emloc.streaming.stream import UnitStream
 from emloc.testing import pretend_device
 
 
@@ -79,3 +88,75 @@ def test_an_adapter_is_trained(stages, data, card, tmp_path):
     )  # fmt: skip
     assert (adapter / "emloc.json").is_file()
     assert card.peak_bytes > 0
+
+
+def on_both(run):
+    """The results of `run(device)` on the CPU and on the pretended device."""
+    with pretend_device():
+        there = run("cuda")
+    return run("cpu"), there
+
+
+def close(some, others):
+    """Equal by name but for the order of sums: autograd multiplies in another one by device."""
+    assert some.keys() == others.keys() != set()
+    largest = max(float(tensor.abs().max()) for tensor in some.values())
+    for name, tensor in some.items():
+        torch.testing.assert_close(tensor, others[name], rtol=1e-4, atol=1e-5 * largest, msg=name)
+
+
+def few_batches(family, example):
+    checkpoint = Checkpoint.open(example["model_name_or_path"])
+    options = with_plugin_options(CompressConfig)(
+        output_dir="unused", num_calibration_samples=6, calibration_batch_size=2, **example
+    )
+    return checkpoint, family.calibration_batches(checkpoint, options)
+
+
+def test_gradients_are_found_block_by_block(family, example):
+    checkpoint, batches = few_batches(family, example)
+
+    def gradients(device):
+        stream, found = UnitStream(family, checkpoint, device), {}
+
+        @contextmanager
+        def visit(block, module):
+            module.requires_grad_(True)
+            yield
+            for name, parameter in module.named_parameters():
+                if parameter.grad is not None:
+                    assert parameter.grad.device.type == device
+                    found[f"{block}.{name}"] = parameter.grad.cpu()
+
+        return backward_by_block(stream, batches, visit), found
+
+    (loss, here), (same, there) = on_both(gradients)
+    assert loss == pytest.approx(same, rel=1e-6)
+    close(here, there)
+
+
+def test_one_bare_step(family, example, stages):
+    """Forward, loss, backward and optimiser of a LoRA on every low-rank layer, without a trainer."""
+    _, batches = few_batches(family, example)
+    emulator = Checkpoint.open(str(stages["emulator"]))
+    layers = list(Adapter.open(str(stages["adapter"])).layers)
+
+    def step(device):
+        model = family.load(emulator, "float32", device)
+        names = [name for name, _ in model.named_modules()]
+        targets = [n for n in names if any(layer.name.endswith(n) for layer in layers if n)]
+        torch.manual_seed(0)
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=targets), model)
+        trained = {n: p for n, p in model.named_parameters() if "lora_" in n}
+        assert {p.device.type for p in model.parameters()} == {device}
+        optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+        for batch in batches[:2]:
+            total, terms = family.loss(model, {k: v.to(device) for k, v in batch.items()})
+            (total / terms).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return {name: parameter.detach().cpu() for name, parameter in trained.items()}
+
+    here, there = on_both(step)
+    close(here, there)
+    assert all(weight.abs().sum() > 0 for weight in there.values())
