@@ -1,4 +1,4 @@
-"""Print which folders of the packages import which, and every circle of modules, from the source alone.
+"""Print which folders and modules of the packages import which, and every circle, from the source alone.
 
     python tools/import_graph.py [PACKAGES_FOLDER]
 
@@ -92,21 +92,19 @@ def circles(arrows: Graph, kinds: Sequence[str]) -> list[list[str]]:
     return sorted(components)
 
 
-def folder_of(name: str, named: Mapping[str, Path]) -> str:
-    """The second level of a package's tree: `emloc.stages`, `emloc_llm.demo`, or the package itself."""
-    parts = name.split(".")
-    package = len(parts) > 2 or (len(parts) == 2 and named[name].name == "__init__.py")
-    return ".".join(parts[:2]) if package else parts[0]
+def folder_of(name: str) -> str:
+    """The second level of a package's tree: a folder or a module, or the package itself."""
+    return ".".join(name.split(".")[:2])
 
 
-def by_folder(arrows: Graph, named: Mapping[str, Path]) -> Graph:
+def by_folder(arrows: Graph) -> Graph:
     """The same graph among folders; how counts as its strongest arrow."""
     folders: Graph = {}
     for name, targets in arrows.items():
-        own = folders.setdefault(folder_of(name, named), {})
+        own = folders.setdefault(folder_of(name), {})
         for target, kind in targets.items():
-            other = folder_of(target, named)
-            if other != folder_of(name, named):
+            other = folder_of(target)
+            if other != folder_of(name):
                 own[other] = min(own.get(other, kind), kind, key=KINDS.index)
     return folders
 
@@ -116,18 +114,19 @@ def main() -> None:
     packages = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "packages"
     named = modules(packages)
     arrows = graph(named)
-    folders = by_folder(arrows, named)
+    folders = by_folder(arrows)
     for folder, targets in sorted(folders.items()):
-        count = sum(folder_of(name, named) == folder for name in named)
+        count = sum(folder_of(name) == folder for name in named)
         print(f"{folder} ({count} modules)")
         for kind in KINDS:
             there = sorted(target for target, how in targets.items() if how == kind)
             if there:
                 print(f"    {kind}: {', '.join(there)}")
     total = sum(map(len, arrows.values()))
-    print(f"\n{len(folders)} folders, {sum(map(len, folders.values()))} arrows between them")
+    between = sum(map(len, folders.values()))
+    print(f"\n{len(folders)} folders and modules beside them, {between} arrows between them")
     print(f"{len(named)} modules, {total} arrows between them")
-    for level, what in ((folders, "folders"), (arrows, "modules")):
+    for level, what in ((folders, "folders and modules beside them"), (arrows, "modules")):
         for kinds in (KINDS[:1], KINDS[:2], KINDS):
             rings = circles(level, kinds)
             print(f"\ncircles of {what} by imports {' or '.join(kinds)}: {len(rings)}")
