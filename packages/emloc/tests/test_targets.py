@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-from emloc.extend.targets import imported
+from emloc.machine.targets import imported
 
 MODULE = """
 import gc

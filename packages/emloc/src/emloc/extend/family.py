@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import CalibrationOptions, TrainConfig
-from emloc.extend.targets import imported
 from emloc.linalg.convolution import as_matrix
+from emloc.machine.targets import imported
 
 Batch = Mapping[str, Tensor]
 """One micro-batch, as the family's forward takes it."""

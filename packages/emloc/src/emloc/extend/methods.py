@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 from emloc.config import StageConfig
-from emloc.extend.targets import imported
+from emloc.machine.targets import imported
 
 Options = Mapping[str, Any]
 """Keywords of a stage."""

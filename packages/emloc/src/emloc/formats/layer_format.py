@@ -20,9 +20,9 @@ from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from emloc.extend.targets import imported
 from emloc.linalg.gram import Moments, Side
 from emloc.linalg.operator import Operator
+from emloc.machine.targets import imported
 from emloc.options.compress import DEFAULT_FORMAT, CompressConfig
 from emloc.options.patterns import match_pattern
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import emloc.stages
 from emloc.errors import PluginError
 from emloc.extend.plugins import Plugins, load_plugins
-from emloc.extend.targets import imported
+from emloc.machine.targets import imported
 from emloc.stages.stage import Stage
 
 AnyStage = Stage[Any, Any]
