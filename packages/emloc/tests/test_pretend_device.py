@@ -81,6 +81,9 @@ def test_scalars_and_indices_of_the_host_are_allowed(card):
     assert (x * torch.tensor(2.0)).tolist() == [[0, 2, 4], [6, 8, 10]]
     assert (x + 1).device == CUDA
     assert x[torch.tensor([1])].tolist() == [[3, 4, 5]]
+    assert x[..., [0, 2]].tolist() == [[0, 2], [3, 5]]
+    x[[1]] = 7
+    assert x[1].tolist() == [7, 7, 7]
     assert card.to_device.count == 0
 
 

@@ -63,6 +63,21 @@ def _cuda(tensor: Tensor, device: Any = None, non_blocking: bool = False, **kwar
     return Tensor.to(tensor, device=DEVICE, non_blocking=non_blocking, **kwargs)
 
 
+def _index(index: Any) -> Any:
+    """Lists as tensors of the host, since C++ would fill a tensor of the device with them."""
+    if isinstance(index, tuple):
+        return tuple(map(_index, index))
+    return torch.tensor(index) if isinstance(index, list) else index
+
+
+def _getitem(tensor: Tensor, index: Any) -> Tensor:
+    return Tensor.__getitem__(tensor, _index(index))
+
+
+def _setitem(tensor: Tensor, index: Any, value: Any) -> None:
+    Tensor.__setitem__(tensor, _index(index), value)
+
+
 def _set_data(tensor: Tensor, value: Tensor) -> None:
     """`tensor.data = value`, which may take a tensor to the other device."""
     here, there = isinstance(tensor, DeviceTensor), isinstance(value, DeviceTensor)
@@ -111,6 +126,8 @@ _MAKING = {torch.tensor, torch.as_tensor, torch.asarray}
 _CALLS: dict[Any, Callable[..., Any]] = {
     Tensor.to: _to,
     Tensor.cuda: _cuda,
+    Tensor.__getitem__: _getitem,
+    Tensor.__setitem__: _setitem,
     Tensor.data.__set__: _set_data,  # pyright: ignore
     torch.nn.functional.scaled_dot_product_attention: _attention,
 }

@@ -10,6 +10,8 @@ that would fail on CUDA for its tensors' devices fails with CUDA's error: two de
 tensor of the device, `pin_memory()` of one. Transfers with their bytes, values read and the bytes that live
 on the device are counted (`Traffic`). Results are the CPU's, bit for bit.
 
+Libraries look for CUDA when they are imported, so import them before, as a program without a GPU would.
+
 It does not see kernels (what CUDA has not implemented, other numerics, dtypes that it refuses), streams and
 races, the allocator (rounding, fragmentation, workspaces), or what happens without torch.
 """
