@@ -15,8 +15,8 @@ from emloc.config import CompressConfig
 from emloc.extend.capabilities import adapter_formats_of, token_mask_of
 from emloc.extend.family import ModelFamily
 from emloc.extend.losses import loss_sum
+from emloc.extend.opening import family_of
 from emloc.extend.plugin_options import with_plugin_options
-from emloc.extend.plugins import family_of
 from emloc.planning.family import PlannedFamily
 from emloc.streaming.lockstep import Call, lockstep
 from emloc.streaming.stream import UnitStream

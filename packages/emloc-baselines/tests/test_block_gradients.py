@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from emloc.config import CompressConfig
 from emloc.errors import ConfigError, NumericalError
-from emloc.extend.plugins import open_model
+from emloc.extend.opening import open_model
 from emloc.streaming.block_gradients import backward_by_block
 from emloc.streaming.stream import UnitStream
 from emloc_llm.example import write_model

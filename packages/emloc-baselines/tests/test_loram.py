@@ -15,7 +15,7 @@ from emloc.artefacts.manifest import Manifest
 from emloc.config import CompressConfig
 from emloc.errors import ConfigError, MismatchError
 from emloc.extend.methods import Task
-from emloc.extend.plugins import open_model
+from emloc.extend.opening import open_model
 from emloc.streaming.block_gradients import backward_by_block
 from emloc.streaming.stream import UnitStream
 from emloc_baselines.budget import emulator_bytes, held_bytes

@@ -16,7 +16,7 @@ from emloc.artefacts.manifest import Manifest
 from emloc.config import CompressConfig
 from emloc.errors import ConfigError
 from emloc.extend.methods import Task
-from emloc.extend.plugins import open_model
+from emloc.extend.opening import open_model
 from emloc.streaming.stream import UnitStream
 from emloc_baselines.light import Source
 from emloc_baselines.lora import Lora

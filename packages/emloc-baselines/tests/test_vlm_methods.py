@@ -11,8 +11,9 @@ import emloc
 from emloc.artefacts.manifest import Manifest
 from emloc.config import CompressConfig
 from emloc.extend.methods import Task
+from emloc.extend.opening import open_model
 from emloc.extend.plugin_options import with_plugin_options
-from emloc.extend.plugins import method_named, open_model
+from emloc.extend.plugins import method_named
 from emloc.streaming.block_gradients import backward_by_block
 from emloc.streaming.stream import UnitStream
 from emloc_vlm.example import write_model, write_rows

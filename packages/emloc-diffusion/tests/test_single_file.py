@@ -14,7 +14,8 @@ import emloc
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
 from emloc.errors import CheckpointError
-from emloc.extend.plugins import load_plugins, open_model
+from emloc.extend.opening import open_model
+from emloc.extend.plugins import load_plugins
 from emloc_diffusion.example import write_pictures
 from emloc_diffusion.example_pipelines import RESOLUTION, write_pipeline
 

@@ -15,8 +15,8 @@ from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.config import CompressConfig, build
 from emloc.errors import PluginError
 from emloc.extend.family import FamilyEntry
+from emloc.extend.opening import named_family, open_model
 from emloc.extend.plugin_options import own_options
-from emloc.extend.plugins import named_family, open_model
 
 
 class Toy:

@@ -23,8 +23,9 @@ from emloc.config import CompressConfig, StageConfig, build
 from emloc.errors import CheckpointError, ConfigError
 from emloc.extend.family import Batch
 from emloc.extend.methods import Task
+from emloc.extend.opening import named_family, open_model
 from emloc.extend.plugin_options import of_family, own_options, with_plugin_options
-from emloc.extend.plugins import families_for, method_named, named_family, open_model
+from emloc.extend.plugins import families_for, method_named
 from emloc.machine.progress import progress_bar
 from emloc.stages.frame import Artefact, Written, digests
 from emloc.training.continued import NOTES_NAME, Origin

@@ -21,7 +21,7 @@ from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import write_json
 from emloc.errors import MismatchError
 from emloc.extend.capabilities import exported
-from emloc.extend.plugins import open_model
+from emloc.extend.opening import open_model
 from emloc.stages.frame import Artefact, Written, digests
 
 

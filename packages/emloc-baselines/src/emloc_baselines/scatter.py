@@ -14,7 +14,7 @@ from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_tensors import LoraLayer
 from emloc.artefacts.manifest import Manifest
 from emloc.errors import MismatchError
-from emloc.extend.plugins import open_model
+from emloc.extend.opening import open_model
 from emloc_baselines.kept import Kept, Slice, all_slices
 from emloc_baselines.recovery import Recovered, recover_adapter
 from emloc_baselines.structures import find_structures

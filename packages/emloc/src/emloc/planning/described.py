@@ -18,7 +18,7 @@ from emloc.artefacts.tensor_info import TensorInfo
 from emloc.errors import CheckpointError, PluginError
 from emloc.extend.capabilities import native_of
 from emloc.extend.family import ModelFamily
-from emloc.extend.plugins import family_of
+from emloc.extend.opening import family_of
 
 LARGE_PARAMETERS = 1_000_000_000
 """From this size on, a config without a dtype (those of diffusers) is taken to be of bfloat16 weights."""

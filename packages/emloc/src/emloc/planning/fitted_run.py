@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from emloc.config import build
-from emloc.extend.plugins import open_model
+from emloc.extend.opening import open_model
 from emloc.machine.progress import console
 from emloc.planning.contract import plan_options, require_fit
 from emloc.planning.fitting import NEEDED, changed_for, fit

@@ -17,8 +17,8 @@ from emloc.config import CompressConfig
 from emloc.errors import CheckpointError, ConfigError
 from emloc.extend.capabilities import token_count
 from emloc.extend.family import Batch, ModelFamily
+from emloc.extend.opening import named_family, open_model
 from emloc.extend.plugin_options import of_family, own_options
-from emloc.extend.plugins import named_family, open_model
 from emloc.machine.progress import console
 from emloc.planning.contract import compress_contract
 from emloc.stages.frame import Artefact, Written

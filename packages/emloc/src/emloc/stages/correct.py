@@ -27,8 +27,8 @@ from emloc.correction.adapter_correction import AdapterCorrection
 from emloc.errors import ConfigError, MismatchError
 from emloc.extend.capabilities import exported
 from emloc.extend.family import Batch, ModelFamily
+from emloc.extend.opening import named_family, open_model
 from emloc.extend.plugin_options import of_family, own_options
-from emloc.extend.plugins import named_family, open_model
 from emloc.stages.frame import Artefact, Written, digests
 from emloc.stages.stage import stage
 from emloc.streaming.stream import UnitStream

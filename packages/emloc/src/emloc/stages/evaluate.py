@@ -19,8 +19,8 @@ from emloc.config import EvaluateConfig
 from emloc.errors import CheckpointError, ConfigError, OutputError
 from emloc.extend.capabilities import evaluated
 from emloc.extend.family import ModelFamily
+from emloc.extend.opening import named_family, of_folder, open_model
 from emloc.extend.plugin_options import of_family, own_options
-from emloc.extend.plugins import named_family, of_folder, open_model
 from emloc.machine.progress import console
 from emloc.stages.data_digest import data_digest
 from emloc.stages.stage import stage

@@ -19,7 +19,7 @@ from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import copy_file, write_json
 from emloc.config import MergeConfig
 from emloc.errors import MismatchError
-from emloc.extend.plugins import named_family, open_model
+from emloc.extend.opening import named_family, open_model
 from emloc.machine.progress import progress_bar
 from emloc.stages.frame import Artefact, Written
 from emloc.stages.stage import stage

@@ -23,8 +23,8 @@ from typing import Any, cast
 from emloc.artefacts.output_place import require_folder
 from emloc.config import nearest
 from emloc.errors import ConfigError
+from emloc.extend.opening import open_model
 from emloc.extend.plugin_options import of_family
-from emloc.extend.plugins import open_model
 from emloc.machine.progress import console
 from emloc.options.overrides import Overrides, read_overrides
 from emloc.options.text import from_file

@@ -20,8 +20,8 @@ from emloc.config import TrainConfig
 from emloc.errors import CheckpointError, ConfigError, NumericalError
 from emloc.extend.capabilities import exported
 from emloc.extend.family import ModelFamily
+from emloc.extend.opening import named_family, of_folder, open_model
 from emloc.extend.plugin_options import of_family, own_options
-from emloc.extend.plugins import named_family, of_folder, open_model
 from emloc.stages.data_digest import data_digest
 from emloc.stages.frame import Artefact, Written, digests
 from emloc.stages.stage import stage

@@ -22,7 +22,8 @@ from emloc.config import VerifyConfig
 from emloc.errors import CheckpointError, EmlocError, MismatchError, NumericalError
 from emloc.extend.capabilities import native_of
 from emloc.extend.family import ModelFamily
-from emloc.extend.plugins import family_named, family_of, open_model
+from emloc.extend.opening import family_of, open_model
+from emloc.extend.plugins import family_named
 from emloc.linalg.finite import is_finite, is_mask
 from emloc.machine.progress import progress_bar
 from emloc.stages.stage import stage
