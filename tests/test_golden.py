@@ -35,7 +35,7 @@ def measure_llm(root: Path) -> dict:
     checkpoint = Checkpoint.open(base)
     family = load_plugins().families["llm"].load()
     stream = UnitStream(family, checkpoint)
-    config = CorrectConfig(adapter="a", emulator="e", output_dir="o", **data)
+    config = with_plugin_options(CorrectConfig)(adapter="a", emulator="e", output_dir="o", **data)
     batches = family.calibration_batches(checkpoint, config)
     draw = torch.Generator().manual_seed(7)
     down = torch.randn(3, 48, generator=draw, dtype=torch.float64)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from emloc.config import CompressConfig
 from emloc.errors import ConfigError, NumericalError
 from emloc.extend.opening import open_model
+from emloc.extend.plugin_options import with_plugin_options
 from emloc.streaming.block_gradients import backward_by_block
 from emloc.streaming.stream import UnitStream
 from emloc_llm.example import write_model
@@ -17,7 +18,7 @@ from emloc_llm.example import write_model
 
 def stream_of(base, data):
     checkpoint, family = open_model(str(base))
-    options = CompressConfig(
+    options = with_plugin_options(CompressConfig)(
         model_name_or_path=str(base), output_dir="x", dataset=str(data), max_length=96,
         num_calibration_samples=6, calibration_batch_size=3,
     )  # fmt: skip

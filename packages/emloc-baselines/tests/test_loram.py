@@ -16,6 +16,7 @@ from emloc.config import CompressConfig
 from emloc.errors import ConfigError, MismatchError
 from emloc.extend.methods import Task
 from emloc.extend.opening import open_model
+from emloc.extend.plugin_options import with_plugin_options
 from emloc.streaming.block_gradients import backward_by_block
 from emloc.streaming.stream import UnitStream
 from emloc_baselines.budget import emulator_bytes, held_bytes
@@ -53,7 +54,7 @@ def task_of(base, data, keep_ratio=0.75, seed=0, options=OWN, **train):
 
 def source_of(task):
     base, family = open_model(task.model_name_or_path)
-    config = CompressConfig(
+    config = with_plugin_options(CompressConfig)(
         model_name_or_path=task.model_name_or_path, output_dir="unused",
         keep_ratio=task.keep_ratio, seed=task.seed, **task.compress,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from emloc.config import CompressConfig
 from emloc.errors import ConfigError
 from emloc.extend.methods import Task
 from emloc.extend.opening import open_model
+from emloc.extend.plugin_options import with_plugin_options
 from emloc.streaming.stream import UnitStream
 from emloc_baselines.light import Source
 from emloc_baselines.lora import Lora
@@ -45,7 +46,7 @@ def task_of(base, data, keep_ratio=0.6, **train):
 
 def source_of(task):
     base, family = open_model(task.model_name_or_path)
-    config = CompressConfig(
+    config = with_plugin_options(CompressConfig)(
         model_name_or_path=task.model_name_or_path, output_dir="unused",
         keep_ratio=task.keep_ratio, seed=task.seed, **task.compress,
     )  # fmt: skip

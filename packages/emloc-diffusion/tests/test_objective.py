@@ -92,6 +92,15 @@ def test_options_that_mean_nothing_for_pictures_are_refused(tiny, tmp_path, opti
             emloc.evaluate(model_name_or_path=str(tiny.base), **common)
 
 
+def test_options_of_text_are_refused_as_those_of_other_families(tiny, tmp_path):
+    common = {"instance_data_dir": str(tiny.pictures), "instance_prompt": "a sks square"}
+    expected = "packing is an option of the family llm and vlm, and the model is of diffusion"
+    with pytest.raises(ConfigError, match=expected):
+        emloc.train(
+            model_name_or_path=str(tiny.base), output_dir=tmp_path / "a", packing=True, **common
+        )
+
+
 def test_a_weight_of_pictures_that_are_not_there_is_refused(tiny, tmp_path):
     with pytest.raises(ConfigError, match="prior_loss_weight is set without class_data_dir"):
         emloc.train(model_name_or_path=str(tiny.base), output_dir=tmp_path / "a", prior_loss_weight=2.0,

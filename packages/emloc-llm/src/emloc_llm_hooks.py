@@ -10,6 +10,7 @@ from typing import Any
 import emloc
 from emloc.extend.capabilities import TEXT_DECODER, TRANSFORMERS_MODEL
 from emloc.extend.family import FamilyEntry
+from emloc.integrations.transformers.text_options import TEXT_OPTIONS
 
 _ENDINGS = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "BertGenerationDecoder")
 
@@ -28,6 +29,7 @@ def emloc_register_families() -> Sequence[FamilyEntry]:
             summary="causal language models of transformers (AutoModelForCausalLM)",
             target="emloc_llm.family:LLMFamily",
             recognises=is_causal_lm,
+            options=TEXT_OPTIONS,
             offers=(TRANSFORMERS_MODEL, TEXT_DECODER),
         )
     ]

@@ -6,6 +6,7 @@ import pytest
 
 from emloc.config import TrainConfig
 from emloc.errors import DataError
+from emloc.extend.plugin_options import with_plugin_options
 from emloc.integrations.transformers.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 from emloc.integrations.transformers.data.turns import chat_of
 from emloc_llm.data import encode, load_samples
@@ -17,7 +18,7 @@ TOOLED.chat_template = (
     "{{ m.content or '' }}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>"
     "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-OPTIONS = TrainConfig(output_dir="o")
+OPTIONS = with_plugin_options(TrainConfig)(output_dir="o")
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
 CALL = {"name": "weather", "arguments": {"city": "Rome", "day": None}}
@@ -60,7 +61,7 @@ def text(row, tokenizer=TOOLED):
 
 def read(tmp_path, row, tokenizer=TOKENIZER):
     (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
-    options = TrainConfig(output_dir="o", dataset=str(tmp_path / "d.jsonl"))
+    options = with_plugin_options(TrainConfig)(output_dir="o", dataset=str(tmp_path / "d.jsonl"))
     return load_samples(options, tokenizer, 0)[0]
 
 
@@ -107,7 +108,7 @@ def test_turns_as_json_text_in_prompt_and_completion(tmp_path):
         assert read(tmp_path, {"prompt": prompt, "completion": completion}) == expected
     cells = [json.dumps([one]).replace('"', '""') for one in (USER, ANSWER)]
     (tmp_path / "d.csv").write_text('prompt,completion\n"{}","{}"\n'.format(*cells))
-    options = TrainConfig(output_dir="o", dataset=str(tmp_path / "d.csv"))
+    options = with_plugin_options(TrainConfig)(output_dir="o", dataset=str(tmp_path / "d.csv"))
     assert load_samples(options, TOKENIZER, 0) == [expected]
     for plain in (
         '[{"name": "x"}]',
@@ -281,7 +282,7 @@ def test_answers_that_a_template_leaves_out_are_refused(tmp_path, template, turn
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     (tmp_path / "d.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    options = TrainConfig(
+    options = with_plugin_options(TrainConfig)(
         output_dir="o", dataset=str(tmp_path / "d.jsonl"), assistant_only_loss=every
     )
     with pytest.raises(DataError, match=rf"d.jsonl, line 1.*{message}"):
@@ -307,7 +308,7 @@ def test_answers_that_a_template_leaves_out_are_refused(tmp_path, template, turn
 def test_what_templates_do_to_answers_is_theirs(template, turns, every):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
-    options = TrainConfig(output_dir="o", assistant_only_loss=every)
+    options = with_plugin_options(TrainConfig)(output_dir="o", assistant_only_loss=every)
     found = encode({"messages": turns}, tokenizer, options).input_ids
     assert found == tokenizer.apply_chat_template(turns, return_dict=False)
 
@@ -325,5 +326,7 @@ def test_templates_that_join_arguments_to_text_get_json(arguments):
     )
     call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}]
-    ids = encode({"messages": turns}, tokenizer, TrainConfig(output_dir="o")).input_ids
+    ids = encode(
+        {"messages": turns}, tokenizer, with_plugin_options(TrainConfig)(output_dir="o")
+    ).input_ids
     assert '<call>weather {"city": "Zürich"}</call>' in tokenizer.decode(ids)

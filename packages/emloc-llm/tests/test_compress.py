@@ -15,6 +15,7 @@ from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
 from emloc.config import CompressConfig
 from emloc.errors import CheckpointError, ConfigError, DataError, NumericalError, OutputError
+from emloc.extend.plugin_options import with_plugin_options
 from emloc_llm.example import write_model, write_rows
 from emloc_llm.family import LLMFamily
 
@@ -48,7 +49,7 @@ def test_every_layer_is_the_dense_optimum(variant, tmp_path, share_factors):
     folder = compress(base, data, tmp_path / "e", keep_ratio=0.5, share_factors=share_factors)
     manifest = Manifest.read(folder)
     model, emulator = load(base), load(folder)
-    config = CompressConfig(
+    config = with_plugin_options(CompressConfig)(
         model_name_or_path=str(base), output_dir="x", dataset=str(data), max_length=96
     )
     batches = LLMFamily().calibration_batches(Checkpoint.open(base), config)

@@ -8,6 +8,7 @@ import emloc
 from emloc.artefacts.manifest import Manifest
 from emloc.config import CalibrationOptions, CompressConfig, TrainConfig
 from emloc.errors import ConfigError, DataError
+from emloc.extend.plugin_options import with_plugin_options
 from emloc.integrations.transformers.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 from emloc_llm.data import IGNORED, draw_samples, encode, load_samples
 from emloc_llm.example import write_rows
@@ -21,7 +22,7 @@ MESSAGES = [{"role": role, "content": text} for role, text in TURNS]
 
 
 def options(**more):
-    return TrainConfig(output_dir="o", **more)
+    return with_plugin_options(TrainConfig)(output_dir="o", **more)
 
 
 def learnt(sample):
@@ -168,7 +169,7 @@ def test_streaming_trains_and_calibrates(tiny, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError, match="is empty"):
         draw_samples(
-            CompressConfig(
+            with_plugin_options(CompressConfig)(
                 model_name_or_path="m", output_dir="o", streaming=True,
                 dataset=str(tmp_path / "empty.jsonl"),
             ),

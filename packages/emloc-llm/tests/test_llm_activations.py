@@ -8,6 +8,7 @@ import torch
 
 from emloc.compression.groups import Group, group_shape
 from emloc.config import TrainConfig
+from emloc.extend.plugin_options import with_plugin_options
 from emloc.formats.low_rank import low_rank
 from emloc.planning.blocks import by_block
 from emloc.planning.described import describe
@@ -54,7 +55,7 @@ def emulated(model):
 
 
 def options(dtype, twice, batch=2, **more):
-    return TrainConfig(
+    return with_plugin_options(TrainConfig)(
         output_dir="unused", dtype=dtype, gradient_checkpointing=twice, max_length=57, lora_r=5,
         per_device_train_batch_size=batch, **more,
     )  # fmt: skip

@@ -12,6 +12,7 @@ import emloc
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
 from emloc.errors import CheckpointError, ConfigError, MismatchError
+from emloc.extend.plugin_options import with_plugin_options
 from emloc.integrations.peft.lora import new_lora
 
 
@@ -64,7 +65,8 @@ def test_beginnings(tiny, tmp_path, init, rslora):
 def test_residual_beginnings_change_nothing_before_the_first_step(tiny, batch, init):
     from emloc.config import TrainConfig
 
-    config = TrainConfig(output_dir="o", emulator=str(tiny.emulator), lora_init=init, lora_r=4)
+    options = {"emulator": str(tiny.emulator), "lora_init": init, "lora_r": 4}
+    config = with_plugin_options(TrainConfig)(output_dir="o", **options)
     plain, emulator = load(tiny.emulator), load(tiny.emulator)
     model, start = new_lora(emulator, config, [])
     torch.testing.assert_close(logits(model, batch), logits(plain, batch), rtol=0, atol=1e-4)

@@ -14,6 +14,7 @@ from emloc.compression.groups import Group, Plan
 from emloc.compression.one_pass import compress_blocks
 from emloc.config import CompressConfig
 from emloc.errors import ConfigError, NumericalError
+from emloc.extend.plugin_options import with_plugin_options
 from emloc.formats.layer_format import GroupShape
 from emloc.formats.low_rank import low_rank
 from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
@@ -65,7 +66,7 @@ def test_real_tokens_are_folded_and_no_others(kind, tmp_path):
         model_name_or_path=str(tmp_path / "base"), output_dir=tmp_path / "e", keep_ratio=0.7,
         share_factors=False, **options,
     )  # fmt: skip
-    config = CompressConfig(
+    config = with_plugin_options(CompressConfig)(
         model_name_or_path=str(tmp_path / "base"), output_dir=tmp_path / "x", **options
     )
     batches = LLMFamily().calibration_batches(Checkpoint.open(tmp_path / "base"), config)
@@ -98,7 +99,7 @@ def test_albert_runs_its_blocks_again_and_is_refused(tmp_path, groups, layers):
     checkpoint, family = Checkpoint.open(tmp_path / "base"), MaskedLM()
     stream = UnitStream(family, checkpoint)
     assert len(stream.blocks) == groups
-    options = CompressConfig(
+    options = with_plugin_options(CompressConfig)(
         model_name_or_path=str(tmp_path / "base"), output_dir=tmp_path / "e",
         dataset=str(write_rows(tmp_path / "train.jsonl", 6, seed=1)),
     )  # fmt: skip

@@ -14,6 +14,7 @@ from transformers.training_args import OptimizerNames
 import emloc
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError, DependencyError
+from emloc.extend.plugin_options import with_plugin_options
 from emloc.integrations.transformers.optimizers import (
     set_optimizer,
     trainers_name,
@@ -35,7 +36,7 @@ class Small(nn.Module):
 
 
 def trainer_of(tmp_path, model, **options):
-    config = TrainConfig(output_dir=tmp_path / "o", **options)
+    config = with_plugin_options(TrainConfig)(output_dir=tmp_path / "o", **options)
     arguments = TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, report_to="none", weight_decay=config.weight_decay,
         learning_rate=config.learning_rate, **trainers_name(config),
@@ -118,7 +119,9 @@ def test_an_interrupted_run_resumes_exactly(tiny, tmp_path, monkeypatch):
 
 def test_a_low_rate_of_prodigy_is_said(tmp_path, capsys):
     def said(rate):
-        config = TrainConfig(output_dir=tmp_path, optim="prodigy", learning_rate=rate)
+        config = with_plugin_options(TrainConfig)(
+            output_dir=tmp_path, optim="prodigy", learning_rate=rate
+        )
         warn_of_slow_learning(config)
         return " ".join(capsys.readouterr().err.split())
 
@@ -152,7 +155,9 @@ def test_eight_bits_are_asked_of_bitsandbytes(tmp_path, monkeypatch):
     """Where there is a GPU and the package, the name reaches the trainer, which knows it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    config = TrainConfig(output_dir=tmp_path, optim="adamw_8bit", device="cuda")
+    config = with_plugin_options(TrainConfig)(
+        output_dir=tmp_path, optim="adamw_8bit", device="cuda"
+    )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DependencyError, match="pip install bitsandbytes"):
         check_optimizer(config)

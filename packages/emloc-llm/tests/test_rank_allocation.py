@@ -11,6 +11,7 @@ import emloc
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
 from emloc.config import CompressConfig
+from emloc.extend.plugin_options import with_plugin_options
 from emloc_llm.example import write_rows
 from emloc_llm.family import LLMFamily
 
@@ -40,7 +41,7 @@ def allocated(request, tmp_path_factory):
 
 
 def batches_of(base, data):
-    config = CompressConfig(
+    config = with_plugin_options(CompressConfig)(
         model_name_or_path=str(base), output_dir="x", dataset=str(data), max_length=96
     )
     return LLMFamily().calibration_batches(Checkpoint.open(base), config)

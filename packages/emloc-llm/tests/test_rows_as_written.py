@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError, DataError
+from emloc.extend.plugin_options import with_plugin_options
 from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
 from emloc_llm.data import load_samples
 from emloc_llm.rows import load_rows
@@ -29,7 +30,7 @@ PAIR = {"prompt": "zip", "completion": "00123"}
 
 
 def options(path, **more):
-    return TrainConfig(output_dir="o", dataset=str(path), **more)
+    return with_plugin_options(TrainConfig)(output_dir="o", dataset=str(path), **more)
 
 
 def references(path, **more):
@@ -478,5 +479,7 @@ def test_columns_without_names_hold_nothing(tmp_path):
 
 def test_row_numbers_of_pandas_are_no_content(tmp_path):
     (tmp_path / "d.csv").write_text(",prompt,completion\n0,a,007\n1,b,1.50\n")
-    rows = load_rows(TrainConfig(output_dir="o", dataset=str(tmp_path / "d.csv")))
+    rows = load_rows(
+        with_plugin_options(TrainConfig)(output_dir="o", dataset=str(tmp_path / "d.csv"))
+    )
     assert [row["completion"] for row in rows] == ["007", "1.50"]

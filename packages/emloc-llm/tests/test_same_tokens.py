@@ -10,6 +10,7 @@ from trl import SFTConfig, SFTTrainer
 
 from emloc.config import TrainConfig
 from emloc.errors import DataError
+from emloc.extend.plugin_options import with_plugin_options
 from emloc.integrations.transformers.tokens import PrefixTokens
 from emloc_llm.data import IGNORED, encode
 
@@ -18,7 +19,7 @@ WORDS = st.text(" \n\tab12é🙂.?", min_size=1, max_size=12).filter(str.strip)
 
 
 def options(**more):
-    return TrainConfig(output_dir="o", max_length=4096, **more)
+    return with_plugin_options(TrainConfig)(output_dir="o", max_length=4096, **more)
 
 
 def with_template(tokenizer, template):

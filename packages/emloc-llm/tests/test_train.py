@@ -11,6 +11,7 @@ from warm_python import run_python
 import emloc
 from emloc.artefacts.manifest import Manifest
 from emloc.errors import CheckpointError, ConfigError, DataError, NumericalError
+from emloc.extend.plugin_options import with_plugin_options
 from emloc.integrations.transformers.training import last_complete_checkpoint
 
 
@@ -121,7 +122,7 @@ def test_data_formats_give_the_same_samples(tiny, tmp_path):
     tokenizer = byte_tokenizer()
     found = []
     for name, mapping in (("d.jsonl", True), ("d.csv", True), ("d.parquet", False)):
-        config = TrainConfig(
+        config = with_plugin_options(TrainConfig)(
             output_dir="o", dataset=str(tmp_path / name),
             column_map={"question": "prompt", "answer": "completion"} if mapping else {},
         )  # fmt: skip
@@ -132,7 +133,7 @@ def test_data_formats_give_the_same_samples(tiny, tmp_path):
     answer = tokenizer("a1")["input_ids"]
     assert sample.labels == [IGNORED, IGNORED, *answer, end]
     assert sample.input_ids == [*tokenizer("q1")["input_ids"], *answer, end]
-    whole = TrainConfig(output_dir="o", completion_only_loss=False)
+    whole = with_plugin_options(TrainConfig)(output_dir="o", completion_only_loss=False)
     assert encode_all([{"prompt": "q", "completion": "a"}], tokenizer, whole, "x")[0].labels[0] >= 0
     text = encode_all([{"text": "hello"}], tokenizer, whole, "x")[0]
     assert text.labels == text.input_ids
@@ -146,7 +147,7 @@ def test_chat_loss_is_on_the_last_answer_only(tiny):
     tokenizer = byte_tokenizer()
     turns = [("user", "hi"), ("assistant", "yes"), ("user", "and?"), ("assistant", "no")]
     row = {"messages": [{"role": role, "content": text} for role, text in turns]}
-    sample = encode(row, tokenizer, TrainConfig(output_dir="o"))
+    sample = encode(row, tokenizer, with_plugin_options(TrainConfig)(output_dir="o"))
     learnt = [label for label in sample.labels if label != IGNORED]
     assert tokenizer.decode(learnt) == "no<|im_end|>\n"
     assert sample.reference == "no"
@@ -238,6 +239,6 @@ def test_prompts_and_completions_may_be_messages(tiny):
     from emloc_llm.data import encode
 
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-    config, tokenizer = TrainConfig(output_dir="o"), byte_tokenizer()
+    config, tokenizer = with_plugin_options(TrainConfig)(output_dir="o"), byte_tokenizer()
     split = encode({"prompt": turns[:1], "completion": turns[1:]}, tokenizer, config)
     assert split == encode({"messages": turns}, tokenizer, config)

@@ -14,13 +14,14 @@ import emloc
 from emloc.artefacts.manifest import MANIFEST_NAME
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError, DependencyError, EmlocError
+from emloc.extend.plugin_options import with_plugin_options
 from emloc.integrations.transformers.lora_training import on_one_card, training_arguments
 from emloc.options.types import Scheduler
 from emloc.stages.training_needs import TRACKERS, check_trackers
 
 
 def config(**options):
-    return TrainConfig(output_dir="o", device="cpu", **options)
+    return with_plugin_options(TrainConfig)(output_dir="o", device="cpu", **options)
 
 
 def test_the_trackers_are_those_of_transformers():

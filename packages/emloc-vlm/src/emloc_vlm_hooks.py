@@ -11,6 +11,11 @@ import emloc
 from emloc.config import DataOptions, EvaluateConfig, TrainConfig
 from emloc.extend.capabilities import TEXT_DECODER, TRANSFORMERS_MODEL
 from emloc.extend.family import FamilyEntry
+from emloc.integrations.transformers.text_options import (
+    AnswerOptions,
+    TextOptions,
+    TextTrainingOptions,
+)
 from emloc_vlm_options import FreezeOptions, ImageOptions, MetricOptions
 
 
@@ -35,9 +40,9 @@ def emloc_register_families() -> Sequence[FamilyEntry]:
             recognises=is_vlm,
             offers=(TRANSFORMERS_MODEL, TEXT_DECODER),
             options={
-                DataOptions: ImageOptions,
-                TrainConfig: FreezeOptions,
-                EvaluateConfig: MetricOptions,
+                DataOptions: (TextOptions, ImageOptions),
+                TrainConfig: (TextTrainingOptions, FreezeOptions),
+                EvaluateConfig: (AnswerOptions, MetricOptions),
             },
         )
     ]

@@ -88,12 +88,12 @@ def test_an_override_that_nothing_takes_is_a_mistake(override, message):
 def test_texts_that_yaml_would_turn_into_something_else():
     options = {"output_dir": "o", "model_name_or_path": "m", "correct": {}, "train": {}}
     given = ["dataset=2024-01-05", "dataset_split=no", "lora_r=010", "learning_rate=1e-3", "limit=none",
-             "lora_target_modules=[q_proj,v_proj]", "eval_dataset=null", "seed=1e3", "packing=off",
+             "lora_target_modules=[q_proj,v_proj]", "eval_dataset=null", "seed=1e3", "use_dora=off",
              "adapter=a", "emulator=[e] x"]  # fmt: skip
     made = plan_stages(options, "x", read_overrides(given, [*run_stages()]))
     train = build(run_stages()["train"].config, made["train"], "train")
     assert (train.dataset, train.dataset_split, train.eval_dataset) == ("2024-01-05", "no", None)
-    assert (train.lora_r, train.learning_rate, train.seed, train.packing) == (
+    assert (train.lora_r, train.learning_rate, train.seed, train.use_dora) == (
         10,
         0.001,
         1000,

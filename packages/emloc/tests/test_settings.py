@@ -37,6 +37,15 @@ def test_an_artefact_of_before_is_complete_on_another_device(tmp_path, capsys):
     assert not is_complete("compress", EMULATOR, tmp_path / "none", NOW)
 
 
+def test_options_of_text_were_once_recorded_for_every_family():
+    """At their defaults they said nothing; a family of text still compares them."""
+    before = {**NOW, "packing": False, "answer": "auto", "num_answers": None}
+    assert same(before, NOW)
+    assert not same({**before, "packing": True}, NOW)
+    assert not same(NOW, {**NOW, "packing": False})
+    assert not same(before, {**NOW, "packing": True, "answer": "auto", "num_answers": None})
+
+
 def test_a_folder_of_other_settings_says_which_differ(tmp_path):
     out = write(tmp_path / "out", {"keep_ratio": 0.4, "seed": 0, "data_digest": "a", "old": None})
     with pytest.raises(OutputError) as problem:

@@ -1,4 +1,5 @@
-"""Options of stages that mean something for text alone: refused where they are set, never ignored."""
+"""Options of core that mean something for rows of data sets, and not for folders of pictures: refused where
+they are set, never ignored."""
 
 from typing import cast
 
@@ -8,9 +9,9 @@ from emloc.errors import ConfigError
 
 # max_new_tokens is not among them: a bench sets it for whatever it evaluates.
 TEXT_ONLY = (
-    "max_length", "completion_only_loss", "assistant_only_loss", "packing", "streaming", "column_map",
+    "max_length", "streaming", "column_map",
     "dataset_split", "dataset_weights", "eval_dataset", "eval_dataset_split", "eval_steps",
-    "num_calibration_tokens", "num_answers", "answer",
+    "num_calibration_tokens",
 )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.locate import locate
-from emloc.config import EvaluateConfig
 from emloc.errors import DataError, DependencyError
 from emloc.extend.family import ModelFamily
 from emloc.extend.losses import LossSum, loss_sum, summed
@@ -21,6 +20,7 @@ from emloc.integrations.transformers.generation import (
 )
 from emloc.integrations.transformers.loading import load_tokenizer
 from emloc.integrations.transformers.sampling import in_batches
+from emloc.integrations.transformers.text_options import TextEvaluateConfig
 from emloc.machine.memory import PeakMemory
 from emloc.machine.progress import progress_bar
 from emloc_llm.data import Sample, encode_all, pad, say_truncated
@@ -28,7 +28,7 @@ from emloc_llm.matching import matches
 from emloc_llm.rows import load_rows
 
 
-def evaluate_model(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any]:
+def evaluate_model(config: TextEvaluateConfig, family: ModelFamily) -> dict[str, Any]:
     """Scores of a model with or without an adapter.
 
     Returns:
@@ -42,7 +42,7 @@ def evaluate_model(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any
     return {**scores, **peak.figures()}
 
 
-def _evaluate(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any]:
+def _evaluate(config: TextEvaluateConfig, family: ModelFamily) -> dict[str, Any]:
     path = locate(config.model_name_or_path)
     tokenizer = load_tokenizer(path)
     rows = load_rows(config)
@@ -76,7 +76,11 @@ def _evaluate(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any]:
 
 
 def _loss(
-    family: ModelFamily, model: Any, samples: list[Sample], tokenizer: Any, config: EvaluateConfig
+    family: ModelFamily,
+    model: Any,
+    samples: list[Sample],
+    tokenizer: Any,
+    config: TextEvaluateConfig,
 ) -> float:
     parts: list[LossSum] = []
     with progress_bar("loss", len(samples)) as advance:
@@ -89,7 +93,7 @@ def _loss(
 
 
 def _answers(
-    model: Any, asked: list[Sample], tokenizer: Any, config: EvaluateConfig
+    model: Any, asked: list[Sample], tokenizer: Any, config: TextEvaluateConfig
 ) -> list[dict[str, Any]]:
     answers: list[dict[str, Any]] = []
     whole = (s.input_ids[s.prompt_length :] for s in asked if not s.truncated)
@@ -109,7 +113,7 @@ def _answers(
     return answers
 
 
-def _require_questions(asked: Sequence[Sample], config: EvaluateConfig) -> None:
+def _require_questions(asked: Sequence[Sample], config: TextEvaluateConfig) -> None:
     """An answer to nothing, or to half a question, would be scored like any other."""
     if any(not sample.prompt for sample in asked):
         raise DataError("A sample has an empty prompt, so there is nothing to answer.")
@@ -132,7 +136,7 @@ def _scored(sample: Sample, prediction: str, tokenizer: Any, answer: str) -> dic
     }
 
 
-def _lm_eval(config: EvaluateConfig) -> dict[str, Any]:
+def _lm_eval(config: TextEvaluateConfig) -> dict[str, Any]:
     try:
         from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
     except ImportError as problem:

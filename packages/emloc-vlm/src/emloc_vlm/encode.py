@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emloc.config import DataOptions
 from emloc.errors import DataError
 from emloc.integrations.transformers.capacity import Capacity
 from emloc.integrations.transformers.chat import Rendered, render
 from emloc.integrations.transformers.generation import closing_tokens
 from emloc.integrations.transformers.loss import IGNORED
+from emloc.integrations.transformers.text_options import TextDataOptions
 from emloc.integrations.transformers.tokens import Tokens, token_ids, tokens_of
 from emloc.machine.progress import warn
 from emloc_vlm.examples import Example
@@ -29,7 +29,7 @@ _OF_IMAGES = ("pixel", "image")
 def collate(
     examples: Sequence[Example],
     processor: Any,
-    options: DataOptions,
+    options: TextDataOptions,
     answers: bool = True,
     capacity: Capacity | None = None,
 ) -> dict[str, Tensor]:
@@ -84,11 +84,11 @@ def collate(
     return batch
 
 
-def _rendered(example: Example, processor: Any, options: DataOptions) -> Rendered:
+def _rendered(example: Example, processor: Any, options: TextDataOptions) -> Rendered:
     return render(example.chat, processor, options.assistant_only_loss, example.where)
 
 
-def end_tokens(examples: Sequence[Example], processor: Any, options: DataOptions) -> set[int]:
+def end_tokens(examples: Sequence[Example], processor: Any, options: TextDataOptions) -> set[int]:
     """The special tokens that close the answers of these chats: where generation stops, besides the
     model's own end of text (checkpoints of OpenGVLab name only that one)."""
     tokenizer = processor.tokenizer

@@ -14,6 +14,7 @@ from emloc.extend.losses import LossSum, loss_sum, summed
 from emloc.integrations.peft.attach import attach
 from emloc.integrations.transformers.capacity import capacity_of
 from emloc.integrations.transformers.generation import greedy_answers, say_missing_ends
+from emloc.integrations.transformers.text_options import TextEvaluateConfig
 from emloc.machine.memory import PeakMemory
 from emloc.machine.progress import progress_bar
 from emloc_vlm.encode import collate, end_tokens
@@ -24,7 +25,7 @@ from emloc_vlm.scoring import METRICS
 from emloc_vlm_options import ImageOptions, MetricOptions
 
 
-class VisualEvaluateConfig(EvaluateConfig, ImageOptions, MetricOptions):
+class VisualEvaluateConfig(TextEvaluateConfig, ImageOptions, MetricOptions):
     """The options of evaluating, for annotations."""
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from emloc.artefacts.named_files import named_path
-from emloc.config import CalibrationOptions, DataOptions
 from emloc.errors import DataError
 from emloc.integrations.transformers.data.files import (
     data_suffix,
@@ -32,6 +31,7 @@ from emloc.integrations.transformers.tables import (
     require_whole_file,
     shares,
 )
+from emloc.integrations.transformers.text_options import TextCalibrationOptions, TextDataOptions
 from emloc.machine.progress import console
 from emloc.machine.special_files import refuse_special
 from emloc_vlm.benchmarks import of_split, read_benchmark
@@ -39,11 +39,11 @@ from emloc_vlm.examples import IMAGE_COLUMNS, REFERENCES, VISUAL_FORMS, Example,
 from emloc_vlm_options import ImageOptions
 
 
-class VisualOptions(DataOptions, ImageOptions):
+class VisualOptions(TextDataOptions, ImageOptions):
     """The data options of this family's stages, for annotations."""
 
 
-class CalibrationVisualOptions(CalibrationOptions, ImageOptions):
+class CalibrationVisualOptions(TextCalibrationOptions, ImageOptions):
     """The options of stages that calibrate, for annotations."""
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import cast
 
 from emloc.artefacts.checkpoint import Checkpoint
-from emloc.config import TrainConfig
 from emloc.errors import ConfigError
 from emloc.integrations.transformers.sampling import TrainingData
+from emloc.integrations.transformers.text_options import TextTrainConfig
 from emloc_vlm.encode import collate
 from emloc_vlm.loading import load_vlm_capacity
 from emloc_vlm.processor import load_processor
@@ -15,7 +15,7 @@ from emloc_vlm.rows import VisualOptions, load_examples, mixed_examples, readabl
 from emloc_vlm_options import FreezeOptions, ImageOptions
 
 
-class VisualTrainConfig(TrainConfig, ImageOptions, FreezeOptions):
+class VisualTrainConfig(TextTrainConfig, ImageOptions, FreezeOptions):
     """The options of training, for annotations."""
 
 

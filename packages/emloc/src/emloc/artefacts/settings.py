@@ -11,6 +11,15 @@ from typing import Any
 FORMERLY_RECORDED = frozenset({"device", "gradient_checkpointing"})
 """Options without effect that older artefacts have among their settings."""
 
+FORMERLY_OF_ALL_FAMILIES = {
+    "completion_only_loss": True,
+    "assistant_only_loss": False,
+    "packing": False,
+    "num_answers": None,
+    "answer": "auto",
+}
+"""Options of text with their defaults, which older artefacts of every family have among their settings."""
+
 CONTENTS = {
     "base_digest": "other weights of the base model",
     "model_digest": "other weights of the model",
@@ -52,12 +61,14 @@ def _different(
     recorded: Mapping[str, Any], now: Mapping[str, Any], beside: Collection[str]
 ) -> list[str]:
     ignored = FORMERLY_RECORDED.union(beside)
-    missing = object()
+    missing, former = object(), FORMERLY_OF_ALL_FAMILIES
     before, after = _as_json(recorded), _as_json(now)
     return [
         key
         for key in dict.fromkeys([*after, *before])
-        if key not in ignored and before.get(key, missing) != after.get(key, missing)
+        if key not in ignored
+        and before.get(key, missing) != after.get(key, missing)
+        and not (key not in after and key in former and before[key] == former[key])
     ]
 
 

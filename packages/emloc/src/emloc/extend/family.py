@@ -4,7 +4,7 @@ Core streams, compresses, corrects and merges by tensor name; everything that de
 reads (text, images, latents) is behind `ModelFamily`.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
@@ -147,8 +147,8 @@ class FamilyEntry:
         summary: one line for `emloc families`.
         target: `module:attribute` of the `ModelFamily` object or class.
         recognises: decides from a parsed `config.json` alone.
-        options: fields that stages take for this family: those of the value, for every stage whose
-            options derive from the key, for example `{DataOptions: ImageOptions}`.
+        options: fields that stages take for this family: those of the values, for every stage whose
+            options derive from the key, for example `{DataOptions: (ImageOptions,)}`; one may stand alone.
         single_file: `module:attribute` of the `emloc.extend.single_file.SingleFileReader` object or
             class, if the family reads models that are one file.
         recognises_file: decides from the names of such a file's tensors.
@@ -160,13 +160,22 @@ class FamilyEntry:
     summary: str
     target: str
     recognises: Callable[[Mapping[str, Any]], bool]
-    options: Mapping[type[BaseModel], type[BaseModel]] = field(
-        default_factory=dict[type[BaseModel], type[BaseModel]]
+    options: Mapping[type[BaseModel], "type[BaseModel] | Sequence[type[BaseModel]]"] = field(
+        default_factory=dict[type[BaseModel], Sequence[type[BaseModel]]]
     )
     single_file: str = ""
     recognises_file: Callable[[Collection[str]], bool] = lambda names: False
     offers: tuple[str, ...] = ()
     plugin: str = ""
+
+    def options_for(
+        self, stage: type[BaseModel]
+    ) -> Iterator[tuple[type[BaseModel], type[BaseModel]]]:
+        """What the family adds to a stage's options: the key of `options` with each of its values."""
+        for base, parts in self.options.items():
+            if issubclass(stage, base):
+                for part in [parts] if isinstance(parts, type) else parts:
+                    yield base, part
 
     def load(self) -> ModelFamily:
         """Import the family."""

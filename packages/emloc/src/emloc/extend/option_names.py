@@ -59,14 +59,13 @@ def _check(entry: FamilyEntry, stage: type[BaseModel], name: str, field: FieldIn
 
 
 def _options(entry: FamilyEntry, stage: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
-    for base, fields in entry.options.items():
-        if issubclass(stage, base):
-            if issubclass(fields, base):
-                raise PluginError(
-                    f"its options {fields.__name__} derive from {base.__name__}, which they are to be "
-                    f"added to; derive them from emloc.config.StageConfig"
-                )
-            yield from fields.model_fields.items()
+    for base, fields in entry.options_for(stage):
+        if issubclass(fields, base):
+            raise PluginError(
+                f"its options {fields.__name__} derive from {base.__name__}, which they are to be "
+                f"added to; derive them from emloc.config.StageConfig"
+            )
+        yield from fields.model_fields.items()
 
 
 def _type(field: FieldInfo) -> tuple[Any, list[str]]:

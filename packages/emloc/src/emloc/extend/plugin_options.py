@@ -74,6 +74,6 @@ def _stage_options(kind: type[BaseModel]) -> type[BaseModel]:
 @cache
 def _by_family(config: type[BaseModel]) -> dict[str, list[type[BaseModel]]]:
     return {
-        entry.name: [fields for base, fields in entry.options.items() if issubclass(config, base)]
+        entry.name: [fields for _, fields in entry.options_for(config)]
         for entry in load_plugins().families.values()
     }

@@ -23,8 +23,6 @@ class DataOptions(StageConfig):
         {}, description="your column=ours: messages, tools, prompt, completion, text, …"
     )
     max_length: int = Field(1024, ge=2, description="tokens per sample; longer ones are truncated")
-    completion_only_loss: bool = Field(True, description="no loss on prompts")
-    assistant_only_loss: bool = Field(False, description="loss on every answer of a chat")
 
 
 class LearntDataOptions(DataOptions):

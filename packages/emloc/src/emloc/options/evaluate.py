@@ -1,6 +1,6 @@
 """Options of evaluate."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
@@ -20,12 +20,6 @@ class EvaluateConfig(DataOptions, ModelOptions):
     num_samples: int | None = Field(None, ge=1, description="the first so many; by default all")
     per_device_eval_batch_size: int = Field(16, ge=1)
     max_new_tokens: int = Field(256, ge=0, description="0: loss only")
-    num_answers: int | None = Field(
-        None, ge=1, description="answers are written to the first so many samples; by default all"
-    )
-    answer: Literal["auto", "text", "number", "option", "json"] = Field(
-        "auto", description="how answers are compared; auto: by what the references are"
-    )
     tasks: Names = Field([], description="lm-eval tasks instead of a data set")
     dtype: Dtype = Field("auto", description="auto: as stored")
     device: Annotated[Device, WithoutEffect()] = Field(

@@ -39,7 +39,6 @@ class TrainConfig(LearntDataOptions, LoraOptions, ModelOptions, MemoryOptions):
     max_grad_norm: float = Field(1.0, gt=0)
     max_steps: int = Field(-1, ge=-1, description="overrides num_train_epochs where positive")
     num_train_epochs: float = Field(3.0, gt=0)
-    packing: bool = Field(False, description="fill max_length with several samples, cut anywhere")
     gradient_checkpointing: Annotated[bool, WithoutEffect()] = Field(
         False, description="less memory, slower steps"
     )
