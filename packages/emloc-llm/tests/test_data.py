@@ -124,7 +124,9 @@ def test_calibration_by_tokens(tmp_path):
     data = str(write_rows(tmp_path / "d.jsonl", 50, seed=0))
 
     def drawn(**more):
-        return draw_samples(CalibrationOptions(dataset=data, **more), TOKENIZER)
+        return draw_samples(
+            with_plugin_options(CalibrationOptions)(dataset=data, **more), TOKENIZER
+        )
 
     enough = drawn(num_calibration_tokens=500)
     count = [len(sample.input_ids) for sample in enough]
@@ -132,7 +134,7 @@ def test_calibration_by_tokens(tmp_path):
     assert enough == drawn(num_calibration_samples=len(enough))
     assert drawn(seed=1, num_calibration_samples=3) != enough[:3]
     half = draw_samples(
-        CalibrationOptions(
+        with_plugin_options(CalibrationOptions)(
             dataset=f"{data},{data}", dataset_weights=[3, 1], num_calibration_samples=8
         ),
         TOKENIZER,

@@ -22,12 +22,12 @@ def write(folder, settings, kind="emulator"):
 
 def test_options_without_effect_are_told_where_they_are_declared():
     assert without_effect(configs.TrainConfig) == {
-        "device", "memory", "gradient_checkpointing", "logging_steps", "save_steps",
+        "device", "family", "memory", "gradient_checkpointing", "logging_steps", "save_steps",
         "save_total_limit", "resume_from_checkpoint", "report_to",
     }  # fmt: skip
     for kind in (configs.CompressConfig, configs.CorrectConfig):
-        assert without_effect(kind) == {"device", "memory"}
-    assert without_effect(configs.EvaluateConfig) == {"device"}
+        assert without_effect(kind) == {"device", "family", "memory"}
+    assert without_effect(configs.EvaluateConfig) == {"device", "family"}
 
 
 def test_an_artefact_of_before_is_complete_on_another_device(tmp_path, capsys):
