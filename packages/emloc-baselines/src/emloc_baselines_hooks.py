@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @emloc.hookimpl
 def emloc_register_methods() -> Sequence[MethodEntry]:
-    """What EMLoC is compared with."""
+    """The methods that EMLoC is compared with."""
     return [
         MethodEntry(
             "lora",

@@ -12,16 +12,16 @@ CLASSES = ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DMo
 
 
 def is_denoiser(config: Mapping[str, Any]) -> bool:
-    """Whether a parsed `config.json` is of a denoiser that we can call."""
+    """Return whether a parsed `config.json` is of a denoiser that we can call."""
     return config.get("_class_name") in CLASSES
 
 
 ORIGINAL_NAMES = ("model.diffusion_model.", "double_blocks.")
-"""How tensors of denoisers begin in files of the original layouts."""
+"""The beginnings of denoisers' tensor names in files of the original layouts."""
 
 
 def is_original(names: Collection[str]) -> bool:
-    """Whether a file with tensors of these names is a model in its original layout."""
+    """Return whether a file with tensors of these names is a model in its original layout."""
     return any(name.startswith(ORIGINAL_NAMES) for name in names)
 
 

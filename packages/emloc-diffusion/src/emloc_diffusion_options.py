@@ -52,7 +52,7 @@ def _with_optim(given: dict[str, Any]) -> dict[str, Any]:
 
 
 class PictureOptions(_Aliased):
-    """Which pictures, and what they are said to show."""
+    """Options for pictures and for what they are said to show."""
 
     instance_data_dir: Path | None = Field(None, description="folder of pictures; same as dataset")
     instance_prompt: str | None = Field(
@@ -67,7 +67,7 @@ class PictureOptions(_Aliased):
 
 
 class DreamBoothOptions(_Aliased):
-    """How a LoRA learns a subject."""
+    """Options for how a LoRA learns a subject."""
 
     train_batch_size: int | None = Field(None, description="same as per_device_train_batch_size")
     max_train_steps: int | None = Field(None, description="same as max_steps")
@@ -87,7 +87,7 @@ class DreamBoothOptions(_Aliased):
 
 
 class NoiseOptions(StageConfig):
-    """What evaluate measures the loss on."""
+    """Options for the noise on which evaluate measures the loss."""
 
     num_noise_samples: int = Field(
         64, ge=1, description="held-out noises that the loss is taken on"
@@ -95,7 +95,9 @@ class NoiseOptions(StageConfig):
 
 
 class EvaluationOptions(NoiseOptions):
-    """What evaluate draws, if anything: pictures of a subject that are scored, a contact sheet."""
+    """Options for what evaluate draws, if anything: pictures of a subject that are scored, a contact
+    sheet.
+    """
 
     dino_model: Annotated[str | None, NamesFiles()] = Field(
         None,

@@ -16,7 +16,7 @@ _ENDINGS = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "BertGenerationDeco
 
 
 def is_causal_lm(config: Mapping[str, Any]) -> bool:
-    """Whether a parsed `config.json` names a causal language model."""
+    """Return whether a parsed `config.json` names a causal language model."""
     return any(str(name).endswith(_ENDINGS) for name in config.get("architectures") or [])
 
 

@@ -10,7 +10,7 @@ import emloc
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
 from emloc.compression.emulator_folder import EmulatorFolder
-from emloc.compression.groups import Group, Plan
+from emloc.compression.groups import CompressionPlan, Group
 from emloc.compression.one_pass import compress_blocks
 from emloc.config import CompressConfig
 from emloc.errors import ConfigError, NumericalError
@@ -116,7 +116,7 @@ def _plan(stream):
         Group(GroupShape((name,), (d_out,), d_in), low_rank(2))
         for name, (d_out, d_in) in shapes.items()
     ]
-    return Plan(tuple(groups), {})
+    return CompressionPlan(tuple(groups), {})
 
 
 def test_layers_that_share_a_weight_stay_dense(tmp_path, monkeypatch):

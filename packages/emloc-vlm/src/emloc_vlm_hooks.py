@@ -20,7 +20,7 @@ from emloc_vlm_options import FreezeOptions, ImageOptions, MetricOptions
 
 
 def is_vlm(config: Mapping[str, Any]) -> bool:
-    """Whether a parsed `config.json` names a model that reads images and writes text."""
+    """Return whether a parsed `config.json` names a model that reads images and writes text."""
     if config.get("model_type") == "internvl_chat":
         return True
     writes = any(

@@ -9,7 +9,7 @@ from emloc.config import StageConfig
 
 
 class ImageOptions(StageConfig):
-    """How images are found and cut up."""
+    """Options for finding images and cutting them up."""
 
     image_folder: Path | None = Field(
         None, description="where image paths begin; by default the data set's folder"
@@ -23,7 +23,7 @@ class ImageOptions(StageConfig):
 
 
 class FreezeOptions(StageConfig):
-    """Which parts the LoRA leaves alone."""
+    """Options for the parts that the LoRA leaves alone."""
 
     freeze_vision_tower: bool = Field(True, description="no LoRA on the vision tower")
     freeze_multi_modal_projector: bool = Field(True, description="no LoRA on the projector")
@@ -31,7 +31,7 @@ class FreezeOptions(StageConfig):
 
 
 class MetricOptions(StageConfig):
-    """How answers about images are scored."""
+    """Options for scoring answers about images."""
 
     metric: Literal[
         "auto",

@@ -11,7 +11,7 @@ from torch import nn
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.compression.emulator_folder import EmulatorFolder
-from emloc.compression.groups import Group, Plan
+from emloc.compression.groups import CompressionPlan, Group
 from emloc.compression.one_pass import compress_blocks
 from emloc.compression.sensitivity import BlockProbe
 from emloc.errors import ConfigError
@@ -203,7 +203,9 @@ def compressed(tmp_path):
                     wide = low_rank(span[1]) if span else None
                     groups.append(Group(shape, low_rank(3), wide))
         (tmp_path / "work").mkdir()
-        folder = EmulatorFolder(stream, Plan(tuple(groups), {}), "auto", tmp_path / "work")
+        folder = EmulatorFolder(
+            stream, CompressionPlan(tuple(groups), {}), "auto", tmp_path / "work"
+        )
         compress_blocks(stream, folder, real_batches())
         return {block: folder.read_report(block) for block in stream.blocks}, model
 

@@ -1,4 +1,4 @@
-"""What EMLoC is compared with, and the bench that compares.
+"""The methods that EMLoC is compared with, and the bench that compares.
 
 Importing this package lets transformers load pruned models (`emloc_baselines.pruned_format`).
 """

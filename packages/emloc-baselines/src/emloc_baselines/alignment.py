@@ -16,7 +16,7 @@ from emloc_baselines.light import Source
 def alignment(
     source: Source, options: ContinuedOptions
 ) -> Callable[[Path], Mapping[str, Any]] | None:
-    """What aligns a pruned model in its folder; None for no steps."""
+    """A function that aligns a pruned model in its folder; None for no steps."""
 
     def train(work: Path) -> dict[str, Any]:
         model = cast(

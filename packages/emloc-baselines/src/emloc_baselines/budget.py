@@ -1,4 +1,4 @@
-"""How many bytes a light model may hold: as many as EMLoC's emulator of the same `keep_ratio`.
+"""The bytes that a light model may hold: as many as EMLoC's emulator of the same `keep_ratio`.
 
 `bytes = Σ base parameters − Σ compressed layers' weights + Σ their stored form`, in the dtype that the
 checkpoint stores, sizes as `emloc compress` would choose them. Known from shapes alone.

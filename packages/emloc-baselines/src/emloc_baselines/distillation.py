@@ -21,7 +21,7 @@ from emloc_baselines.light import Source
 
 
 class DistillationOptions(ContinuedOptions):
-    """Of distilling the middle; 0 steps: it is merely thinned."""
+    """Options of distilling the middle; with 0 steps it is merely thinned."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     lm_weight: Annotated[float, Field(ge=0)] = 1.0
@@ -35,7 +35,7 @@ def distillation(
     between: Sequence[int],
     ends: int,
 ) -> Callable[[Path], Mapping[str, Any]] | None:
-    """What distils a thinned model in its folder; None for no steps.
+    """A function that distils a thinned model in its folder; None for no steps.
 
     Args:
         blocks: the full model's.
@@ -81,7 +81,7 @@ def distillation(
 
 
 class _Middle:
-    """What enters the first of some blocks and what leaves the last, while the context is open."""
+    """The tensors that enter the first of some blocks and leave the last, while the context is open."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[str]) -> None:
         self._first, self._last = (model.get_submodule(blocks[i]) for i in (0, -1))

@@ -1,4 +1,4 @@
-"""How much the loss would miss a structure: LLM-Pruner's first-order criterion.
+"""The loss's need of a structure: LLM-Pruner's first-order criterion.
 
 `I(S) = Σ_{w ∈ S} |w · ∂L/∂w|` over all weights of a coupled structure S: of a key-value head with its
 query heads, of a neuron; L is the loss summed over the calibration micro-batches before the product is
@@ -19,7 +19,7 @@ from emloc_baselines.structures import Structures
 
 
 class Importance(NamedTuple):
-    """Of the structures of one block.
+    """Scores of the structures of one block.
 
     Attributes:
         groups: one number per key-value head.
@@ -34,19 +34,19 @@ def first_order(
     stream: UnitStream, batches: Sequence[Batch], structures: Sequence[Structures]
 ) -> dict[str, Importance]:
     """The importance of all structures by block, in one pass forward and one back."""
-    wanted = {found.block: found for found in structures}
+    wanted = {structures_here.block: structures_here for structures_here in structures}
     scores: dict[str, Importance] = {}
 
     @contextmanager
     def visit(block: str, module: nn.Module) -> Iterator[None]:
-        found = wanted.get(block)
-        layers = [] if found is None else _layers(found)
+        structures_here = wanted.get(block)
+        layers = [] if structures_here is None else _layers(structures_here)
         parts = [p for layer in layers for p in stream.model.get_submodule(layer).parameters()]
         for parameter in parts:
             parameter.requires_grad_(True)
         yield
-        if found is not None:
-            scores[block] = _scores(stream.model, found)
+        if structures_here is not None:
+            scores[block] = _scores(stream.model, structures_here)
         for parameter in parts:
             parameter.grad = None
 
@@ -54,15 +54,15 @@ def first_order(
     return scores
 
 
-def _layers(found: Structures) -> list[str]:
-    attention, mlp = found.attention, found.mlp
+def _layers(here: Structures) -> list[str]:
+    attention, mlp = here.attention, here.mlp
     return [
         attention.query, attention.key, attention.value, attention.output, *mlp.inputs, mlp.output,
     ]  # fmt: skip
 
 
-def _scores(model: nn.Module, found: Structures) -> Importance:
-    attention, mlp = found.attention, found.mlp
+def _scores(model: nn.Module, here: Structures) -> Importance:
+    attention, mlp = here.attention, here.mlp
     queries = _rows(model, attention.query) + _columns(model, attention.output)
     keys = _rows(model, attention.key) + _rows(model, attention.value)
     groups = queries.reshape(attention.groups, -1).sum(1) + keys.reshape(attention.groups, -1).sum(

@@ -1,4 +1,6 @@
-"""Which heads, head dimensions and neurons of each block stay, and what that makes of its layers."""
+"""The heads, head dimensions and neurons of each block that stay, and the sizes that this gives its
+layers.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ class Slice(NamedTuple):
 
 @dataclass(frozen=True)
 class Kept:
-    """What stays of one block, as sorted indices.
+    """The indices that stay in one block, sorted.
 
     Attributes:
         groups: key-value heads.
@@ -49,7 +51,7 @@ class Kept:
         )
 
     def slices(self) -> dict[str, Slice]:
-        """By layer; the same hold for the rows of biases."""
+        """Kept rows and columns by layer; the same hold for the rows of biases."""
         attention, mlp = self.structures.attention, self.structures.mlp
         queries = attention.query_rows(self.groups, self.dims)
         keys = attention.key_rows(self.groups, self.dims)
@@ -72,7 +74,7 @@ class Kept:
         }
 
     def as_json(self) -> dict[str, str]:
-        """For a manifest; `from_json` reads it."""
+        """JSON for a manifest; `from_json` reads it."""
         return {
             "groups": as_text(self.groups),
             "dims": as_text(self.dims),
@@ -81,15 +83,15 @@ class Kept:
 
     @classmethod
     def from_json(cls, structures: Structures, content: Mapping[str, str]) -> "Kept":
-        """What `as_json` wrote."""
+        """Read what `as_json` wrote."""
         return cls(
             structures, *(from_text(content[name]) for name in ("groups", "dims", "neurons"))
         )
 
 
-def _rows(found: Slice) -> Tensor:
-    assert found.rows is not None
-    return found.rows
+def _rows(part: Slice) -> Tensor:
+    assert part.rows is not None
+    return part.rows
 
 
 def as_text(indices: Tensor) -> str:
@@ -104,22 +106,22 @@ def as_text(indices: Tensor) -> str:
 
 
 def from_text(text: str) -> Tensor:
-    """What `as_text` wrote."""
+    """Read what `as_text` wrote."""
     return torch.tensor(numbers(text), dtype=torch.int64)
 
 
 def numbers(text: str) -> list[int]:
     """The same as a list."""
-    found: list[int] = []
+    indices: list[int] = []
     for run in filter(None, text.split(",")):
         first, _, last = run.partition("-")
-        found += range(int(first), int(last or first) + 1)
-    return found
+        indices += range(int(first), int(last or first) + 1)
+    return indices
 
 
 def all_slices(kept: Iterable[Kept]) -> dict[str, Slice]:
     """The slices of all layers of all blocks."""
-    return {name: found for block in kept for name, found in block.slices().items()}
+    return {name: kept_slice for block in kept for name, kept_slice in block.slices().items()}
 
 
 def best(scores: Tensor, count: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch import nn
 
 
 def decoder_blocks(model: nn.Module, blocks: Sequence[str]) -> list[str]:
-    """Those of `blocks` that lie in what transformers calls the model's decoder."""
+    """Select the `blocks` that lie in what transformers calls the model's decoder."""
     decoder = cast(Any, model).get_decoder()
     name = next((name for name, module in model.named_modules() if module is decoder), "")
     prefix = f"{name}." if name else ""

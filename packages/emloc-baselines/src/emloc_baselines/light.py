@@ -48,7 +48,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Source(Origin):
-    """What a light model is made from: `config` has the budget, and what EMLoC would have kept dense.
+    """The inputs of a light model: `config` has the budget, and what EMLoC would have kept dense.
 
     Attributes:
         batches: calibration micro-batches; none for a method that does not look at data.
@@ -59,7 +59,7 @@ class Source(Origin):
 
 @dataclass(frozen=True)
 class LightModel:
-    """What becomes of the base.
+    """The light model as changes to the base.
 
     Attributes:
         config: its `config.json`.

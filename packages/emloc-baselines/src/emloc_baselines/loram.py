@@ -35,7 +35,7 @@ from emloc_baselines.structures import Structures, find_structures
 
 
 class LoramOptions(StageConfig):
-    """What LoRAM has of its own."""
+    """Options of LoRAM alone."""
 
     protected_first: int = Field(4, ge=0, description="blocks at the beginning that stay whole")
     protected_last: int = Field(2, ge=0, description="blocks at the end that stay whole")
@@ -73,17 +73,17 @@ class LoramStru:
         stream = UnitStream(source.family, source.base, source.config.device)
         structures = find_structures(stream.model, _middle(stream, options))
         total, target = held_bytes(stream), emulator_bytes(source, stream)
-        costs = [prices(stream, found) for found in structures]
+        costs = [prices(stream, here) for here in structures]
         sizes = fit(structures, costs, total - target)
         scores = self._scores(source, stream, structures, sizes)
         kept = [
             Kept(
-                found,
-                best(scores[found.block].groups, size.groups),
-                torch.arange(found.attention.head_dim),
-                best(scores[found.block].neurons, size.neurons),
+                here,
+                best(scores[here.block].groups, size.groups),
+                torch.arange(here.attention.head_dim),
+                best(scores[here.block].neurons, size.neurons),
             )
-            for found, size in zip(structures, sizes)
+            for here, size in zip(structures, sizes)
         ]
         light = pruned_model(source, stream, kept, budget_bytes=target)
         return replace(light, finish=alignment(source, options.alignment))
@@ -95,7 +95,7 @@ class LoramStru:
         structures: Sequence[Structures],
         sizes: Sequence[Sizes],
     ) -> dict[str, Importance]:
-        if all(_is_whole(found, size) for found, size in zip(structures, sizes)):
+        if all(_is_whole(here, size) for here, size in zip(structures, sizes)):
             return _drawn(structures, 0)  # nothing is to be taken out, whatever it is worth
         return first_order(stream, source.batches, structures)
 
@@ -119,16 +119,16 @@ class LoramRand(LoramStru):
 def _drawn(structures: Sequence[Structures], seed: int) -> dict[str, Importance]:
     draw = torch.Generator().manual_seed(seed)
     return {
-        found.block: Importance(
-            torch.rand(found.attention.groups, generator=draw),
-            torch.rand(found.mlp.neurons, generator=draw),
+        here.block: Importance(
+            torch.rand(here.attention.groups, generator=draw),
+            torch.rand(here.mlp.neurons, generator=draw),
         )
-        for found in structures
+        for here in structures
     }
 
 
-def _is_whole(found: Structures, size: Sizes) -> bool:
-    return size == Sizes(found.attention.groups, found.mlp.neurons)
+def _is_whole(here: Structures, size: Sizes) -> bool:
+    return size == Sizes(here.attention.groups, here.mlp.neurons)
 
 
 def _middle(stream: UnitStream, options: LoramOptions) -> list[str]:

@@ -31,7 +31,7 @@ NAME = "offsite-tuning"
 
 
 class OffsiteOptions(StageConfig):
-    """What Offsite-Tuning has of its own."""
+    """Options of Offsite-Tuning alone."""
 
     trained_blocks: int = Field(2, ge=1, description="blocks at each end that are trained")
     distillation: DistillationOptions = Field(
@@ -84,14 +84,14 @@ class OffsiteTuning:
                     return old + name.removeprefix(block)
             return name
 
-        def renamed(_: object, found: Recovered) -> Recovered:
-            return found._replace(name=rename(found.name))
+        def renamed(_: object, recovered: Recovered) -> Recovered:
+            return recovered._replace(name=rename(recovered.name))
 
         return recover_adapter(adapter, light, out, renamed, rename)
 
 
 def thinned(source: Source, options: OffsiteOptions) -> LightModel:
-    """As many blocks of the middle as the budget allows.
+    """The light model with as many blocks of the middle as the budget allows.
 
     Raises:
         ConfigError: it allows none, or there is no middle.

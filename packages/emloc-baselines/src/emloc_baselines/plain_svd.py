@@ -66,7 +66,7 @@ def svd_emulator(source: Source) -> LightModel:
 
 
 def _group_pieces(stream: UnitStream, group: Group) -> dict[str, Sequence[Piece]]:
-    """By each layer's weight, the tensors that its form stores under its name."""
+    """The tensors that each layer's form stores under its name, by the layer's weight."""
     made: dict[tuple[str, str], Tensor] = {}
 
     def making(stored: StoredTensor, dtype: torch.dtype) -> Callable[[], Tensor]:

@@ -26,7 +26,7 @@ METHOD = "emloc_pruned"
 
 @register_quantization_config(METHOD)
 class PrunedConfig(QuantizationConfigMixin):
-    """How much is left of every pruned module.
+    """The sizes that are left of every pruned module.
 
     Args:
         attentions: module name to `groups` (key-value heads) and `dims` (head dimensions, `0-3,7`).
@@ -45,7 +45,7 @@ class PrunedConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = kwargs.pop("modules_to_not_convert", None)
 
     def to_dict(self) -> dict[str, Any]:
-        """As `config.json` holds it."""
+        """The entry in `config.json`."""
         return {"quant_method": METHOD, "attentions": self.attentions, "mlps": self.mlps}
 
 

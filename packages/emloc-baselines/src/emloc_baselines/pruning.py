@@ -21,7 +21,7 @@ from emloc_baselines.structures import Structures
 
 
 class Sizes(NamedTuple):
-    """What a block keeps, or what one more of each costs in bytes."""
+    """The structures that a block keeps, or what one more of each costs in bytes."""
 
     groups: int
     neurons: int
@@ -44,10 +44,10 @@ def sliced_parts(stream: UnitStream, kept: Kept) -> Iterator[Part]:
     """
     model = stream.model
     slices = kept.slices()
-    wanted = {f"{layer}.weight": found for layer, found in slices.items()}
-    for layer, found in slices.items():
+    wanted = {f"{layer}.weight": kept_part for layer, kept_part in slices.items()}
+    for layer, kept_part in slices.items():
         if getattr(model.get_submodule(layer), "bias", None) is not None:
-            wanted[f"{layer}.bias"] = Slice(found.rows, None)
+            wanted[f"{layer}.bias"] = Slice(kept_part.rows, None)
     norms = {n: model.get_parameter(f"{n}.weight") for n, _ in kept.structures.attention.norms}
     sizes = {norm: weight.numel() for norm, weight in norms.items()}
     for norm, left in kept.norm_slices(sizes).items():
@@ -87,7 +87,8 @@ def prices(stream: UnitStream, structures: Structures) -> Sizes:
 
 
 def fit(structures: Sequence[Structures], price: Sequence[Sizes], excess: int) -> list[Sizes]:
-    """What each block keeps, so that all together save `excess` bytes and less than a neuron more.
+    """The structures that each block keeps, so that all together save `excess` bytes and less than a neuron
+    more.
 
     Raises:
         ConfigError: even one head and one neuron per block are too much.

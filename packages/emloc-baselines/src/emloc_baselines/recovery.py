@@ -42,7 +42,7 @@ class Recovered(NamedTuple):
 
 
 Recover = Callable[[LoraLayer, Recovered], Recovered]
-"""From a layer and its LoRA on the light model to its LoRA on the original."""
+"""A function from a layer and its LoRA on the light model to its LoRA on the original."""
 
 
 def as_it_is(layer: LoraLayer, trained: Recovered) -> Recovered:
@@ -116,22 +116,22 @@ def recover_adapter(
 def _tensors(
     trained: Adapter, recover: Recover, rename: Callable[[str], str]
 ) -> tuple[dict[str, Tensor], Mapping[str, LoraLayer]]:
-    """What the new file holds, and each trained layer by its name in the original."""
-    found: dict[str, Tensor] = {}
+    """The tensors of the new file, and each trained layer by its name in the original."""
+    tensors: dict[str, Tensor] = {}
     names: dict[str, LoraLayer] = {}
     for layer in trained.layers:
         magnitude = trained.magnitude(layer.magnitude_key) if layer.magnitude_key else None
         down, up = trained.read(layer.down_key), trained.read(layer.up_key)
         new = recover(layer, Recovered(layer.name, down, up, magnitude))
         stem = f"{PREFIX}{new.name}"
-        found[f"{stem}.lora_A.weight"] = new.down.contiguous()
-        found[f"{stem}.lora_B.weight"] = new.up.contiguous()
+        tensors[f"{stem}.lora_A.weight"] = new.down.contiguous()
+        tensors[f"{stem}.lora_B.weight"] = new.up.contiguous()
         if new.magnitude is not None:
-            found[f"{stem}.lora_magnitude_vector"] = new.magnitude.contiguous()
+            tensors[f"{stem}.lora_magnitude_vector"] = new.magnitude.contiguous()
         names[new.name] = layer
     for name, key in trained.saved.items():
-        found[f"{PREFIX}{rename(name)}"] = trained.read(key)
-    return dict(sorted(found.items())), names
+        tensors[f"{PREFIX}{rename(name)}"] = trained.read(key)
+    return dict(sorted(tensors.items())), names
 
 
 def _config(trained: Adapter, names: Mapping[str, LoraLayer], base_name: str) -> dict[str, Any]:

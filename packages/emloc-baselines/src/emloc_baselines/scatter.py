@@ -35,18 +35,18 @@ def scatter_adapter(adapter: Path, light: Path, out: Path) -> Path:
                 f"it out of lora_modules_to_save."
             )
 
-    def recover(layer: LoraLayer, found: Recovered) -> Recovered:
+    def recover(layer: LoraLayer, recovered: Recovered) -> Recovered:
         if layer.name not in slices:
-            return found
-        if found.magnitude is not None:
+            return recovered
+        if recovered.magnitude is not None:
             raise MismatchError(
                 f"Adapter {adapter} is a DoRA, whose magnitudes belong to the pruned rows' lengths; train "
                 f"a plain LoRA."
             )
         rows, columns = slices[layer.name]
         d_out, d_in = shapes[layer.name]
-        up = found.up if rows is None else scattered(found.up, rows, d_out)
-        down = found.down if columns is None else scattered(found.down.T, columns, d_in).T
+        up = recovered.up if rows is None else scattered(recovered.up, rows, d_out)
+        down = recovered.down if columns is None else scattered(recovered.down.T, columns, d_in).T
         return Recovered(layer.name, down, up, None)
 
     return recover_adapter(adapter, light, out, recover)
@@ -60,7 +60,7 @@ def scattered(matrix: Tensor, rows: Tensor, count: int) -> Tensor:
 
 
 def _slices(light: Path) -> tuple[Mapping[str, Slice], Mapping[str, tuple[int, int]]]:
-    """What was kept of each layer, and the shapes in the original."""
+    """The kept slices of each layer, and the shapes in the original."""
     manifest = Manifest.read(light)
     base, family = open_model(manifest.base_model.name_or_path, recorded=manifest.family)
     model = family.skeleton(base, torch.float32)

@@ -15,7 +15,7 @@ NAME = "smaller-model"
 
 
 class SmallerOptions(StageConfig):
-    """Which model it is."""
+    """The choice of the smaller model."""
 
     smaller_model_name_or_path: str = Field(description="local folder or hub id")
 

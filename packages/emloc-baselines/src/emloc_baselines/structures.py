@@ -1,4 +1,5 @@
-"""What can be taken out of a transformer block as a whole: key-value heads, head dimensions, neurons.
+"""The structures that can be taken out of a transformer block as a whole: key-value heads, head dimensions,
+neurons.
 
 A key-value head goes with the query heads that read it: rows of q, k and v and columns of the output
 projection. A head dimension goes from all heads of a layer; under rotary positions i and i + d/2 turn
@@ -94,7 +95,7 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Structures:
-    """What a block has."""
+    """The structures that a block has."""
 
     block: str
     attention: Attention
@@ -107,7 +108,7 @@ def find_structures(model: nn.Module, blocks: Sequence[str]) -> list[Structures]
     Raises:
         ConfigError: a block has no attention or MLP of a form that is known.
     """
-    found: list[Structures] = []
+    structures: list[Structures] = []
     for block in blocks:
         attentions = [a for name in _inside(model, block) if (a := attention_at(model, name))]
         mlps = [m for name in _inside(model, block) if (m := mlp_at(model, name))]
@@ -117,8 +118,8 @@ def find_structures(model: nn.Module, blocks: Sequence[str]) -> list[Structures]
                 f"Heads and neurons of {block} ({kind}) cannot be taken out: needed are one attention with "
                 f"q_proj, k_proj and v_proj and one MLP such as gate_proj, up_proj, down_proj."
             )
-        found.append(Structures(block, attentions[0], mlps[0]))
-    return found
+        structures.append(Structures(block, attentions[0], mlps[0]))
+    return structures
 
 
 def attention_at(model: nn.Module, name: str) -> Attention | None:

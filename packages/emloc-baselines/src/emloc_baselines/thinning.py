@@ -14,11 +14,11 @@ from emloc.streaming.stream import UnitStream
 from emloc_baselines.light import Piece
 
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-"""What architectures call their number of blocks."""
+"""The names that architectures give their number of blocks."""
 
 
 def uniform(count: int, kept: int) -> list[int]:
-    """Which of `count` blocks stay: `round(i · (count − 1) / (kept − 1))`; of one, the middle."""
+    """The blocks of `count` that stay: `round(i · (count − 1) / (kept − 1))`; of one, the middle."""
     if kept == 1:
         return [(count - 1) // 2]
     return [round(i * (count - 1) / (kept - 1)) for i in range(kept)]
@@ -69,7 +69,7 @@ def block_bytes(stream: UnitStream, block: str) -> int:
 def thinned_pieces(
     stream: UnitStream, blocks: Sequence[str], kept: Sequence[int]
 ) -> dict[str, Sequence[Piece]]:
-    """What becomes of the tensors of a language model's blocks."""
+    """The new place of each tensor of a language model's blocks."""
     numbers = {old: new for new, old in enumerate(kept)}
     base = stream.checkpoint
     pieces: dict[str, Sequence[Piece]] = {}
@@ -89,9 +89,9 @@ def thinned_pieces(
 def _renumbered(tensor: str, block: str, number: int) -> str:
     """A tensor's name with its block's number replaced, whatever comes before the list of blocks."""
     stack, old = block.split(".")[-2:]
-    found, count = re.subn(
+    renumbered, count = re.subn(
         rf"(^|\.){re.escape(stack)}\.{old}\.", rf"\g<1>{stack}.{number}.", tensor
     )
     if count != 1:
         raise CheckpointError(f"{tensor} does not say the number of its block {block} once.")
-    return found
+    return renumbered

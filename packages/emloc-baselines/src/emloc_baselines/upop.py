@@ -47,7 +47,7 @@ NAME = "upop"
 
 
 class UpopOptions(StageConfig):
-    """What UPop has of its own."""
+    """Options of UPop alone."""
 
     search_steps: int = Field(16, ge=1, description="steps of the search, one micro-batch each")
     rank_by: Literal["gradient", "magnitude"] = Field(
@@ -91,14 +91,14 @@ def searched(source: Source, options: UpopOptions) -> LightModel:
     """The base with what the search closes cut out."""
     stream = UnitStream(source.family, source.base, source.config.device)
     structures = find_structures(stream.model, stream.blocks)
-    for found in structures:
-        require_known_rotation(stream.model, found.attention)
+    for here in structures:
+        require_known_rotation(stream.model, here.attention)
     total, target = held_bytes(stream), emulator_bytes(source, stream)
     excess, steps = total - target, options.search_steps
-    weights = [entry_bytes(stream, found) for found in structures]
+    weights = [entry_bytes(stream, here) for here in structures]
     _require_feasible(structures, weights, excess)
     like = torch.zeros((), dtype=stream.dtype, device=stream.device)
-    masks = [Masks.ones(found, like) for found in structures]
+    masks = [Masks.ones(here, like) for here in structures]
     closed = [
         torch.zeros_like(part, dtype=torch.bool) for m in masks for part in (m.dims, m.neurons)
     ]
@@ -114,12 +114,12 @@ def searched(source: Source, options: UpopOptions) -> LightModel:
             mask.set(*((~gone).to(like) + gone.to(like) * (1 - share) for gone in (dims, neurons)))
     kept = [
         Kept(
-            found,
-            torch.arange(found.attention.groups),
-            found.attention.dims_of((~dims).nonzero().reshape(-1).cpu()),
+            here,
+            torch.arange(here.attention.groups),
+            here.attention.dims_of((~dims).nonzero().reshape(-1).cpu()),
             (~neurons).nonzero().reshape(-1).cpu(),
         )
-        for found, dims, neurons in zip(structures, closed[::2], closed[1::2])
+        for here, dims, neurons in zip(structures, closed[::2], closed[1::2])
     ]
     return pruned_model(source, stream, kept, budget_bytes=target, search_steps=steps)
 
@@ -130,7 +130,7 @@ def schedule(step: int, steps: int) -> float:
 
 
 def entry_bytes(stream: UnitStream, structures: Structures) -> Entry:
-    """What one entry of each mask takes."""
+    """The bytes that one entry of each mask takes."""
     attention, mlp = structures.attention, structures.mlp
     whole = Kept.everything(structures)
     total = sliced_bytes(stream, whole)
@@ -143,7 +143,9 @@ def entry_bytes(stream: UnitStream, structures: Structures) -> Entry:
 
 
 def _gradients(masks: Sequence[Masks]) -> list[Tensor]:
-    """Of attention and MLP in turn, block by block; of a block that nothing reached, zeros."""
+    """Gradients of the masks of attention and MLP in turn, block by block; zeros for a block that nothing
+    reached.
+    """
     return [
         torch.zeros_like(part) if part.grad is None else part.grad
         for mask in masks
@@ -152,7 +154,7 @@ def _gradients(masks: Sequence[Masks]) -> list[Tensor]:
 
 
 def rank(gradients: Sequence[Tensor], weights: Sequence[Entry], excess: float) -> list[Tensor]:
-    """Which entries are closed, true where they are, so that they take at least `excess` bytes.
+    """Choose the entries to close, true where they are, so that they take at least `excess` bytes.
 
     Args:
         gradients: of attention and MLP in turn, block by block.

@@ -50,7 +50,7 @@ class Album:
 
     @property
     def complete(self) -> bool:
-        """Whether all are there.
+        """Return whether all are there.
 
         Raises:
             OutputError: the folder holds other pictures.

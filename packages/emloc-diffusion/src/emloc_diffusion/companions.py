@@ -1,4 +1,5 @@
-"""What a pipeline's other models take while they encode pictures and prompts: VAE and text encoders.
+"""The memory that a pipeline's other models take while they encode pictures and prompts: VAE and text
+encoders.
 
 They are known by their configs and run on fake tensors, one picture and one prompt, in float32.
 """
@@ -25,15 +26,15 @@ T5_TOKENS = 512
 
 @cache
 def companions(path: Path, resolution: int) -> Mapping[str, OtherModel]:
-    """By component, for those that the folder, or the one above, has a config of."""
+    """Sizes by component, for those that the folder, or the one above, has a config of."""
     root = path if (path / "vae").is_dir() else path.parent
-    found: dict[str, OtherModel] = {}
+    sizes: dict[str, OtherModel] = {}
     if (root / "vae" / "config.json").is_file():
-        found["vae"] = _vae(read_json(root / "vae" / "config.json"), resolution)
+        sizes["vae"] = _vae(read_json(root / "vae" / "config.json"), resolution)
     for name in TEXT_ENCODERS:
         if (root / name / "config.json").is_file():
-            found[name] = _text_encoder(read_json(root / name / "config.json"))
-    return found
+            sizes[name] = _text_encoder(read_json(root / name / "config.json"))
+    return sizes
 
 
 def _vae(config: Mapping[str, Any], resolution: int) -> OtherModel:

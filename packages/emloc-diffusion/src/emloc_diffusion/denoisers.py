@@ -1,4 +1,4 @@
-"""How each denoiser of diffusers is called, on one micro-batch of noisy latents and conditions.
+"""Calls of each denoiser of diffusers, on one micro-batch of noisy latents and conditions.
 
 A micro-batch holds `sample` (noisy latents, samples × channels × height × width), `timestep` (samples,
 0 to 1000), `target` (as `sample`) and, per prompt, `encoder_hidden_states` (samples × tokens × width);
@@ -37,7 +37,7 @@ class Denoiser:
 
 
 def denoiser_of(checkpoint: Checkpoint) -> Denoiser:
-    """By the config's `_class_name`.
+    """Find the denoiser by the config's `_class_name`.
 
     Raises:
         CheckpointError: a class that is not known here.
@@ -72,7 +72,7 @@ def _sd3(model: Any, batch: Batch) -> Tensor:
 
 
 GUIDANCE = 1.0
-"""What guidance-distilled FLUX is told while it is trained, as in diffusers' scripts."""
+"""The guidance that guidance-distilled FLUX is given while it is trained, as in diffusers' scripts."""
 
 
 def _flux(model: Any, batch: Batch) -> Tensor:
@@ -84,7 +84,7 @@ def _flux(model: Any, batch: Batch) -> Tensor:
     )
     text_ids = sample.new_zeros(batch["encoder_hidden_states"].shape[1], 3)
     guidance = sample.new_full((count,), GUIDANCE) if model.config.guidance_embeds else None
-    found = model(
+    predicted = model(
         hidden_states=packed,
         timestep=batch["timestep"] / 1000,
         guidance=guidance,
@@ -93,7 +93,7 @@ def _flux(model: Any, batch: Batch) -> Tensor:
         txt_ids=text_ids,
         img_ids=image_ids,
     ).sample
-    parts = found.view(count, height // 2, width // 2, channels, 2, 2)
+    parts = predicted.view(count, height // 2, width // 2, channels, 2, 2)
     return parts.permute(0, 3, 1, 4, 2, 5).reshape(sample.shape)
 
 

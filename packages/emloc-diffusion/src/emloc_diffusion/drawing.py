@@ -67,14 +67,14 @@ def draw_one(
     pipeline's own."""
     options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     with torch.random.fork_rng(), torch.inference_mode():
-        found = pipeline(
+        drawn = pipeline(
             prompt,
             height=resolution,
             width=resolution,
             generator=torch.Generator().manual_seed(seed),
             **{name: value for name, value in options.items() if value is not None},
         )
-    return found.images[0]
+    return drawn.images[0]
 
 
 @contextmanager

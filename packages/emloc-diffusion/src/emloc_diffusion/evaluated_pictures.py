@@ -15,7 +15,7 @@ from emloc_diffusion.album import Album, Wanted
 from emloc_diffusion.data.images import read_upright
 from emloc_diffusion.drawing import contact_sheet_png, draw_one, load_pipeline, with_lora
 from emloc_diffusion.export import DIFFUSERS_NAME
-from emloc_diffusion.picture_plan import DenoiserEvaluateConfig, Plan
+from emloc_diffusion.picture_plan import DenoiserEvaluateConfig, PicturePlan
 from emloc_diffusion.scoring import load_clip, load_dino, score
 
 FOLDER = "pictures"
@@ -23,13 +23,14 @@ SHEET_NAME = "contact_sheet.png"
 
 
 def draw_and_score(
-    plan: Plan,
+    plan: PicturePlan,
     config: DenoiserEvaluateConfig,
     checkpoint: Checkpoint,
     real: Sequence[Path],
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """What the plan asks for, under `plan.folder`; pictures that are there already are not drawn again.
+    """Draw and score what the plan asks for, under `plan.folder`; pictures that are there already are not
+    drawn again.
 
     Args:
         real: all pictures of the subject.
@@ -43,13 +44,13 @@ def draw_and_score(
     missing = {row: album for row, album in albums.items() if not album.complete}
     if missing:
         _draw(missing, plan, config, checkpoint.path, dtype)
-    found: dict[str, Any] = {}
+    scores: dict[str, Any] = {}
     if plan.scored:
-        found |= _score(albums[plan.evaluated], plan.scored, config, real)
+        scores |= _score(albums[plan.evaluated], plan.scored, config, real)
     if plan.shown:
         _write_sheet(albums, plan)
-        found["contact_sheet"] = SHEET_NAME
-    return found
+        scores["contact_sheet"] = SHEET_NAME
+    return scores
 
 
 def check_encoders(config: DenoiserEvaluateConfig) -> None:
@@ -65,8 +66,10 @@ def check_encoders(config: DenoiserEvaluateConfig) -> None:
         load_clip(config.clip_model)
 
 
-def _albums(plan: Plan, config: DenoiserEvaluateConfig, checkpoint: Checkpoint) -> dict[str, Album]:
-    """By row; their settings are all that shapes a picture."""
+def _albums(
+    plan: PicturePlan, config: DenoiserEvaluateConfig, checkpoint: Checkpoint
+) -> dict[str, Album]:
+    """Albums by row; their settings are all that shapes a picture."""
     model = {
         "model_digest": checkpoint.digest(),
         "companions_digest": checkpoint.companions_digest(),
@@ -84,7 +87,7 @@ def _albums(plan: Plan, config: DenoiserEvaluateConfig, checkpoint: Checkpoint) 
 
 
 def _digest(adapter: Path | None) -> str | None:
-    """Of what a pipeline loads."""
+    """A digest of what a pipeline loads."""
     if adapter is None:
         return None
     file = adapter / DIFFUSERS_NAME
@@ -93,7 +96,7 @@ def _digest(adapter: Path | None) -> str | None:
 
 def _draw(
     albums: Mapping[str, Album],
-    plan: Plan,
+    plan: PicturePlan,
     config: DenoiserEvaluateConfig,
     pipeline_folder: Path,
     dtype: torch.dtype,
@@ -125,15 +128,15 @@ def _score(
         None if dino is None else load_dino(dino, config.device),
         None if clip is None else load_clip(clip, config.device),
     )
-    found = {"dino": scores.dino, "clip_i": scores.clip_i, "clip_t": scores.clip_t}
+    fidelity_scores = {"dino": scores.dino, "clip_i": scores.clip_i, "clip_t": scores.clip_t}
     return {
-        **{name: value for name, value in found.items() if value is not None},
+        **{name: value for name, value in fidelity_scores.items() if value is not None},
         "generated_pictures": scores.generated_count,
         "real_pictures": scores.real_count,
     }
 
 
-def _write_sheet(albums: Mapping[str, Album], plan: Plan) -> None:
+def _write_sheet(albums: Mapping[str, Album], plan: PicturePlan) -> None:
     rows = {
         row: [read_upright(album.path(one)) for one in plan.shown] for row, album in albums.items()
     }

@@ -1,4 +1,4 @@
-"""What a denoiser, with or without a LoRA, is worth: its loss, its pictures' scores, a contact sheet.
+"""The scores of a denoiser, with or without a LoRA: its loss, its pictures' scores, a contact sheet.
 
 The loss is on pictures under noise that training did not see. Pictures are drawn, by the stock pipeline,
 only where the options ask for scores (`emloc_diffusion.scoring`) or a sheet (`emloc_diffusion.picture_plan`).
@@ -25,7 +25,7 @@ from emloc_diffusion.samples import Options, Samples, encode_samples
 from emloc_diffusion.text_options import refuse_text_options
 
 HELD_OUT_SEED = 0x5EED
-"""Of noise and timesteps; training's depend on its own seed and never begin here."""
+"""The seed of noise and timesteps; training's depend on its own seed and never begin here."""
 
 
 def evaluate_model(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any]:

@@ -52,13 +52,13 @@ class DiffusionFamily(PlannedDiffusion):
 
     def layer_groups(self, model: nn.Module) -> Sequence[Sequence[str]]:
         """Linear layers of a block that read the same tensor form a group; a convolution is alone."""
-        found = self._trace(model)
+        traced = self._trace(model)
         groups: dict[object, list[str]] = {}
-        for block in found.order:
+        for block in traced.order:
             for name, module in model.get_submodule(block).named_modules(prefix=block):
                 if not is_layer(module) or name.rpartition(".")[2] in MODULATION:
                     continue
-                key = (block, found.inputs[name]) if name in found.inputs else name
+                key = (block, traced.inputs[name]) if name in traced.inputs else name
                 groups.setdefault(key if isinstance(module, nn.Linear) else name, []).append(name)
         return list(groups.values())
 
@@ -170,8 +170,9 @@ class DiffusionFamily(PlannedDiffusion):
 
 
 def _beside_a_list(model: nn.Module, layer: str) -> bool:
-    """Whether a layer leads into or out of a list of blocks, such as an attention's projections; those
-    of the model itself read pixels or timesteps and stay dense."""
+    """Return whether a layer leads into or out of a list of blocks, such as an attention's projections;
+    those of the model itself read pixels or timesteps and stay dense.
+    """
     parent = layer.rpartition(".")[0]
     if not parent:
         return False

@@ -51,8 +51,8 @@ def put_on(pipeline: Any, adapter: Path) -> None:
                 f"{adapter}: a {kind} cannot load it ({reason}); it is for another pipeline, or its "
                 f"{DIFFUSERS_NAME} is damaged."
             ) from problem
-        found = pipeline.lora_state_dict(str(folder), local_files_only=True)
-    tensors: dict[str, Tensor] = found[0] if isinstance(found, tuple) else found
+        state = pipeline.lora_state_dict(str(folder), local_files_only=True)
+    tensors: dict[str, Tensor] = state[0] if isinstance(state, tuple) else state
     unused, made_up = _compare(pipeline, tensors)
     if unused:
         raise MismatchError(

@@ -10,7 +10,7 @@ from emloc_diffusion.encode.components import load_errors
 
 
 def load_denoiser(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
-    """In eval mode, nothing trainable.
+    """Load the denoiser in eval mode, nothing trainable.
 
     Args:
         dtype: a dtype's name, or `auto` for the one that the checkpoint stores most bytes of.

@@ -1,4 +1,4 @@
-"""What a denoiser learns: which noise at which timestep, and what it should predict.
+"""The objective of a denoiser: which noise at which timestep, and what it should predict.
 
 Diffusion (SD, SDXL; DDPM, Ho et al. 2020): `x_t = √ᾱ_t x + √(1 − ᾱ_t) ε`, t uniform, target ε, or
 `v = √ᾱ_t ε − √(1 − ᾱ_t) x`, or x, by the scheduler's `prediction_type`. Flow matching (SD3, FLUX; Esser et
@@ -95,7 +95,7 @@ Objective: TypeAlias = Diffusion | FlowMatching
 
 
 def objective_of(pipeline: Path) -> Objective:
-    """By the pipeline's scheduler.
+    """Find the objective by the pipeline's scheduler.
 
     Raises:
         CheckpointError: it has none, or one that trains otherwise.

@@ -1,4 +1,4 @@
-"""Which pictures evaluate draws: rows are models, columns are prompts and seeds.
+"""The pictures that evaluate draws: rows are models, columns are prompts and seeds.
 
 Scores need every prompt `num_images_per_prompt` times, by the model that is evaluated. A contact sheet
 shows `validation_prompt` as often, or every scored prompt once, by that model, the base and further
@@ -26,7 +26,7 @@ class DenoiserEvaluateConfig(EvaluateConfig, PictureOptions, EvaluationOptions):
 
 
 @dataclass(frozen=True)
-class Plan:
+class PicturePlan:
     """The pictures of one evaluation.
 
     Attributes:
@@ -44,13 +44,13 @@ class Plan:
     folder: Path
 
     def wanted(self, row: str) -> Sequence[Wanted]:
-        """What a row's model draws, each picture once."""
+        """The pictures that a row's model draws, each once."""
         scored = self.scored if row == self.evaluated else ()
         return list(dict.fromkeys([*scored, *self.shown]))
 
 
-def plan_pictures(config: DenoiserEvaluateConfig, model: Checkpoint) -> Plan | None:
-    """What the options ask for; None where that is no pictures.
+def plan_pictures(config: DenoiserEvaluateConfig, model: Checkpoint) -> PicturePlan | None:
+    """PicturePlan the pictures that the options ask for; None where that is none.
 
     Raises:
         ConfigError: they ask for what cannot be, or for half of it.
@@ -89,11 +89,13 @@ def plan_pictures(config: DenoiserEvaluateConfig, model: Checkpoint) -> Plan | N
             )
         shown = [Wanted(prompt, seeds[0]) for prompt in prompts]
     scored = {Wanted(p, seed): plain for p, plain in prompts.items() for seed in seeds}
-    return Plan(rows, evaluated, scored if scores else {}, shown, config.output_dir)
+    return PicturePlan(rows, evaluated, scored if scores else {}, shown, config.output_dir)
 
 
 def _prompts(config: DenoiserEvaluateConfig) -> dict[str, str]:
-    """What is drawn, with what it says without the unique token; none if no subject is named."""
+    """The prompts that are drawn, with what they say without the unique token; none if no subject is
+    named.
+    """
     token, noun, live = config.subject_token, config.class_name, config.subject_kind == "live"
     if config.prompts_file is not None:
         if token is None:
@@ -129,7 +131,7 @@ def _rows(config: DenoiserEvaluateConfig) -> tuple[dict[str, Path | None], str]:
 
 
 def _refuse_corrected_on_emulator(model: Checkpoint, rows: Mapping[str, Path | None]) -> None:
-    """As evaluate does for its own adapter."""
+    """Refuse what evaluate refuses for its own adapter."""
     manifest = Manifest.find(model.path)
     if manifest is None or manifest.kind != "emulator":
         return

@@ -1,4 +1,4 @@
-"""What the planner needs to know of diffusion models (`PlannedFamily`)."""
+"""The planner's view of diffusion models (`PlannedFamily`)."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ PROMPT_TOKENS = {
     "SD3Transformer2DModel": 77 + 256,
     "FluxTransformer2DModel": 512,
 }
-"""Of the stock pipelines' text encoders."""
+"""Prompt lengths of the stock pipelines' text encoders."""
 
 STACKS = ("num_layers", "num_single_layers")
 """Config keys of transformers that count equal blocks."""
@@ -94,7 +94,7 @@ class PlannedDiffusion:
         return in_chosen_blocks(model, names, options)
 
     def stacks(self, checkpoint: Checkpoint) -> Sequence[int]:
-        """Of transformers, their blocks by kind; a UNet's differ all."""
+        """The blocks of transformers by kind; a UNet's differ all."""
         complete = _complete(checkpoint)
         if "UNet" in str(checkpoint.config["_class_name"]):
             return []
@@ -160,7 +160,9 @@ def _dtype(checkpoint: Checkpoint, wanted: str) -> torch.dtype:
 
 
 def _prompt_tokens(checkpoint: Checkpoint) -> int:
-    """Of a UNet's text encoder, where its config is at hand; else of the stock pipelines."""
+    """The prompt length of a UNet's text encoder, where its config is at hand; else of the stock
+    pipelines.
+    """
     name = str(checkpoint.config["_class_name"])
     for folder in (checkpoint.path, checkpoint.path.parent):
         if "UNet" in name and (folder / "text_encoder" / "config.json").is_file():

@@ -21,7 +21,7 @@ from emloc_diffusion.objective import Objective
 
 
 class Options(Protocol):
-    """What a stage's options say of pictures (`PictureOptions` with core's `dataset`)."""
+    """The part of a stage's options that is about pictures (`PictureOptions` with core's `dataset`)."""
 
     dataset: str | None
     instance_prompt: str | None
@@ -50,7 +50,7 @@ class Samples:
         return [i for i, picture in enumerate(self.pictures) if picture.is_prior == prior]
 
     def conditions_of(self, chosen: Sequence[int]) -> dict[str, Tensor]:
-        """What the denoiser is told of some."""
+        """The conditions that the denoiser is given for some pictures."""
         return {name: tensor[list(chosen)] for name, tensor in self.conditions.items()}
 
     def latents(self, chosen: Sequence[int], generator: torch.Generator | None) -> Tensor:

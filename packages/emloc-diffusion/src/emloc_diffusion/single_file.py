@@ -84,8 +84,8 @@ def _guess(file: Checkpoint) -> str:
     from diffusers.loaders.single_file_utils import fetch_diffusers_config
 
     shapes = {n: torch.empty(i.shape, device="meta") for n, i in file.tensors.items()}
-    found: dict[str, str] = fetch_diffusers_config(shapes)
-    return found["pretrained_model_name_or_path"]
+    fetched: dict[str, str] = fetch_diffusers_config(shapes)
+    return fetched["pretrained_model_name_or_path"]
 
 
 def _download(file: Checkpoint, hub_id: str, guess: bool) -> Path:
@@ -112,7 +112,7 @@ def _part(name: str) -> str | None:
 
 def _dtypes(file: Checkpoint) -> dict[str, torch.dtype]:
     """The widest dtype of each part: beside float16 weights, some files keep single float32 ones."""
-    found: dict[str, dict[torch.dtype, int]] = {}
+    bytes_by_part: dict[str, dict[torch.dtype, int]] = {}
     for name, info in file.tensors.items():
         part = _part(name)
         if part is None or not info.dtype.is_floating_point:
@@ -122,12 +122,13 @@ def _dtypes(file: Checkpoint) -> dict[str, torch.dtype]:
                 f"{file.name} is quantised ({name} is {info.dtype}); use the file in float32, bfloat16 or "
                 f"float16."
             )
-        sizes = found.setdefault(part, {})
+        sizes = bytes_by_part.setdefault(part, {})
         sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
-    if not found.get(""):
+    if not bytes_by_part.get(""):
         raise CheckpointError(f"{file.name} holds no denoiser; pass a file of the whole model.")
     return {
-        part: next(dtype for dtype in WIDEST if dtype in sizes) for part, sizes in found.items()
+        part: next(dtype for dtype in WIDEST if dtype in sizes)
+        for part, sizes in bytes_by_part.items()
     }
 
 

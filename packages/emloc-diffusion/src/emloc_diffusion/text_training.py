@@ -56,7 +56,9 @@ class TextTraining:
         self.parts: Mapping[str, Part] = {n: Part(e, TARGETS) for n, e in clip.items()}
 
     def conditions(self, chosen: Sequence[int]) -> dict[str, Tensor]:
-        """What the denoiser is told of some pictures, by the text encoders as they are now."""
+        """The conditions that the denoiser is given for some pictures, by the text encoders as they are
+        now.
+        """
         captions = [self._captions[position] for position in chosen]
         unique = list(dict.fromkeys(captions))
         rows = torch.tensor([unique.index(caption) for caption in captions])

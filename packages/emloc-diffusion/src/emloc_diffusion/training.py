@@ -48,7 +48,7 @@ class Indices(Dataset[int]):
         self.positions = positions
 
     def __len__(self) -> int:
-        """Their number."""
+        """The number of samples."""
         return len(self.positions)
 
     def __getitem__(self, index: int) -> int:
@@ -64,7 +64,7 @@ class TrackedConfig(FrozenDict):
         return dict(self)
 
     def to_json_string(self) -> str:
-        """For logs."""
+        """The configuration as text, for logs."""
         return json.dumps(dict(self), default=str)
 
 

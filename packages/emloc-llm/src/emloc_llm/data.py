@@ -1,4 +1,4 @@
-"""From rows of data sets to token ids and labels, the same for calibration, training and scoring.
+"""The way from rows of data sets to token ids and labels, the same for calibration, training and scoring.
 
 Chats go through the tokenizer's chat template. A plain prompt and completion are concatenated and ended by
 the end-of-sequence token, as TRL does. Either is tokenised as a whole. Labels are -100 where there is no

@@ -144,7 +144,7 @@ def _lm_eval(config: TextEvaluateConfig) -> dict[str, Any]:
     arguments = f"pretrained={config.model_name_or_path},dtype={config.dtype}"
     if config.adapter:
         arguments += f",peft={config.adapter}"
-    found = simple_evaluate(
+    results = simple_evaluate(
         model="hf",
         model_args=arguments,
         tasks=config.tasks,
@@ -152,4 +152,4 @@ def _lm_eval(config: TextEvaluateConfig) -> dict[str, Any]:
         batch_size=config.per_device_eval_batch_size,
         device=config.device,
     )
-    return {"tasks": found["results"]}
+    return {"tasks": results["results"]}

@@ -100,7 +100,7 @@ class LLMFamily(TransformersFamily):
         return {name: t for name, t in batch.items() if padded or name != "attention_mask"}
 
     def as_trained(self, model: nn.Module) -> nn.Module:
-        """With TRL's loss in place of the head."""
+        """The model in training, with TRL's loss in place of the head."""
         from trl.trainer.utils import add_fused_lm_head  # seconds to import
 
         changed: Any = model
@@ -108,7 +108,7 @@ class LLMFamily(TransformersFamily):
         return changed
 
     def trainers_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-        """As TRL's `SFTTrainer` computes it, where all tokens are labelled."""
+        """The loss as TRL's `SFTTrainer` computes it, where all tokens are labelled."""
         out = model(**batch, use_cache=False, fused_lm_head=True)
         return -out.log_probs.sum(), batch["labels"].numel()
 

@@ -23,7 +23,7 @@ _AFTER = _BEFORE + ".,"
 
 
 def matches(reference: str, prediction: str, answer: str = "auto") -> bool:
-    """Whether a prediction is the reference.
+    """Return whether a prediction is the reference.
 
     `auto` compares numbers where the reference ends in GSM8K's `#### number`, letters where it ends in
     `#### letter`, JSON where it parses as an object or list, and text otherwise. The final number of a
@@ -35,8 +35,8 @@ def matches(reference: str, prediction: str, answer: str = "auto") -> bool:
     """
     kind = _kind(reference) if answer == "auto" else answer
     if kind == "number":
-        wanted, found = _final_number(reference), _final_number(prediction)
-        return wanted is not None and found is not None and wanted.same(found)
+        wanted, answered = _final_number(reference), _final_number(prediction)
+        return wanted is not None and answered is not None and wanted.same(answered)
     if kind == "option":
         right, said = _final_option(reference), _said_option(prediction)
         return right is not None and right == said
@@ -64,7 +64,7 @@ def _kind(reference: str) -> str:
 def _marked(text: str) -> list[str]:
     """The text behind a line's last `####`, for every line that has one."""
     parts = [_MARK.split(line) for line in text.splitlines()]
-    return [found[-1].strip() for found in parts if len(found) > 1]
+    return [part_groups[-1].strip() for part_groups in parts if len(part_groups) > 1]
 
 
 def _ending(text: str) -> str | None:
@@ -80,8 +80,8 @@ def _final_option(reference: str) -> str | None:
 
 def _said_option(prediction: str) -> str | None:
     """The last marked letter; a word that begins a heading is none."""
-    found = [match for said in _marked(prediction) if (match := _SAID_OPTION.fullmatch(said))]
-    return str(found[-1][1]).lower() if found else None
+    options = [match for said in _marked(prediction) if (match := _SAID_OPTION.fullmatch(said))]
+    return str(options[-1][1]).lower() if options else None
 
 
 def _final_number(text: str) -> Number | None:

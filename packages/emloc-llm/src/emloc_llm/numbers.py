@@ -68,7 +68,7 @@ def read_number(text: str) -> Number | None:
 
 
 def is_amount(unit: str) -> bool:
-    """Whether words make another number of the one before them: `million`, `dozen`."""
+    """Return whether words make another number of the one before them: `million`, `dozen`."""
     return _AMOUNT.search(unit.casefold()) is not None
 
 

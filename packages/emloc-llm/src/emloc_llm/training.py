@@ -89,8 +89,8 @@ def _train(config: TextTrainConfig, work: Path, family: TransformersFamily) -> d
     if config.eval_dataset:
         split = "" if Path(config.eval_dataset).is_file() else config.eval_dataset_split
         evaluation = _learnable(_evaluation_samples(config, tokenizer, config.eval_dataset, split))
-    found = [*samples, *(evaluation or [])]
-    capacity.check((sample.input_ids for sample in found), tokenizer, "The samples")
+    all_samples = [*samples, *(evaluation or [])]
+    capacity.check((sample.input_ids for sample in all_samples), tokenizer, "The samples")
     arguments = training_arguments(
         SFTConfig,
         config,

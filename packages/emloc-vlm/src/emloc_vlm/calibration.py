@@ -28,7 +28,7 @@ Their samples go one by one, without padding."""
 PIXEL_MASKS = ("pixel_attention_mask", "pixel_mask")
 
 PATCH_MASK = "emloc_patch_mask"
-"""Which patches are real; not for the model."""
+"""The key of the mask of real patches, which is not for the model."""
 
 
 def calibration_batches(path: Path, options: CalibrationVisualOptions) -> Sequence[Batch]:
@@ -61,10 +61,10 @@ def draw_examples(options: CalibrationVisualOptions, processor: Any) -> list[Exa
         for example in shuffled:  # where an image may be skipped, the next sample takes its place
             if _enough(options, share, len(part), tokens):
                 break
-            found = readable([example], options)
-            part += found
-            if found and options.num_calibration_tokens is not None:
-                tokens += collate(found, processor, options)["input_ids"].shape[1]
+            read = readable([example], options)
+            part += read
+            if read and options.num_calibration_tokens is not None:
+                tokens += collate(read, processor, options)["input_ids"].shape[1]
         if not part:
             raise DataError(f"No image of {shuffled[0].where} and on can be read.")
         drawn += part
@@ -101,7 +101,7 @@ def _with_patch_mask(batch: Mapping[str, Tensor], patch_size: int | None) -> Bat
 
 
 def without_patch_mask(batch: Batch) -> Batch:
-    """What the model's forward takes."""
+    """The batch as the model's forward takes it."""
     return {name: tensor for name, tensor in batch.items() if name != PATCH_MASK}
 
 

@@ -37,4 +37,6 @@ def _annotations(path: Path, document: Any) -> Iterator[Path]:
     for entry in entries:
         named = cast("dict[str, Any]", entry).get("annotation") if isinstance(entry, dict) else None
         if isinstance(named, str):
-            yield from (found for found in (Path(named), path.parent / named) if found.is_file())
+            yield from (
+                path_here for path_here in (Path(named), path.parent / named) if path_here.is_file()
+            )

@@ -1,4 +1,4 @@
-"""From chats with images to what a model's forward takes, the same for all stages.
+"""The way from chats with images to what a model's forward takes, the same for all stages.
 
 The processor renders the chat, opens out the images' places and makes the tensors. The whole chat is
 encoded at once, as a chat with the model would be, and answers are labelled where they stand. Images are
@@ -23,7 +23,7 @@ from emloc.machine.progress import warn
 from emloc_vlm.examples import Example
 
 _OF_IMAGES = ("pixel", "image")
-"""How tensors are called that are no part of the text, whatever their shape."""
+"""Names of tensors that are no part of the text, whatever their shape."""
 
 
 def collate(
@@ -48,11 +48,11 @@ def collate(
     texts = [chat.text if answers else chat.prompt for chat in chats]
     images = [[image.open() for image in example.images] for example in examples]
     batch, tokens = _processed(processor, texts, images, "right" if answers else "left", examples)
-    lengths = [len(found.ids) for found in tokens]
+    lengths = [len(row_tokens.ids) for row_tokens in tokens]
     labels = torch.full_like(batch["input_ids"], IGNORED)
-    for row, (example, chat, found) in enumerate(zip(examples, chats, tokens)):
+    for row, (example, chat, row_tokens) in enumerate(zip(examples, chats, tokens)):
         length = lengths[row]
-        head = found.upto(chat.last) if answers else length
+        head = row_tokens.upto(chat.last) if answers else length
         if head >= options.max_length:
             raise DataError(
                 f"{example.where}: its prompt and images take {head} tokens, which leaves nothing of "
@@ -63,8 +63,10 @@ def collate(
             _say_cut(options.max_length, example.where)
         if answers:
             everywhere = not (options.completion_only_loss or options.assistant_only_loss)
-            learnt = found.ids if everywhere else found.labels(chat.answers, IGNORED)
-            if not everywhere and any(found.upto(a) == found.upto(b) for a, b in chat.answers):
+            learnt = row_tokens.ids if everywhere else row_tokens.labels(chat.answers, IGNORED)
+            if not everywhere and any(
+                row_tokens.upto(a) == row_tokens.upto(b) for a, b in chat.answers
+            ):
                 raise DataError(
                     f"{example.where}: an answer before an image cannot be found among the tokens of this "
                     f"model's processor; leave assistant_only_loss out."
@@ -119,7 +121,7 @@ def _processed(
     special = not (bos and texts[0].startswith(bos))
     given: dict[str, Any] = {"images": images} if any(images) else {}
     try:
-        found: dict[str, Any] = dict(
+        processed: dict[str, Any] = dict(
             processor(
                 text=texts,
                 **given,
@@ -136,23 +138,23 @@ def _processed(
             f"{examples[0].where} and on: the processor cannot encode a sample: "
             f"{(str(problem).strip() or type(problem).__name__).splitlines()[0]}"
         ) from problem
-    mask = found["attention_mask"].bool()
-    offsets = found.pop("offset_mapping")
-    replaced: Any = found.pop("text_replacement_offsets", None)
+    mask = processed["attention_mask"].bool()
+    offsets = processed.pop("offset_mapping")
+    replaced: Any = processed.pop("text_replacement_offsets", None)
     if not isinstance(replaced, list) or not any(replaced):  # an empty one may have become a tensor
         replaced = None
     tokens: list[Tokens] = []
     for row, kept in enumerate(mask):
         ends = offsets[row][kept][:, 1].tolist()
-        ids = found["input_ids"][row][kept].tolist()
+        ids = processed["input_ids"][row][kept].tolist()
         places = (
             _as_one(processor, texts[row], ids, ends, special)
             if replaced is None
             else replaced[row]
         )
         tokens.append(Tokens(ids, _as_given(ends, places)))
-    found = {name: value for name, value in found.items() if isinstance(value, Tensor)}
-    return found, tokens
+    processed = {name: value for name, value in processed.items() if isinstance(value, Tensor)}
+    return processed, tokens
 
 
 def _as_one(

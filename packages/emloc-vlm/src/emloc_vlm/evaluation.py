@@ -60,11 +60,11 @@ def _evaluate(config: VisualEvaluateConfig, family: ModelFamily) -> dict[str, An
     metric = METRICS[_metric(examples, config)]
     for answer in answers:
         answer["scores"] = metric.score(answer)
-    found = metric.aggregate([answer["scores"] for answer in answers]) if answers else {}
+    aggregated = metric.aggregate([answer["scores"] for answer in answers]) if answers else {}
     return {
         "loss": loss,
         "exact_match": None,
-        **found,
+        **aggregated,
         "metric": _metric(examples, config),
         "samples": len(examples),
         "answers": answers,
@@ -138,7 +138,7 @@ def _answered(example: Example, prediction: str) -> dict[str, Any]:
 
 
 def _to(model: Any, batch: dict[str, Any], device: str) -> dict[str, Any]:
-    """On the device; images in the model's dtype."""
+    """Move a batch to the device; images in the model's dtype."""
     moved = {name: tensor.to(device) for name, tensor in batch.items()}
     return {
         name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor

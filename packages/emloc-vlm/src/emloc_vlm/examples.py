@@ -128,10 +128,10 @@ def _content(value: Any, what: str, where: str) -> list[dict[str, Any]]:
         entry = cast("Mapping[str, Any]", part) if isinstance(part, Mapping) else {}
         kind = entry.get("type")
         if kind in ("image", "image_url"):
-            found = next((entry[key] for key in _KEYS if entry.get(key)), None)
-            if kind == "image_url" and isinstance(found, Mapping):
-                found = cast("Mapping[str, Any]", found).get("url")
-            entries.append({"type": "image", "source": found})
+            source = next((entry[key] for key in _KEYS if entry.get(key)), None)
+            if kind == "image_url" and isinstance(source, Mapping):
+                source = cast("Mapping[str, Any]", source).get("url")
+            entries.append({"type": "image", "source": source})
         elif kind == "text":
             text = text_of(entry.get("text"), f"a text entry of {what}", where)
             entries.append({"type": "text", "text": text})

@@ -45,7 +45,7 @@ class VLMFamily(TransformersFamily):
         return native_view(checkpoint)
 
     def forwards(self, model: nn.Module) -> Sequence[Callable[[Any], Any]]:
-        """Of text, and of a picture through the vision tower alone."""
+        """Forwards of text, and of a picture through the vision tower alone."""
         vision = cast(Any, model).config.vision_config
 
         def read(fake: Any) -> None:
@@ -113,7 +113,7 @@ class VLMFamily(TransformersFamily):
         return largest_batch(checkpoint, options, samples)
 
     def trainers_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-        """As transformers' Trainer computes it, where all tokens are labelled."""
+        """The loss as transformers' Trainer computes it, where all tokens are labelled."""
         return model(**batch, use_cache=False, num_items_in_batch=1).loss, batch["labels"].numel()
 
     def step_sizes(

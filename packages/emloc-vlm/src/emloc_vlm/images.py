@@ -110,7 +110,9 @@ def _local(name: str) -> str:
 
 
 def _is_below(name: str, folder: Path) -> bool:
-    """By name, or once links are followed; where a name inside leads is `named_path`'s matter."""
+    """Return whether a path is below by name, or once links are followed; where a name inside leads is the
+    matter of `named_path`.
+    """
     path, home = Path(name), folder.resolve()
     if path.is_relative_to(folder.absolute()) or path.is_relative_to(home):
         return True

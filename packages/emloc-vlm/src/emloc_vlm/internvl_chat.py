@@ -40,7 +40,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""Of InternVL 2.5 and 3, without the system message that their code puts first."""
+"""The template of InternVL 2.5 and 3, without the system message that their code puts first."""
 
 
 IMAGE_TOKENS = {
@@ -49,7 +49,7 @@ IMAGE_TOKENS = {
     "context_image_token": IMAGE_TOKEN,
     "video_token": "<video>",  # required, and added behind the vocabulary as in -hf checkpoints
 }
-"""By the attributes of the tokenizer that `InternVLProcessor` reads."""
+"""Image tokens by the attributes of the tokenizer that `InternVLProcessor` reads."""
 
 
 def native_view(checkpoint: Checkpoint) -> TranslatedCheckpoint:
@@ -72,16 +72,16 @@ def native_view(checkpoint: Checkpoint) -> TranslatedCheckpoint:
 
 def added_tokens(path: Path) -> dict[str, int]:
     """Ids of the tokens that were added to a folder's vocabulary, as far as its files tell."""
-    found: dict[str, int] = {}
+    ids: dict[str, int] = {}
     if (path / "added_tokens.json").is_file():
-        found.update(read_json(path / "added_tokens.json"))
+        ids.update(read_json(path / "added_tokens.json"))
     if (path / "tokenizer.json").is_file():
         listed = read_json(path / "tokenizer.json").get("added_tokens", [])
-        found.update({token["content"]: token["id"] for token in listed})
+        ids.update({token["content"]: token["id"] for token in listed})
     if (path / "tokenizer_config.json").is_file():
         decoder = read_json(path / "tokenizer_config.json").get("added_tokens_decoder", {})
-        found.update({token["content"]: int(index) for index, token in decoder.items()})
-    return found
+        ids.update({token["content"]: int(index) for index, token in decoder.items()})
+    return ids
 
 
 def native_processor(path: Path) -> Any:

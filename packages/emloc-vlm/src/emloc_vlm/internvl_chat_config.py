@@ -15,7 +15,7 @@ LANGUAGE_MODELS = {"internlm2": "llama", "llama": "llama", "qwen2": "qwen2", "qw
 """Types of language models, with the type that transformers knows the same computation by."""
 
 IMAGE_TOKEN_IDS = {"internlm2": 92546, "qwen2": 151667, "qwen3": 151667}
-"""Of the published checkpoints, for a folder that has no tokenizer."""
+"""Token ids of the published checkpoints, for a folder that has no tokenizer."""
 
 TEXT_FIELDS = [
     "vocab_size",
@@ -44,7 +44,7 @@ TEXT_FIELDS = [
     "max_window_layers",
     "layer_types",
 ]
-"""What a language model's configuration says; the rest is about code that is not run."""
+"""The fields of a language model's configuration; the rest is about code that is not run."""
 
 TILING = {
     "dynamic_image_size": False,
@@ -52,7 +52,7 @@ TILING = {
     "min_dynamic_patch": 1,
     "max_dynamic_patch": 6,
 }
-"""How images are cut into tiles, and InternVLChatConfig's defaults; kept for `native_processor`."""
+"""Options of cutting images into tiles, and InternVLChatConfig's defaults; kept for `native_processor`."""
 
 VISION_DEFAULTS = {
     "hidden_size": 3200,
@@ -76,12 +76,12 @@ VISION_DEFAULTS = {
 
 
 def is_internvl_chat(config: Mapping[str, Any]) -> bool:
-    """Whether a parsed `config.json` is of an original InternVL checkpoint."""
+    """Return whether a parsed `config.json` is of an original InternVL checkpoint."""
     return config.get("model_type") == "internvl_chat"
 
 
 def has_original_processor(config: Mapping[str, Any]) -> bool:
-    """Whether the files beside a `config.json` need `native_processor`.
+    """Return whether the files beside a `config.json` need `native_processor`.
 
     They do for original checkpoints and for what was made of one: emulators, merged models.
     """

@@ -1,4 +1,4 @@
-"""Which tensor of an original InternVL checkpoint becomes which of transformers' InternVL.
+"""The map from tensors of an original InternVL checkpoint to those of transformers' InternVL.
 
 | stored | shape | becomes |
 |---|---|---|
@@ -108,7 +108,7 @@ def _language(config: Mapping[str, Any], internlm2: bool) -> Iterator[Names]:
 
 
 def _has_bias(config: Mapping[str, Any], name: str) -> bool:
-    """Whether a linear layer or norm of a language model's block has one."""
+    """Return whether a linear layer or norm of a language model's block has one."""
     if name.endswith("norm"):
         return False
     if name.startswith("mlp."):

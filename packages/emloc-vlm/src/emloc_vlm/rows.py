@@ -117,20 +117,20 @@ def _benchmark_rows(
     refuse_special(path, DataError)
     if not path.is_file() or options.column_map:
         return None
-    found = read_benchmark(path, options.image_folder)
-    if found is None:
+    benchmark = read_benchmark(path, options.image_folder)
+    if benchmark is None:
         return None
-    if any("split" in row for row in found):
-        found = of_split(path, found, split)
+    if any("split" in row for row in benchmark):
+        benchmark = of_split(path, benchmark, split)
     else:
         require_whole_file(name, split)
-    return [Row(row, f"{path}, line {row['line']}", path.parent) for row in found]
+    return [Row(row, f"{path}, line {row['line']}", path.parent) for row in benchmark]
 
 
 def _meta_rows(
     options: "VisualOptions | CalibrationVisualOptions", name: str, split: str
 ) -> Callable[[], Rows] | None:
-    """What reads the rows of InternVL's meta file; None of any other."""
+    """A reader of the rows of InternVL's meta file; None for any other."""
     path = Path(name)
     if path.suffix != ".json" or not path.is_file():
         return None
@@ -172,7 +172,7 @@ def _annotated(
 
 
 def _named(name: Any, where: str, what: str, folders: Sequence[Path]) -> Path:
-    """What a meta file names: in the working folder, beside the file, or in the image folder."""
+    """The path that a meta file names: in the working folder, beside the file, or in the image folder."""
     if not isinstance(name, str) or ADDRESS.search(name):
         raise DataError(f"{where} names the {what} {name!r}, which is no path of a local file.")
     refused: DataError | None = None

@@ -44,8 +44,8 @@ def main() -> None:
     # Libraries announce their own renamings to whoever calls them; that is us, not the user.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")
     quiet_libraries()
-    found = load_plugins()
-    build_app(found)
+    plugins = load_plugins()
+    build_app(plugins)
     try:
         code = app(standalone_mode=False)
     except UsageError as problem:
@@ -86,9 +86,9 @@ def _interruptible() -> Iterator[None]:
         ) from problem
 
 
-def build_app(found: Plugins) -> None:
+def build_app(plugins: Plugins) -> None:
     """Add the stages, `run`, `families`, `methods` and the plugins' own commands."""
-    for name, stage in all_stages(found).items():
+    for name, stage in all_stages(plugins).items():
         app.command(name)(_command(stage))
     app.command("run")(_run)
 
@@ -96,27 +96,27 @@ def build_app(found: Plugins) -> None:
     def families() -> None:  # pyright: ignore[reportUnusedFunction]
         """List the installed model families."""
         table = Table("family", "plugin", "what it handles")
-        for entry in found.families.values():
+        for entry in plugins.families.values():
             table.add_row(entry.name, entry.plugin, entry.summary)
         Console().print(table)
-        for name, why in found.broken.items():
+        for name, why in plugins.broken.items():
             print(f"plugin {name} is broken and was left out: {why}", file=sys.stderr)
 
     @app.command("methods")
     def methods() -> None:  # pyright: ignore[reportUnusedFunction]
         """List the installed methods: EMLoC and those that it is compared with."""
         table = Table("method", "plugin", "families", "what it does")
-        for entry in found.methods.values():
-            where = ", ".join(families_for(entry, found.families)) if entry.needs else "all"
+        for entry in plugins.methods.values():
+            where = ", ".join(families_for(entry, plugins.families)) if entry.needs else "all"
             table.add_row(entry.name, entry.plugin, where, entry.summary)
         Console().print(table)
 
-    for name, plugin in found.manager.list_name_plugin():
-        others = [other for other in found.manager.get_plugins() if other is not plugin]
+    for name, plugin in plugins.manager.list_name_plugin():
+        others = [other for other in plugins.manager.get_plugins() if other is not plugin]
         try:
-            found.manager.subset_hook_caller("emloc_register_commands", others)(app=app)
+            plugins.manager.subset_hook_caller("emloc_register_commands", others)(app=app)
         except Exception as problem:  # a third party's code may raise anything
-            found.broken[name] = f"{type(problem).__name__}: {problem}"
+            plugins.broken[name] = f"{type(problem).__name__}: {problem}"
 
 
 def _command(stage: AnyStage) -> Any:

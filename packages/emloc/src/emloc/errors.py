@@ -1,4 +1,4 @@
-"""What can go wrong, as exceptions that say what, where and what to do next.
+"""Exceptions that say what went wrong, where, and what to do next.
 
 Every error is an `EmlocError` and also the standard type that a caller would expect; the command
 line prints the message as one sentence and exits with the error's `exit_code`.

@@ -96,7 +96,7 @@ def _light(cell: Cell, root: Path) -> Path | None:
 
 
 def _note(cell: Cell, root: Path) -> Path:
-    """What is left of a light model when its folder is gone: its manifest, empty where none was built."""
+    """The manifest that is left of a light model when its folder is gone, empty where none was built."""
     return cell.folder(root, "light").with_suffix(".json")
 
 
@@ -131,7 +131,7 @@ def _figures(manifests: dict[str, Manifest]) -> dict[str, Any]:
 
 
 def _continued(build: Manifest | None) -> dict[str, Any]:
-    """What training the light model's own weights further was, where it was done."""
+    """Figures of training the light model's own weights further, where it was done."""
     measured = build.measured if build else {}
     return {
         name.removeprefix("continued_"): value

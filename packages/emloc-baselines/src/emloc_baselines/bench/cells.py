@@ -68,7 +68,7 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """For people."""
+        """The cell's name for people."""
         parts = [self.dataset, self.label]
         parts += [] if self.keep_ratio is None else [f"keep {self.keep_ratio:g}"]
         parts += [] if self.method is None else [f"seed {self.seed}"]
@@ -76,11 +76,11 @@ class Cell:
         return ", ".join(parts)
 
     def folder(self, root: Path, step: str) -> Path:
-        """Where a step's artefact lies."""
+        """The folder of a step's artefact."""
         return root / "artefacts" / f"{step}-{self.steps[step][:SHOWN_DIGITS]}"
 
     def record(self, root: Path) -> Path:
-        """Where the cell's record lies."""
+        """The file of the cell's record."""
         return root / "cells" / f"{self.digest[:SHOWN_DIGITS]}.json"
 
 
@@ -171,8 +171,8 @@ def _steps(
     adapter: Section = {**light, "train": content_of(task.train)}
     recovered: Section = {**adapter, "recovers_as": entry.name, "correct": content_of(task.correct)}
     score: Section = {**recovered, "evaluate": content_of(evaluate)}
-    found = {"light": light, "adapter": adapter, "recovered": recovered, "score": score}
-    return {name: digest(inputs) for name, inputs in found.items()}, score
+    inputs_by_step = {"light": light, "adapter": adapter, "recovered": recovered, "score": score}
+    return {name: digest(inputs) for name, inputs in inputs_by_step.items()}, score
 
 
 def measured_cells(

@@ -1,4 +1,4 @@
-"""What a bench runs: a YAML file whose keys are the stages' own.
+"""The configuration of a bench: a YAML file whose keys are the stages' own.
 
     model_name_or_path: someone/some-model
     output_dir: outputs/bench
@@ -131,8 +131,8 @@ class BenchConfig(StageConfig):
             data.get(stage) or {},
             row.get(stage) or {},
         )
-        found = {name: value for layer in layers for name, value in layer.items()}
-        return from_file(with_plugin_options(STAGES[stage]), found)
+        merged = {name: value for layer in layers for name, value in layer.items()}
+        return from_file(with_plugin_options(STAGES[stage]), merged)
 
     def own_options(self, label: str) -> Section:
         """A row's options of its method."""
@@ -143,7 +143,7 @@ class BenchConfig(StageConfig):
         }
 
     def learning_rates(self, dataset: str, label: str) -> list[float]:
-        """What is tried; one is not tried but used."""
+        """The learning rates to try; a single one is not tried but used."""
         given = self.stage_options("train", dataset, label).get("learning_rate")
         default = TrainConfig.model_fields["learning_rate"].default
         return [float(rate) for rate in _listed(default if given is None else given)]

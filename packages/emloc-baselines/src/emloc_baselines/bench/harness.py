@@ -108,9 +108,9 @@ class _Bench:
     def read(self, cell: Cell) -> Record:
         """A finished cell's record, with what the choice of its learning rate found."""
         record: Record = json.loads(cell.record(self.config.output_dir).read_text("utf-8"))
-        found = self._rates().get(cell.dataset, {}).get(cell.label)
+        rates = self._rates().get(cell.dataset, {}).get(cell.label)
         # Another row may have the same digest; what the tables show is this one.
-        record.update(label=cell.label, dataset=cell.dataset, learning_rate_losses=found or {})
+        record.update(label=cell.label, dataset=cell.dataset, learning_rate_losses=rates or {})
         return record
 
     def choose_rates(self, dataset: str) -> dict[str, float]:
@@ -161,7 +161,8 @@ class _Bench:
 
 
 def run_in_process_of_its_own(cell: Cell, root: Path) -> None:
-    """So that its peak memory is its own; what it says is in `logs`.
+    """Run a function in a process of its own, so that its peak memory is its own; its output goes to
+    `logs`.
 
     Raises:
         EmlocError: it failed; the message is its last line.

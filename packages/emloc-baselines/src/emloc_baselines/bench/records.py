@@ -21,7 +21,7 @@ def read_records(path: Path) -> list[Record]:
         raise ConfigError(
             f"there is no {path}; give records as emloc bench writes them (results.jsonl)"
         )
-    found: list[Record] = []
+    records: list[Record] = []
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
         try:
             record = json.loads(line)
@@ -32,5 +32,5 @@ def read_records(path: Path) -> list[Record]:
                 f"line {number} of {path} is not a record; give records as emloc bench writes them "
                 f"(results.jsonl)"
             )
-        found.append(record)
-    return found
+        records.append(record)
+    return records

@@ -40,8 +40,8 @@ def tables(
 
 def budgets(records: Sequence[Record]) -> list[float | None]:
     """The budgets that occur; None alone where none does."""
-    found = sorted({r["keep_ratio"] for r in records if r["keep_ratio"] is not None})
-    return list(found) or [None]
+    ratios = sorted({r["keep_ratio"] for r in records if r["keep_ratio"] is not None})
+    return list(ratios) or [None]
 
 
 def labels(records: Sequence[Record]) -> list[str]:
@@ -66,7 +66,7 @@ def gains_recovered(records: Sequence[Record]) -> list[Record]:
 
     `(base − method) / (base − LoRA)` on the loss, against the LoRA of the same seed and data set.
     """
-    found: list[Record] = []
+    with_gain: list[Record] = []
     for record in records:
         base = matching(records, dataset=record["dataset"], label=BASE)
         lora = matching(records, dataset=record["dataset"], method=REFERENCE, seed=record["seed"])
@@ -74,8 +74,8 @@ def gains_recovered(records: Sequence[Record]) -> list[Record]:
             continue
         possible = base[0]["loss"] - lora[0]["loss"]
         if possible:
-            found.append({**record, "gain": (base[0]["loss"] - record["loss"]) / possible})
-    return found
+            with_gain.append({**record, "gain": (base[0]["loss"] - record["loss"]) / possible})
+    return with_gain
 
 
 def summarise(values: Sequence[float], form: str) -> str:
@@ -130,7 +130,9 @@ def _held(records: Sequence[Record]) -> str:
 
 
 def _costs(records: Sequence[Record]) -> str:
-    """What every row took: bytes, seconds, the learning rate that was chosen, the correction's limits."""
+    """The costs of every row: bytes, seconds, the learning rate that was chosen, the correction's
+    limits.
+    """
     head = ["", "keep_ratio", "held in training", "LoRA", "peak memory", "building", "trained further",
             "training", "recovery", "overall", "s / step", "learning rate", "limit"]  # fmt: skip
     rows: Rows = []
@@ -159,8 +161,8 @@ def _costs(records: Sequence[Record]) -> str:
 
 def _limits(records: Sequence[Record]) -> str:
     """The correction's limit of every record in its order; one for all where they are the same."""
-    found = [r["recovery"]["limit"] for r in records if "limit" in r.get("recovery", {})]
-    return ", ".join(found if len(set(found)) > 1 else found[:1]) or "–"
+    limits = [r["recovery"]["limit"] for r in records if "limit" in r.get("recovery", {})]
+    return ", ".join(limits if len(set(limits)) > 1 else limits[:1]) or "–"
 
 
 def _known(records: Sequence[Record], key: str) -> list[float]:

@@ -1,4 +1,4 @@
-"""What denoisers share: a micro-batch in sizes, and the squared error at the end."""
+"""The parts that denoisers share: a micro-batch in sizes, and the squared error at the end."""
 
 from emloc.extend.family import Batch
 from emloc.planning.operations import Forward

@@ -1,4 +1,4 @@
-"""Which files of a folder are pictures, and a word on those that are not read."""
+"""The pictures among a folder's files, and a word on the files that are not read."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from emloc.integrations.pictures import picture_suffixes
 from emloc.machine.progress import warn
 
 CAPTION = ".txt"
-"""How the file ends that says what the picture of its name shows."""
+"""The end of the name of the file that says what the picture of its name shows."""
 
 
 def picture_files(folder: Path, option: str, has_captions: bool) -> list[Path]:
@@ -54,7 +54,7 @@ def picture_files(folder: Path, option: str, has_captions: bool) -> list[Path]:
 
 
 def is_picture(path: Path) -> bool:
-    """By its name, and no folder."""
+    """Return whether a file is a picture by its name, and no folder."""
     return path.suffix.lower() in picture_suffixes() and not path.is_dir()
 
 

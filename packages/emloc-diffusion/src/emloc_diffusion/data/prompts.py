@@ -1,5 +1,6 @@
-"""What a picture shows, in words: one prompt for all, or a text file beside each; and whether the prompt
-of a new subject names it by a word that the model does not know yet."""
+"""The words for what a picture shows: one prompt for all, or a text file beside each; and a check that the
+prompt of a new subject names it by a word that the model does not know yet.
+"""
 
 import re
 from collections.abc import Sequence

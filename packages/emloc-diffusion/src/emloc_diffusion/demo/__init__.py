@@ -1,1 +1,1 @@
-"""What the diffusion demo is run on: a small Stable Diffusion that draws simple shapes."""
+"""The diffusion demo and its model: a small Stable Diffusion that draws simple shapes."""

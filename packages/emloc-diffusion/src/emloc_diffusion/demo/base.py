@@ -32,7 +32,7 @@ UNSAID = 0.1
 """Share of samples with no caption at all, for guidance; as many name the shape alone."""
 
 KL_WEIGHT = 1e-5
-"""Of what holds latents near a unit Gaussian, beside an error per pixel."""
+"""The weight of the term that holds latents near a unit Gaussian, beside an error per pixel."""
 
 AVERAGING = 0.99
 """Share of the running average of weights that outlives a step."""
@@ -40,7 +40,7 @@ AVERAGING = 0.99
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the base is built and trained.
+    """The settings by which the base is built and trained.
 
     Attributes:
         shape: widths and depths.
@@ -159,8 +159,8 @@ def _teach_to_draw(
         noise = torch.randn_like(clean)
         time = torch.randint(scheduler.config.num_train_timesteps, (recipe.batch,))
         texts = pipeline.text_encoder(tokens).last_hidden_state[said]
-        found = pipeline.unet(scheduler.add_noise(clean, noise, time), time, texts).sample
-        return (found - scheduler.get_velocity(clean, noise, time)).square().mean()
+        predicted = pipeline.unet(scheduler.add_noise(clean, noise, time), time, texts).sample
+        return (predicted - scheduler.get_velocity(clean, noise, time)).square().mean()
 
     parts = [pipeline.text_encoder, pipeline.unet]
     _fit("text and UNet", loss, parts, recipe.steps, recipe.learning_rate)
@@ -178,8 +178,8 @@ def _fit(name: str, loss: Loss, models: list[Any], steps: int, rate: float) -> N
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     with progress_bar(name, steps) as advance:
         for step in range(steps):
-            found = loss()
-            found.backward()
+            loss_now = loss()
+            loss_now.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
@@ -187,7 +187,7 @@ def _fit(name: str, loss: Loss, models: list[Any], steps: int, rate: float) -> N
             # Shorter at first, or the random weights would count for long.
             share = 1 - min(AVERAGING, (step + 1) / (step + 10))
             torch._foreach_lerp_(averages, [p.detach() for p in parameters], share)  # pyright: ignore
-            advance(note=f"loss {float(found.detach()):.3f}")
+            advance(note=f"loss {float(loss_now.detach()):.3f}")
     with torch.no_grad():
         for average, parameter in zip(averages, parameters):
             parameter.copy_(average)

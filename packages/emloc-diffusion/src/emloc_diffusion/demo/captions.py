@@ -26,10 +26,10 @@ def described(asked: Iterable[Question]) -> dict[Path, tuple[str, str]]:
         word, true = question.fact
         if true:
             shown.setdefault(question.image, set()).add(word)
-    found: dict[Path, tuple[str, str]] = {}
+    shape_and_color: dict[Path, tuple[str, str]] = {}
     for image, words in sorted(shown.items()):
         shape = next((word for word in SHAPES if word in words), None)
         color = next((word for word in COLORS if word in words), None)
         if shape and color:
-            found[image] = (shape, color)
-    return found
+            shape_and_color[image] = (shape, color)
+    return shape_and_color

@@ -54,13 +54,13 @@ def close_ups(paths: Iterable[Path], each: int, seed: int) -> tuple[Tensor, list
         `pictures × 3 × height × width`, float32 from -1 to 1, and the file that each is cut from.
     """
     draw = random.Random(seed)
-    found: list[np.ndarray] = []
+    cuts: list[np.ndarray] = []
     origins: list[Path] = []
     for path in paths:
         picture = read_upright(path)
         for _ in range(each):
             cut = close_up(picture, draw)
             if cut is not None:
-                found.append(np.asarray(cut))
+                cuts.append(np.asarray(cut))
                 origins.append(path)
-    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).float() / 127.5 - 1, origins
+    return torch.from_numpy(np.stack(cuts)).permute(0, 3, 1, 2).float() / 127.5 - 1, origins

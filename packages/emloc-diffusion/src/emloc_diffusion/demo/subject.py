@@ -54,17 +54,17 @@ def draw_subject(folder: Path, count: int, seed: int) -> Path:
 
 def fidelity(drawn: Sequence[Image.Image], subject: Sequence[Image.Image]) -> float:
     """See `MEASURE`; between 0 and 1."""
-    references = [found for found in map(_cut_out, subject) if found is not None]
+    references = [shape for shape in map(_cut_out, subject) if shape is not None]
     total = 0.0
     for picture in drawn:
-        found = _cut_out(picture)
-        if found is not None:
-            total += max(0.0, max(_correlation(found, one) for one in references))
+        shape = _cut_out(picture)
+        if shape is not None:
+            total += max(0.0, max(_correlation(shape, one) for one in references))
     return total / len(drawn)
 
 
 def _cut_out(picture: Image.Image) -> Pixels | None:
-    """What stands out, `SIDE × SIDE × 3`, 0.5 where nothing does; None for an empty picture."""
+    """The pixels that stand out, `SIDE × SIDE × 3`, 0.5 where nothing does; None for an empty picture."""
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float64) / 255
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     apart = np.linalg.norm(pixels - np.median(border, axis=0), axis=-1) > STANDS_OUT
@@ -78,6 +78,6 @@ def _cut_out(picture: Image.Image) -> Pixels | None:
 
 
 def _correlation(a: Pixels, b: Pixels) -> float:
-    """Of what differs from grey."""
+    """The correlation of what differs from grey."""
     a, b = a.ravel() - 0.5, b.ravel() - 0.5
     return float(a @ b / max(1e-12, np.linalg.norm(a) * np.linalg.norm(b)))

@@ -56,7 +56,7 @@ def load_errors(
     what: str,
     hint: str = "see that the folder is complete and has safetensors files",
 ) -> Iterator[None]:
-    """What the libraries raise while they load, as one sentence.
+    """Turn what the libraries raise while they load into one sentence.
 
     Args:
         folder: what is loaded from.

@@ -18,7 +18,7 @@ from emloc_diffusion.encode.components import load_errors, read_model_index, rel
 
 @dataclass(frozen=True)
 class LatentMoments:
-    """What latents are drawn from.
+    """The distribution that latents are drawn from.
 
     Attributes:
         mean: float32 on the CPU, (pictures, channels, height, width).
@@ -112,7 +112,7 @@ def _load(
 
 
 def _scaled(mean: Tensor, std: Tensor, config: Any) -> LatentMoments:
-    """As the denoiser is trained on them."""
+    """Scale latents as the denoiser is trained on them."""
     if config.latents_mean is not None and config.latents_std is not None:  # by channel
         center, spread = (
             torch.tensor(values, dtype=torch.float32)[:, None, None]

@@ -27,7 +27,7 @@ TEXT_PARTS = ("text_encoder", "tokenizer")
 
 @dataclass(frozen=True)
 class PromptEncoding:
-    """How a pipeline class encodes.
+    """The way in which a pipeline class encodes.
 
     Attributes:
         takes_max_length: the length can be chosen; CLIP's is fixed.
@@ -159,7 +159,7 @@ class PromptEncoder:
 
 
 class Remembered(torch.nn.Module):
-    """In a text encoder's place: computes what it is asked first, and from then on only knows it."""
+    """A stand-in for a text encoder: computes what it is asked first, and from then on only knows it."""
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ from emloc.artefacts.adapter import Adapter
 from emloc.errors import MismatchError
 
 METADATA_KEY = "lora_adapter_metadata"
-"""Where diffusers looks in the header: a JSON object, its keys prefixed by the component."""
+"""The key that diffusers looks for in the header: a JSON object, its keys prefixed by the component."""
 
 
 def diffusers_file(parts: Mapping[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -54,7 +54,9 @@ def diffusers_file(parts: Mapping[str, Adapter]) -> tuple[dict[str, Tensor], dic
         # Patterns are regular expressions for the end of a name. A denoiser's begin with ^, as its
         # proj_out must not match those of its blocks; a text encoder's names may have text_model before.
         start = "" if encoder else "^"
-        rank, alpha = (Counter(found.values()).most_common(1)[0][0] for found in (ranks, alphas))
+        rank, alpha = (
+            Counter(counted.values()).most_common(1)[0][0] for counted in (ranks, alphas)
+        )
         kind = {
             "r": rank,
             "lora_alpha": alpha,
@@ -93,5 +95,5 @@ def clip_name(adapter: Adapter, name: str) -> str:
 
 
 def stored_clip_name(bare: str) -> str:
-    """As published files have it; every version of diffusers and transformers reads that."""
+    """The name that published files have; every version of diffusers and transformers reads it."""
     return bare if bare == "text_projection" else f"text_model.{bare}"

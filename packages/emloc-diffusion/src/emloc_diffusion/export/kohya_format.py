@@ -80,7 +80,9 @@ def _prefix(component: str, parts: Mapping[str, Adapter]) -> str:
 
 
 def _reads_two_encoders(parts: Mapping[str, Adapter]) -> bool:
-    """Whether the UNet's cross-attention is wider than the text encoder: SDXL, the two side by side."""
+    """Return whether the UNet's cross-attention is wider than the text encoder: SDXL, the two side by
+    side.
+    """
     read, written = (
         {
             parts[component].tensors.tensors[layer.down_key].shape[1]
@@ -98,16 +100,16 @@ def _reads_two_encoders(parts: Mapping[str, Adapter]) -> bool:
 def _name(component: str, adapter: Adapter, name: str) -> str:
     if component == "unet":
         known = _UNET_NAMES.fullmatch(name)
-        found = _ORIGINAL_NAMES.get(name, name)
+        other_name = _ORIGINAL_NAMES.get(name, name)
     else:
-        found = stored_clip_name(clip_name(adapter, name))
-        known = found != "text_projection"
+        other_name = stored_clip_name(clip_name(adapter, name))
+        known = other_name != "text_projection"
     if not known:
         raise MismatchError(
             f"{adapter.path}: kohya's layout has no name for {component}.{name}; export to the format "
             f"diffusers only, or train without this layer."
         )
-    return found
+    return other_name
 
 
 def _shared_alpha(alphas: Sequence[float]) -> float:
@@ -138,10 +140,10 @@ def _missing_out_proj(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, T
     """
     begins = f"{prefix}text_model_encoder_layers_"
     own = [key for key in tensors if key.startswith(begins)]
-    found = [k for k in own if re.search(r"self_attn_[qkv]_proj\.lora_down\.weight$", k)]
-    if not found or any("self_attn_out_proj" in k or k.endswith(".dora_scale") for k in own):
+    projections = [k for k in own if re.search(r"self_attn_[qkv]_proj\.lora_down\.weight$", k)]
+    if not projections or any("self_attn_out_proj" in k or k.endswith(".dora_scale") for k in own):
         return {}
-    beside = found[0].removesuffix(".lora_down.weight")
+    beside = projections[0].removesuffix(".lora_down.weight")
     key = re.sub(r"_[qkv]_proj$", "_out_proj", beside)
     zeros = ("lora_down.weight", "lora_up.weight")
     return {

@@ -1,4 +1,4 @@
-"""How pictures of a subject are scored, as DreamBooth does: fidelity to the subject and to the prompt.
+"""Scores of pictures of a subject, as DreamBooth has them: fidelity to the subject and to the prompt.
 
 `prompts` says what to ask for, `encoders` loads DINO and CLIP, `fidelity` compares their embeddings.
 """

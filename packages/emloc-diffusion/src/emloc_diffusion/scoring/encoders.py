@@ -38,10 +38,10 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 
 SAFETENSORS_REVISIONS = {"openai/clip-vit-base-patch32": "refs/pr/15"}
-"""Where the hub has the safetensors of models whose main branch has pickled weights only."""
+"""The hub's revisions that have safetensors of models whose main branch has pickled weights only."""
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError)
-"""What the libraries raise on a folder that is damaged or of something else."""
+"""The errors that the libraries raise on a folder that is damaged or of something else."""
 
 FILES = ("*.json", "*.safetensors", "merges.txt", "vocab.txt")
 
@@ -240,14 +240,14 @@ def _import_timm() -> Any:
 def _load(kind: Any, folder: Path, name: str, device: str, **options: Any) -> Any:
     """A model of transformers in float32, with every weight from the folder."""
     try:
-        model, found = kind.from_pretrained(
+        model, report = kind.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
             trust_remote_code=False, **options,
         )  # fmt: skip
     except LOADING_ERRORS as problem:
         raise CheckpointError(f"{name} cannot be loaded: {_first_line(problem)}") from problem
     # transformers makes up weights that it does not find: scores of those would look like any other.
-    absent = sorted(found["missing_keys"])
+    absent = sorted(report["missing_keys"])
     if absent:
         raise CheckpointError(
             f"{name} lacks weights of {kind.__name__}: {absent[0]} and the like, {len(absent)} in all; "

@@ -39,8 +39,8 @@ class ImageTextEncoder(ImageEncoder, Protocol):
 
 @dataclass(frozen=True)
 class FidelityScores:
-    """What DreamBooth reports of one subject; each score is from -1 to 1, and higher is better; None is one
-    whose encoder was not asked.
+    """DreamBooth's scores of one subject; each is from -1 to 1, and higher is better; None is one whose
+    encoder was not asked.
 
     Attributes:
         dino: subject fidelity by DINO, which tells two subjects of one class apart.

@@ -108,7 +108,7 @@ def own_prompts(path: Path, unique_token: str) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as problem:
         raise DataError(f"prompts_file: {path} cannot be read as UTF-8 text.") from problem
     word = re.compile(rf"(?<!\w){re.escape(token)}(?!\w)")
-    found: dict[str, str] = {}
+    prompts: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
         prompt = " ".join(line.split())
         if not prompt:
@@ -118,13 +118,13 @@ def own_prompts(path: Path, unique_token: str) -> dict[str, str]:
             raise DataError(
                 f"{path}, line {number}: {prompt!r} does not name the subject; put {token!r} into it."
             )
-        if not plain or prompt in found:
+        if not plain or prompt in prompts:
             reason = "is there twice" if plain else f"says nothing beside {token!r}"
             raise DataError(f"{path}, line {number}: {prompt!r} {reason}; change it.")
-        found[prompt] = plain
-    if not found:
+        prompts[prompt] = plain
+    if not prompts:
         raise DataError(f"prompts_file: {path} has no prompts; write one per line.")
-    return found
+    return prompts
 
 
 def _templates(live: bool) -> tuple[str, ...]:

@@ -85,7 +85,7 @@ class Record:
         return self.text(column).removesuffix(".0")
 
     def has(self, column: str) -> bool:
-        """Whether the cell holds anything."""
+        """Return whether the cell holds anything."""
         value = self.cells.get(column)
         if isinstance(value, str):
             return bool(value.strip())
@@ -112,7 +112,7 @@ class Record:
     def row(
         self, image: Source | str, question: str, answer: str | list[str], metric: str
     ) -> dict[str, Any]:
-        """What every benchmark's row has."""
+        """The part that every benchmark's row has."""
         return {
             "image": image,
             "question": question,
@@ -131,7 +131,7 @@ class Table:
 
 
 def open_document(path: Path) -> Any:
-    """What a JSON file holds, None if the path is no such file."""
+    """The content of a JSON file; None if the path is no such file."""
     if path.suffix != ".json" or not path.is_file():
         return None
     try:

@@ -18,12 +18,12 @@ NAME = "PMC-VQA"
 
 
 def recognises(columns: Set[str]) -> bool:
-    """Whether these are PMC-VQA's columns."""
+    """Return whether these are PMC-VQA's columns."""
     return columns >= {"Figure_path", "Question", "Answer", *_CHOICES.values()}
 
 
 def fits(cells: Mapping[str, Any]) -> bool:
-    """Whether the first row is one; no other tables have these columns."""
+    """Return whether the first row is one; no other tables have these columns."""
     return True
 
 

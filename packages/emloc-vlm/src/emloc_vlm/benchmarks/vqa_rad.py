@@ -15,14 +15,14 @@ KINDS = ("closed", "open")
 
 
 def recognises(columns: Set[str]) -> bool:
-    """Whether these are VQA-RAD's columns."""
+    """Return whether these are VQA-RAD's columns."""
     return columns >= {"question", "answer", "answer_type"} and bool(
         columns & {"image", "image_name"}
     )
 
 
 def fits(cells: Mapping[str, Any]) -> bool:
-    """Whether the first row is one, as `answer_type` is a name that others use too."""
+    """Return whether the first row is one, as `answer_type` is a name that others use too."""
     return str(cells.get("answer_type")).strip().lower() in KINDS
 
 

@@ -19,7 +19,7 @@ _ANNOTATION = {"question_id", "answers"}
 
 
 def recognises(document: Any) -> bool:
-    """Whether this is VQA's JSON of questions or of annotations."""
+    """Return whether this is VQA's JSON of questions or of annotations."""
     return _entries(document, "questions", _QUESTION) or _entries(
         document, "annotations", _ANNOTATION
     )
@@ -81,7 +81,7 @@ def _answers(record: Record, entries: Any) -> list[str]:
 
 
 def _entries(document: Any, name: str, keys: set[str]) -> bool:
-    """Whether a document has a list of objects with these keys."""
+    """Return whether a document has a list of objects with these keys."""
     entries = document.get(name) if isinstance(document, dict) else None
     if not isinstance(entries, list) or not entries:
         return False

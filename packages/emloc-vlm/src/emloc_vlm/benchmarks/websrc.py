@@ -18,12 +18,12 @@ NAME = "WebSRC"
 
 
 def recognises(columns: Set[str]) -> bool:
-    """Whether these are WebSRC's columns."""
+    """Return whether these are WebSRC's columns."""
     return columns >= {"question", "id", "element_id", "answer"}
 
 
 def fits(cells: Mapping[str, Any]) -> bool:
-    """Whether the first row is one; no other tables have these columns."""
+    """Return whether the first row is one; no other tables have these columns."""
     return True
 
 

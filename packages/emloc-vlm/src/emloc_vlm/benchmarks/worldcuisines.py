@@ -23,12 +23,12 @@ NAME = "WorldCuisines"
 
 
 def recognises(columns: Set[str]) -> bool:
-    """Whether these are the columns of WorldCuisines' task files."""
+    """Return whether these are the columns of WorldCuisines' task files."""
     return columns >= _PROMPTS or columns >= _LISTS
 
 
 def fits(cells: Mapping[str, Any]) -> bool:
-    """Whether the first row is one; no other tables have these columns."""
+    """Return whether the first row is one; no other tables have these columns."""
     return True
 
 

@@ -35,7 +35,7 @@ Loss = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the base is built and trained."""
+    """The settings by which the base is built and trained."""
 
     shape: Shape = field(default_factory=Shape)
     vision_steps: int = 400
@@ -84,7 +84,7 @@ def _train(recipe: Recipe, folder: Path) -> None:
 
 
 def _facts(asked: Sequence[Question], number: dict[Path, int]) -> Tensor:
-    """What the questions say of every picture, `pictures × words`: 1 shown, 0 not, NaN not said."""
+    """The answers about every picture, `pictures × words`: 1 shown, 0 not, NaN not said."""
     facts = torch.full((len(number), len(WORDS)), math.nan)
     for question in asked:
         word, shown = question.fact
@@ -164,13 +164,13 @@ def _fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     with progress_bar(name, steps) as advance:
         for _step in range(steps):
-            found = loss()
-            found.backward()
+            loss_now = loss()
+            loss_now.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            advance(note=f"loss {float(found.detach()):.3f}")
+            advance(note=f"loss {float(loss_now.detach()):.3f}")
 
 
 def _chat(question: str, answer: str, processor: Any) -> tuple[list[int], list[int]]:

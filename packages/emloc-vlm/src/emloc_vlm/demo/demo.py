@@ -67,7 +67,7 @@ def run_demo(config: DemoConfig) -> Path:
                   base_own_accuracy=known["exact_match"], correction=ways.correction(),
                   seconds=round(time.monotonic() - started, 1), samples=count, steps=steps)  # fmt: skip
     plot(rows, out / "summary.png")
-    answers: dict[str, Any] = {name: found["answers"] for name, found in scores.items()}
+    answers: dict[str, Any] = {name: score["answers"] for name, score in scores.items()}
     draw_samples([q.image for q in unseen], answers, out / "samples.png")
     print_table(rows, "What colour is it? On pictures not trained on, run on the original model")
     print(f"The base model answers {known['exact_match']:.1%} of the questions it was trained for.")

@@ -29,10 +29,10 @@ def draw_samples(
         axis.axis("off")
         question = next(iter(answers.values()))[index]["question"]
         axis.set_title(question, fontsize=8, wrap=True)
-        for line, (name, found) in enumerate(answers.items()):
-            right = found[index]["scores"]["exact_match"] == 1
+        for line, (name, scored) in enumerate(answers.items()):
+            right = scored[index]["scores"]["exact_match"] == 1
             axis.text(
-                0.0, -0.12 - 0.13 * line, f"{name}: {found[index]['prediction'] or '–'}",
+                0.0, -0.12 - 0.13 * line, f"{name}: {scored[index]['prediction'] or '–'}",
                 transform=axis.transAxes, fontsize=8, color="#188038" if right else "#c5221f",
             )  # fmt: skip
     figure.tight_layout(rect=(0, 0.22, 1, 1))

@@ -1,4 +1,4 @@
-"""How answers about images are scored: one file per idea, all pure functions on text.
+"""Scores of answers about images: one file per idea, all pure functions on text.
 
 `METRICS` names what an evaluation can ask for: each scores one answered row, and takes the means of many.
 """

@@ -1,4 +1,4 @@
-"""Which of the offered options a free-form answer chooses.
+"""The offered option that a free-form answer chooses.
 
 PMC-VQA (Zhang et al. 2023, arXiv 2305.10415) asks for a letter and WorldCuisines (Winata et al. 2024,
 arXiv 2410.12705) for a number, but models answer "B", "(B)", "B: lungs", "The answer is B." or the
@@ -54,11 +54,11 @@ def chosen_option(prediction: str, options: Mapping[str, str]) -> str | None:
         return None
     forms = (_alone, _spelled_out, _declared, _heading, _mentioned, _concluded)
     for form in forms:
-        if found := {key.upper() for key in form(text, keys, options)}:
+        if named := {key.upper() for key in form(text, keys, options)}:
             break
     else:
-        found = _contained(text, options)
-    chosen = [key for key in options if key.upper() in found]
+        named = _contained(text, options)
+    chosen = [key for key in options if key.upper() in named]
     return chosen[0] if len(chosen) == 1 else None
 
 
@@ -93,13 +93,13 @@ def _spelled_out(text: str, keys: str, options: Mapping[str, str]) -> list[str]:
 
 def _declared(text: str, keys: str, options: Mapping[str, str]) -> list[str]:
     """`The answer is B`, `Answer: (B) lungs`."""
-    found: list[str] = []
+    declared: list[str] = []
     for match in re.finditer(rf"{_CUE}{_BEFORE}{_key(keys)}", text, re.IGNORECASE):
         ends = re.match(_END, text[match.end() :])
         # "The answer is a mass" and "The answer is A mass" have an article; "is B because" has not.
         if ends or not (match[1].islower() or match[1] in ("A", "I")):
-            found.append(match[1])
-    return found
+            declared.append(match[1])
+    return declared
 
 
 def _heading(text: str, keys: str, options: Mapping[str, str]) -> list[str]:
@@ -140,7 +140,7 @@ def _contained(text: str, options: Mapping[str, str]) -> set[str]:
 
 
 def _has_words(text: str, words: str) -> bool:
-    """Whether a text has these words or this number, whole: 3 is not in "-3", "1.3" or "3/4"."""
+    """Return whether a text has these words or this number, whole: 3 is not in "-3", "1.3" or "3/4"."""
     if _UNSPACED.search(words):
         return words in text
     before = _NO_NUMBER_BEFORE if words[0].isdigit() else ""

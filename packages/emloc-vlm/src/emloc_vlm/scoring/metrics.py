@@ -16,7 +16,7 @@ from emloc_vlm.scoring.vqa import vqa_accuracy, vqa_normalise
 
 @dataclass(frozen=True)
 class Metric:
-    """How a benchmark scores.
+    """The way in which a benchmark scores.
 
     Attributes:
         score: scores of one answered row by name, each from 0 to 1; `exact_match` is always among them.
@@ -34,9 +34,9 @@ class Metric:
             for name, score in scores.items():
                 values.setdefault(name, []).append(score)
         means: dict[str, float | None] = {}
-        for name, found in values.items():
-            means[name] = sum(found) / len(found) if found else None
-            means[f"{name}_count"] = len(found)
+        for name, numbers in values.items():
+            means[name] = sum(numbers) / len(numbers) if numbers else None
+            means[f"{name}_count"] = len(numbers)
         return means
 
 
@@ -133,4 +133,4 @@ METRICS: Mapping[str, Metric] = {
     "worldcuisines": Metric(_worldcuisines),
     "vqa_rad": Metric(_vqa_rad),
 }
-"""What `metric` may name, in options and in the rows of a benchmark."""
+"""The names that `metric` may take, in options and in the rows of a benchmark."""

@@ -33,11 +33,11 @@ def token_f1(reference: str, prediction: str) -> float:
     SQuAD's F1 (Rajpurkar et al. 2016), which WebSRC reports (Chen et al. 2021, arXiv 2101.09465). Where
     either has no words, it is 1 if the other has none either.
     """
-    wanted, found = squad_normalise(reference).split(), squad_normalise(prediction).split()
-    if not wanted or not found:
-        return float(wanted == found)
-    shared = (Counter(wanted) & Counter(found)).total()
-    return 2 * shared / (len(wanted) + len(found))
+    wanted, said = squad_normalise(reference).split(), squad_normalise(prediction).split()
+    if not wanted or not said:
+        return float(wanted == said)
+    shared = (Counter(wanted) & Counter(said)).total()
+    return 2 * shared / (len(wanted) + len(said))
 
 
 def token_recall(reference: str, prediction: str) -> float:
@@ -47,7 +47,7 @@ def token_recall(reference: str, prediction: str) -> float:
     tokens that appear in the generated answer, both normalised as for VQA. Saying a word twice gains
     nothing. A reference without words is met by a prediction without words alone.
     """
-    wanted, found = vqa_normalise(reference).split(), set(vqa_normalise(prediction).split())
+    wanted, said = vqa_normalise(reference).split(), set(vqa_normalise(prediction).split())
     if not wanted:
-        return float(not found)
-    return sum(word in found for word in wanted) / len(wanted)
+        return float(not said)
+    return sum(word in said for word in wanted) / len(wanted)

@@ -1,4 +1,4 @@
-"""What of a text does not count when it is compared, in any language or as SQuAD has it."""
+"""Normalisation of texts before they are compared, in any language or as SQuAD has it."""
 
 import re
 import string

@@ -59,14 +59,14 @@ def vqa_normalise(text: str) -> str:
 
 
 def vqa_accuracy(references: Sequence[str], prediction: str) -> float:
-    """How many of the people agree with the prediction: min(1, agreeing / 3), averaged.
+    """The agreement of the people with the prediction: min(1, agreeing / 3), averaged.
 
     Each person is left out in turn and the others are asked, so of ten people four must agree for a
     full score. A single reference is compared as a whole.
     """
-    found = vqa_normalise(prediction)
+    said = vqa_normalise(prediction)
     people = len(references)
-    agreeing = sum(vqa_normalise(reference) == found for reference in references)
+    agreeing = sum(vqa_normalise(reference) == said for reference in references)
     if people <= 1:
         return float(agreeing)
     one_agreeing_left_out = min(1.0, (agreeing - 1) / 3)

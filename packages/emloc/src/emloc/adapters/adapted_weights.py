@@ -1,4 +1,4 @@
-"""Which of a base model's weights an adapter changes, and that it was made for them."""
+"""The base model's weights that an adapter changes, and the check that it was made for them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from emloc.extend.family import ModelFamily, StoredParameter
 from emloc.linalg.convolution import matrix_shape
 
 Find = Callable[[str], StoredParameter | None]
-"""How the base stores a parameter, or None (`ModelFamily.stored`)."""
+"""A function that says how the base stores a parameter, or None (`ModelFamily.stored`)."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ def part_weights(part: Adapter, base: Checkpoint) -> dict[str, StoredParameter]:
 def _whole_parameters(
     adapter: Adapter, model: nn.Module, find: Find, base: Checkpoint
 ) -> dict[str, StoredParameter]:
-    """How the base stores what was trained whole."""
-    found: dict[str, StoredParameter] = {}
+    """Find how the base stores what was trained whole."""
+    stored_whole: dict[str, StoredParameter] = {}
     for name, key in adapter.saved.items():
         stored = find(name)
         if stored is None:
@@ -153,8 +153,8 @@ def _whole_parameters(
                 f"{_sizes(expected)}: the adapter was trained for another base model, or its vocabulary "
                 f"was resized."
             )
-        found[name] = stored
-    return found
+        stored_whole[name] = stored
+    return stored_whole
 
 
 def _shape(
@@ -174,7 +174,7 @@ def _require_copies(adapter: Adapter, find: Find, base: Checkpoint) -> None:
 
 
 def is_copy(adapter: Adapter, key: str, original: torch.Tensor) -> bool:
-    """Whether a tensor of the adapter is the base's weight, perhaps rounded to another dtype."""
+    """Return whether a tensor of the adapter is the base's weight, perhaps rounded to another dtype."""
     copy = adapter.read(key)
     if copy.shape != original.shape:
         return False
@@ -183,7 +183,7 @@ def is_copy(adapter: Adapter, key: str, original: torch.Tensor) -> bool:
 
 
 def differs(adapter: Adapter, key: str, name: str, base: str) -> MismatchError:
-    """What to raise where a tensor beside the LoRA is no copy."""
+    """Make the error for a tensor beside the LoRA that is no copy."""
     return MismatchError(
         f"{adapter.path / WEIGHTS_NAME} holds {key}, which is neither LoRA nor of modules_to_save, and "
         f"not {name} of {base} either; the adapter was trained for another base model, or its "

@@ -1,4 +1,4 @@
-"""What each tensor of a merged model is made of.
+"""The origin of each tensor of a merged model.
 
 Most are the base's own; a few have a LoRA added, or are replaced by what was trained whole. Where parameters
 are tied, the base stores one tensor for several, and base + adapter often holds them apart: PEFT trains
@@ -28,7 +28,7 @@ from emloc.linalg.merging import merged_weight
 
 @dataclass(frozen=True)
 class Source:
-    """What a tensor is made of.
+    """The ingredients of one tensor.
 
     Attributes:
         place: how the base stores it.
@@ -127,7 +127,7 @@ def merged_model(
 
 
 def _changed(adapted: AdaptedWeights, base: Checkpoint) -> dict[str, Source]:
-    """By parameter, what becomes of those that the adapter changes."""
+    """The new values of the parameters that the adapter changes, by parameter."""
     changed: dict[str, Source] = {}
     for layer in adapted.adapter.layers:
         place = adapted.layers[layer.name]
@@ -170,7 +170,7 @@ def _come_apart(
 
 
 def _same(one: Source, other: Source | None, adapter: Adapter) -> bool:
-    """Whether both are replaced by the same values, as where PEFT ensures that they stay tied."""
+    """Return whether both are replaced by the same values, as where PEFT ensures that they stay tied."""
     if other is None or one.whole is None or other.whole is None:
         return False
     return torch.equal(adapter.read(one.whole), adapter.read(other.whole))
@@ -210,14 +210,14 @@ def _is_read_back(
     family: ModelFamily,
     alone: Described,
 ) -> bool:
-    """Whether a loader finds each parameter in the tensor that is meant for it."""
+    """Return whether a loader finds each parameter in the tensor that is meant for it."""
     alone = Described(alone.name, alone.path, alone.config, {**alone.tensors, **added})
     skeleton = family.skeleton(alone, torch.float32)
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
     for name, stored in known.items():
-        found = family.stored(skeleton, name, alone)
+        read_back = family.stored(skeleton, name, alone)
         expected = (name,) if name in added else stored.names
-        if found is None or found.names != expected:
+        if read_back is None or read_back.names != expected:
             return False
     return not any(
         parameters[name] is parameters[other] for name, tied in apart.items() for other in tied

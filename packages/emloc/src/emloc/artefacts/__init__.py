@@ -1,1 +1,1 @@
-"""What lies on disk: models, adapters and manifests, read and written whole or not at all."""
+"""Models, adapters and manifests on disk, read and written whole or not at all."""

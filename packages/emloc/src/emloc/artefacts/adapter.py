@@ -85,8 +85,12 @@ class Adapter:
             CheckpointError, MismatchError: as `open`, or a name leads out of the folder.
         """
         folders = {name: named_path(self.path, name, self.path) for name in names}
-        found = {name: path for name, path in folders.items() if (path / CONFIG_NAME).is_file()}
-        return replace(self, parts={name: Adapter.open(str(p)) for name, p in found.items()})
+        folders_of_parts = {
+            name: path for name, path in folders.items() if (path / CONFIG_NAME).is_file()
+        }
+        return replace(
+            self, parts={name: Adapter.open(str(p)) for name, p in folders_of_parts.items()}
+        )
 
     def renamed(self, module_name: Callable[[str], str]) -> "Adapter":
         """The same under other names of modules; keys of the file, and parts, stay.
@@ -115,7 +119,7 @@ class Adapter:
 
     @property
     def files(self) -> list[str]:
-        """Its files, those of the parts as well, relative to the folder."""
+        """Files of the adapter and of its parts, relative to the folder."""
         own = [CONFIG_NAME, WEIGHTS_NAME]
         return [*own, *(f"{name}/{file}" for name in self.parts for file in own)]
 

@@ -1,4 +1,4 @@
-"""Which model an adapter says that it runs on.
+"""The model that an adapter says it runs on.
 
 PEFT's config holds whatever its trainer was given: an absolute path, a hub id, or a path relative to a folder
 that nobody knows any more. Our manifest beside it holds an absolute path or a hub id, and is believed first.
@@ -63,7 +63,7 @@ def _by_peft(adapter: Adapter) -> str | None:
 
 
 def _is_relative(name: str) -> bool:
-    """Whether a name is a path that leads somewhere else from every folder, or may be one."""
+    """Return whether a name is a path that leads somewhere else from every folder, or may be one."""
     if os.path.isabs(name):
         return False
     looks_like_hub_id = name.count("/") <= 1 and not name.startswith((".", "~"))

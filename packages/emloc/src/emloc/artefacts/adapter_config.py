@@ -1,4 +1,4 @@
-"""What `adapter_config.json` says of a LoRA: that it is one, each layer's rank and scaling.
+"""The statements of `adapter_config.json` about a LoRA: that it is one, each layer's rank and scaling.
 
 Only what changes a linear layer by `scaling · B · A` (and DoRA's magnitude) can be corrected and
 merged; everything else that PEFT offers is refused with its reason.

@@ -1,4 +1,4 @@
-"""What the tensors of a PEFT adapter are.
+"""The tensors of a PEFT adapter, sorted by their meaning.
 
 A file holds more than LoRA where modules were trained whole (`modules_to_save`), and where PEFT saves a
 frozen copy of a base weight beside a LoRA on the embeddings or the head. Every tensor of the file is one of
@@ -20,9 +20,11 @@ from emloc.linalg.convolution import matrix_shape
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 COPIES = (".base_layer", ".original_module")
-"""What PEFT puts between a module's name and the base's own weight, beside a LoRA or a trained copy."""
+"""Name parts that PEFT puts between a module's name and the base's own weight, beside a LoRA or a trained
+copy.
+"""
 TRAINED = ".modules_to_save"
-"""What it puts before a trained copy that it saves a second time, with the embeddings."""
+"""Name parts that PEFT puts before a trained copy that it saves a second time, with the embeddings."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def lora_layers(path: Path, config: dict[str, Any], tensors: Checkpoint) -> list
         CheckpointError: the file is incomplete, or does not belong to the config.
         MismatchError: two of its tensors are of one module.
     """
-    found: list[LoraLayer] = []
+    layers: list[LoraLayer] = []
     for key, info in tensors.tensors.items():
         if not key.endswith(".lora_A.weight"):
             continue
@@ -77,17 +79,17 @@ def lora_layers(path: Path, config: dict[str, Any], tensors: Checkpoint) -> list
                 f"{tensors.tensors[up_key].shape} says; it is damaged."
             )
         scaling = scaling_of(path, config, name, rank)
-        found.append(LoraLayer(name, rank, scaling, key, up_key, magnitude_key if dora else None))
-    if not found:
+        layers.append(LoraLayer(name, rank, scaling, key, up_key, magnitude_key if dora else None))
+    if not layers:
         raise CheckpointError(f"{path / WEIGHTS_NAME} holds no LoRA tensors.")
-    refuse_doubles(path, [(layer.name, layer.down_key) for layer in found])
-    return found
+    refuse_doubles(path, [(layer.name, layer.down_key) for layer in layers])
+    return layers
 
 
 def other_tensors(
     path: Path, config: dict[str, Any], tensors: Checkpoint, layers: list[LoraLayer]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """What is in the file beside LoRA: parameters that were trained whole, and copies of the base's.
+    """Tensors of the file beside LoRA: parameters that were trained whole, and copies of the base's.
 
     Raises:
         MismatchError: a tensor is of a kind that is not supported, or was changed after it was saved.

@@ -1,4 +1,4 @@
-"""Where what is made or downloaded once is kept for later runs."""
+"""The folder that keeps what is made or downloaded once, for later runs."""
 
 import os
 from pathlib import Path

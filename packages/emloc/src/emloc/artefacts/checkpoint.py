@@ -29,7 +29,7 @@ from emloc.artefacts.weight_files import NAMED_BY_CONFIG, weight_files
 from emloc.errors import CheckpointError
 
 SAMPLE_BYTES = 4096
-"""How much of each end of a tensor goes into a checkpoint's digest."""
+"""Bytes of each end of a tensor that go into a checkpoint's digest."""
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Checkpoint:
 
     @cached_property
     def layout(self) -> Layout:
-        """How the files are named."""
+        """The names of the checkpoint's files."""
         return layout_of(self.path)
 
     @property
@@ -109,7 +109,9 @@ class Checkpoint:
         return checkpoint
 
     def reference_name(self) -> str:
-        """How another artefact should name this model: an absolute path, or the hub id."""
+        """The name by which another artefact should refer to this model: an absolute path, or the hub
+        id.
+        """
         if Path(self.name).is_file():
             return str(Path(self.name).absolute())
         return str(self.path.absolute()) if Path(self.name).is_dir() else self.name

@@ -57,7 +57,7 @@ def _is_skipped(name: str) -> bool:
 
 
 def _of_pipeline(path: Path, layout: Layout) -> Iterator[str]:
-    """What the pipeline's index names, and no training output or single-file copy beside it."""
+    """Files that the pipeline's index names; no training output and no single-file copy beside it."""
     yield PIPELINE_NAME
     for component in components(path):
         if f"{component}/" == layout.folder or not (path / component).is_dir():

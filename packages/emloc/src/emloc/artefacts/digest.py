@@ -44,11 +44,11 @@ def data_names(dataset: str) -> list[str]:
 
 
 def named_digests(options: BaseModel) -> dict[str, str]:
-    """By option, the digests of what the marked ones name; those that are not set are left out."""
-    found: dict[str, str] = {}
+    """Digests of what the marked options name, by option; those that are not set are left out."""
+    digests: dict[str, str] = {}
     for name, field in type(options).model_fields.items():
         value: Any = getattr(options, name)
         if value and any(isinstance(mark, NamesFiles) for mark in field.metadata):
             named: list[Any] = value if isinstance(value, list) else [value]
-            found[name] = ",".join(str(dataset_digest(str(one))) for one in named)
-    return found
+            digests[name] = ",".join(str(dataset_digest(str(one))) for one in named)
+    return digests

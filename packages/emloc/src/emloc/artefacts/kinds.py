@@ -23,7 +23,7 @@ class Kind:
     order: int
 
     def __str__(self) -> str:
-        """In messages."""
+        """The name in messages."""
         return self.name.replace("_", " ")
 
 

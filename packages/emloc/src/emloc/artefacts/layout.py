@@ -1,4 +1,4 @@
-"""Where weights and config lie in a model's folder.
+"""The places of weights and config in a model's folder.
 
 A model of transformers lies at the top of its folder. A pipeline of diffusers holds several models, each
 in a folder of its own; the one that EMLoC works on is the denoiser, and the others are carried along.
@@ -33,7 +33,7 @@ class Layout:
 
     @property
     def stem(self) -> str:
-        """How the weights' files begin."""
+        """The beginning of the weights' file names."""
         return STEMS[self.library]
 
     @property
@@ -43,7 +43,7 @@ class Layout:
 
     @property
     def index(self) -> str:
-        """Which tensor is in which shard."""
+        """The file that says which tensor is in which shard."""
         return f"{self.folder}{self.stem}.safetensors.index.json"
 
     @property
@@ -63,7 +63,7 @@ class Layout:
 
 
 def layout_of(path: Path) -> Layout:
-    """How the files of a model's folder are named.
+    """Find how the files of a model's folder are named.
 
     Raises:
         CheckpointError: its pipeline's index, or its config, cannot be read or is a link out of the folder.
@@ -89,7 +89,7 @@ def components(path: Path) -> Mapping[str, tuple[str, str]]:
         CheckpointError: the index cannot be read, or a component's name leads elsewhere.
     """
     index = path / PIPELINE_NAME
-    found: dict[str, tuple[str, str]] = {}
+    kinds_by_name: dict[str, tuple[str, str]] = {}
     for name, kind in read_json(index).items():
         kind = cast("list[Any]", kind) if isinstance(kind, list) else []
         if name.startswith("_") or len(kind) != 2 or None in kind:
@@ -100,8 +100,8 @@ def components(path: Path) -> Mapping[str, tuple[str, str]]:
                 f"outside of {path} is read."
             )
         named_path(path, name, index)
-        found[name] = (str(kind[0]), str(kind[1]))
-    return found
+        kinds_by_name[name] = (str(kind[0]), str(kind[1]))
+    return kinds_by_name
 
 
 def part_names(path: Path) -> list[str]:

@@ -25,7 +25,7 @@ FORMAT = 1
 
 
 class ModelReference(BaseModel):
-    """Which weights an artefact was made from.
+    """The weights that an artefact was made from.
 
     Attributes:
         name_or_path: an absolute path or hub id.
@@ -41,7 +41,7 @@ class ModelReference(BaseModel):
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, digest: str) -> "ModelReference":
-        """To a checkpoint whose digest is known."""
+        """Refer to a checkpoint whose digest is known."""
         config = checkpoint.single_file_config
         if config is not None and Path(config).is_dir():
             config = str(Path(config).absolute())
@@ -115,17 +115,17 @@ class Manifest(BaseModel):
 
 def versions(*packages: str) -> dict[str, str]:
     """Installed versions of Python and of `packages`."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in packages:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def is_complete(stage: str, kind: Kind, output_dir: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether an artefact made with these settings is there already, which is said.
+    """Return whether an artefact made with these settings is there already, and say so.
 
     Args:
         kind: of the artefact that the stage makes.
@@ -134,13 +134,13 @@ def is_complete(stage: str, kind: Kind, output_dir: Path, settings: Mapping[str,
         OutputError: another artefact is there; the message says what differs.
         CheckpointError: its manifest cannot be read.
     """
-    found = Manifest.find(output_dir)
-    if found is None:
+    manifest = Manifest.find(output_dir)
+    if manifest is None:
         return False
-    if found.kind != kind.name:
-        what = f"holds an artefact of another kind ({found.kind.replace('_', ' ')})"
-    elif not same(found.settings, settings):
-        what = f"was made with {difference(found.settings, settings)}"
+    if manifest.kind != kind.name:
+        what = f"holds an artefact of another kind ({manifest.kind.replace('_', ' ')})"
+    elif not same(manifest.settings, settings):
+        what = f"was made with {difference(manifest.settings, settings)}"
     else:
         console.print(f"{stage}: {output_dir} is complete already")
         return True

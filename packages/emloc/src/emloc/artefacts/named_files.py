@@ -69,7 +69,7 @@ def _lies_inside(path: Path, folder: Path, where: object, error: type[EmlocError
 
 
 def _blobs(home: Path) -> list[Path]:
-    """Where the hub's cache keeps what the files of a snapshot link to."""
+    """The folder of the hub's cache that the files of a snapshot link to."""
     return [
         parent.parent / "blobs"
         for parent in home.parents

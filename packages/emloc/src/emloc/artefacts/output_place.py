@@ -1,4 +1,4 @@
-"""Where a result may go, which is found out before any work and not after it.
+"""The places where a result may go, checked before any work and not after it.
 
 `Place` is `output_dir` as the system sees it: absolute, links followed. What is asked is whether its name can
 be a folder's, what is there now, and whether a folder can be made there.
@@ -12,7 +12,7 @@ from typing import Any
 from emloc.errors import OutputError
 
 PARTIAL = ".partial"
-"""What the name of a folder ends in while a stage works in it."""
+"""The end of a folder's name while a stage works in it."""
 
 ANOTHER = "choose another output_dir"
 
@@ -91,9 +91,11 @@ def _place(output_dir: Path) -> Path:
         raise OutputError(
             f"Cannot write {_printable(output_dir)}: {problem}; {ANOTHER}."
         ) from problem
-    found = _look(output_dir, Path(os.path.abspath(output_dir)))
+    status = _look(output_dir, Path(os.path.abspath(output_dir)))
     behind = _look(output_dir, place)
-    if found is not None and (behind is None or stat.S_ISLNK(behind.st_mode)):  # or a loop of links
+    if status is not None and (
+        behind is None or stat.S_ISLNK(behind.st_mode)
+    ):  # or a loop of links
         raise OutputError(
             f"output_dir {output_dir} is a link to {place}, which is not there; make that folder, or "
             f"{ANOTHER}."
@@ -104,7 +106,7 @@ def _place(output_dir: Path) -> Path:
 
 
 def _look(output_dir: Path, path: Path) -> os.stat_result | None:
-    """What is at a path, a link as itself; None: nothing."""
+    """The status of a path, of a link itself; None where there is nothing."""
     try:
         return os.lstat(path)
     except FileNotFoundError:

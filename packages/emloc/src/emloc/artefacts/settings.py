@@ -30,14 +30,14 @@ CONTENTS = {
     "eval_data_digest": "other data to evaluate on",
     "named_digests": "other content of the files that options name",
 }
-"""What a digest that differs means."""
+"""The meaning of a digest that differs, by its key."""
 
 SHOWN = 3
 SHOWN_CHARACTERS = 60
 
 
 def same(recorded: Mapping[str, Any], now: Mapping[str, Any], beside: Collection[str] = ()) -> bool:
-    """Whether two settings are the same; `beside`: keys that do not count."""
+    """Return whether two settings are the same; `beside`: keys that do not count."""
     return not _different(recorded, now, beside)
 
 

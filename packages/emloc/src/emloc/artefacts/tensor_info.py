@@ -24,7 +24,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies and what it is."""
+    """A stored tensor: its file, dtype and shape."""
 
     file: str
     dtype: torch.dtype

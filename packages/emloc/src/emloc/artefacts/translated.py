@@ -92,7 +92,7 @@ class TranslatedCheckpoint(Checkpoint):
 
 
 def _described(stored: Checkpoint, source: str, take: Take) -> TensorInfo:
-    """What `take` makes of a stored tensor, found out without reading it."""
+    """The dtype and shape that `take` makes of a stored tensor, found out without reading it."""
     info = stored.tensors[source]
     try:
         made = take(torch.empty(info.shape, dtype=info.dtype, device="meta"))

@@ -1,4 +1,4 @@
-"""Which files of a model's folder hold its weights: those that the library that loads it would read.
+"""The files of a model's folder that hold its weights: those that the loading library would read.
 
 A folder may hold several sets of weights: a model that was saved again with another shard size leaves its
 old shards and their index behind. transformers then reads the single file, diffusers the shards of the

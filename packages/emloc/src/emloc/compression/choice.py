@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from emloc.compression.groups import Plan, Shape, make_plan, refuse_idle_patterns
+from emloc.compression.groups import CompressionPlan, Shape, make_plan, refuse_idle_patterns
 from emloc.config import CompressConfig
 from emloc.errors import ConfigError
 from emloc.extend.capabilities import kept_dense_of
@@ -23,7 +23,7 @@ def choose_groups(
     config: CompressConfig,
     shape_of: Callable[[str], Shape | None],
     itemsize_of: Callable[[str], int],
-) -> Plan:
+) -> CompressionPlan:
     """The plan for a model, with the reason for every large weight that stays dense.
 
     Args:
@@ -48,7 +48,7 @@ def choose_groups(
     return plan
 
 
-def choose_streamed(stream: UnitStream, config: CompressConfig) -> Plan:
+def choose_streamed(stream: UnitStream, config: CompressConfig) -> CompressionPlan:
     """`choose_groups` for a streamed model."""
     return choose_groups(
         stream.checkpoint.name,
@@ -94,7 +94,9 @@ def _included(
     return layers
 
 
-def _other_weights(model: nn.Module, blocks: Sequence[str], plan: Plan) -> dict[str, str]:
+def _other_weights(
+    model: nn.Module, blocks: Sequence[str], plan: CompressionPlan
+) -> dict[str, str]:
     """Large weights of blocks that belong to no linear layer, such as experts fused in one tensor."""
     layers = {name for group in plan.groups for name in group.layers} | plan.kept_dense.keys()
     return {

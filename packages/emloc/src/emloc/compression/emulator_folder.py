@@ -18,7 +18,7 @@ from emloc.artefacts.layout import Layout
 from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import copy_file, write_json
 from emloc.compression.choice import emulator_dtype
-from emloc.compression.groups import Group, Plan
+from emloc.compression.groups import CompressionPlan, Group
 from emloc.extend.family import EmulatorLayers
 from emloc.formats.layer_format import Form, StoredTensor, Tensors
 from emloc.options.types import Dtype
@@ -27,7 +27,7 @@ from emloc.streaming.stream import UnitStream
 Declared = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 SPECTRUM = "spectrum"
-"""Where a block's report holds the spectrum of a group whose size is to be found."""
+"""The key in a block's report of the spectrum of a group whose size is still open."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class EmulatorFolder:
     """
 
     stream: UnitStream
-    plan: Plan
+    plan: CompressionPlan
     dtype: Dtype
     work: Path
 
@@ -66,7 +66,7 @@ class EmulatorFolder:
         return self.work / f"block-{self.stream.blocks.index(block) + 1:05d}.json"
 
     def read_report(self, block: str) -> dict[str, Any]:
-        """What `write_block` was told of a finished block."""
+        """The report that `write_block` was given for a finished block."""
         return json.loads(self.report_path(block).read_text("utf-8"))
 
     def finished_blocks(self) -> set[str]:

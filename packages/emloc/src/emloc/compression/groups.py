@@ -16,7 +16,7 @@ from emloc.linalg.convolution import matrix_shape
 from emloc.options.patterns import match_pattern
 
 Shape = Sequence[int]
-"""Of a dense weight: d_out, inputs or channels, and the axes of a kernel."""
+"""The shape of a dense weight: d_out, inputs or channels, and the axes of a kernel."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CompressionPlan:
     """The groups to compress and what stays dense."""
 
     groups: tuple[Group, ...]
@@ -63,7 +63,7 @@ class Plan:
         """The groups of one block."""
         return [group for group in self.groups if f"{group.owner}.".startswith(f"{block}.")]
 
-    def with_forms(self, forms: Mapping[str, Form]) -> "Plan":
+    def with_forms(self, forms: Mapping[str, Form]) -> "CompressionPlan":
         """The same groups in other forms, by owner."""
         groups = [replace(group, form=forms.get(group.owner, group.form)) for group in self.groups]
         return replace(self, groups=tuple(groups))
@@ -74,7 +74,7 @@ def make_plan(
     shape_of: Callable[[str], Shape | None],
     config: CompressConfig,
     itemsize_of: Callable[[str], int],
-) -> Plan:
+) -> CompressionPlan:
     """Apply ratios, patterns and exclusions to a family's layer groups.
 
     Args:
@@ -117,7 +117,7 @@ def make_plan(
                 dense |= dict.fromkeys(layers, form)
             else:
                 groups.append(Group(shape, form, _wide(shape, form, config)))
-    return Plan(tuple(groups), dense)
+    return CompressionPlan(tuple(groups), dense)
 
 
 def group_shape(layers: Sequence[str], shape_of: Callable[[str], Shape]) -> GroupShape:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from emloc.compression.emulator_folder import SPECTRUM, EmulatorFolder
-from emloc.compression.groups import Group, Plan
+from emloc.compression.groups import CompressionPlan, Group
 from emloc.compression.sensitivity import BlockProbe
 from emloc.compression.truncation import uniform_weights
 from emloc.errors import ConfigError
@@ -36,8 +36,9 @@ from emloc.streaming.real_rows import is_expert, real_rows
 from emloc.streaming.stream import UnitStream
 
 SMALL = 0.25
-"""Of the largest block: a module behind the last block that is run to see whether blocks come again, as in
-models that loop. A head is larger, and too dear to run for that."""
+"""A share of the largest block. A module behind the last block that is smaller is run, to see whether
+blocks come again, as in models that loop; a head is larger, and too dear to run for that.
+"""
 
 
 def compress_blocks(stream: UnitStream, folder: EmulatorFolder, batches: Sequence[Batch]) -> None:
@@ -98,17 +99,17 @@ def _report(layers: dict[str, Any], unreached: list[str], seconds: float) -> dic
     return {"layers": layers, "unreached": unreached, "seconds": round(seconds, 3)}
 
 
-def _refuse_shared(stream: UnitStream, plan: Plan) -> None:
+def _refuse_shared(stream: UnitStream, plan: CompressionPlan) -> None:
     """A weight that several layers have in common reads more than one of them shows."""
     names: dict[int, list[str]] = {}
     for name, module in stream.model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
     holders: dict[str, str] = {}
     for layer in (layer for group in plan.groups for layer in group.layers):
-        found = names[id(stream.model.get_submodule(layer))]
+        same_module = names[id(stream.model.get_submodule(layer))]
         other = holders.setdefault(stream.weight_name(layer), layer)
-        if len(found) > 1 or other != layer:
-            others = [name for name in (*found, other) if name != layer]
+        if len(same_module) > 1 or other != layer:
+            others = [name for name in (*same_module, other) if name != layer]
             raise ConfigError(
                 f"Layers {layer} and {others[0]} share one weight, which cannot be compressed for one of "
                 f"them; exclude both."
@@ -150,11 +151,11 @@ def _compress_block(
     layers: dict[str, Any] = {}
     unreached: list[str] = []
     for group in groups:
-        found = moments.pop(group.owner)
-        if found.tokens == 0:  # an expert that no token chose, or a layer that the forward skips
+        folded = moments.pop(group.owner)
+        if folded.tokens == 0:  # an expert that no token chose, or a layer that the forward skips
             unreached += group.layers
         else:
-            fitted[group.owner], layers[group.owner] = _fit(stream, group, found, probe)
+            fitted[group.owner], layers[group.owner] = _fit(stream, group, folded, probe)
     folder.write_block(block, fitted, _report(layers, unreached, time.monotonic() - started))
 
 

@@ -1,4 +1,4 @@
-"""What the error of one layer does to the output of its block.
+"""The effect of one layer's error on the output of its block.
 
 Errors of layers at different depths, or of different kinds, are not comparable: not as they are (hidden
 states grow with depth), and not relative to the layer's own output either (a few tokens that are a

@@ -83,7 +83,7 @@ class AdapterCorrection:
         return group.form.format.operator(group.shape, group.form, layer, read)
 
     def _measure(self, layer: LoraLayer) -> Mismatch | None:
-        """What base and emulator do differently where the LoRA reads; None for a dense layer."""
+        """Measure how base and emulator differ where the LoRA reads; None for a dense layer."""
         if layer.name not in self.groups_of:
             return None
         weight = self.weights[layer.name].layer_weight(self.base.read)
@@ -120,15 +120,15 @@ class AdapterCorrection:
         """
         candidates = list(dict.fromkeys([0.0, *map(_as_limit, self.config.limit_candidates)]))
         layers = {layer.name: layer for layer in self.adapter.layers}
-        found = losses(
+        candidate_losses = losses(
             stream,
             batches,
             list(layers),
             lambda name: self._candidates(layers[name], candidates),
             len(candidates),
         )
-        best = min(range(len(candidates)), key=lambda i: found[i])
-        table = {_shown(limit): loss for limit, loss in zip(candidates, found)}
+        best = min(range(len(candidates)), key=lambda i: candidate_losses[i])
+        table = {_shown(limit): loss for limit, loss in zip(candidates, candidate_losses)}
         console.print(
             "limit: "
             + "  ".join(f"{name} {loss:.4f}" for name, loss in table.items())

@@ -1,1 +1,1 @@
-"""What the plugins' demos share: the four ways that are compared, their table and picture."""
+"""The parts that the plugins' demos share: the four ways that are compared, their table and picture."""

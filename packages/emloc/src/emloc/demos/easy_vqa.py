@@ -42,12 +42,12 @@ class Question:
 
     @property
     def about_shape(self) -> bool:
-        """Whether it belongs to the part that the base model knows."""
+        """Return whether it belongs to the part that the base model knows."""
         return self.fact[0] in SHAPES
 
     @property
     def names_a_color(self) -> bool:
-        """Whether it belongs to the part that the base model has never been asked."""
+        """Return whether it belongs to the part that the base model has never been asked."""
         return self.answer in COLORS
 
     @property
@@ -105,5 +105,5 @@ def write_table(path: Path, chosen: Sequence[Question], folder: Path) -> Path:
 
 
 def draw(chosen: Sequence[Question], count: int, seed: int) -> list[Question]:
-    """So many of them, by seed."""
+    """Draw so many of them by seed."""
     return random.Random(seed).sample(list(chosen), min(count, len(chosen)))

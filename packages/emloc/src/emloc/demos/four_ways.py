@@ -64,7 +64,7 @@ class FourWays:
                   **self.train)  # fmt: skip
 
     def score(self) -> dict[str, dict[str, Any]]:
-        """What `evaluate` returns, by the row's name."""
+        """The result of `evaluate`, by the row's name."""
         scores: dict[str, dict[str, Any]] = {}
         known = {name: value for name, value in self.data.items() if name != "seed"}
         for name, adapter in self.adapters.items():

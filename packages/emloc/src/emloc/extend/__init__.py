@@ -1,1 +1,1 @@
-"""What plugins offer: families, methods, hooks and options."""
+"""The seams for plugins: families, methods, hooks and options."""

@@ -1,4 +1,4 @@
-"""What a family may be able to do beside what `ModelFamily` requires of every one.
+"""Capabilities that a family may have beside what `ModelFamily` requires of every one.
 
 Each capability is a small protocol, recognised by its methods, and an accessor with what is done for a
 family that lacks it. Callers use the accessors. Counting a step for plans is one more, in
@@ -61,7 +61,7 @@ class MasksPadding(Protocol):
     """A family whose micro-batches hold padding."""
 
     def token_mask(self, batch: Batch, layer: str | None = None) -> Tensor | None:
-        """Which tokens are real (True) and which are padding; None where all are real.
+        """Tell real tokens (True) from padding; None where all are real.
 
         Args:
             layer: of what this layer reads, or what this block writes: in the shape that its tokens have
@@ -72,7 +72,7 @@ class MasksPadding(Protocol):
 
 
 def token_mask_of(family: ModelFamily, batch: Batch, layer: str | None = None) -> Tensor | None:
-    """Which tokens are real; None, as by default, where all are."""
+    """The mask of real tokens; None, as by default, where all are."""
     return family.token_mask(batch, layer) if isinstance(family, MasksPadding) else None
 
 
@@ -201,12 +201,12 @@ class KnowsOlderNames(Protocol):
     """A family whose models' modules were called otherwise in earlier versions of its library."""
 
     def module_name(self, model: nn.Module, name: str) -> str:
-        """What a module of an adapter is called now; `name` itself where that is not known."""
+        """The present name of an adapter's module; `name` itself where that is not known."""
         ...
 
 
 def module_name_of(family: ModelFamily, model: nn.Module, name: str) -> str:
-    """What a module of an adapter is called now; by default `name`."""
+    """The present name of an adapter's module; by default `name`."""
     return family.module_name(model, name) if isinstance(family, KnowsOlderNames) else name
 
 

@@ -1,4 +1,4 @@
-"""What a modality plugin must offer: one object that knows its models, its data and its training.
+"""The protocol of a modality plugin: one object that knows its models, its data and its training.
 
 Core streams, compresses, corrects and merges by tensor name; everything that depends on what a model
 reads (text, images, latents) is behind `ModelFamily`.
@@ -24,7 +24,7 @@ Batch = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class StoredParameter:
-    """How one parameter of a model lies in a checkpoint.
+    """The form in which a checkpoint stores one parameter of a model.
 
     Attributes:
         names: the tensors that it is made of; tied parameters share theirs.
@@ -53,7 +53,7 @@ class StoredParameter:
 
 
 class EmulatorLayers(NamedTuple):
-    """What the emulator's config must say for its layers to be rebuilt.
+    """The layers that an emulator's config must name for them to be rebuilt.
 
     Attributes:
         groups: `{"layers": [names], …}` with the sizes of their form, as a loader reads it (`Form`).
@@ -80,7 +80,7 @@ class ModelFamily(Protocol):
     def stored(
         self, model: nn.Module, parameter: str, checkpoint: Checkpoint
     ) -> StoredParameter | None:
-        """How the checkpoint stores a parameter; None if it does not."""
+        """Find how the checkpoint stores a parameter; None if it does not."""
         ...
 
     def blocks(self, model: nn.Module) -> Sequence[str]:
@@ -171,7 +171,7 @@ class FamilyEntry:
     def options_for(
         self, stage: type[BaseModel]
     ) -> Iterator[tuple[type[BaseModel], type[BaseModel]]]:
-        """What the family adds to a stage's options: the key of `options` with each of its values."""
+        """Options that the family adds to those of a stage: the key of `options` with each of its values."""
         for base, parts in self.options.items():
             if issubclass(stage, base):
                 for part in [parts] if isinstance(parts, type) else parts:

@@ -20,7 +20,7 @@ Options = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """What a method is run on.
+    """The model, data and options that a method is run on.
 
     Attributes:
         model_name_or_path: the base model.
@@ -44,7 +44,7 @@ class Task:
 
 
 class NoOptions(StageConfig):
-    """Of a method that has none."""
+    """The empty options of a method that has none."""
 
 
 @runtime_checkable

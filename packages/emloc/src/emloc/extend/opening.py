@@ -86,21 +86,23 @@ def family_of(
         PluginError: none recognises it; several do, and which to take is not said; or the named one does not,
             or is not installed.
     """
-    found = load_plugins()
-    matches = _recognising(found, checkpoint)
+    plugins = load_plugins()
+    matches = _recognising(plugins, checkpoint)
     names = ", ".join(matches)
     what = checkpoint.config.get("architectures") or checkpoint.config.get("model_type")
-    if name is not None and family_entry(name, found.families).name not in matches:
+    if name is not None and family_entry(name, plugins.families).name not in matches:
         others = f"; {names} would" if matches else ""
         raise PluginError(
             f"family={name}: it does not recognise {checkpoint.name} ({what}){others}. Leave family out, or "
             f"pass another."
         )
     if not matches:
-        broken = "".join(f" Plugin {name} is broken ({why})." for name, why in found.broken.items())
+        broken = "".join(
+            f" Plugin {name} is broken ({why})." for name, why in plugins.broken.items()
+        )
         raise PluginError(
             f"No installed family recognises {checkpoint.name} ({what}); installed: "
-            f"{', '.join(found.families) or 'none'}. Install the plugin of its modality.{broken}"
+            f"{', '.join(plugins.families) or 'none'}. Install the plugin of its modality.{broken}"
         )
     if name is None and len(matches) > 1 and recorded not in matches:
         raise PluginError(
@@ -111,17 +113,19 @@ def family_of(
 
 
 def named_family(checkpoint: Checkpoint, family: ModelFamily) -> dict[str, str]:
-    """What settings record of the family: nothing where it is the only one that recognises the model."""
+    """The entry of settings that names the family: nothing where it is the only one that recognises the
+    model.
+    """
     several = len(_recognising(load_plugins(), checkpoint)) > 1
     return {"family": family.name} if several else {}
 
 
-def _recognising(found: Plugins, checkpoint: Checkpoint) -> dict[str, FamilyEntry]:
+def _recognising(plugins: Plugins, checkpoint: Checkpoint) -> dict[str, FamilyEntry]:
     matches: dict[str, FamilyEntry] = {}
-    for entry in found.families.values():
+    for entry in plugins.families.values():
         try:
             if entry.recognises(checkpoint.config):
                 matches[entry.name] = entry
         except Exception as problem:  # a third party's code may raise anything
-            found.broken[entry.plugin] = f"{type(problem).__name__}: {problem}"
+            plugins.broken[entry.plugin] = f"{type(problem).__name__}: {problem}"
     return matches

@@ -27,7 +27,7 @@ GROUP = "emloc"
 
 @dataclass
 class Plugins:
-    """What was found.
+    """The installed plugins and what they offer.
 
     Attributes:
         manager: pluggy's manager, for hooks other than the families.
@@ -52,25 +52,25 @@ class Plugins:
 
 def load_plugins() -> Plugins:
     """Import every plugin module of the entry-point group and collect what it offers."""
-    found = Plugins(pluggy.PluginManager(GROUP))
-    found.manager.add_hookspecs(hookspecs)
+    plugins = Plugins(pluggy.PluginManager(GROUP))
+    plugins.manager.add_hookspecs(hookspecs)
     entries = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: entry.name)
     for entry in entries:
         try:
-            add_plugin(found, entry.name, entry.load())
+            add_plugin(plugins, entry.name, entry.load())
         except Exception as problem:  # a third party's import may raise anything
-            found.broken[entry.name] = f"{type(problem).__name__}: {problem}"
-    return found
+            plugins.broken[entry.name] = f"{type(problem).__name__}: {problem}"
+    return plugins
 
 
-def add_plugin(found: Plugins, name: str, module: Any) -> None:
+def add_plugin(plugins: Plugins, name: str, module: Any) -> None:
     """Register one plugin module.
 
     Raises:
         PluginError: a hook that does not exist, a name of a family, method, stage or format that is taken, an
             option that cannot stand beside the others, or a plugin registered twice.
     """
-    manager = found.manager
+    manager = plugins.manager
     try:
         manager.register(module, name=name)
         manager.check_pending()
@@ -79,15 +79,15 @@ def add_plugin(found: Plugins, name: str, module: Any) -> None:
         [methods] = manager.subset_hook_caller("emloc_register_methods", others)() or [[]]
         [stages] = manager.subset_hook_caller("emloc_register_stages", others)() or [[]]
         [formats] = manager.subset_hook_caller("emloc_register_formats", others)() or [[]]
-        _refuse_taken("family", families, found.families)
-        _refuse_taken("method", methods, found.methods)
-        _refuse_taken("stage", stages, found.stages)
-        _refuse_taken("format", formats, found.formats)
-        check_options(families, found.families.values())
-        found.families.update({entry.name: entry.owned_by(name) for entry in families})
-        found.methods.update({entry.name: entry.owned_by(name) for entry in methods})
-        found.formats.update({entry.name: entry.owned_by(name) for entry in formats})
-        found.stages.update({entry.name: entry.owned_by(name) for entry in stages})
+        _refuse_taken("family", families, plugins.families)
+        _refuse_taken("method", methods, plugins.methods)
+        _refuse_taken("stage", stages, plugins.stages)
+        _refuse_taken("format", formats, plugins.formats)
+        check_options(families, plugins.families.values())
+        plugins.families.update({entry.name: entry.owned_by(name) for entry in families})
+        plugins.methods.update({entry.name: entry.owned_by(name) for entry in methods})
+        plugins.formats.update({entry.name: entry.owned_by(name) for entry in formats})
+        plugins.stages.update({entry.name: entry.owned_by(name) for entry in stages})
     except Exception:
         if manager.get_plugin(name) is module:
             manager.unregister(module)
@@ -115,7 +115,7 @@ def family_named(name: str, families: Mapping[str, FamilyEntry] | None = None) -
 
 
 def family_entry(name: str, known: Mapping[str, FamilyEntry]) -> FamilyEntry:
-    """What is registered under a family's name.
+    """The entry that is registered under a family's name.
 
     Raises:
         PluginError: nothing is.

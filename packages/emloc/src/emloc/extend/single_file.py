@@ -26,12 +26,12 @@ from emloc.machine.progress import console
 SUFFIX = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 FORMAT = 1
-"""Of the folders that are made; another number makes them anew."""
+"""A number for the layout of the folders that are made; another number makes them anew."""
 
 
 @runtime_checkable
 class SingleFileReader(Protocol):
-    """What a family's `FamilyEntry.single_file` names."""
+    """The protocol of what a family's `FamilyEntry.single_file` names."""
 
     def configuration(self, file: Checkpoint, named: str | None) -> Path:
         """The local folder of the file's configuration.
@@ -115,7 +115,7 @@ def _reader(file: Checkpoint, families: Mapping[str, FamilyEntry]) -> SingleFile
 
 
 def _folder_digest(folder: Path) -> str:
-    """Of all files; a folder that also holds weights lends those that the file lacks."""
+    """A digest of all files; a folder that also holds weights lends those that the file lacks."""
     sha = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         sha.update(path.relative_to(folder).as_posix().encode() + file_identity(path))

@@ -54,7 +54,7 @@ class LowRank:
 
     def decide(self, shape: GroupShape, config: CompressConfig, itemsize: int) -> Form | str:
         """A rank; both factors and weights are of the emulator's dtype, whose bytes cancel out."""
-        found = decide(
+        decision = decide(
             shape.owner,
             shape.rows,
             shape.d_in,
@@ -62,20 +62,20 @@ class LowRank:
             config.keep_ratio_pattern,
             config.rank_pattern,
         )
-        return found.reason if found.rank is None else low_rank(found.rank)
+        return decision.reason if decision.rank is None else low_rank(decision.rank)
 
     def fit(
         self, weights: Sequence[Tensor], moments: Moments, shape: GroupShape, form: Form
     ) -> Fitted:
         """See `emloc.linalg.lowrank`."""
-        found = factorise(weights, moments, form.sizes[RANK])
+        fitting = factorise(weights, moments, form.sizes[RANK])
         right, *lefts = (stored.shape for stored in self.stored(shape, form))
-        parts = found.left.split(list(shape.d_out))
-        tensors = {(shape.owner, RIGHT): found.right.reshape(right)}
+        parts = fitting.left.split(list(shape.d_out))
+        tensors = {(shape.owner, RIGHT): fitting.right.reshape(right)}
         for layer, part, left in zip(shape.layers, parts, lefts):
             tensors[layer, LEFT] = part.reshape(left)
-        report = {"relative_error": found.relative_error, "estimated_excess": found.excess}
-        return Fitted(tensors, report, Spectrum(found.values.tolist(), found.total))
+        report = {"relative_error": fitting.relative_error, "estimated_excess": fitting.excess}
+        return Fitted(tensors, report, Spectrum(fitting.values.tolist(), fitting.total))
 
     def stored(self, shape: GroupShape, form: Form) -> Sequence[StoredTensor]:
         """The shared right factor, and the layers' left ones."""

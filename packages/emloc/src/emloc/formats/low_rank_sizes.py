@@ -1,4 +1,4 @@
-"""How many directions each layer keeps.
+"""The number of directions that each layer keeps.
 
 `keep_ratio` is the share of a weight's bytes that its two factors may hold:
 `rank · (d_out + d_in) ≤ keep_ratio · d_out · d_in`, at least one. Layers that read the same input
@@ -32,7 +32,7 @@ def rank_for(keep_ratio: float, d_out: int, d_in: int) -> int:
 
 
 def factors_are_smaller(rank: int, d_out: int, d_in: int) -> bool:
-    """Whether rank-`rank` factors hold fewer parameters than the dense weight."""
+    """Return whether rank-`rank` factors hold fewer parameters than the dense weight."""
     return rank * (d_out + d_in) < d_out * d_in
 
 

@@ -33,7 +33,7 @@ class GroupsConfig:
         self.modules_to_not_convert = kwargs.pop("modules_to_not_convert", None)
 
     def to_dict(self) -> dict[str, Any]:
-        """As `config.json` holds it."""
+        """The entry in `config.json`."""
         return quantization_config(self.groups)
 
     def __repr__(self) -> str:

@@ -88,7 +88,7 @@ def _version(x: Tensor) -> int:
 
 
 def _as_autocast(x: Tensor, *others: Tensor) -> list[Tensor]:
-    """In the dtype in which autocast would multiply them; as they are without autocast."""
+    """Cast to the dtype in which autocast would multiply; without autocast, leave as it is."""
     device = x.device.type
     if not torch.is_autocast_enabled(device):
         return [x, *others]

@@ -31,7 +31,7 @@ class Project(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Of `x` and the downs."""
+        """Gradients of the inputs that need them."""
         x, right, *downs = ctx.saved_tensors
         projected, lora = _rows(gradients[0]), _rows(_joined(gradients[1:], -1))
         of_x = None
@@ -68,7 +68,7 @@ class Expand(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Of `h`, `z` and `up`."""
+        """Gradients of the inputs that need them."""
         z, left, up = ctx.saved_tensors
         shape, of_y = gradient.shape[:-1], _rows(gradient)
         of_z = _product(of_y, up, ctx.scaling).view(*shape, up.shape[1])

@@ -26,15 +26,15 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def right_shape(weight: Sequence[int], rank: int) -> Size:
-    """How the right factor (or A) of a weight of that shape is stored."""
+    """The shape in which the right factor (or A) of a weight of that shape is stored."""
     return (rank, *weight[1:])
 
 
 def left_shape(weight: Sequence[int], rank: int) -> Size:
-    """How the left factor (or B) of a weight of that shape is stored."""
+    """The shape in which the left factor (or B) of a weight of that shape is stored."""
     return (weight[0], rank, *(1 for _ in weight[2:]))
 
 
 def channels_last(output: Tensor) -> Tensor:
-    """What a convolution wrote (… × channels × height × width), one pixel per row."""
+    """The output of a convolution (… × channels × height × width), one pixel per row."""
     return output.movedim(-3, -1).flatten(0, -2)

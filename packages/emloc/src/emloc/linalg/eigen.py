@@ -40,7 +40,7 @@ LARGEST = 0.7
 """Beyond this share of n a dense solver is faster than a basis."""
 
 OUTLIERS = 32
-"""So many leading eigenvalues can be taken out as outliers."""
+"""The number of leading eigenvalues that can be taken out as outliers."""
 
 OUTLIER_RATIO = 100.0
 """An outlier is so many times larger than the last of those."""
@@ -124,7 +124,7 @@ def _random_rows(count: int, like: Tensor) -> Tensor:
 
 
 def _lanczos(matrix: Tensor, count: int) -> Leading | None:
-    """None where a dense solver is faster or safer."""
+    """Run Lanczos; None where a dense solver is faster or safer."""
     size = matrix.shape[0]
     sizes = basis_sizes(size, count)
     if not sizes:

@@ -45,7 +45,7 @@ def require_writable(name: str, tensor: Tensor, source: str) -> None:
 
 
 def is_mask(tensor: Tensor) -> bool:
-    """Whether all elements are 0 or −∞."""
+    """Return whether all elements are 0 or −∞."""
     if not tensor.is_floating_point() or tensor.dtype in FLOAT8:
         return False
     return all(bool(((part == 0) | (part == -torch.inf)).all()) for part in _chunks(tensor))

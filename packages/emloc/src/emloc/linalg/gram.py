@@ -22,7 +22,7 @@ Side = Literal["input", "output"]
 
 
 def smaller_side(d_out: int, d_in: int) -> Side:
-    """Which side's moments are the smaller matrix; outputs on a tie, as they are `W G Wᵀ` itself."""
+    """The side whose moments are the smaller matrix; outputs on a tie, as they are `W G Wᵀ` itself."""
     return "output" if d_out <= d_in else "input"
 
 

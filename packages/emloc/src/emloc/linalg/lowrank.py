@@ -101,15 +101,15 @@ def factorise(
     if root is None:
         matrix = (matrix + matrix.T) / 2
     total = float(matrix.diagonal().double().sum())
-    found = (dense_eigenvectors if small else leading_eigenvectors)(matrix, rank)
+    leading = (dense_eigenvectors if small else leading_eigenvectors)(matrix, rank)
     del matrix
     left, right = (
-        _project(parts, found.vectors) if root is None else _unroot(parts, found.vectors, root)
+        _project(parts, leading.vectors) if root is None else _unroot(parts, leading.vectors, root)
     )
-    tail = total - float(found.values.sum()) if rank < size else 0.0
+    tail = total - float(leading.values.sum()) if rank < size else 0.0
     error = (max(0.0, tail) / total) ** 0.5 if total > 0 else 0.0
     return Factors(
-        left.to(stored), right.to(stored), error, found.excess, found.values.cpu(), total
+        left.to(stored), right.to(stored), error, leading.excess, leading.values.cpu(), total
     )
 
 

@@ -1,4 +1,4 @@
-"""Where stages compute: `auto` and every name are resolved here, once, before any work.
+"""The device on which a stage computes: `auto` and every name are resolved here, once, before any work.
 
 Stages run on `cpu` and on `cuda`. Apple's `mps` has no float64, in which moments and eigenproblems are
 held, so `auto` passes it over.
@@ -42,10 +42,10 @@ def planned_device(name: str) -> str:
     """
     if name == AUTO:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    found = _PATTERN.fullmatch(name)
-    if found is None:
+    match = _PATTERN.fullmatch(name)
+    if match is None:
         raise ValueError(f"expected auto, cpu, cuda or cuda:1{_hint(name)}")
-    return "cpu" if found[1] == "cpu" else name
+    return "cpu" if match[1] == "cpu" else name
 
 
 def _hint(name: str) -> str:

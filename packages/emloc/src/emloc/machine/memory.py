@@ -54,7 +54,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 LARGE_BYTES = 1 << 20
 STREAMED_BYTES = 1 << 17
 _KEPT_BYTES = 1 << 26
-"""How much free memory at its end glibc's heap may come to keep when left to itself."""
+"""Free bytes at its end that glibc's heap may come to keep when left to itself."""
 
 
 def return_large_blocks() -> None:

@@ -19,7 +19,7 @@ except ImportError:  # elsewhere than on Unix
     resource = None
 
 CUDA_CONTEXT = 512 << 20
-"""What the context and its kernels take of a card, which torch's allocator does not count."""
+"""Bytes that the context and its kernels take of a card, which torch's allocator does not count."""
 
 _STATUS = Path("/proc/self/status")
 
@@ -32,11 +32,11 @@ SIGNS = (
     "could not create a memory object",
     "can't start new thread",
 )
-"""What libraries say when an allocation fails, beside raising MemoryError."""
+"""Phrases that libraries use when an allocation fails, beside raising MemoryError."""
 
 
 def can_limit(device: str) -> bool:
-    """Whether a limit on this device's memory can be kept here."""
+    """Return whether a limit on this device's memory can be kept here."""
     return device.startswith("cuda") or (resource is not None and _STATUS.exists())
 
 
@@ -63,21 +63,21 @@ def limit_memory(device: str, count: int) -> Callable[[], None]:
 
 
 def is_out_of_memory(problem: BaseException) -> bool:
-    """Whether a failed allocation is at the bottom of it."""
-    found: BaseException | None = problem
-    while found is not None:
-        if isinstance(found, (MemoryError, torch.OutOfMemoryError)):
+    """Return whether a failed allocation is at the bottom of it."""
+    cause: BaseException | None = problem
+    while cause is not None:
+        if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
             return True
-        if isinstance(found, OSError) and found.errno == errno.ENOMEM:
+        if isinstance(cause, OSError) and cause.errno == errno.ENOMEM:
             return True
-        if any(sign in str(found).lower() for sign in SIGNS):
+        if any(sign in str(cause).lower() for sign in SIGNS):
             return True
-        found = found.__cause__ or found.__context__
+        cause = cause.__cause__ or cause.__context__
     return False
 
 
 def _data_bytes() -> int:
-    """What Linux holds against RLIMIT_DATA."""
+    """The bytes that Linux holds against RLIMIT_DATA."""
     for line in _STATUS.read_text().splitlines():
         if line.startswith("VmData:"):
             return int(line.split()[1]) * 1024

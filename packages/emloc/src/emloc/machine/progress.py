@@ -1,4 +1,4 @@
-"""What a stage says while it works, on standard error: sentences, warnings, and one progress bar for all.
+"""Sentences, warnings and the one progress bar that a stage prints on standard error while it works.
 
 On a terminal the bar moves. Anywhere else (a log of nohup, CI or SLURM) it is a line at the start, one
 whenever another tenth is done or half a minute has passed, and one at the end; no line has a control
@@ -56,7 +56,7 @@ def working(on: str) -> Iterator[None]:
 
 
 def moves(shown_on: Console) -> bool:
-    """Whether a bar can be redrawn there."""
+    """Return whether a bar can be redrawn there."""
     return shown_on.is_terminal and not shown_on.is_dumb_terminal
 
 
@@ -103,7 +103,7 @@ class ProgressBar:
         self.move_to(self.completed + steps, note)
 
     def move_to(self, completed: int, note: str | None = None) -> None:
-        """So many steps are done."""
+        """Show that so many steps are done."""
         self.completed = completed
         self.note = self.note if note is None else note
         if self._bar is not None:

@@ -1,4 +1,4 @@
-"""What a plugin's entry points at, `module:attribute`, imported when it is needed."""
+"""Objects that a plugin's entry names as `module:attribute`, imported when they are needed."""
 
 import gc
 import importlib
@@ -18,14 +18,15 @@ def imported(target: str) -> Any:
     """
     module, _, attribute = target.partition(":")
     with _collector_paused():
-        found = getattr(importlib.import_module(module), attribute)
-        return found() if isinstance(found, type) else found
+        named = getattr(importlib.import_module(module), attribute)
+        return named() if isinstance(named, type) else named
 
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """No garbage collection meanwhile: it would go over and over the lasting objects that importing
-    transformers makes, and free nothing."""
+    """Pause garbage collection: it would go over and over the lasting objects that importing transformers
+    makes, and free nothing.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:

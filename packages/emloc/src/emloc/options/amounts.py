@@ -17,10 +17,10 @@ def parse_bytes(text: Any) -> Any:
     """
     if text is None or (isinstance(text, int) and not isinstance(text, bool) and text > 0):
         return text
-    found = _PATTERN.fullmatch(str(text))
-    if found is None or float(found[1]) == 0:
+    match = _PATTERN.fullmatch(str(text))
+    if match is None or float(match[1]) == 0:
         raise ValueError("expected an amount of memory such as 24GiB, 24GB or 25769803776")
-    number, unit, suffix = found.groups()
+    number, unit, suffix = match.groups()
     decimal = suffix.lower() == "b" and unit
     factor = 1000 ** ("kmgt".index(unit.lower()) + 1) if decimal else _UNITS[unit.lower()]
     return int(float(number) * factor)

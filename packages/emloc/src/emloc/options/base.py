@@ -18,7 +18,7 @@ class StageConfig(BaseModel):
 
 
 class ModelOptions(StageConfig):
-    """How the model's files are read."""
+    """Options for reading a model's files."""
 
     family: Annotated[str | None, WithoutEffect()] = Field(
         None,
@@ -31,7 +31,7 @@ class ModelOptions(StageConfig):
 
 
 class MemoryOptions(StageConfig):
-    """What a stage may take."""
+    """Options for the memory that a stage may take."""
 
     memory: Annotated[Bytes | None, WithoutEffect()] = Field(
         None,

@@ -9,7 +9,7 @@ from emloc.options.types import TextMap, joined, split
 
 
 class DataOptions(StageConfig):
-    """Which data, and how its columns are read."""
+    """Options for the data and for reading its columns."""
 
     dataset: Annotated[str | None, BeforeValidator(joined)] = Field(
         None, description="JSONL, CSV or parquet file, folder, or hub id; several: a,b"
@@ -40,7 +40,7 @@ class LearntDataOptions(DataOptions):
 
 
 class CalibrationOptions(LearntDataOptions):
-    """Which samples stand for the data when compressing and when choosing a limit."""
+    """Options for the samples that stand for the data when compressing and when choosing a limit."""
 
     num_calibration_samples: int = Field(64, ge=1, description="samples drawn by seed")
     num_calibration_tokens: int | None = Field(

@@ -9,7 +9,7 @@ from emloc.options.yaml_file import parse_value
 
 
 class Overrides(NamedTuple):
-    """What was given, of equal keys the last.
+    """The given options; of equal keys the last.
 
     Attributes:
         everywhere: for every stage that takes the option.
@@ -26,7 +26,7 @@ def read_overrides(texts: Sequence[str], stages: list[str]) -> Overrides:
     Raises:
         ConfigError: one is none, or names no stage.
     """
-    found = Overrides({}, {})
+    overrides = Overrides({}, {})
     for text in texts:
         path, equals, value = text.partition("=")
         stage, dot, key = path.rpartition(".")
@@ -36,10 +36,10 @@ def read_overrides(texts: Sequence[str], stages: list[str]) -> Overrides:
             raise ConfigError(f"Override {text!r}: no stage {stage}.{nearest(stage, stages)}")
         parsed = parse_value(value)
         if dot or key not in stages:
-            target = found.by_stage.setdefault(stage, {}) if dot else found.everywhere
+            target = overrides.by_stage.setdefault(stage, {}) if dot else overrides.everywhere
             target[key] = parsed
         elif not parsed or isinstance(parsed, dict):  # `merge=` or `merge={}`: that stage as well
-            found.by_stage.setdefault(key, {}).update(cast("dict[str, Any]", parsed or {}))
+            overrides.by_stage.setdefault(key, {}).update(cast("dict[str, Any]", parsed or {}))
         else:
             raise ConfigError(f"Override {text!r}: {key} is a stage; write {key}.option=value.")
-    return found
+    return overrides

@@ -1,4 +1,4 @@
-"""What the text of an option means, wherever it was typed.
+"""The meaning of an option's text, wherever it was typed.
 
 A command line gives text alone. A YAML file and `key=value` give numbers and booleans too (`yaml_file`),
 which an option that is text takes as they were typed. In the end all is parsed by the option's own type.

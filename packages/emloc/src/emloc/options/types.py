@@ -22,7 +22,7 @@ def split(value: Any) -> Any:
 
 
 def _typed(value: Any) -> Any:
-    """What was typed in a list or mapping, for the option's own type to parse."""
+    """Parse what was typed in a list or mapping, for the option's own type to read."""
     return text_of(value) if isinstance(value, (int, float)) else value
 
 

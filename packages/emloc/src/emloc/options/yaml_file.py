@@ -76,7 +76,7 @@ def plain_value(text: str) -> Any:
 
 
 def text_of(value: Any) -> str:
-    """What a number or boolean of `plain_value` was made from."""
+    """The text that a number or boolean of `plain_value` was made from."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -123,8 +123,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as problem:  # ValueError: an explicit tag that does not fit
         raise ConfigError(f"{path} is not valid YAML: {_where(problem)}.") from problem
     if not isinstance(content, dict):
-        found = "is empty" if content is None else "is no mapping"
-        raise ConfigError(f"{path} {found}; it should hold keys and values.")
+        fault = "is empty" if content is None else "is no mapping"
+        raise ConfigError(f"{path} {fault}; it should hold keys and values.")
     return cast("dict[str, Any]", content)
 
 

@@ -1,1 +1,1 @@
-"""What a job will take, from a config alone; what fits a budget; and a run that keeps to it."""
+"""The memory planner: a job's needs from a config alone, what fits a budget, and a run that keeps to it."""

@@ -23,13 +23,13 @@ def kind_of(layers: BlockLayers) -> BlockKind:
 
 def by_block(layers: Mapping[str, Layer], blocks: Sequence[str]) -> list[BlockLayers]:
     """The layers of each block, named as the block names them, groups as well."""
-    found: dict[str, dict[str, Layer]] = {block: {} for block in blocks}
+    layers_of: dict[str, dict[str, Layer]] = {block: {} for block in blocks}
     for name, layer in layers.items():
-        block = _block_of(name, found)
+        block = _block_of(name, layers_of)
         if block is not None:
             group = layer.group.removeprefix(f"{block}.")
-            found[block][name.removeprefix(f"{block}.")] = replace(layer, group=group)
-    return list(found.values())
+            layers_of[block][name.removeprefix(f"{block}.")] = replace(layer, group=group)
+    return list(layers_of.values())
 
 
 def _block_of(name: str, blocks: Container[str]) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from emloc.compression.groups import Plan
+from emloc.compression.groups import CompressionPlan
 from emloc.extend.family import Batch
 from emloc.planning.layers import planned_layers
 from emloc.planning.step import BlockKind, Passing, Precision, StepOptions, StepSizes
@@ -24,7 +24,7 @@ Matrices = Mapping[str, tuple[int, int, int]]
 """Rank, d_out and d_in by layer."""
 
 Watched = Mapping[str, tuple[int, int]]
-"""By layer, the elements per row that a hook on it takes, and how many more where samples are padded."""
+"""Elements per row that a hook on a layer takes, by layer, and how many more where samples are padded."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,10 @@ class Calls:
 
     def at(self, block: str, kind: BlockKind) -> Sequence[Passing]:
         """The ways through a block; those through any, where it is not known by itself."""
-        found = self.blocks.get(block) or self.blocks.get(kind)
-        return found or [passing for passings in self.blocks.values() for passing in passings]
+        passings_here = self.blocks.get(block) or self.blocks.get(kind)
+        return passings_here or [
+            passing for passings in self.blocks.values() for passing in passings
+        ]
 
     def running(self, passing: Passing) -> tuple[int, int]:
         """Calls on the device while one passes a block, and what that one takes besides.
@@ -76,33 +78,33 @@ class Calls:
         """Calls in host memory, at most."""
         if not self.parked:
             return 0
-        passings = [passing for found in self.blocks.values() for passing in found]
+        passings = [passing for of_block in self.blocks.values() for passing in of_block]
         return self.count * max(max(p.before, p.after) for p in passings)
 
 
-def folding_elements(model: nn.Module, plan: Plan) -> Watched:
-    """What folding takes beside what was read and written.
+def folding_elements(model: nn.Module, plan: CompressionPlan) -> Watched:
+    """Elements that folding takes beside what was read and written.
 
     Rows without padding are copied, but not a convolution's. A bias is taken off in a copy, for outputs of
     one layer; those of several are multiplied once more, and joined. Pixels become rows in a copy.
     """
-    found: dict[str, tuple[int, int]] = {}
+    elements: dict[str, tuple[int, int]] = {}
     for group in plan.groups:
         shape, side = group.shape, group.form.format.side(group.shape)
         biased = "bias" in dict(model.get_submodule(group.owner).named_parameters())
         if side == "input":
-            found[group.owner] = 0, shape.d_in
+            elements[group.owner] = 0, shape.d_in
         elif shape.kernel:
-            found[group.owner] = shape.rows * (1 + biased), 0
+            elements[group.owner] = shape.rows * (1 + biased), 0
         elif len(group.layers) == 1:
-            found[group.owner] = shape.rows * biased, shape.rows
+            elements[group.owner] = shape.rows * biased, shape.rows
         else:
-            found[group.owner] = 2 * shape.rows, shape.d_in
-    return found
+            elements[group.owner] = 2 * shape.rows, shape.d_in
+    return elements
 
 
 def adding_elements(lora: Matrices) -> Watched:
-    """What a candidate's LoRA takes (`limits`).
+    """Elements that a candidate's LoRA takes (`limits`).
 
     What A reads, what B writes times the scaling, and its sum with the layer's output.
     """

@@ -17,7 +17,7 @@ import torch
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
-from emloc.compression.groups import Group, Plan, dense_shapes, written_groups
+from emloc.compression.groups import CompressionPlan, Group, dense_shapes, written_groups
 from emloc.config import CompressConfig, CorrectConfig, PlanConfig, StageConfig, build
 from emloc.errors import MemoryLimitError
 from emloc.extend.family import ModelFamily
@@ -36,7 +36,7 @@ from emloc.planning.subject import Subject
 
 @dataclass(frozen=True)
 class Contract:
-    """What a stage was planned to take, and what it may.
+    """The memory that a stage was planned to take, and what it may.
 
     Attributes:
         stage: how it is called in messages.
@@ -114,13 +114,13 @@ class Contract:
         return format_bytes(self.memory)
 
     def _way_out(self) -> str:
-        found = fit(self.setting, self.memory, [self.lines], asked=())
-        if found.fits:
-            options = changed_for(self.setting, found.setting)
+        fitted = fit(self.setting, self.memory, [self.lines], asked=())
+        if fitted.fits:
+            options = changed_for(self.setting, fitted.setting)
             said = ", ".join(f"{name}={value}" for name, value in options.items())
             return f"it would fit with {said}."
-        assert found.smallest is not None
-        return f"the least that it can do with is {format_bytes(found.smallest)}."
+        assert fitted.smallest is not None
+        return f"the least that it can do with is {format_bytes(fitted.smallest)}."
 
     def _table(self) -> str:
         lines: Lines = self.planned.device
@@ -142,18 +142,18 @@ def compress_contract(
         Subject.opened(base, family), plan_options(config.device, base, family, config)
     )
     if "keep_ratio" not in config.model_fields_set:
-        found = fit(setting, config.memory)
-        require_fit(found)
-        console.print(f"compress: {' '.join(verdict(found.as_json()))}")
-        options = found.setting.options
-        chosen = changed_for(setting, found.setting)
+        fitted = fit(setting, config.memory)
+        require_fit(fitted)
+        console.print(f"compress: {' '.join(verdict(fitted.as_json()))}")
+        options = fitted.setting.options
+        chosen = changed_for(setting, fitted.setting)
         own = {name: value for name, value in chosen.items() if name in CompressConfig.model_fields}
         training = {name: value for name, value in chosen.items() if name not in own}
         if training:
             said = ", ".join(f"{name}={value}" for name, value in training.items())
             console.print(f"compress: the plan is for training with {said}")
         config = config.model_copy(update={**own, "keep_ratio": options.keep_ratio})
-        setting = found.setting
+        setting = fitted.setting
     return config, _agreed("compress", "compress", setting, config)
 
 
@@ -181,12 +181,12 @@ def contract_for(
         given["num_calibration_samples"] = config.num_calibration_samples
     device: str = getattr(config, "device", "cpu")
     options = plan_options(device, model, family, config, **given)
-    setting = Setting(subject, options, given=Plan(_held(subject, model), {}), **more)
+    setting = Setting(subject, options, given=CompressionPlan(_held(subject, model), {}), **more)
     return _agreed(stage, lines, setting, config)
 
 
 def _held(subject: Subject, model: Checkpoint) -> tuple[Group, ...]:
-    """What an emulator has compressed; nothing of any other model."""
+    """The layers that an emulator has compressed; nothing of any other model."""
     manifest = Manifest.find(model.path)
     ours = manifest is not None and manifest.kind == "emulator" and manifest.method is None
     entries = manifest.layers if manifest is not None and ours else {}
@@ -196,7 +196,7 @@ def _held(subject: Subject, model: Checkpoint) -> tuple[Group, ...]:
 def plan_options(
     device: str, model: Checkpoint, family: ModelFamily, *configs: StageConfig, **given: Any
 ) -> PlanConfig:
-    """What stages were asked for as options of a plan; of two that name an option the later one wins."""
+    """The options of a plan that stages were asked for; of two that name an option the later one wins."""
     kind: type[PlanConfig] = with_plugin_options(PlanConfig)
     asked = {
         name: getattr(config, name)
@@ -208,17 +208,17 @@ def plan_options(
     return of_family(build(kind, {**asked, **given, **named}, "plan"), family)
 
 
-def require_fit(found: MemoryPlan) -> None:
+def require_fit(fitted: MemoryPlan) -> None:
     """Refuse a plan that does not fit.
 
     Raises:
         MemoryLimitError: with the least that would.
     """
-    if not found.fits:
-        assert found.dominating is not None
-        lines = found.setting.stage(found.dominating[0]).device
+    if not fitted.fits:
+        assert fitted.dominating is not None
+        lines = fitted.setting.stage(fitted.dominating[0]).device
         table = "\n".join(f"  {name:<24}{format_bytes(lines[name]):>12}" for name in ordered(lines))
-        raise MemoryLimitError(f"{' '.join(verdict(found.as_json()))}\n{table}")
+        raise MemoryLimitError(f"{' '.join(verdict(fitted.as_json()))}\n{table}")
 
 
 def _agreed(stage: str, lines: str, setting: Setting, config: Any) -> Contract:
@@ -228,7 +228,7 @@ def _agreed(stage: str, lines: str, setting: Setting, config: Any) -> Contract:
 
 
 def _existing(adapter: Adapter) -> dict[str, Any]:
-    """What a setting is to know of an adapter that is there."""
+    """The facts that a setting needs of an adapter that is there."""
     infos = adapter.tensors.tensors
     shapes = {key: matrix_shape(info.shape) for key, info in infos.items() if len(info.shape) > 1}
     return {

@@ -21,7 +21,9 @@ from emloc.extend.family import ModelFamily
 from emloc.extend.opening import family_of
 
 LARGE_PARAMETERS = 1_000_000_000
-"""From this size on, a config without a dtype (those of diffusers) is taken to be of bfloat16 weights."""
+"""The number of parameters from which on a config without a dtype (those of diffusers) is taken to be of
+bfloat16 weights.
+"""
 
 
 def describe(
@@ -39,8 +41,8 @@ def describe(
         PluginError: as `family_of`.
     """
     path = _locate_config(model_name_or_path)
-    found, known = _recognised(model_name_or_path, path, family)
-    native = native_of(known, found)
+    described, known = _recognised(model_name_or_path, path, family)
+    native = native_of(known, described)
     assert isinstance(native, Described)
     return native, known, with_tensors(native, known, dtype)
 
@@ -92,17 +94,17 @@ def _recognised(name: str, path: Path, family: str | None) -> tuple[Described, M
     """The model in the folder, or the one in a folder inside that a family recognises."""
     config = path / layout_of(path).config
     if config.is_file():
-        found = Described(name, path, read_json(config), {})
-        return found, family_of(found, family)
+        described = Described(name, path, read_json(config), {})
+        return described, family_of(described, family)
     inside: list[tuple[Described, ModelFamily]] = []
     for nested in sorted(path.glob("*/config.json")):
-        found = Described(name, nested.parent, read_json(nested), {})
+        described = Described(name, nested.parent, read_json(nested), {})
         try:
-            inside.append((found, family_of(found, family)))
+            inside.append((described, family_of(described, family)))
         except PluginError:
             continue
     if len(inside) != 1:
-        what = ", ".join(found.path.name for found, _ in inside) or "none"
+        what = ", ".join(described.path.name for described, _ in inside) or "none"
         raise CheckpointError(
             f"{path} has no config.json, and of the folders in it {what} hold a model that an installed "
             f"family recognises; pass the model's folder."

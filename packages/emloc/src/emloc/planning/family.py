@@ -1,4 +1,4 @@
-"""What a family adds so that its activations can be counted before there is a model.
+"""The protocol of a family whose activations can be counted before there is a model.
 
 A family that lacks this is planned without them, and the plan says so. One that has it needs no formula:
 where `step_sizes` gives none, a step is traced on fake tensors.
@@ -48,7 +48,7 @@ class PlannedFamily(Protocol):
         ...
 
     def stacks(self, checkpoint: Checkpoint) -> Sequence[int]:
-        """How many equal blocks each stack of the model has; nothing for a model without stacks."""
+        """The number of equal blocks of each stack of the model; nothing for a model without stacks."""
         ...
 
     def shallow(self, checkpoint: Checkpoint, blocks: Sequence[int]) -> Checkpoint:
@@ -75,7 +75,7 @@ class PlannedFamily(Protocol):
         ...
 
     def other_models(self, checkpoint: Checkpoint, options: Any) -> Mapping[str, OtherModel]:
-        """By name, the models that encode the data before a stage, and run beside it at inference."""
+        """Models that encode the data before a stage, and run beside it at inference, by name."""
         ...
 
 

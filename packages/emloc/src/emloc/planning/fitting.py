@@ -48,8 +48,8 @@ def fit(
 
     given_up: list[str] = []
     least = smallest(setting, SMALLEST_RATIO)
-    found = _largest_ratio(setting, least, budget, stages, free)
-    for step in _concessions(setting) if found is None else ():
+    fitting = _largest_ratio(setting, least, budget, stages, free)
+    for step in _concessions(setting) if fitting is None else ():
         if any(name in asked for name in step.changed):
             continue
         changed = with_options(setting, **step.changed)
@@ -61,13 +61,13 @@ def fit(
             break  # samples as short as that have no room for what the family puts in them
         setting, least = changed, lesser
         given_up.append(step.said)
-        found = _largest_ratio(setting, least, budget, stages, free)
-        if found is not None:
+        fitting = _largest_ratio(setting, least, budget, stages, free)
+        if fitting is not None:
             break
-    if found is not None:
-        if free and found.options.keep_ratio < DEFAULT_RATIO:
-            given_up = [f"keep_ratio {found.options.keep_ratio:g}", *given_up]
-        return MemoryPlan(found, budget, True, given_up)
+    if fitting is not None:
+        if free and fitting.options.keep_ratio < DEFAULT_RATIO:
+            given_up = [f"keep_ratio {fitting.options.keep_ratio:g}", *given_up]
+        return MemoryPlan(fitting, budget, True, given_up)
     stage, needed = max(
         ((name, device_bytes(least, name)) for name in stages), key=lambda pair: pair[1]
     )
@@ -77,12 +77,12 @@ def fit(
 
 
 def device_bytes(setting: Setting, stage: str) -> int:
-    """What a stage takes of the device."""
+    """Bytes that a stage takes of the device."""
     return total(setting.stage(stage).device)
 
 
 def _relieves(lesser: Setting, before: Setting, budget: int, stages: Sequence[str]) -> bool:
-    """Whether a stage that did not fit takes less; some options mean nothing to some models."""
+    """Return whether a stage that did not fit takes less; some options mean nothing to some models."""
     over = [name for name in stages if device_bytes(before, name) > budget]
     return any(device_bytes(lesser, name) < device_bytes(before, name) for name in over)
 
@@ -98,7 +98,9 @@ def _at(setting: Setting, ratio: float) -> Setting:
 def _largest_ratio(
     setting: Setting, least: Setting, budget: int, stages: Sequence[str], free: bool
 ) -> Setting | None:
-    """None where not even `least` fits, the setting at the smallest ratio; which it is if none is free."""
+    """The setting with the largest ratio that fits; None where not even `least` does, and the setting as it
+    is where no ratio is free.
+    """
     if not _fits(least, budget, stages):
         return None
     if not free:
@@ -116,7 +118,7 @@ def _largest_ratio(
 
 
 class Concession(NamedTuple):
-    """What to give up next.
+    """A thing to give up next.
 
     Attributes:
         said: how it is called.
@@ -130,7 +132,7 @@ class Concession(NamedTuple):
 
 
 def _concessions(setting: Setting) -> Iterator[Concession]:
-    """In order."""
+    """Concessions in the order in which they are made."""
     options = setting.options
     if not options.gradient_checkpointing:
         yield Concession("gradient_checkpointing", {"gradient_checkpointing": True})

@@ -1,4 +1,4 @@
-"""What running a model takes: weights, the cache of keys and values, and a forward over the prompt."""
+"""The memory of running a model: weights, the cache of keys and values, and a forward over the prompt."""
 
 from typing import Any
 

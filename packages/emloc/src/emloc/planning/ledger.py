@@ -20,14 +20,14 @@ def lines_of(**named: int) -> dict[str, int]:
     return {name.replace("_", " "): count for name, count in named.items() if count}
 
 
-def largest(moments: Iterable[Lines]) -> Lines:
+def largest(instants: Iterable[Lines]) -> Lines:
     """The moment that takes most."""
-    return max(moments, key=total, default={})
+    return max(instants, key=total, default={})
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """What a stage takes.
+    """The memory that a stage takes.
 
     Attributes:
         device: memory of the device that computes: a GPU's, or the machine's where that is the CPU.

@@ -98,7 +98,7 @@ class LiveBytes(TorchDispatchMode):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What happens inside has a peak of its own; of a phase entered twice, the larger."""
+        """Give what happens inside a peak of its own; of a phase entered twice, the larger."""
         self._phase = self.phases.setdefault(name, Peak())
         self._look()
         try:
@@ -149,7 +149,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _adds_up_gradients(func: Any) -> bool:
-    """Whether autograd's engine is adding a gradient to one that arrived before.
+    """Return whether autograd's engine is adding a gradient to one that arrived before.
 
     Without a dispatch mode it adds in place; with one it makes a sum, and lets go of both afterwards.
     """

@@ -20,7 +20,7 @@ CHANGEABLE = (
 
 
 def changed_options(options: PlanConfig) -> dict[str, Any]:
-    """Those, as they are now: what to give the stages."""
+    """The changed options as they are now: what to give the stages."""
     return {name: getattr(options, name) for name in CHANGEABLE}
 
 

@@ -118,7 +118,7 @@ class Forward:
         return self.tape.operation([x], out, weight=True, backward_work=working)
 
     def watch(self, layer: Layer, rows: int) -> None:
-        """What a hook on the layer does now."""
+        """Count what a hook on the layer does now."""
         if layer.watched:
             self.tape.work(rows * layer.watched * self.precision.product)
 

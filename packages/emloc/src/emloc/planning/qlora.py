@@ -1,4 +1,4 @@
-"""What QLoRA holds of a base: NF4 weights with scales that are quantised once more.
+"""The bytes that QLoRA holds of a base: NF4 weights with scales that are quantised once more.
 
 As bitsandbytes stores a linear layer's weight: half a byte per element; per 64 elements a scale in 8 bits,
 per 256 of those a float32, and for each layer a table of 256 and one of 16 float32 with an offset. Norms,

@@ -72,7 +72,7 @@ def summed(lines: Mapping[str, int]) -> str:
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """As `FIRST` and `LAST` say."""
+    """The lines in the order that `FIRST` and `LAST` say."""
     given = list(dict.fromkeys(names))
     between = [name for name in given if name not in FIRST + LAST]
     return [name for name in (*FIRST, *between, *LAST) if name in given]
@@ -83,7 +83,7 @@ def _shown(count: int) -> str:
 
 
 def verdict(plan: Mapping[str, Any]) -> Sequence[str]:
-    """What fits, and what was given up for it, in sentences; nothing without a budget."""
+    """Sentences on what fits, and what was given up for it; nothing without a budget."""
     if plan["memory"] is None:
         return []
     budget = format_bytes(plan["memory"])

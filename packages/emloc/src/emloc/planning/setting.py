@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from emloc.compression.groups import Plan
+from emloc.compression.groups import CompressionPlan
 from emloc.config import PlanConfig
 from emloc.linalg.convolution import matrix_shape
 from emloc.planning.calls import (
@@ -75,7 +75,7 @@ class Setting:
 
     subject: Subject
     options: PlanConfig
-    given: Plan | None = None
+    given: CompressionPlan | None = None
     adapter: Matrices | None = None
     adapter_bytes: int = 0
     adapter_whole: Shapes = field(default_factory=dict[str, tuple[int, ...]])
@@ -85,8 +85,8 @@ class Setting:
     _known: dict[Any, Calls | None] = field(default_factory=dict[Any, "Calls | None"])
 
     @cached_property
-    def emulator(self) -> Plan:
-        """Which layers become factors."""
+    def emulator(self) -> CompressionPlan:
+        """The layers that become factors."""
         if self.given is not None:
             return self.given
         return self.subject.emulator(self.options)
@@ -101,12 +101,12 @@ class Setting:
 
     @property
     def counted_by(self) -> str:
-        """By which way activations were counted."""
+        """The way by which activations were counted."""
         return self._step[2]
 
     @property
     def on_gpu(self) -> bool:
-        """Whether a GPU computes."""
+        """Return whether a GPU computes."""
         return self.options.device.startswith("cuda")
 
     @cached_property
@@ -115,7 +115,7 @@ class Setting:
         return self._trained_of(self._step[1]).bytes if self.adapter is None else self.adapter_bytes
 
     def _trained_of(self, layers: Mapping[str, Layer]) -> Trained:
-        """What training changes, given the layers with their LoRA."""
+        """The tensors that training changes, given the layers with their LoRA."""
         itemsize = self.subject.itemsize(self.options.dtype)
         whole = [matrix_shape(shape or (1,)) for shape in self._whole.values()]
         return Trained(lora_shapes(layers, self.options), lora_itemsize(itemsize), whole, itemsize)
@@ -137,7 +137,7 @@ class Setting:
 
     @cached_property
     def beside(self) -> Mapping[str, StageMemory]:
-        """What other ways take."""
+        """The memory that other ways take."""
         return {
             "LoRA on the base": self._trained(self._base_weights, *self._base_step[:2], 0),
             "QLoRA on the base": self.qlora(),
@@ -265,7 +265,7 @@ class Setting:
 
     @property
     def _companions(self) -> int:
-        """Of the files of other models, which are copied along."""
+        """Bytes of the files of other models, which are copied along."""
         parameters = sum(model.parameters for model in self._others.values())
         return parameters * self.subject.stored.itemsize
 
@@ -277,7 +277,7 @@ class Setting:
         return self._place(lines, host, disk, moment)
 
     def _place(self, lines: Lines, host: Lines, disk: Lines, moment: str) -> StageMemory:
-        """With slack; where the CPU computes, the machine's memory is the device's."""
+        """Add slack; where the CPU computes, the machine's memory is the device's."""
         moving = sum(count for name, count in lines.items() if name not in RESIDENT)
         device = {**lines, **slack(self.options.device, moving, moment == TRAINING)}
         if not self.on_gpu:

@@ -1,6 +1,7 @@
-"""What a training step holds besides weights, LoRA, gradients and optimiser, and when it holds most.
+"""The memory that a training step holds besides weights, LoRA, gradients and optimiser, and its largest
+instant.
 
-A step passes through phases, each with a largest moment of its own: the forward through the blocks, the
+A step passes through phases, each with a largest instant of its own: the forward through the blocks, the
 loss, and the backward. Whichever is largest counts.
 """
 
@@ -29,17 +30,17 @@ class Precision:
 
     @property
     def product(self) -> int:
-        """Of what a matrix product writes."""
+        """The bytes of an element that a matrix product writes."""
         return 2 if self.autocast else self.weights
 
     @property
     def fuses(self) -> bool:
-        """Whether a LoRA on a low-rank layer runs without passes in between (`fused_lora`)."""
+        """Return whether a LoRA on a low-rank layer runs without passes in between (`fused_lora`)."""
         return self.autocast or self.lora == self.weights
 
 
 @dataclass(frozen=True)
-class Moment:
+class Instant:
     """Bytes alive at one time.
 
     Attributes:
@@ -54,12 +55,12 @@ class Moment:
 
     @property
     def total(self) -> int:
-        """Their sum."""
+        """The sum of all parts."""
         return self.kept + self.loss + self.working
 
 
 BlockKind = Any
-"""What equal blocks have in common; None stands for any block."""
+"""The common features of equal blocks; None stands for any block."""
 
 
 class Passing(NamedTuple):
@@ -77,7 +78,7 @@ class Passing(NamedTuple):
 
 @dataclass(frozen=True)
 class StepSizes:
-    """The largest moment of each phase of a step, and what a forward without gradients holds at blocks.
+    """The largest instant of each phase of a step, and what a forward without gradients holds at blocks.
 
     Attributes:
         phases: by name.
@@ -85,21 +86,21 @@ class StepSizes:
         at_head: bytes alive when the blocks are left and the head is yet to come; None without a head.
     """
 
-    phases: Mapping[str, Moment] = field(default_factory=dict[str, Moment])
+    phases: Mapping[str, Instant] = field(default_factory=dict[str, Instant])
     blocks: Mapping[BlockKind, Sequence[Passing]] = field(
         default_factory=dict[BlockKind, "Sequence[Passing]"]
     )
     at_head: int | None = None
 
     @property
-    def largest(self) -> Moment:
+    def largest(self) -> Instant:
         """The largest of all."""
-        return max(self.phases.values(), key=lambda moment: moment.total, default=Moment())
+        return max(self.phases.values(), key=lambda instant: instant.total, default=Instant())
 
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How a step is run.
+    """Options of a training step.
 
     Attributes:
         precision: of weights, LoRA and products.
@@ -121,7 +122,7 @@ class StepTape(Tape):
 
     def __init__(self) -> None:
         super().__init__()
-        self._phases: dict[str, Moment] = {}
+        self._phases: dict[str, Instant] = {}
         self._kept = 0
         self._before_loss = 0
         self._blocks: dict[BlockKind, list[Passing]] = {}
@@ -152,7 +153,7 @@ class StepTape(Tape):
         self._close("forward")
 
     def reach_head(self) -> None:
-        """So is what they share."""
+        """Note that the head is reached, and what candidates share."""
         self._at_head = self.now
 
     def finish(self, loss: Sized) -> StepSizes:
@@ -171,5 +172,5 @@ class StepTape(Tape):
         peak = max(self.peak, self._passed)
         kept = min(self._kept, peak)
         rest = peak - kept
-        self._phases[phase] = Moment(kept, rest if as_loss else 0, 0 if as_loss else rest)
+        self._phases[phase] = Instant(kept, rest if as_loss else 0, 0 if as_loss else rest)
         self.peak, self._passed = self.now, 0

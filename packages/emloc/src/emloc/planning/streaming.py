@@ -1,4 +1,4 @@
-"""What the stages take that stream the base: compress, correct and merge.
+"""The memory of the stages that stream the base: compress, correct and merge.
 
 **Compress.** A block's weights in float32, the moments of its groups, and every micro-batch's suspended
 call (`lockstep`): its hidden state and what else the forward holds between two blocks. On a GPU the card
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from emloc.compression.groups import Group, Plan
+from emloc.compression.groups import CompressionPlan, Group
 from emloc.formats.layer_format import GroupShape, tensor_bytes
 from emloc.linalg.gram import Side
 from emloc.linalg.merging import ROWS
@@ -35,7 +35,8 @@ DOUBLE = 8
 
 
 def loaded_bytes(subject: Subject, numel: int, device: str) -> int:
-    """What a unit's weights take to compute in: nothing on a CPU that computes in their own dtype.
+    """The bytes that a unit's weights take to compute in: nothing on a CPU that computes in their own
+    dtype.
 
     Then they stay in the mapped file, whose pages the system takes back when it needs them.
     """
@@ -67,9 +68,9 @@ class Block:
     passings: Sequence[Passing]
 
 
-def blocks_of(subject: Subject, plan: Plan, calls: Calls | None) -> Sequence[Block]:
+def blocks_of(subject: Subject, plan: CompressionPlan, calls: Calls | None) -> Sequence[Block]:
     """Every kind of block once; equal ones take the same."""
-    found: dict[Any, Block] = {}
+    kinds: dict[Any, Block] = {}
     for name, kind in subject.kinds.items():
         groups = plan.within(name)
         numel = sum(p.numel() for p in subject.model.get_submodule(name).parameters())
@@ -77,12 +78,12 @@ def blocks_of(subject: Subject, plan: Plan, calls: Calls | None) -> Sequence[Blo
         passings = tuple(calls.at(name, kind)) if calls else (Passing(0, 0, 0),)
         sizes = ((str(g.form.as_json()), replace(g.shape, layers=())) for g in groups)
         key = (numel, passings, *sizes)
-        found.setdefault(key, Block(numel, numel - compressed, groups, passings))
-    return list(found.values())
+        kinds.setdefault(key, Block(numel, numel - compressed, groups, passings))
+    return list(kinds.values())
 
 
 def compress_lines(
-    subject: Subject, plan: Plan, calls: Calls | None, written: int, device: str
+    subject: Subject, plan: CompressionPlan, calls: Calls | None, written: int, device: str
 ) -> tuple[Lines, str]:
     """The device's lines at compress's largest moment, and which moment that is.
 
@@ -90,7 +91,7 @@ def compress_lines(
         written: bytes of an element of the emulator.
     """
     itemsize = compute_itemsize(subject)
-    moments: dict[str, list[Lines]] = {"running a block": [], "factorising": [], "writing": []}
+    instants: dict[str, list[Lines]] = {"running a block": [], "factorising": [], "writing": []}
     for block in blocks_of(subject, plan, calls):
         kept = {
             g.owner: moment_bytes(g.form.format.side(g.shape), g.shape, itemsize)
@@ -99,7 +100,7 @@ def compress_lines(
         weights = loaded_bytes(subject, block.weights, device)
         for passing in block.passings:
             suspended, working = calls.running(passing) if calls else (0, 0)
-            moments["running a block"].append(
+            instants["running a block"].append(
                 lines_of(
                     block_in_float32=weights,
                     suspended_calls=suspended,
@@ -112,7 +113,7 @@ def compress_lines(
         fitted = converted = 0
         for group in block.groups:
             shape, form = group.shape, group.form
-            moments["factorising"].append(
+            instants["factorising"].append(
                 lines_of(
                     **common,
                     moments=sum(kept.values()),
@@ -124,10 +125,10 @@ def compress_lines(
             fitted += tensor_bytes(shape, form, itemsize)
             converted += 0 if written == itemsize else tensor_bytes(shape, form, written)
         converted += 0 if written == subject.stored.itemsize else block.dense * written
-        moments["writing"].append(lines_of(**common, factors=fitted, written=converted))
-    found = {name: largest(parts) for name, parts in moments.items()}
-    name = max(found, key=lambda name: sum(found[name].values()))
-    return found[name], name
+        instants["writing"].append(lines_of(**common, factors=fitted, written=converted))
+    sizes_by_name = {name: largest(parts) for name, parts in instants.items()}
+    name = max(sizes_by_name, key=lambda name: sum(sizes_by_name[name].values()))
+    return sizes_by_name[name], name
 
 
 def correct_lines(
@@ -175,16 +176,16 @@ def correct_lines(
                     working_tensors=working,
                 )
             )
-    moments = {"running a block": largest(running), "writing": writing}
+    instants = {"running a block": largest(running), "writing": writing}
     if head is not None:
         logits = 3 * calls.tokens * head[0] * itemsize
-        moments["the head"] = lines_of(
+        instants["the head"] = lines_of(
             head_in_float32=loaded_bytes(subject, head[0] * head[1], device),
             suspended_calls=calls.ending,
             logits_and_loss=logits,
         )
-    name = max(moments, key=lambda name: sum(moments[name].values()))
-    return moments[name], name
+    name = max(instants, key=lambda name: sum(instants[name].values()))
+    return instants[name], name
 
 
 def merge_lines(subject: Subject, lora: Matrices, whole: Shapes) -> Lines:

@@ -16,7 +16,7 @@ from torch import nn
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.described import Described
 from emloc.compression.choice import choose_groups
-from emloc.compression.groups import Plan
+from emloc.compression.groups import CompressionPlan
 from emloc.config import CompressConfig, TrainConfig
 from emloc.extend.capabilities import kept_dense_of
 from emloc.extend.family import ModelFamily
@@ -35,7 +35,7 @@ KINDS = 2
 
 @dataclass
 class Subject:
-    """What is planned.
+    """The model that is planned.
 
     Attributes:
         checkpoint: the base model, by its config.
@@ -69,12 +69,12 @@ class Subject:
 
     @cached_property
     def parameters(self) -> int:
-        """Their number."""
+        """The number of parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @cached_property
     def bytes(self) -> int:
-        """Of the weights as they are stored."""
+        """Bytes of the weights as they are stored."""
         return sum(info.nbytes for info in self.checkpoint.tensors.values())
 
     @property
@@ -100,7 +100,7 @@ class Subject:
 
     @cached_property
     def kinds(self) -> Mapping[str, BlockKind]:
-        """By block, what it has in common with those like it."""
+        """The common features of each block and those like it, by block."""
         layers = {name: Layer(d_in, d_out) for name, (d_out, d_in) in self.shapes.items()}
         return dict(zip(self.blocks, map(kind_of, by_block(layers, self.blocks))))
 
@@ -133,13 +133,13 @@ class Subject:
             inside = [[n.removeprefix(f"{block}.") for n in names] for names in groups
                       if names[0].startswith(f"{block}.")]  # fmt: skip
             known.setdefault(_likeness(model, block), inside)
-        found: list[Sequence[str]] = []
+        shared: list[Sequence[str]] = []
         for block in self.blocks:
             likeness = _likeness(self.model, block)
             if likeness not in known:
                 return []
-            found += [[f"{block}.{name}" for name in names] for names in known[likeness]]
-        return found
+            shared += [[f"{block}.{name}" for name in names] for names in known[likeness]]
+        return shared
 
     def adapted(self, config: TrainConfig) -> frozenset[str]:
         """Layers that a LoRA goes on; found once, as fitting changes no option of the LoRA."""
@@ -158,7 +158,7 @@ class Subject:
     def _kept_dense(self) -> Mapping[str, str]:
         return kept_dense_of(self.family, self.model)
 
-    def emulator(self, config: CompressConfig) -> Plan:
+    def emulator(self, config: CompressConfig) -> CompressionPlan:
         """The plan of compress for these options; see `choose_groups`."""
         itemsize = self.itemsize(config.dtype)
         return choose_groups(
@@ -180,13 +180,13 @@ class Subject:
         d_out, d_in = self.shapes[layer]
         return (d_out, d_in // prod(kernel), *kernel)
 
-    def emulator_parameters(self, plan: Plan) -> int:
+    def emulator_parameters(self, plan: CompressionPlan) -> int:
         """Elements of an emulator's tensors."""
         return self.parameters + sum(
             stored_elements(group.shape, group.form) - group.shape.numel for group in plan.groups
         )
 
-    def emulator_bytes(self, plan: Plan, dtype: str) -> int:
+    def emulator_bytes(self, plan: CompressionPlan, dtype: str) -> int:
         """Bytes of an emulator's weights; `auto`: in the base's dtype."""
         itemsize = self.itemsize(dtype)
         saved = sum(

@@ -36,7 +36,7 @@ class Storage:
 
 
 class Sized:
-    """What is known of a tensor.
+    """The known facts of a tensor.
 
     Attributes:
         storage: shared by views.
@@ -64,7 +64,7 @@ Block = Callable[..., list[Sized]]
 """A part of a model that reads and makes the same number of tensors, of the same sizes."""
 
 Gradients = dict[int, Storage]
-"""Those of variables that operations yet to be gone back through wait for, by key."""
+"""Pending gradients, by variable: those that operations yet to be gone back through wait for."""
 
 
 class _Node(NamedTuple):
@@ -234,7 +234,7 @@ class Tape:
 
     @property
     def recorded(self) -> int:
-        """How many operations there are to go back through."""
+        """The number of operations to go back through."""
         return len(self._nodes)
 
     def backward(self, out: Sized) -> None:

@@ -5,7 +5,7 @@ content, and `LiveBytes` counts them. It needs no formula, so it serves every ar
 formulas that there are. The same count on real tensors is the measurement that both are held to.
 
 A deep model is not traced in full. Each of its stacks of equal blocks is cut to two, and once more to
-three: what is alive at the largest moment of a phase is linear in the number of blocks (`tape`).
+three: what is alive at the largest instant of a phase is linear in the number of blocks (`tape`).
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from emloc.extend.family import Batch
 from emloc.planning.family import LossOf
 from emloc.planning.live import SAVED, LiveBytes, Peak
-from emloc.planning.step import Moment, Passing, StepSizes
+from emloc.planning.step import Instant, Passing, StepSizes
 
 WEIGHTS, LORA, GRADIENTS, BATCH = "weights", "LoRA", "gradients", "batch"
 
@@ -53,14 +53,14 @@ def count_step(model: nn.Module, batch: Batch, loss_of: LossOf, autocast: bool) 
             loss.backward()
         for handle in handles:
             handle.remove()
-    phases = {name: _moment(peak.kinds) for name, peak in live.phases.items()}
+    phases = {name: _instant(peak.kinds) for name, peak in live.phases.items()}
     return StepSizes(phases)
 
 
-def _moment(kinds: Mapping[str, int]) -> Moment:
+def _instant(kinds: Mapping[str, int]) -> Instant:
     others = {WEIGHTS, LORA, GRADIENTS, SAVED}
     working = sum(count for kind, count in kinds.items() if kind not in others)
-    return Moment(kept=kinds.get(SAVED, 0), working=working)
+    return Instant(kept=kinds.get(SAVED, 0), working=working)
 
 
 def trace_step(model: nn.Module, batch: Batch, loss_of: LossOf, autocast: bool) -> StepSizes:
@@ -97,8 +97,8 @@ def trace_forward(
 
             def leave() -> None:
                 if before:
-                    found = (before.pop(), live.peak.total, live.now)
-                    passings.append(Passing(*(count - weights for count in found)))
+                    totals = (before.pop(), live.peak.total, live.now)
+                    passings.append(Passing(*(count - weights for count in totals)))
                 live.peak = Peak(live.now)
 
             def reach(*_: object) -> None:
@@ -158,7 +158,7 @@ def materialise(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Depths:
-    """How many blocks each stack of a model has, and how to count a step of a shallower one."""
+    """The number of blocks in each stack of a model, and a way to count a step of a shallower one."""
 
     blocks: Sequence[int]
     count: Callable[[Sequence[int]], StepSizes]
@@ -173,18 +173,18 @@ def extrapolate(depths: Depths) -> StepSizes:
     """A step of the whole model, by what one block more of each stack adds."""
     start = [min(SHALLOW, count) for count in depths.blocks]
     base = depths.count(start)
-    phases = {name: _numbers(moment) for name, moment in base.phases.items()}
+    phases = {name: _numbers(instant) for name, instant in base.phases.items()}
     for index, blocks in enumerate(depths.blocks):
         if blocks <= SHALLOW:
             continue
         deeper = [n + (i == index) for i, n in enumerate(start)]
         more = depths.count(deeper)
         times = blocks - SHALLOW
-        for name, moment in more.phases.items():
-            for part, value in _numbers(moment).items():
+        for name, instant in more.phases.items():
+            for part, value in _numbers(instant).items():
                 phases[name][part] += times * (value - _numbers(base.phases[name])[part])
-    return StepSizes({name: Moment(**parts) for name, parts in phases.items()})
+    return StepSizes({name: Instant(**parts) for name, parts in phases.items()})
 
 
-def _numbers(moment: Moment) -> dict[str, int]:
-    return {"kept": moment.kept, "loss": moment.loss, "working": moment.working}
+def _numbers(instant: Instant) -> dict[str, int]:
+    return {"kept": instant.kept, "loss": instant.loss, "working": instant.working}

@@ -1,4 +1,4 @@
-"""What training takes: weights, what is trained, gradients, optimiser, and the step's largest moment.
+"""The memory of training: weights, what is trained, gradients, optimiser, and the step's largest moment.
 
 Optimisers hold per trained parameter so many elements of its dtype (AdamW: two moments). Those of 8
 bits (bitsandbytes) hold a byte for each, and a float32 scale per 256; tensors of fewer than 4096 elements
@@ -16,7 +16,7 @@ from emloc.planning.family import traced_loss
 from emloc.planning.layers import planned_layers
 from emloc.planning.ledger import lines_of
 from emloc.planning.operations import Layer
-from emloc.planning.step import Moment, Precision, StepOptions, StepSizes
+from emloc.planning.step import Instant, Precision, StepOptions, StepSizes
 from emloc.planning.subject import Subject
 from emloc.planning.trace import Depths, extrapolate, trace_step
 
@@ -35,7 +35,7 @@ def lora_shapes(layers: Mapping[str, Layer], config: TrainConfig) -> LoraShapes:
 
 
 def optimizer_bytes(optim: str, shapes: LoraShapes, itemsize: int) -> int:
-    """What an optimiser keeps of trainable matrices; see transformers' names."""
+    """The bytes that an optimiser keeps of trainable matrices; see transformers' names."""
     kept = 0
     for rows, columns in shapes:
         numel = rows * columns
@@ -93,13 +93,13 @@ def planned_step(
 
 
 def is_plain(config: TrainConfig) -> bool:
-    """Whether a LoRA is what the closed forms know."""
+    """Return whether a LoRA is what the closed forms know."""
     return not (config.use_dora or config.lora_dropout or config.lora_modules_to_save)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a step changes.
+    """The tensors that a step changes.
 
     Attributes:
         lora: the trainable matrices of the LoRA.
@@ -133,7 +133,7 @@ def training_lines(
     weights: int, trained: Trained, step: StepSizes | None, config: TrainConfig
 ) -> dict[str, int]:
     """The lines of a device, but for the allocator's slack."""
-    moment = step.largest if step else Moment()
+    instant = step.largest if step else Instant()
     optimiser = optimizer_bytes(config.optim, trained.lora, trained.lora_itemsize)
     optimiser += optimizer_bytes(config.optim, trained.whole, trained.whole_itemsize)
     return lines_of(
@@ -142,9 +142,9 @@ def training_lines(
         modules_to_save=trained.whole_bytes,
         gradients=trained.bytes,
         optimiser=optimiser,
-        activations=moment.kept,
-        logits_and_loss=moment.loss,
-        working_tensors=moment.working,
+        activations=instant.kept,
+        logits_and_loss=instant.loss,
+        working_tensors=instant.working,
     )
 
 

@@ -1,4 +1,4 @@
-"""What training whole modules takes (`lora_modules_to_save`): PEFT's copies of them.
+"""The memory of training whole modules (`lora_modules_to_save`): PEFT's copies of them.
 
 PEFT keeps the frozen module and trains a copy beside it, in the dtype that the weights are loaded in; a LoRA
 is on neither. Parameters that are tied are copied apart.
@@ -14,15 +14,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def whole_parameters(model: nn.Module, names: Sequence[str]) -> Shapes:
     """The parameters of the modules whose names end in one of `names`, as PEFT matches them."""
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     outer: list[str] = []
     for path, module in model.named_modules():
         if not path.endswith(tuple(names)) or path.startswith(tuple(f"{name}." for name in outer)):
             continue
         outer.append(path)
         held = module.named_parameters(prefix=path)
-        found |= {name: tuple(value.shape) for name, value in held}
-    return found
+        shapes |= {name: tuple(value.shape) for name, value in held}
+    return shapes
 
 
 def untied_parameters(model: nn.Module, changed: Sequence[str]) -> Shapes:

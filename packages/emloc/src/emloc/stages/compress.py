@@ -10,7 +10,7 @@ from emloc.artefacts.manifest import ModelReference
 from emloc.artefacts.output_place import has_place
 from emloc.compression.choice import choose_streamed
 from emloc.compression.emulator_folder import EmulatorFolder
-from emloc.compression.groups import Plan
+from emloc.compression.groups import CompressionPlan
 from emloc.compression.one_pass import compress_blocks
 from emloc.compression.truncation import allocate_ranks
 from emloc.config import CompressConfig
@@ -92,7 +92,7 @@ def _samples(batches: Sequence[Batch]) -> int:
 
 
 def _say_tokens(
-    family: ModelFamily, batches: Sequence[Batch], plan: Plan, config: CompressConfig
+    family: ModelFamily, batches: Sequence[Batch], plan: CompressionPlan, config: CompressConfig
 ) -> None:
     """Fewer tokens than a layer has inputs leave directions of which nothing is known."""
     tokens, widest = _tokens(family, batches), max(group.shape.d_in for group in plan.groups)
@@ -107,7 +107,7 @@ def _say_tokens(
 
 def _say_dense(kept: Mapping[str, str]) -> None:
     for reason in sorted(set(kept.values())):
-        names = [name for name, found in kept.items() if found == reason]
+        names = [name for name, why in kept.items() if why == reason]
         more = ", …" if len(names) > 1 else ""
         console.print(f"{len(names)} weights stay dense ({reason}): {names[0]}{more}")
 

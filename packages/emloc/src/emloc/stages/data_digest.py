@@ -37,8 +37,8 @@ def data_digest(
     for name in data_names(dataset):
         if Path(name).exists():
             within = Path(name).absolute()  # a folder, whose files are in its own digest
-            found = (path.absolute() for path in data_files_of(family, options, name, split))
-            files |= {path: None for path in found if not path.is_relative_to(within)}
+            named = (path.absolute() for path in data_files_of(family, options, name, split))
+            files |= {path: None for path in named if not path.is_relative_to(within)}
     return f"{own}+{_files_digest(files)}" if files else own
 
 

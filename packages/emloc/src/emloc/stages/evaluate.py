@@ -78,15 +78,15 @@ def _known(target: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     if not target.exists():
         return None
     try:
-        found = read_json(target)
+        recorded_result = read_json(target)
     except CheckpointError as problem:
         raise OutputError(f"{problem} Choose another output_dir or remove it.") from problem
-    recorded = found.get("settings")
+    recorded = recorded_result.get("settings")
     if not isinstance(recorded, dict):
         raise OutputError(f"{target} is no evaluation of ours; choose another output_dir.")
     before = cast("dict[str, Any]", recorded)
     if same(before, settings, IN_DIGESTS):
-        return found
+        return recorded_result
     raise OutputError(
         f"{target} was made with {difference(before, settings, IN_DIGESTS)}. Choose another output_dir "
         f"or remove it; nothing is ever overwritten."

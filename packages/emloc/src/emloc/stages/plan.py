@@ -28,10 +28,10 @@ def _has_folder(config: PlanConfig) -> None:
 @stage(PlanConfig, check=_has_folder, consumes={"model_name_or_path": BASE})
 def plan(config: PlanConfig) -> dict[str, Any]:
     """Plan; returns the figures as JSON (README), and writes them and a picture to `output_dir`."""
-    found = make_memory_plan(config).as_json()
+    planned = make_memory_plan(config).as_json()
     if config.output_dir is not None:
-        _write(config.output_dir, found)
-    return found
+        _write(config.output_dir, planned)
+    return planned
 
 
 def make_memory_plan(config: PlanConfig) -> MemoryPlan:
@@ -41,15 +41,15 @@ def make_memory_plan(config: PlanConfig) -> MemoryPlan:
     return MemoryPlan(setting) if config.memory is None else fit(setting, config.memory)
 
 
-def _write(folder: Path, found: dict[str, Any]) -> None:
+def _write(folder: Path, planned: dict[str, Any]) -> None:
     from emloc.planning.picture import draw  # seconds to import
 
     target = folder / PLAN_NAME
-    if target.exists() and read_json(target) != found:
+    if target.exists() and read_json(target) != planned:
         raise OutputError(
             f"{target} holds another plan; nothing is ever overwritten, so choose another output_dir."
         )
     with writing(target):
         folder.mkdir(parents=True, exist_ok=True)
-        draw(found, folder / PICTURE_NAME)
-    write_json(target, found)
+        draw(planned, folder / PICTURE_NAME)
+    write_json(target, planned)

@@ -34,7 +34,7 @@ def core_stages() -> Mapping[str, AnyStage]:
 
 
 def all_stages(plugins: Plugins | None = None) -> Mapping[str, AnyStage]:
-    """Those and the plugins', by name, in order.
+    """The stages of core and of plugins, by name, in order.
 
     Args:
         plugins: as loaded; one whose stage cannot be had is reported as broken there.
@@ -62,5 +62,5 @@ def _ordered(stages: Iterable[AnyStage]) -> dict[str, AnyStage]:
 
 
 def run_stages() -> Mapping[str, AnyStage]:
-    """Those that a run may have: each makes an artefact."""
+    """The stages that a run may have: each makes an artefact."""
     return {name: each for name, each in all_stages().items() if each.produces is not None}

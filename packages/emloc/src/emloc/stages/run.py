@@ -34,7 +34,7 @@ from emloc.stages.feeding import fed, without_replaced
 from emloc.stages.registry import AnyStage, run_stages
 
 Stages = Mapping[str, AnyStage]
-"""By name, in order."""
+"""Stages by name, in order."""
 
 
 def run(config: str | Path | Mapping[str, Any], *overrides: str) -> dict[str, Any]:

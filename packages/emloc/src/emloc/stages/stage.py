@@ -26,12 +26,12 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 ResultT = TypeVar("ResultT")
 
 Takes = Mapping[str, Kind | Sequence[Kind]]
-"""By option the kind of artefact that it names; of several, the first that a run has is preferred."""
+"""The kind of artefact that each option names; of several, the first that a run has is preferred."""
 
 
 @dataclass(frozen=True)
 class Declared(Generic[ConfigT]):
-    """What a stage says of itself; the arguments of `stage`, where they are explained."""
+    """A stage's declaration: the arguments of `stage`, where they are explained."""
 
     check: Callable[[ConfigT], object] | None = None
     suits: Callable[[ConfigT, Checkpoint, ModelFamily], object] | None = None
@@ -140,7 +140,7 @@ class Stage(Generic[ConfigT, ResultT]):
 
     @property
     def repairs(self) -> bool:
-        """Whether it makes the kind of artefact that it takes."""
+        """Return whether it makes the kind of artefact that it takes."""
         return any(self.produces in kinds for kinds in self.consumes.values())
 
     @property

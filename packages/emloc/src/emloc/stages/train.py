@@ -122,9 +122,9 @@ def train(config: TrainConfig) -> Path:
     return artefact.write(write, lambda: train.contract(config, model, family))
 
 
-def _emulator(config: TrainConfig, found: Manifest | None) -> Manifest | None:
+def _emulator(config: TrainConfig, manifest: Manifest | None) -> Manifest | None:
     """The emulator's manifest; None for a LoRA on a model itself."""
-    is_emulator = found is not None and found.kind == "emulator"
+    is_emulator = manifest is not None and manifest.kind == "emulator"
     if config.emulator is None and is_emulator:
         raise ConfigError(
             f"train: {config.model_name_or_path} is an emulator; pass it as emulator, so that the LoRA "
@@ -135,7 +135,7 @@ def _emulator(config: TrainConfig, found: Manifest | None) -> Manifest | None:
             f"{config.emulator} is no emulator: it was not written by emloc compress; make one, or pass it "
             f"as model_name_or_path to train on it."
         )
-    return found if config.emulator else None
+    return manifest if config.emulator else None
 
 
 def _diverged(key: str) -> NumericalError:

@@ -26,7 +26,7 @@ TRACKERS = {
     "trackio": ("trackio", ("trackio",)),
     "wandb": ("wandb", ("wandb",)),
 }
-"""By transformers' name: what to install, and the modules that are imported."""
+"""Trackers by transformers' name: what to install, and the modules that are imported."""
 
 INSTEAD = {"tensorboard": "tensorboardX"}
 """A module that does as well."""

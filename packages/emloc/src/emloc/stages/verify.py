@@ -83,10 +83,10 @@ def _verify_finite(checkpoint: Checkpoint) -> int:
 def _verify_parameters(checkpoint: Checkpoint, family: ModelFamily) -> None:
     model = family.skeleton(checkpoint, torch.float32)
     for name, parameter in model.named_parameters():
-        found = family.stored(model, name, checkpoint)
-        if found is None:
+        entry = family.stored(model, name, checkpoint)
+        if entry is None:
             raise CheckpointError(f"{checkpoint.path} holds no tensor for {name}.")
-        stored = found.plain_name
+        stored = entry.plain_name
         if stored is not None and checkpoint.tensors[stored].shape != tuple(parameter.shape):
             raise CheckpointError(
                 f"{stored} of {checkpoint.path} is {checkpoint.tensors[stored].shape}; its config "
@@ -126,7 +126,7 @@ def _verify_emulator(checkpoint: Checkpoint, manifest: Manifest, family: ModelFa
 
 
 def _prefix(checkpoint: Checkpoint, expected: Iterable[str]) -> str:
-    """What the checkpoint puts before module names, if anything."""
+    """The prefix that the checkpoint puts before module names, if any."""
     first = next(iter(expected))
     for name in checkpoint.tensors:
         if name.endswith(first):
@@ -146,7 +146,9 @@ def _verify_base(config: VerifyConfig, manifest: Manifest) -> None:
 
 
 def _is_here(name: str) -> bool:
-    """Whether a recorded name is of something on this machine; a folder below ours may be another."""
+    """Return whether a recorded name is of something on this machine; a folder below ours may be
+    another.
+    """
     return os.path.isabs(name) and Path(name).exists()
 
 

@@ -32,7 +32,7 @@ class LockstepError(EmlocError, RuntimeError):
 
 
 def refuse_again(block: str, seen: Container[str]) -> None:
-    """What is kept of a block's first run would be taken for all of it.
+    """Refuse a block's second run, since what is kept of its first would be taken for all of it.
 
     Raises:
         ConfigError: the block was run already in these forwards.

@@ -43,14 +43,16 @@ def real_rows(values: Tensor, mask: Tensor | None, what: str) -> Tensor:
 
 
 def is_expert(model: nn.Module, block: str, layer: str) -> bool:
-    """Whether a layer lies in one of several modules that a block has side by side in a list or dict."""
+    """Return whether a layer lies in one of several modules that a block has side by side in a list or
+    dict.
+    """
     parts = layer[len(block) + 1 :].split(".")  # nothing, where a block is itself a layer
     above = [f"{block}.{'.'.join(parts[:depth])}" for depth in range(1, len(parts))]
     return any(isinstance(model.get_submodule(n), (nn.ModuleList, nn.ModuleDict)) for n in above)
 
 
 def _same_order(shape: tuple[int, ...], mask: tuple[int, ...]) -> bool:
-    """Whether one is the other with neighbouring axes merged: flattened, both count alike."""
+    """Return whether one is the other with neighbouring axes merged: flattened, both count alike."""
     ends, others = set(accumulate(shape, mul)), set(accumulate(mask, mul))
     return prod(shape) == prod(mask) and (ends - {1} <= others or others - {1} <= ends)
 

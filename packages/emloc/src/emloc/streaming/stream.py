@@ -58,18 +58,18 @@ class UnitStream:
                 module._buffers[name] = buffer.to(self.device)  # pyright: ignore[reportPrivateUsage]
 
     def stored(self, parameter: str) -> StoredParameter:
-        """How the checkpoint stores a parameter.
+        """Find how the checkpoint stores a parameter.
 
         Raises:
             CheckpointError: it holds no such tensor.
         """
-        found = self.family.stored(self.model, parameter, self.checkpoint)
-        if found is None:
+        entry = self.family.stored(self.model, parameter, self.checkpoint)
+        if entry is None:
             raise CheckpointError(
                 f"Checkpoint {self.checkpoint.name} holds no tensor for {parameter}: its config.json "
                 f"and shards do not belong together."
             )
-        return found
+        return entry
 
     def layer_shape(self, layer: str) -> tuple[int, ...] | None:
         """`(d_out, d_in)` of a layer's weight, `(d_out, channels, height, width)` of a convolution's.
@@ -193,7 +193,7 @@ class UnitStream:
 
 
 def _inside(name: str, modules: Sequence[str]) -> bool:
-    """Whether a module is one of `modules` or inside one."""
+    """Return whether a module is one of `modules` or inside one."""
     return any(name == module or name.startswith(f"{module}.") or not module for module in modules)
 
 

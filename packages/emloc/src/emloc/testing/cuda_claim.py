@@ -22,7 +22,7 @@ _CUDA = 1
 """`c10::DeviceType::CUDA`."""
 
 _SLOTS = 128
-"""Of a table of virtual functions; more than any has here."""
+"""Entries of a table of virtual functions; more than any has here."""
 
 _Answer = ctypes.CFUNCTYPE(ctypes.c_int)
 _YES, _NO = _Answer(lambda: 1), _Answer(lambda: 0)
@@ -58,7 +58,7 @@ def _give_guard() -> Any:
 
 @cache
 def _hooks_that_say_yes() -> tuple[ctypes.c_void_p, Any]:
-    """Where the hooks' table is named, and a copy of it that says yes to CUDA, and no to its contexts."""
+    """The address of the hooks' table, and a copy of it that says yes to CUDA, and no to its contexts."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     get_hooks = library._ZN2at6detail12getCUDAHooksEv
     get_hooks.restype = ctypes.c_void_p

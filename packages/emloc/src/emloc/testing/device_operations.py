@@ -96,7 +96,7 @@ def _values(tensor: DeviceTensor) -> Tensor:
 
 
 def is_cuda(device: Any) -> bool:
-    """Whether a device, or its name, is CUDA's."""
+    """Return whether a device, or its name, is CUDA's."""
     return torch.device(device).type == "cuda"
 
 

@@ -10,7 +10,7 @@ DEVICE = torch.device("cuda:0")
 
 
 class DeviceStorage:
-    """What `untyped_storage()` returns: bytes on the device."""
+    """The result of `untyped_storage()`: bytes on the device."""
 
     def __init__(self, values: torch.UntypedStorage, traffic: Traffic) -> None:
         self._values, self._traffic = values, traffic
@@ -28,7 +28,7 @@ class DeviceStorage:
         return self._values.data_ptr()
 
     def resizable(self) -> bool:
-        """Whether `resize_` is possible."""
+        """Return whether `resize_` is possible."""
         return self._values.resizable()
 
     def resize_(self, size: int) -> "DeviceStorage":

@@ -100,7 +100,7 @@ class DeviceTensor(Tensor):
         return memo[id(self)]
 
     def __format__(self, spec: str) -> str:
-        """As a tensor's: a scalar is read."""
+        """Format as a tensor does: a scalar is read."""
         return self.item().__format__(spec) if self.ndim == 0 else super().__format__(spec)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:

@@ -49,7 +49,7 @@ def pretend_device() -> Iterator[Traffic]:
 
 @contextmanager
 def _pretending(traffic: Traffic) -> Iterator[None]:
-    """What is of one thread: the modes, and that its autograd starts no others."""
+    """The state of one thread: the modes, and that its autograd starts no others."""
     with _Operations(traffic), Calls(), torch.autograd.set_multithreading_enabled(False):
         yield
 

@@ -106,5 +106,5 @@ class Traffic:
         weakref.finalize(storage, self._pinned.discard, key)
 
     def is_pinned(self, tensor: Tensor) -> bool:
-        """Whether a host tensor's storage was pinned."""
+        """Return whether a host tensor's storage was pinned."""
         return tensor.untyped_storage()._cdata in self._pinned  # pyright: ignore[reportPrivateUsage]

@@ -34,7 +34,7 @@ Loss = Callable[[Batch], tuple[Tensor, int]]
 """A micro-batch's summed loss with its graph, and how many terms it sums."""
 
 BESIDE = "continued"
-"""Where new weights lie until all of them are there."""
+"""The folder in which new weights lie until all of them are there."""
 
 NOTES_NAME = "build_notes.json"
 """Figures of a training that is done; for a continuation, gone when the folder is complete."""
@@ -55,11 +55,11 @@ class Origin:
 
 
 class ContinuedOptions(StageConfig):
-    """How a model is trained further; 0 steps: not at all."""
+    """Options of training a model further; 0 steps: not at all."""
 
     steps: Annotated[int, Field(ge=0)] = 0
     dataset: str | None = None
-    """By default the calibration data."""
+    """The data, by default those of the calibration."""
     batch_size: Annotated[int, Field(ge=1)] = 8
     max_length: Annotated[int, Field(ge=2)] = 512
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5

@@ -1,1 +1,1 @@
-"""What plugins for diffusers models share. Needs `emloc[diffusers]`."""
+"""Code that plugins for diffusers models share. Needs `emloc[diffusers]`."""

@@ -39,7 +39,7 @@ def empty_model(checkpoint: Checkpoint, model_class: Any, dtype: torch.dtype) ->
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module is a linear layer or a 2-d convolution that low-rank layers can replace."""
+    """Return whether a module is a linear layer or a 2-d convolution that low-rank layers can replace."""
     if isinstance(module, nn.Conv2d):
         return module.groups == 1 and module._conv_forward.__func__ is nn.Conv2d._conv_forward
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
@@ -51,13 +51,13 @@ def units(model: nn.Module) -> list[str]:
     So of a UNet the single resnets and transformer blocks and not its levels, of a transformer its
     blocks. A list inside such an element (the parts of a feed-forward) belongs to it.
     """
-    found: list[str] = []
+    unit_names: list[str] = []
 
     def visit(name: str, module: nn.Module, in_list: bool) -> None:
         lists = [child for child in module.children() if isinstance(child, nn.ModuleList)]
         if in_list and not lists:
             if any(is_layer(sub) for sub in module.modules()):
-                found.append(name)
+                unit_names.append(name)
             return
         for child, sub in module.named_children():
             below = f"{name}.{child}" if name else child
@@ -68,12 +68,12 @@ def units(model: nn.Module) -> list[str]:
                 visit(below, sub, False)
 
     visit("", model, False)
-    return found
+    return unit_names
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a forward did.
+    """The record of one forward.
 
     Attributes:
         order: the modules that were asked for, in the order of their first call.

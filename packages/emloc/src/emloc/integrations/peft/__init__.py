@@ -1,1 +1,1 @@
-"""What core offers to PEFT; the only place where core imports it."""
+"""Core's use of PEFT; the only place where core imports it."""

@@ -100,7 +100,9 @@ def _equal(held: Any, stored: Tensor) -> bool:
 
 
 def _require_places(lora: Adapter, model: Any, name: str) -> None:
-    """What is in the file beside LoRA has a place in a model whose checkpoint is not of plain weights."""
+    """Refuse a tensor beside the LoRA that has no place in a model whose checkpoint is not of plain
+    weights.
+    """
     held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     for parameter, key in lora.saved.items():
         shape = lora.tensors.tensors[key].shape

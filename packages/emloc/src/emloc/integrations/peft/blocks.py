@@ -17,7 +17,7 @@ Stacks = Mapping[str, int]
 
 
 def in_chosen_blocks(model: nn.Module, names: Sequence[str], options: LoraOptions) -> list[str]:
-    """Those of `names` that lie in the blocks asked for; all where no blocks are.
+    """Select the `names` that lie in the blocks asked for; all where no blocks are.
 
     Raises:
         ConfigError: there is no such block, or several stacks that it may be of; the stacks are listed.
@@ -65,7 +65,7 @@ def _outermost(stacks: Stacks) -> Stacks:
 
 def _named(stacks: Stacks, patterns: Sequence[str]) -> Stacks:
     """The stacks whose names are, or end in, one of the patterns."""
-    found: dict[str, int] = {}
+    stacks_by_name: dict[str, int] = {}
     for pattern in patterns:
         ending = {
             path: count
@@ -77,12 +77,12 @@ def _named(stacks: Stacks, patterns: Sequence[str]) -> Stacks:
                 f"lora_layers_pattern: no stack of blocks is called {pattern}; there are "
                 f"{_listed(stacks)}."
             )
-        found |= ending
-    return _outermost(found)
+        stacks_by_name |= ending
+    return _outermost(stacks_by_name)
 
 
 def _number(name: str, stacks: Stacks) -> int | None:
-    """Which block of its stack a layer lies in."""
+    """The number of the block in its stack that a layer lies in."""
     for path in stacks:
         if name.startswith(f"{path}."):
             return int(name.removeprefix(f"{path}.").partition(".")[0])

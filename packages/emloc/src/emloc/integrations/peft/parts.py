@@ -49,7 +49,7 @@ class TrainedTogether(nn.Module):
         return self.main.get_base_model()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the main model."""
+        """Run the main model's forward."""
         return self.main(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Which layers a LoRA goes on; imports PEFT only where a model is at hand."""
+"""The layers that a LoRA goes on; PEFT is imported only where a model is at hand."""
 
 from collections.abc import Callable, Container, Sequence
 from typing import Any
@@ -51,7 +51,7 @@ def _in_few_bits(module: Any) -> bool:
 
 
 def linear_targets(model: Any, excluded: Container[str] = ()) -> list[str]:
-    """Those of `linear_layers` that PEFT adapts as such.
+    """Select from `linear_layers` those that PEFT adapts as such.
 
     PEFT's own `all-linear` would, in mixture-of-experts models, also adapt the experts that
     transformers fuses into one parameter, and whatever else bears their names; those an emulator
@@ -95,12 +95,12 @@ def chosen_targets(
     if not blocks and not config.lora_layers_pattern and not excluded:
         return chosen
     ends = tuple(f".{target}" for target in chosen)
-    found = [
+    targets = [
         name for name in names if name not in excluded and (name in chosen or name.endswith(ends))
     ]
-    if not found:
+    if not targets:
         raise ConfigError(f"lora_target_modules: all of {', '.join(chosen)} lie in frozen parts.")
-    found = in_chosen_blocks(model, found, config)
-    if not found:
+    targets = in_chosen_blocks(model, targets, config)
+    if not targets:
         raise ConfigError(f"lora_layers_to_transform: no target lies in the blocks {blocks}.")
-    return found
+    return targets

@@ -1,1 +1,1 @@
-"""What the plugins for transformers models (LLM, VLM) share. Needs `emloc[transformers]`."""
+"""Code that the plugins for transformers models (LLM, VLM) share. Needs `emloc[transformers]`."""

@@ -1,4 +1,4 @@
-"""How many tokens a model has rows for, and how many positions, so that data that does not fit is refused.
+"""Limits on the tokens and positions that a model has rows for, so that data that does not fit is refused.
 
 A tokenizer may have more tokens than its model (added ones, of which nobody told the model), and a model with
 learned positions has no row for the next one. Both would end in an index error, an hour later or on a GPU.
@@ -28,7 +28,7 @@ _OTHER_SENSES = re.compile(r"vision|visual|image|video|audio|speech|perceiver|qf
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a model has rows for.
+    """The tokens and positions that a model has rows for.
 
     Attributes:
         tokens: ids from 0 to below this; None where it is not known.
@@ -105,7 +105,7 @@ def load_capacity(path: Path, auto_class: Any) -> Capacity:
 
 
 def capacity_of(model: Any) -> Capacity:
-    """By the modules of a model, which may be on the meta device."""
+    """Read the capacity off a model's modules, which may be on the meta device."""
     rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     positions = [

@@ -171,7 +171,7 @@ def _with_text_arguments(turn: Turn) -> Turn:
 
 
 def _check_keys(chat: Chat, template: str, where: str) -> None:
-    """What the template does not even mention, it leaves out."""
+    """Refuse a turn's keys that the template does not even mention, since it leaves them out."""
     if chat.tools and "tools" not in template:
         _say_once("The model's chat template shows no tools: the column tools is not used")
     for number, turn in enumerate(chat.turns, start=1):
@@ -228,7 +228,7 @@ def _check_rendered(
 def _marked(
     chat: Chat, tokenizer: Any, template: str, whole: str, where: str
 ) -> list[tuple[int, int]]:
-    """What the template marks as the assistant's."""
+    """The tokens that the template marks as the assistant's."""
     names: Mapping[str, Any] = getattr(tokenizer, "tokenizer", tokenizer).special_tokens_map
     texts, spans = render_jinja_template(
         conversations=[list(chat.turns)],
@@ -237,7 +237,7 @@ def _marked(
         return_assistant_tokens_mask=True,
         **{**names, **chat.options},
     )
-    found = [(int(start), int(end)) for start, end in spans[0] if end > start]
-    if texts[0] != whole or not found:
+    marked_spans = [(int(start), int(end)) for start, end in spans[0] if end > start]
+    if texts[0] != whole or not marked_spans:
         raise DataError(f"{where}: the chat template marks no words as the assistant's.")
-    return found
+    return marked_spans

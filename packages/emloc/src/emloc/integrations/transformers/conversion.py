@@ -1,4 +1,4 @@
-"""Where a transformers model's parameters lie in a checkpoint.
+"""The places of a transformers model's parameters in a checkpoint.
 
 Most are stored under their own name. Others were renamed over the years, carry or lack the base
 model's prefix, are tied to another parameter, or are assembled from several tensors (experts fused
@@ -32,7 +32,7 @@ _MODULES: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionary
 
 
 def stored_parameter(model: Any, parameter: str, checkpoint: Checkpoint) -> StoredParameter | None:
-    """How `parameter` of the skeleton is stored; None if the checkpoint does not hold it."""
+    """Find how `parameter` of the skeleton is stored; None if the checkpoint does not hold it."""
     known = _KNOWN.setdefault(model, {})
     if str(checkpoint.path) not in known:
         known[str(checkpoint.path)] = _all_stored(model, checkpoint)
@@ -40,7 +40,7 @@ def stored_parameter(model: Any, parameter: str, checkpoint: Checkpoint) -> Stor
 
 
 def module_name(model: Any, name: str) -> str:
-    """What a module of an adapter is called in `model`, by the renamings that its weights went through.
+    """The name that a module of an adapter has in `model`, by the renamings that its weights went through.
 
     PEFT puts an adapter's LoRA through the same when it loads one. A name that the model has, or that no
     renaming makes one of, stays.
@@ -68,25 +68,25 @@ def _all_stored(model: Any, checkpoint: Checkpoint) -> dict[str, StoredParameter
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     state = model.state_dict()
     prefix = model.base_model_prefix
-    found: dict[str, StoredParameter] = {}
+    stored: dict[str, StoredParameter] = {}
     parts: dict[str, list[tuple[str, str]]] = {}
     for name in sorted(checkpoint.tensors, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:
             target, pattern = rename_source_key(name, [], [], prefix, state)
         if pattern is None:
-            found.setdefault(target, StoredParameter((name,), _is_transposed(model, target)))
+            stored.setdefault(target, StoredParameter((name,), _is_transposed(model, target)))
         else:
             parts.setdefault(target, []).append((pattern, name))
     for target, sources in parts.items():
-        found.update(_converted(model, by_pattern[sources[0][0]], target, sources, checkpoint))
+        stored.update(_converted(model, by_pattern[sources[0][0]], target, sources, checkpoint))
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     for parameter, source in tied.items():
-        if parameter not in found and source in found:
-            found[parameter] = found[source]
-        elif source not in found and parameter in found:
-            found[source] = found[parameter]
-    return found
+        if parameter not in stored and source in stored:
+            stored[parameter] = stored[source]
+        elif source not in stored and parameter in stored:
+            stored[source] = stored[parameter]
+    return stored
 
 
 def _is_transposed(model: Any, parameter: str) -> bool:

@@ -23,12 +23,12 @@ BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen
 """transformers' classes with this forward."""
 
 ACTIVATIONS = ("silu", "gelu", "relu")
-"""Of one operation, which keeps its input."""
+"""Activations of one operation, which keeps its input."""
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """What blocks share.
+    """Sizes that all blocks share.
 
     Attributes:
         samples, tokens: of the micro-batch; tokens of the longest sample.
@@ -48,7 +48,7 @@ class Decoder:
 
 
 def decoder_of(block: nn.Module, config: Any, samples: int, tokens: int) -> Decoder | None:
-    """What the blocks of a model share; None where they are of another kind.
+    """The sizes that the blocks of a model share; None where they are of another kind.
 
     Args:
         config: of the language model.
@@ -85,7 +85,7 @@ def decoder_stack(
 
 @dataclass
 class Positions:
-    """What every block is given besides its input: cosines, sines and the mask."""
+    """Tensors that every block is given besides its input: cosines, sines and the mask."""
 
     cos: Sized
     sin: Sized
@@ -93,7 +93,7 @@ class Positions:
 
 
 def positions(forward: Forward, decoder: Decoder, itemsize: int, padded: bool) -> Positions:
-    """What a model's forward makes before its blocks."""
+    """Count what a model's forward makes before its blocks."""
     tape, numel = forward.tape, decoder.tokens * decoder.head
     mask = tape.new(decoder.samples * decoder.tokens**2, 1) if padded else None
     tape.work(numel * 4)

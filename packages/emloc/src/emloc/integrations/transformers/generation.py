@@ -46,15 +46,15 @@ def closing_tokens(answers: Iterable[Sequence[int]], tokenizer: Any) -> set[int]
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
-    """Also of tokens that are special and stand for nothing by name, as Llama 3's end of turn."""
+    """Ids of special tokens, also of those that stand for nothing by name, as Llama 3's end of turn."""
     added = cast("Mapping[int, Any]", tokenizer.added_tokens_decoder)
     return {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
 
 
 def own_ends(model: Any, tokenizer: Any) -> set[int]:
     """The tokens at which other programs stop: of the model's `generation_config` and its tokenizer."""
-    found = _inner(model).generation_config.eos_token_id
-    named = found if isinstance(found, (list, tuple)) else [found]
+    ends = _inner(model).generation_config.eos_token_id
+    named = ends if isinstance(ends, (list, tuple)) else [ends]
     return {int(token) for token in (*named, tokenizer.eos_token_id) if token is not None}
 
 

@@ -181,10 +181,10 @@ def _checkpoint(config: TrainConfig, work: Path) -> str | None:
             shutil.rmtree(stale)
         return None
     if wanted == "auto":
-        found = last_complete_checkpoint(work)
-        if found:
-            console.print(f"train: going on from {Path(found).name}")
-        return found
+        newest = last_complete_checkpoint(work)
+        if newest:
+            console.print(f"train: going on from {Path(newest).name}")
+        return newest
     if not (Path(wanted) / "trainer_state.json").is_file():
         raise CheckpointError(f"{wanted} is not a complete training checkpoint; pass checkpoint-N.")
     return wanted

@@ -24,7 +24,7 @@ class Samples(Dataset[Any]):
         self.samples = samples
 
     def __len__(self) -> int:
-        """Their number."""
+        """The number of samples."""
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Any:
@@ -60,7 +60,7 @@ class LossTrainer(Trainer):
 
 @dataclass(frozen=True)
 class TrainingWay:
-    """How a family trains.
+    """The way in which a family trains.
 
     Attributes:
         task_type: PEFT's name of what the models are for, if it has one.

@@ -17,7 +17,7 @@ LOW_PRODIGY_RATE = 0.1
 """Learning rates below are meant for another optimiser."""
 
 PRODIGY_OPTIONS = {"decouple": True, "use_bias_correction": True, "safeguard_warmup": True}
-"""As diffusers' training scripts set them; warm-up belongs to our schedules too."""
+"""Options that diffusers' training scripts set; warm-up belongs to our schedules too."""
 
 
 def warn_of_slow_learning(config: TrainConfig) -> None:
@@ -30,7 +30,7 @@ def warn_of_slow_learning(config: TrainConfig) -> None:
 
 
 def trainers_name(config: TrainConfig) -> dict[str, Any]:
-    """What `TrainingArguments` is told of the optimiser; nothing of one that it does not know."""
+    """The options of `TrainingArguments` that name the optimiser; none for one that it does not know."""
     return {} if config.optim == PRODIGY else {"optim": config.optim}
 
 

@@ -1,4 +1,4 @@
-"""What the planner needs of a model of transformers, whatever it reads (`PlannedFamily`)."""
+"""The planner's view of a model of transformers, whatever it reads (`PlannedFamily`)."""
 
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
@@ -32,7 +32,7 @@ def adapted_layers(
 
 
 def _endings(name: str) -> list[str]:
-    """What a target may say to mean this module."""
+    """The names by which a target may mean this module."""
     parts = name.split(".")
     return [".".join(parts[start:]) for start in range(len(parts))]
 
@@ -136,5 +136,5 @@ class PlannedTransformer:
         return 2 * config.num_hidden_layers * heads * head * options.max_length
 
     def other_models(self, checkpoint: Checkpoint, options: Any) -> Mapping[str, OtherModel]:
-        """None: a vision tower is part of the model."""
+        """An empty mapping: a vision tower is part of the model."""
         return {}

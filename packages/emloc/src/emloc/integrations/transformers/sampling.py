@@ -28,7 +28,7 @@ class TrainingData:
 
 
 def drawn(samples: Sequence[SampleT], count: int, seed: int) -> list[SampleT]:
-    """So many samples in random order, all of them where there are fewer."""
+    """Draw so many samples in random order, all of them where there are fewer."""
     order = random.Random(seed).sample(range(len(samples)), len(samples))
     return [samples[index] for index in order[:count]]
 

@@ -1,4 +1,4 @@
-"""Whether a chat template shows what the assistant says, so that no answer is learnt in part.
+"""The check that a chat template shows what the assistant says, so that no answer is learnt in part.
 
 Templates split answers at marks of thought, write calls in place of words, or show the first call alone. What
 they write need not be what the row has (space goes, thoughts move), so what does not stand there word for
@@ -51,9 +51,9 @@ def check_earlier_answers(
     # All of them at once, as a rendering each is much for a long chat of short answers.
     marks = {index: f"something_else_{index}_" for index in doubtful}
     probe = [_said(turn, marks[n]) if n in marks else turn for n, turn in enumerate(turns)]
-    found = _rendered(render, probe) or ""
+    rendered = _rendered(render, probe) or ""
     for index in doubtful:
-        if marks[index] in found:
+        if marks[index] in rendered:
             continue
         changed = [*turns[:index], _said(turns[index], marks[index]), *turns[index + 1 :]]
         if _rendered(render, changed) == whole:
@@ -114,7 +114,7 @@ def check_answer(
 
 
 def _is_in_doubt(turn: Turn, whole: str) -> bool:
-    """Whether the turn says something that may not stand in the whole, or by chance."""
+    """Return whether the turn says something that may not stand in the whole, or by chance."""
     words = [text[_thoughts(text) :].strip() for text in _texts(turn)]
     if any(len(one) >= TELLING and one in whole for one in words):
         return False
@@ -129,10 +129,10 @@ def _doubtful(text: str, begin: int, own: str) -> list[tuple[int, int]]:
     pieces = list(_pieces(text, begin, len(text), _SEAMS))
     place = 0
     for first, end in pieces:
-        found = own.find(text[first:end], place) if end - first >= TELLING else -1
-        if found < 0:
+        start = own.find(text[first:end], place) if end - first >= TELLING else -1
+        if start < 0:
             break
-        place = found + end - first
+        place = start + end - first
     else:
         return []  # all stand there in their order
     parts: list[tuple[int, int]] = []
@@ -143,7 +143,7 @@ def _doubtful(text: str, begin: int, own: str) -> list[tuple[int, int]]:
 
 
 def _pieces(text: str, begin: int, end: int, seams: re.Pattern[str]) -> Iterator[tuple[int, int]]:
-    """What stands between seams, without the space around it."""
+    """The texts between seams, without the space around them."""
     place = begin
     for start, stop in [*(seam.span() for seam in seams.finditer(text, begin, end)), (end, end)]:
         piece = text[place:start]
@@ -207,7 +207,7 @@ def _renamed(turn: Turn, number: int, name: str) -> Turn:
 
 
 def _rendered(render: RenderTurns, turns: Sequence[Turn]) -> str | None:
-    """None where the template refuses: so it reads what is changed."""
+    """The rendered text; None where the template refuses, which shows that it reads what is changed."""
     try:
         return render(turns)
     except DataError:

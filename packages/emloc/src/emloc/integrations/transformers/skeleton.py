@@ -88,7 +88,7 @@ def repeated_blocks(model: nn.Module) -> list[str]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is `y = W x + b` and can be replaced: Linear, or GPT-2's Conv1D.
+    """Return whether a module is `y = W x + b` and can be replaced: Linear, or GPT-2's Conv1D.
 
     Subclasses that compute something else (routers, grouped projections) are not.
     """
@@ -118,11 +118,11 @@ def shared_linears(model: Any, blocks: Sequence[str]) -> dict[str, str]:
     """
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     shared = {name.removesuffix(".weight") for pair in tied.items() for name in pair}
-    found = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     return {
         name: "layers share its weight"
         for name in _all_linears(model, blocks)
-        if name in shared or found[id(model.get_submodule(name))] > 1
+        if name in shared or uses[id(model.get_submodule(name))] > 1
     }
 
 
@@ -186,7 +186,7 @@ def shared_input_groups(
 
 @contextlib.contextmanager
 def _disabled(logger: logging.Logger) -> Iterator[None]:
-    """What cannot be traced costs shared factors, and nobody needs torch's account of it."""
+    """Silence torch's account of a failed trace, which costs no more than shared factors."""
     before, logger.disabled = logger.disabled, True
     try:
         yield

@@ -70,7 +70,7 @@ def load_known(
 
 
 def _reader(name: str, split: str, streaming: bool) -> Callable[[], Iterable[Row]]:
-    """What reads the data set, from its beginning each time."""
+    """A reader of the data set, from its beginning each time."""
     path = Path(name)
     refuse_special(path, DataError)
     if path.is_file():
@@ -122,7 +122,7 @@ def dataset_names(options: DataOptions) -> list[str]:
 
 
 def shares(options: DataOptions, sizes: Sequence[int]) -> list[float]:
-    """What part of the samples comes from each data set; by their sizes, if no weights are given.
+    """The part of the samples that comes from each data set; by their sizes, if no weights are given.
 
     Raises:
         ConfigError: there are more or fewer weights than data sets.

@@ -15,20 +15,20 @@ from emloc.config import (
 
 
 class TextOptions(StageConfig):
-    """Where samples of text have a loss."""
+    """Options for the parts of a sample that have a loss."""
 
     completion_only_loss: bool = Field(True, description="no loss on prompts")
     assistant_only_loss: bool = Field(False, description="loss on every answer of a chat")
 
 
 class TextTrainingOptions(StageConfig):
-    """How samples of text become rows."""
+    """Options for making rows of samples of text."""
 
     packing: bool = Field(False, description="fill max_length with several samples, cut anywhere")
 
 
 class AnswerOptions(StageConfig):
-    """Which answers a model is asked for, and how they are compared."""
+    """Options for the answers that a model is asked for, and for comparing them."""
 
     num_answers: int | None = Field(
         None, ge=1, description="answers are written to the first so many samples; by default all"

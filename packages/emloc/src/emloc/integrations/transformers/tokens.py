@@ -31,16 +31,16 @@ class Tokens:
         return self._ends[-1] if self._ends else 0
 
     def upto(self, character: int) -> int:
-        """How many tokens end at or before a character; those before all text are among them."""
+        """The number of tokens that end at or before a character; those before all text are among them."""
         return self._before + bisect_right(self._ends, character)
 
     def labels(self, spans: Sequence[tuple[int, int]], ignored: int) -> list[int]:
         """The ids within these spans of characters, and `ignored` for all others."""
-        found = [ignored] * len(self.ids)
+        labels = [ignored] * len(self.ids)
         for start, stop in spans:
             first, last = self.upto(start), self.upto(stop)
-            found[first:last] = self.ids[first:last]
-        return found
+            labels[first:last] = self.ids[first:last]
+        return labels
 
 
 class PrefixTokens(Tokens):
@@ -58,9 +58,9 @@ class PrefixTokens(Tokens):
 
     def upto(self, character: int) -> int:
         """See `Tokens`."""
-        found = self._encode(self._text[:character])
-        pairs = enumerate(zip(found, self.ids))
-        return next((n for n, (a, b) in pairs if a != b), min(len(found), len(self.ids)))
+        prefix = self._encode(self._text[:character])
+        pairs = enumerate(zip(prefix, self.ids))
+        return next((n for n, (a, b) in pairs if a != b), min(len(prefix), len(self.ids)))
 
 
 def tokens_of(tokenizer: Any, text: str, special: bool, where: str) -> Tokens:
@@ -74,8 +74,8 @@ def tokens_of(tokenizer: Any, text: str, special: bool, where: str) -> Tokens:
     """
     if not getattr(tokenizer, "is_fast", False):
         return PrefixTokens(tokenizer, text, special, where)
-    found = _encoded(tokenizer, text, special, where, return_offsets_mapping=True)
-    return Tokens(found["input_ids"], [end for _, end in found["offset_mapping"]])
+    encoded = _encoded(tokenizer, text, special, where, return_offsets_mapping=True)
+    return Tokens(encoded["input_ids"], [end for _, end in encoded["offset_mapping"]])
 
 
 def token_ids(tokenizer: Any, text: str, special: bool, where: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""What our plugins hang on transformers' Trainer: progress, a log, a plot, and safe resuming."""
+"""Callbacks on transformers' Trainer: progress, a log, a plot, and safe resuming."""
 
 import json
 import math
@@ -16,11 +16,11 @@ LOG_NAME = "trainer_log.jsonl"
 PLOT_NAME = "training_loss.png"
 
 LOSSES = {"loss": "training", "train_loss": "training", "eval_loss": "evaluation"}
-"""By their names in the Trainer's log."""
+"""Losses by their names in the Trainer's log."""
 
 _CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 _WEIGHTS_FILES = (("adapter_model.safetensors", "adapter_config.json"), ("model.safetensors",))
-"""Of one model with a LoRA, or of several trained together."""
+"""Weights files of one model with a LoRA, or of several trained together."""
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:
@@ -29,7 +29,7 @@ def last_complete_checkpoint(folder: Path) -> str | None:
     The Trainer writes `trainer_state.json` last, so a folder without it (or with half of it) was
     being written when the run was killed.
     """
-    found: list[tuple[int, Path]] = []
+    complete: list[tuple[int, Path]] = []
     for entry in folder.glob("checkpoint-*"):
         step = entry.name.removeprefix("checkpoint-")
         held = {path.name for path in entry.iterdir() if path.is_file()}
@@ -39,8 +39,8 @@ def last_complete_checkpoint(folder: Path) -> str | None:
                 json.loads((entry / "trainer_state.json").read_text("utf-8"))
             except (OSError, ValueError):
                 continue
-            found.append((int(step), entry))
-    return str(max(found)[1]) if found else None
+            complete.append((int(step), entry))
+    return str(max(complete)[1]) if complete else None
 
 
 class Progression(TrainerCallback):

@@ -15,7 +15,7 @@ from emloc.artefacts.checkpoint import Checkpoint
 
 OPTION = "tie_word_embeddings"
 TEXT = ("text_config", "llm_config", "decoder", "language_config")
-"""What configs call the part that describes the language model."""
+"""Keys under which configs describe the language model."""
 
 
 def untied_config(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any] | None:
@@ -35,7 +35,7 @@ def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _asks(kind: type[nn.Module]) -> bool:
-    """Whether the forward itself reads the option."""
+    """Return whether the forward itself reads the option."""
     try:
         return OPTION in inspect.getsource(kind.forward)
     except (OSError, TypeError):

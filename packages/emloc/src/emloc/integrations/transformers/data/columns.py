@@ -1,4 +1,4 @@
-"""Which columns a row's form takes, and the names that people give them.
+"""The columns that a row's form takes, and the names that people give them.
 
 What a row holds besides is said once per column: nothing is left out without a word.
 """
@@ -12,7 +12,7 @@ from emloc.integrations.transformers.data.rows import Row
 from emloc.machine.progress import console
 
 CHAT = ("tools", "system", "chat_template_kwargs")
-"""What any chat may have beside its turns."""
+"""Columns that any chat may have beside its turns."""
 
 Forms: TypeAlias = Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]
 
@@ -23,7 +23,7 @@ FORMS: Forms = {
     "prompt": (("prompt", "completion"), CHAT),
     "text": (("text",), ()),
 }
-"""By name, the columns that a form needs and those that it may have besides."""
+"""Columns that each form needs, by its name, and those that it may have besides."""
 
 
 _LISTS = ("messages", "conversations")

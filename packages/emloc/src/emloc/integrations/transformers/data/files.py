@@ -48,7 +48,8 @@ def read_file(path: Path) -> Iterator[Row]:
 
 
 def data_suffix(name: str) -> str | None:
-    """What kind of data a file of this name holds, as one of `SUFFIXES`; None if it is none that is read.
+    """The kind of data that a file of this name holds, as one of `SUFFIXES`; None if it is none that is
+    read.
 
     Text may be compressed, which parquet and Arrow are by themselves.
     """

@@ -53,11 +53,11 @@ def folder_rows(folder: Path, split: str) -> Iterator[Row]:
         return
     named = _check_card(folder)
     builder = _builder(folder)
-    found: dict[str, list[str]] = {
+    files_by_split: dict[str, list[str]] = {
         str(name): [str(file) for file in files]
         for name, files in (builder.config.data_files or {}).items()
     }
-    paths = [_data_file(folder, file, named) for file in files_of(found, split, folder)]
+    paths = [_data_file(folder, file, named) for file in files_of(files_by_split, split, folder)]
     pictures = [path for path in paths if path.name in METADATA]
     if pictures:
         for path in pictures:
@@ -79,20 +79,20 @@ def folder_rows(folder: Path, split: str) -> Iterator[Row]:
             )
 
 
-def files_of(found: dict[str, list[str]], split: str, name: object) -> list[str]:
+def files_of(files_by_split: dict[str, list[str]], split: str, name: object) -> list[str]:
     """The files of a split, or of all of them where it is `all`.
 
     Raises:
         DataError: there is no such split; says which there are.
     """
-    if split == "all" and split not in found:
-        return [file for files in found.values() for file in files]
-    if split not in found:
+    if split == "all" and split not in files_by_split:
+        return [file for files in files_by_split.values() for file in files]
+    if split not in files_by_split:
         raise DataError(
-            f"{name} has no split {split!r} but {', '.join(sorted(found))}; pass one of those as "
+            f"{name} has no split {split!r} but {', '.join(sorted(files_by_split))}; pass one of those as "
             f"dataset_split."
         )
-    return found[split]
+    return files_by_split[split]
 
 
 def card_delimiter(config: Any, files: Iterable[str], name: object) -> str | None:
@@ -137,10 +137,10 @@ def _saved_files(folder: Path, split: str) -> list[Path] | None:
     splits = _state(folder, "dataset_dict.json").get("splits")
     if isinstance(splits, list):
         names = [str(name) for name in cast("list[Any]", splits)]
-        found = {name: [name] for name in names}
+        files_by_split = {name: [name] for name in names}
         parts = [
             _saved_table(named_path(folder, name, folder / "dataset_dict.json", DataError))
-            for name in files_of(found, split, folder)
+            for name in files_of(files_by_split, split, folder)
         ]
         return [path for part in parts for path in part]
     state = _state(folder, "state.json")

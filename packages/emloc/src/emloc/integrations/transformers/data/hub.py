@@ -42,14 +42,16 @@ def hub_rows(name: str, split: str, streaming: bool) -> Iterator[Row]:
     try:
         builder: Any = load_dataset_builder(name)
         given: Any = getattr(builder.config, "data_files", None) or {}
-        found = {str(key): [str(file) for file in files] for key, files in given.items()}
-        every = [file for files in found.values() for file in files]
+        files_by_split = {str(key): [str(file) for file in files] for key, files in given.items()}
+        every = [file for files in files_by_split.values() for file in files]
         # What the library takes the data for, which archives and other names do not show.
         kind = type(builder).__module__.rpartition(".")[2]
         if kind.endswith("folder"):
-            yield from _folder_rows(name, split, streaming, files_of(found, split, name))
+            yield from _folder_rows(name, split, streaming, files_of(files_by_split, split, name))
         elif kind in ("csv", "json") or any(_suffix(file) in _TEXT for file in every):
-            yield from _text_rows(name, files_of(found, split, name), builder.config, streaming)
+            yield from _text_rows(
+                name, files_of(files_by_split, split, name), builder.config, streaming
+            )
         else:
             yield from _loaded_rows(name, split, streaming)
     except DataError:

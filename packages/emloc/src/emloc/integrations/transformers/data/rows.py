@@ -30,7 +30,7 @@ class Rows(list[Row]):
         return Rows(self[:count])
 
     def shuffled(self, seed: int) -> "Rows":
-        """In the order that `datasets.Dataset.shuffle` gives by the same seed."""
+        """Rows in the order that `datasets.Dataset.shuffle` gives by the same seed."""
         order = np.random.default_rng(seed).permutation(len(self))
         return Rows(self[index] for index in order)
 
@@ -49,7 +49,7 @@ class RowStream:
         return RowStream(lambda: islice(self, count))
 
     def shuffled(self, seed: int, buffer_size: int = 1000) -> "RowStream":
-        """In an order by seed, drawn from a buffer of so many rows."""
+        """Rows in the order that `datasets.Dataset.shuffle` gives by the same seed."""
 
         def read() -> Iterator[Row]:
             draw = np.random.default_rng(seed)

@@ -50,10 +50,10 @@ def listed(value: Any, what: str, where: str) -> list[Any]:
     Raises:
         DataError: it is no list.
     """
-    found = _parsed(value, what, where)
-    if not isinstance(found, (list, tuple)):
+    parsed = _parsed(value, what, where)
+    if not isinstance(parsed, (list, tuple)):
         raise DataError(f"{where}: {what} should be a list and is {_short(value)}.")
-    return list(cast("list[Any]", found))
+    return list(cast("list[Any]", parsed))
 
 
 def mapped(value: Any, what: str, where: str) -> dict[str, Any]:
@@ -62,10 +62,10 @@ def mapped(value: Any, what: str, where: str) -> dict[str, Any]:
     Raises:
         DataError: it is no object.
     """
-    found = _parsed(value, what, where)
-    if not isinstance(found, Mapping):
+    parsed = _parsed(value, what, where)
+    if not isinstance(parsed, Mapping):
         raise DataError(f"{where}: {what} should be an object and is {_short(value)}.")
-    return dict(cast("Mapping[str, Any]", found))
+    return dict(cast("Mapping[str, Any]", parsed))
 
 
 def _parsed(value: Any, what: str, where: str) -> Any:

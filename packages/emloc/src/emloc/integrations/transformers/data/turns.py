@@ -98,12 +98,12 @@ def chat_of(
     if not turns or turns[-1]["role"] != "assistant":
         raise DataError(f"{where}: the chat must end with the assistant's turn.")
     tools = row.get("tools")
-    found = listed(tools, "tools", where) if tools not in (None, "") else []
-    if not all(isinstance(tool, Mapping) for tool in found):
+    tool_list = listed(tools, "tools", where) if tools not in (None, "") else []
+    if not all(isinstance(tool, Mapping) for tool in tool_list):
         raise DataError(f"{where}: tools should be a list of objects.")
     options = row.get("chat_template_kwargs")
     return Chat(
-        turns, found or None, mapped(options, "chat_template_kwargs", where) if options else {}
+        turns, tool_list or None, mapped(options, "chat_template_kwargs", where) if options else {}
     )
 
 
@@ -140,17 +140,17 @@ def _alpaca(row: Mapping[str, Any], where: str, read_content: ReadContent) -> li
 
 
 def _is_turns(part: Any) -> bool:
-    """Whether a prompt or completion is turns, maybe as JSON text; other JSON is text as any."""
+    """Return whether a prompt or completion is turns, maybe as JSON text; other JSON is text as any."""
     if not isinstance(part, str):
         return isinstance(part, (list, tuple))
     if not part.lstrip().startswith("["):
         return False
     try:
-        found = json.loads(part)
+        parsed = json.loads(part)
     except (ValueError, RecursionError):
         return False
-    return bool(found) and all(
-        isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in found
+    return bool(parsed) and all(
+        isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in parsed
     )
 
 
@@ -197,8 +197,8 @@ def _shared(turn: Mapping[str, Any], what: str, where: str) -> Turn:
     rest = {key: one for key, one in turn.items() if key not in ("from", "value", "content")}
     value = turn.get("value", turn.get("content"))
     if speaker == "function_call":
-        found = _call_texts(value, what, where)
-        return {**rest, "role": "assistant", "tool_calls": found}
+        calls = _call_texts(value, what, where)
+        return {**rest, "role": "assistant", "tool_calls": calls}
     return {**rest, "role": ROLES[speaker], "content": value}
 
 
@@ -240,8 +240,8 @@ def _with_arguments(call: Mapping[str, Any], what: str, where: str) -> dict[str,
     arguments = call.get("arguments")
     if not isinstance(arguments, str):
         return dict(call)
-    found = mapped(arguments, f"arguments of {what}", where) if arguments.strip() else {}
-    return {**call, "arguments": found}
+    parsed = mapped(arguments, f"arguments of {what}", where) if arguments.strip() else {}
+    return {**call, "arguments": parsed}
 
 
 def _without(turn: Turn, key: str) -> Turn:
