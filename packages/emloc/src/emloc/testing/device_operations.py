@@ -200,3 +200,5 @@ SPECIAL: dict[Any, Callable[[Traffic, Any, Sequence[Any], dict[str, Any]], Any]]
         for overload in ("dtype", "dtype_out")
     },
 }
+
+DeviceTensor.operate = operate

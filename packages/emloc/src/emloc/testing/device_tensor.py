@@ -5,11 +5,13 @@ Autograd, autocast and the choices that torch makes by device see a CUDA tensor;
 runs on the values (`emloc.testing.device_operations`).
 """
 
+from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from emloc.testing.device_storage import DEVICE, DeviceStorage
 from emloc.testing.traffic import Traffic
@@ -27,8 +29,10 @@ class DeviceTensor(Tensor):
     Attributes:
         values: the host tensor behind it.
         traffic: the counts of its device.
+        operate: runs an operation; given by `device_operations`, which knows this class.
     """
 
+    operate: ClassVar[Callable[..., Any]]
     values: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
     traffic: Traffic
 
@@ -114,8 +118,6 @@ class DeviceTensor(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operation where no mode is active, as in another thread."""
-        from emloc.testing.device_operations import operate, tensors_of
-
         kwargs = kwargs or {}
-        first = next(t for t in tensors_of((args, kwargs)) if isinstance(t, DeviceTensor))
-        return operate(first.traffic, func, args, kwargs)
+        first = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, DeviceTensor))
+        return cls.operate(first.traffic, func, args, kwargs)
