@@ -1,8 +1,8 @@
 """Products with a weight that is held in few bits, and dense only while it is multiplied.
 
-The weight is decoded in the forward and once more in the backward, so that between the two nothing but its codes
-is held. Decoding runs over a few rows at a time, in float32 whatever the dtype of the product: what is between
-codes and weight stays in the processor's cache.
+The weight is decoded in the forward and once more in the backward, so that between the two nothing but its
+codes is held. Decoding runs over a few rows at a time, in float32 whatever the dtype of the product: what is
+between codes and weight stays in the processor's cache.
 """
 
 from collections.abc import Sequence

@@ -6,8 +6,8 @@ error. With `G = R Rᵀ`, R upper triangular, the cost is `Σ_k (R_kk e_k + Σ_{
 weight must make up for is `Σ_{i<k} e_i R_ik / R_kk`: the same choice without an inverse of `G`, by one
 Cholesky factorisation of `G` with its axes reversed.
 
-Inputs with large moments come first, as they leave most to be made up for. `damping · mean(diag G)` is added to
-the diagonal, and more where that does not suffice, so that few samples or a dead input do no harm.
+Inputs with large moments come first, as they leave most to be made up for. `damping · mean(diag G)` is added
+to the diagonal, and more where that does not suffice, so that few samples or a dead input do no harm.
 
 Precision: the factorisation is in float64, all else in float32.
 """
