@@ -1,8 +1,8 @@
 """Grids of a weight that is rounded: `w ≈ scale · (code − zero)`, by row and group of inputs.
 
 A group is so many neighbouring inputs of one row; the last group of a row may be shorter. Scales and zeros
-are stored small. A scale is a code of 8 bits times the largest scale of 256 neighbouring ones (rows first), as
-the double quantisation of NF4 has it (QLoRA, arXiv 2305.14314); code 0 is a group of zeros. A zero is a code of
+are stored small. A scale is a code of 8 bits times the largest scale of 256 neighbouring ones (rows first),
+like the double quantisation of NF4 (QLoRA, arXiv 2305.14314); code 0 is a group of zeros. A zero is a code of
 4 bits, in fifteenths of the grid's width, so that grids of 2 and 3 bits may lie between two levels.
 """
 
