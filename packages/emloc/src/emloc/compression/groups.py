@@ -174,8 +174,9 @@ def _wide(shape: GroupShape, form: Form, config: CompressConfig) -> Form | None:
 
 
 def _refuse_foreign_options(format: LayerFormat, config: CompressConfig) -> None:
-    if config.rank_pattern and "rank_pattern" not in format.options:
-        raise ConfigError(f"rank_pattern means nothing to format={format.name}; leave it out.")
+    for name in ("rank_pattern", "bits", "group_size"):
+        if getattr(config, name) and name not in format.options:
+            raise ConfigError(f"{name} means nothing to format={format.name}; leave it out.")
     if config.keep_ratio_allocation == "error" and not isinstance(format, Cuttable):
         raise ConfigError(
             f"keep_ratio_allocation=error makes layers smaller after they were fitted, which "

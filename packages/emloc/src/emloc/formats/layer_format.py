@@ -284,4 +284,10 @@ CORE_FORMATS = (
     FormatEntry(
         DEFAULT_FORMAT, "the product of two factors", "emloc.formats.low_rank:LOW_RANK", "emloc"
     ),
+    FormatEntry(
+        "quantized",
+        "integers of 2, 3, 4 or 8 bits, rounded for the data",
+        "emloc.formats.quantized:Quantized",
+        "emloc",
+    ),
 )

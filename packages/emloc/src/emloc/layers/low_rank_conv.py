@@ -94,7 +94,7 @@ class LowRankConv2d(EmulatedLayer, nn.Conv2d):
         """
         with torch.no_grad():
             shape = (self.out_channels, *self.right.shape[1:])
-            return ReadOnlyWeight(self.left.detach(), self.right.detach(), shape)
+            return ReadOnlyWeight.of_product(self.left.detach(), self.right.detach(), shape)
 
     def forward(self, input: Tensor) -> Tensor:
         """(batch, in_channels, height, width) to (batch, out_channels, height', width')."""

@@ -133,7 +133,7 @@ class LowRankLinear(EmulatedLayer, nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         """The product of the factors, d_out × d_in, computed anew where it is used; read-only."""
         with torch.no_grad():
-            return ReadOnlyWeight(self.left.detach(), self.shared.owner.right.detach())
+            return ReadOnlyWeight.of_product(self.left.detach(), self.shared.owner.right.detach())
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., d_in) to (..., d_out)."""

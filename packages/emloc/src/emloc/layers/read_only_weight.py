@@ -1,10 +1,10 @@
-"""The weight of a low-rank layer as a tensor whose values are multiplied out only where they are read.
+"""The weight of an emulated layer as a tensor whose values are made only where they are read.
 
 Libraries that know dense layers ask a weight for its shape, dtype and device many times, for its values
 seldom, and to be written only when an adapter is merged into it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,43 +12,55 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 READ_ONLY = (
-    "This layer belongs to an emulator: its weight is computed from two factors and cannot be written. "
+    "This layer belongs to an emulator: its weight is computed from what is stored and cannot be written. "
     "To merge, correct the adapter (emloc correct) and merge it into the original model; for PiSSA or "
     "OLoRA, train with emloc (lora_init)."
 )
 
 
 class ReadOnlyWeight(torch.Tensor):
-    """`left @ right` with shape, dtype and device, multiplied when an operation needs its values.
+    """A weight with shape, dtype and device, whose values are made when an operation needs them.
 
-    PEFT asks weights for their dtype and device many times per layer; at the size of a large model each
-    product would take a second. Writing to it would be lost without a word, so it is refused.
+    PEFT asks weights for their dtype and device many times per layer; at the size of a large model making
+    each would take a second. Writing to it would be lost without a word, so it is refused.
     """
 
-    left: Tensor
-    right: Tensor
+    make: Callable[[], Tensor]
 
     @staticmethod
     def __new__(
-        cls: Any, left: Tensor, right: Tensor, shape: Sequence[int] | None = None
+        cls: Any,
+        make: Callable[[], Tensor],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> "ReadOnlyWeight":
         """A tensor without values.
+
+        Args:
+            make: gives the values, in as many elements as `shape` has.
+        """
+        made: ReadOnlyWeight = torch.Tensor._make_wrapper_subclass(
+            cls, tuple(shape), dtype=dtype, device=device
+        )
+        made.make = make
+        # By this transformers knows, also in the parent's initialisation, not to draw values.
+        made._is_hf_initialized = True  # pyright: ignore
+        return made
+
+    @classmethod
+    def of_product(
+        cls, left: Tensor, right: Tensor, shape: Sequence[int] | None = None
+    ) -> "ReadOnlyWeight":
+        """`left @ right`.
 
         Args:
             left: d_out × rank; axes of size 1 may follow.
             right: rank × d_in; d_in may be several axes, as in a convolution.
             shape: of the weight; None: d_out × d_in.
         """
-        made: ReadOnlyWeight = torch.Tensor._make_wrapper_subclass(
-            cls,
-            tuple(shape or (left.shape[0], right.shape[1])),
-            dtype=left.dtype,
-            device=left.device,
-        )
-        made.left, made.right = left, right
-        # By this transformers knows, also in the parent's initialisation, not to draw values.
-        made._is_hf_initialized = True  # pyright: ignore
-        return made
+        made = tuple(shape or (left.shape[0], right.shape[1]))
+        return cls(lambda: left.flatten(1) @ right.flatten(1), made, left.dtype, left.device)
 
     @classmethod
     def __torch_dispatch__(
@@ -61,15 +73,15 @@ class ReadOnlyWeight(torch.Tensor):
             return value.product() if isinstance(value, cls) else value
 
         if func is torch.ops.aten.detach.default:
-            return cls(args[0].left, args[0].right, args[0].shape)
+            return cls(args[0].make, args[0].shape, args[0].dtype, args[0].device)
         return func(*tree_map(product, args), **tree_map(product, kwargs or {}))
 
     def product(self) -> Tensor:
         """The values, as a plain tensor of this shape."""
-        return (self.left.flatten(1) @ self.right.flatten(1)).view(self.shape)
+        return self.make().view(self.shape)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"ReadOnlyWeight({tuple(self.shape)}, rank={self.right.shape[0]})"
+        return f"ReadOnlyWeight({tuple(self.shape)}, {self.dtype})"
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]

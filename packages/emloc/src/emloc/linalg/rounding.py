@@ -37,51 +37,49 @@ class Rounded(NamedTuple):
     error: Float[Tensor, "rows columns"]
 
 
-def round_with_feedback(
-    weight: Float[Tensor, "rows columns"],
-    moments: Float[Tensor, "columns columns"],
-    grid: Grid,
-    damping: float = DAMPING,
-) -> Rounded:
-    """Round to `grid`, each input making up for the errors of those before it.
+class Feedback:
+    """The order of rounding and the shares of errors that are carried on, for all weights of one input.
 
     Args:
-        moments: `Σ x xᵀ` of the inputs; symmetric, may be singular.
+        moments: `Σ x xᵀ` of the inputs, columns × columns; symmetric, may be singular.
         damping: share of the mean of its diagonal that is added to the diagonal.
     """
-    order = torch.argsort(moments.diagonal(), descending=True, stable=True)
-    carried = _carried(moments, order, damping)
-    columns = weight.float().T[order]  # columns × rows: each step works on one contiguous row
-    group_of = order // grid.group_size
-    scales, zeros = grid.scales.T[group_of], grid.zeros.T[group_of]
-    codes = torch.empty_like(columns, dtype=torch.uint8)
-    errors = torch.zeros_like(columns)
-    for start in range(0, len(order), BLOCK):
-        stop = min(start + BLOCK, len(order))
-        targets = columns[start:stop]
-        if start:
-            targets = torch.addmm(targets, carried[:start, start:stop].T, errors[:start])
-        within = carried[start:stop, start:stop]
-        for k in range(stop - start):
-            at = start + k
-            target = targets[k]
-            if k:
-                target = torch.addmv(target, errors[start:at].T, within[:k, k])
-            code = _nearest(target, scales[at], zeros[at], grid.levels)
-            codes[at] = code.to(torch.uint8)
-            errors[at] = columns[at] - (code - zeros[at]) * scales[at]
-    back = torch.argsort(order)
-    return Rounded(codes[back].T.contiguous(), errors[back].T.contiguous())
+
+    def __init__(self, moments: Tensor, damping: float = DAMPING) -> None:
+        self._order = torch.argsort(moments.diagonal(), descending=True, stable=True)
+        self._carried = _carried(moments, self._order, damping)
+
+    def round(self, weight: Float[Tensor, "rows columns"], grid: Grid) -> Rounded:
+        """Round to `grid`, each input making up for the errors of those before it."""
+        order, carried = self._order, self._carried
+        columns = weight.float().T[order]  # columns × rows: each step works on one contiguous row
+        groups = (order // grid.group_size).tolist()
+        scales, zeros = grid.scales.T.contiguous(), grid.zeros.T.contiguous()
+        codes = torch.empty_like(columns, dtype=torch.uint8)
+        errors = torch.zeros_like(columns)
+        for start in range(0, len(order), BLOCK):
+            stop = min(start + BLOCK, len(order))
+            targets = columns[start:stop]
+            if start:
+                targets = torch.addmm(targets, carried[:start, start:stop].T, errors[:start])
+            within = carried[start:stop, start:stop]
+            for k in range(stop - start):
+                at = start + k
+                target, scale, zero = targets[k], scales[groups[at]], zeros[groups[at]]
+                if k:
+                    target = torch.addmv(target, errors[start:at].T, within[:k, k])
+                code = _nearest(target, scale, zero, grid.levels)
+                codes[at] = code.to(torch.uint8)
+                errors[at] = columns[at] - (code - zero) * scale
+        back = torch.argsort(order)
+        return Rounded(codes[back].T.contiguous(), errors[back].T.contiguous())
 
 
-def relative_output_error(
-    error: Float[Tensor, "rows columns"],
-    weight: Float[Tensor, "rows columns"],
-    moments: Float[Tensor, "columns columns"],
+def squared_output(
+    weight: Float[Tensor, "rows columns"], moments: Float[Tensor, "columns columns"]
 ) -> float:
-    """`‖E X‖_F / ‖W X‖_F` for an error E of W on inputs with these moments; 0 where W outputs nothing."""
-    changed, whole = (float((m.float() @ moments * m).sum()) for m in (error, weight))
-    return (max(0.0, changed) / whole) ** 0.5 if whole > 0 else 0.0
+    """`‖W X‖_F²` on inputs with these moments."""
+    return max(0.0, float((weight.float() @ moments.float() * weight).sum()))
 
 
 def _nearest(target: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
@@ -91,16 +89,16 @@ def _nearest(target: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor
 
 def _carried(moments: Tensor, order: Tensor, damping: float) -> Tensor:
     """`R_ik / R_kk` in the order of rounding, float32, strictly upper triangular."""
-    matrix = moments.double()[order][:, order]
-    mean = float(matrix.diagonal().mean())
-    ridge = damping * mean or 1.0
-    reversed_ = matrix.flip(0, 1)
-    del matrix
+    backwards = order.flip(0)
+    matrix = moments[backwards][:, backwards].double()
+    ridge = damping * float(matrix.diagonal().mean()) or 1.0
     while True:
-        reversed_.diagonal().add_(ridge)
-        root, failed = torch.linalg.cholesky_ex(reversed_)
+        matrix.diagonal().add_(ridge)
+        root, failed = torch.linalg.cholesky_ex(matrix)
         if not int(failed):
             break
         ridge *= 10
-    upper = root.flip(0, 1)
-    return torch.triu(upper / upper.diagonal(), diagonal=1).float()
+    del matrix
+    upper = root.float().flip(0, 1)
+    del root
+    return upper.div_(upper.diagonal().clone()).triu_(diagonal=1)

@@ -14,6 +14,13 @@ DEFAULT_FORMAT = "low_rank"
 """The format of a group whose entry in a config names none."""
 
 
+BITS = (2, 3, 4, 8)
+"""Bits that a code may have."""
+
+GROUP_SIZES = (32, 64, 128)
+"""Inputs that may share a scale."""
+
+
 class CompressConfig(CalibrationOptions, ModelOptions, MemoryOptions):
     """Stage 1: write an emulator of a model."""
 
@@ -29,6 +36,12 @@ class CompressConfig(CalibrationOptions, ModelOptions, MemoryOptions):
         gt=0,
         le=1,
         description="share of each layer's bytes kept; with memory, what fits by default",
+    )
+    bits: Annotated[Literal[2, 3, 4, 8] | None, UnlessDefault()] = Field(
+        None, description="of format=quantized; by default the most that keep_ratio allows"
+    )
+    group_size: Annotated[Literal[32, 64, 128] | None, UnlessDefault()] = Field(
+        None, description="inputs that share a scale in format=quantized"
     )
     keep_ratio_pattern: RatioMap = Field({}, description="regular expression=ratio, per layer")
     rank_pattern: CountMap = Field({}, description="regular expression=rank, per layer")

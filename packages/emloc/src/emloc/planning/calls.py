@@ -92,8 +92,8 @@ def folding_elements(model: nn.Module, plan: CompressionPlan) -> Watched:
     for group in plan.groups:
         shape, side = group.shape, group.form.format.side(group.shape)
         biased = "bias" in dict(model.get_submodule(group.owner).named_parameters())
-        if side == "input":
-            elements[group.owner] = 0, shape.d_in
+        if side == "input":  # patches are cut in a copy
+            elements[group.owner] = (shape.d_in, 0) if shape.kernel else (0, shape.d_in)
         elif shape.kernel:
             elements[group.owner] = shape.rows * (1 + biased), 0
         elif len(group.layers) == 1:

@@ -1,0 +1,80 @@
+"""A weight in few bits, and dense only while it is multiplied.
+
+Decoding runs over a few rows at a time, in float32 whatever the dtype of the product: what is between codes
+and weight stays in the processor's cache.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from emloc.linalg.bit_packing import padded, unpack, unpacked_parts
+from emloc.linalg.grid import ZERO_BITS, decoded_scales, decoded_zeros
+
+ELEMENTS = {"cpu": 1 << 18}
+"""Weights that are decoded at a time, by the kind of device."""
+
+ELEMENTS_ELSEWHERE = 1 << 24
+
+
+@dataclass(frozen=True)
+class CodedWeight:
+    """`Operator`: a weight on the grid of `emloc.linalg.grid`, d_out × d_in.
+
+    Attributes:
+        packed: d_out × packed columns, uint8 (`emloc.linalg.bit_packing`).
+        scale_codes: d_out × groups, uint8.
+        largest: the largest scale of each block of scales, a float32 in the bits of an int32: no cast of a
+            model to another dtype reaches it.
+        zero_codes: d_out × packed groups, uint8.
+        columns: d_in.
+        bits: of a code.
+        group_size: inputs of a group.
+    """
+
+    packed: Tensor
+    scale_codes: Tensor
+    largest: Tensor
+    zero_codes: Tensor
+    columns: int
+    bits: int
+    group_size: int
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight."""
+        rows = self.packed.shape[0]
+        weight = torch.empty(rows, self.columns, dtype=dtype, device=self.packed.device)
+        for start, part in self._parts():
+            weight[start : start + len(part)] = part
+        return weight
+
+    def __matmul__(self, columns: Tensor) -> Tensor:
+        """The product with columns, d_in × n, in their dtype."""
+        return torch.cat([part.to(columns.dtype) @ columns for _, part in self._parts()])
+
+    def _parts(self) -> Iterator[tuple[int, Tensor]]:
+        """Some rows after others, float32; each part is gone when the next is asked for."""
+        rows, device = self.packed.shape[0], self.packed.device
+        scales = decoded_scales(self.scale_codes, self.largest.view(torch.float32))
+        zeros = decoded_zeros(unpack(self.zero_codes, scales.shape[1], ZERO_BITS), self.bits)
+        step = ELEMENTS.get(device.type, ELEMENTS_ELSEWHERE) // self.columns or 1
+        values = torch.empty(min(step, rows), padded(self.columns), device=device)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            part = values[: stop - start]
+            for place, codes in unpacked_parts(self.packed[start:stop], self.columns, self.bits):
+                part[:, place] = codes
+            self._place(part, scales[start:stop], zeros[start:stop])
+            yield start, part[:, : self.columns]
+
+    def _place(self, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
+        """Turn codes into values, in place: `(code − zero) · scale`; the last group may be shorter."""
+        whole = self.columns // self.group_size
+        edge = whole * self.group_size
+        if whole:
+            inside = codes[:, :edge].unflatten(1, (whole, self.group_size))
+            inside.sub_(zeros[:, :whole, None]).mul_(scales[:, :whole, None])
+        if edge < self.columns:
+            codes[:, edge : self.columns].sub_(zeros[:, -1:]).mul_(scales[:, -1:])
