@@ -29,6 +29,7 @@ from emloc.formats.layer_format import (
     tensor_bytes,
 )
 from emloc.formats.low_rank import LOW_RANK
+from emloc.formats.quantized import Quantized
 from emloc.layers.emulated_layer import EmulatedLayer
 from emloc.linalg.gram import Moments
 
@@ -36,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import rounded_format
 
 ROUNDED = rounded_format.Rounded()
+FORMATS = [LOW_RANK, ROUNDED, Quantized()]
 
 
 class Plugin:
@@ -80,7 +82,7 @@ def fitted(format, shape, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("format", [LOW_RANK, ROUNDED], ids=lambda format: format.name)
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_laws(format, shape):
     assert isinstance(format, LayerFormat)
     weights, form, found = fitted(format, shape)
@@ -105,7 +107,7 @@ def test_laws(format, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
-@pytest.mark.parametrize("format", [LOW_RANK, ROUNDED], ids=lambda format: format.name)
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_modules_compute_what_the_operator_says(format, shape):
     _, form, found = fitted(format, shape)
     dense = [
@@ -154,7 +156,7 @@ def test_a_smaller_form_is_the_leading_part_of_a_larger_one():
 
 def test_formats_are_registered_by_name(installed):
     formats = load_plugins().formats
-    assert list(formats) == ["low_rank", "rounded"]
+    assert list(formats) == ["low_rank", "quantized", "rounded"]
     assert formats["low_rank"].plugin == "emloc"
     assert formats["rounded"].plugin == "rounded-plugin"
     assert format_named("rounded").name == "rounded"

@@ -1,0 +1,162 @@
+"""Emulators of few bits through all stages, in every family, as a user has them."""
+
+import json
+
+import pytest
+import torch
+
+import emloc
+from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import Manifest
+from emloc.errors import ConfigError
+from emloc.extend.plugins import family_named
+from emloc.layers.quantized_layers import QuantizedConv2d, QuantizedLinear
+
+
+@pytest.fixture(scope="module", params=["llm", "vlm", "diffusion"])
+def family(request):
+    return family_named(request.param)
+
+
+@pytest.fixture(scope="module")
+def example(family, tmp_path_factory):
+    return family.write_example(tmp_path_factory.mktemp(family.name), seed=0)
+
+
+@pytest.fixture(scope="module")
+def emulator(example, tmp_path_factory):
+    root = tmp_path_factory.mktemp("emulators")
+    return emloc.compress(
+        output_dir=root / "four", format="quantized", bits=4, group_size=32, **example
+    )
+
+
+def test_codes_stand_for_the_weights(family, example, emulator):
+    """Every layer against the base's weight, by the tensors on disk and by the loaded model."""
+    base = family.load(native(family, example["model_name_or_path"]), "float32", "cpu")
+    held = family.load(native(family, emulator), "float32", "cpu")
+    manifest = Manifest.read(emulator)
+    assert manifest.settings["format"] == "quantized"
+    assert manifest.settings["bits"] == 4
+    layers = [name for entry in manifest.layers.values() for name in entry["layers"]]
+    kinds = {type(held.get_submodule(name)) for name in layers}
+    assert kinds <= {QuantizedLinear, QuantizedConv2d}
+    assert family.name != "diffusion" or QuantizedConv2d in kinds
+    for name in layers:
+        weight, stood = (m.get_submodule(name).weight.detach() for m in (base, held))
+        weight = weight.T if weight.shape != stood.shape else weight
+        error = (stood + 0 - weight).norm() / weight.norm()
+        assert error < 0.25, name  # a grid of 16 levels, moved by feedback
+    for entry in manifest.layers.values():
+        assert entry["bits"] == 4
+        assert 0 < entry["relative_error"] < 0.2
+    assert all(p.dtype != torch.uint8 or not p.requires_grad for p in held.parameters())
+    half = held.to(torch.bfloat16)
+    first = half.get_submodule(layers[0])
+    assert first.weight.dtype == torch.bfloat16
+    assert first.codes.dtype == torch.uint8
+    assert first.largest_scales.dtype == torch.int32
+
+
+def native(family, folder):
+    from emloc.extend.capabilities import native_of
+
+    return native_of(family, Checkpoint.open(str(folder)))
+
+
+def test_fewer_bytes_and_a_smaller_error_than_low_rank(example, emulator, tmp_path):
+    quantized = Manifest.read(emulator)
+    share = quantized.summary["emulator_bytes"] / quantized.summary["base_bytes"]
+    low_rank = Manifest.read(emloc.compress(output_dir=tmp_path / "low", keep_ratio=0.6, **example))
+    assert share < low_rank.summary["emulator_bytes"] / low_rank.summary["base_bytes"]
+
+    def mean(manifest):
+        errors = [entry["relative_error"] for entry in manifest.layers.values()]
+        return sum(errors) / len(errors)
+
+    assert mean(quantized) < mean(low_rank)
+
+
+def test_all_stages(example, emulator, tmp_path):
+    data = {key: value for key, value in example.items() if key != "model_name_or_path"}
+    assert emloc.verify(path=emulator)["kind"] == "emulator"
+    adapter = emloc.train(
+        emulator=str(emulator), output_dir=tmp_path / "adapter", max_steps=2, logging_steps=1,
+        save_steps=1, learning_rate=1e-2, lora_r=3, **data,
+    )  # fmt: skip
+    corrected = emloc.correct(
+        adapter=str(adapter), emulator=str(emulator), output_dir=tmp_path / "corrected",
+        limit="none", **data,
+    )  # fmt: skip
+    for name, entry in Manifest.read(corrected).layers.items():
+        assert entry["residual_before"] > 0, name
+        assert entry["residual_after"] < 1e-2 * entry["residual_before"], name
+    assert Adapter.open(str(corrected)).layers
+    merged = emloc.merge(adapter=str(corrected), output_dir=tmp_path / "merged")
+    assert emloc.verify(path=merged)["kind"] == "merged_model"
+
+
+def test_reruns_give_the_same_bytes(example, emulator, tmp_path):
+    again = emloc.compress(
+        output_dir=tmp_path / "again", format="quantized", bits=4, group_size=32, **example
+    )
+    assert Manifest.read(again).files == Manifest.read(emulator).files
+
+
+@pytest.mark.parametrize(
+    ("ratio", "sizes"),
+    [(0.3, (8, 32)), (0.2, (4, 32)), (0.13, (4, 128)), (0.11, (3, 32)), (0.07, (2, 64))],
+)
+def test_a_share_of_bytes_buys_bits(ratio, sizes, tmp_path):
+    """Of float32 weights: 0.3 of 32 bits are 9.6, for codes, scales and zeros."""
+    from emloc.config import CompressConfig
+    from emloc.formats.layer_format import GroupShape
+    from emloc.formats.quantized import Quantized
+
+    config = CompressConfig(
+        model_name_or_path="m", output_dir="o", dataset="d", format="quantized", keep_ratio=ratio
+    )
+    form = Quantized().decide(GroupShape(("a",), (512,), 512), config, 4)
+    assert (form.sizes["bits"], form.sizes["group_size"]) == sizes
+
+
+def test_plans_know_the_bytes(tmp_path):
+    example = family_named("llm").write_example(tmp_path, seed=0)
+    emulator = emloc.compress(output_dir=tmp_path / "e", format="quantized", bits=3, **example)
+    plan = emloc.plan(
+        model_name_or_path=example["model_name_or_path"], format="quantized", bits=3, max_length=96
+    )
+    written = Checkpoint.open(str(emulator))
+    assert plan["stages"]["compress"]["disk_bytes"]["lines"]["emulator"] == sum(
+        info.nbytes for info in written.tensors.values()
+    )
+
+
+def test_bits_of_another_format_are_refused(tmp_path):
+    example = family_named("llm").write_example(tmp_path, seed=0)
+    with pytest.raises(ConfigError, match="bits means nothing to format=low_rank"):
+        emloc.compress(output_dir=tmp_path / "e", bits=4, **example)
+    with pytest.raises(ConfigError, match="rank_pattern means nothing to format=quantized"):
+        emloc.compress(
+            output_dir=tmp_path / "e", format="quantized", rank_pattern={"q_proj": 3}, **example
+        )
+
+
+def test_an_emulator_loads_with_stock_transformers(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    example = family_named("llm").write_example(tmp_path, seed=0)
+    emulator = emloc.compress(output_dir=tmp_path / "e", format="quantized", bits=8, **example)
+    model = AutoModelForCausalLM.from_pretrained(emulator, dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(example["model_name_or_path"])
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        near, logits = model(ids).logits.float(), base(ids).logits
+    assert (near - logits).norm() < 0.1 * logits.norm()
+    config = json.loads((emulator / "config.json").read_text())["quantization_config"]
+    assert {group["format"] for group in config["groups"]} == {"quantized"}
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits.float(), near)
