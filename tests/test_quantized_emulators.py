@@ -12,6 +12,7 @@ from emloc.artefacts.manifest import Manifest
 from emloc.errors import ConfigError
 from emloc.extend.plugins import family_named
 from emloc.layers.quantized_layers import QuantizedConv2d, QuantizedLinear
+from emloc.testing import pretend_device
 
 
 @pytest.fixture(scope="module", params=["llm", "vlm", "diffusion"])
@@ -160,3 +161,28 @@ def test_an_emulator_loads_with_stock_transformers(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     with torch.no_grad():
         assert torch.equal(again(ids).logits.float(), near)
+
+
+def test_on_the_pretended_device(family, example, emulator, tmp_path):
+    """The same codes, and gradients of what enters layers through them."""
+    few = {**example, "num_calibration_samples": 4}
+    sizes = {"format": "quantized", "bits": 4, "group_size": 32}
+    here = emloc.compress(output_dir=tmp_path / "here", device="cpu", **sizes, **few)
+    with pretend_device() as card:
+        there = emloc.compress(output_dir=tmp_path / "there", device="cuda", **sizes, **few)
+        held = family.load(native(family, emulator), "float32", "cuda")
+        layer = next(m for m in held.modules() if isinstance(m, QuantizedLinear))
+        assert {p.device.type for p in layer.parameters()} == {"cuda"}
+        x = torch.ones(2, layer.in_features, device="cuda", requires_grad=True)
+        layer(x).square().sum().backward()
+        gradient = x.grad.cpu()
+        assert card.peak_bytes > 0
+    assert Manifest.read(here).files == Manifest.read(there).files
+    layer = next(
+        m
+        for m in family.load(native(family, emulator), "float32", "cpu").modules()
+        if isinstance(m, QuantizedLinear)
+    )
+    x = torch.ones(2, layer.in_features, requires_grad=True)
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(gradient, x.grad, rtol=1e-4, atol=1e-4)

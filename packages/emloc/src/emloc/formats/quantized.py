@@ -32,16 +32,16 @@ from emloc.linalg.operator import Operator
 from emloc.linalg.rounding import Feedback, squared_output
 from emloc.options.compress import BITS, GROUP_SIZES, CompressConfig
 
-SIZES = ("bits", "group_size")
-CODES, SCALES_, LARGEST, ZEROS = NAMES = ("codes", "scales", "largest_scales", "zeros")
+SIZES: tuple[str, ...] = ("bits", "group_size")
+CODES, SCALE_CODES, LARGEST, ZEROS = "codes", "scales", "largest_scales", "zeros"
 
 
 class Quantized:
     """`LayerFormat`."""
 
     name = "quantized"
-    options = SIZES
-    size_names = SIZES
+    options: tuple[str, ...] = SIZES
+    size_names: tuple[str, ...] = SIZES
 
     def side(self, shape: GroupShape) -> Side:
         """The input's: an error is made up for by other inputs."""
@@ -83,7 +83,7 @@ class Quantized:
             changed += squared_output(rounded.error, moments.matrix)
             whole += squared_output(weight, moments.matrix)
             tensors[layer, CODES] = pack(rounded.codes, bits)
-            tensors[layer, SCALES_] = grid.scale_codes
+            tensors[layer, SCALE_CODES] = grid.scale_codes
             tensors[layer, LARGEST] = grid.largest.float().view(torch.int32)
             tensors[layer, ZEROS] = pack(grid.zero_codes, ZERO_BITS)
         return Fitted(tensors, {"relative_error": (changed / whole) ** 0.5 if whole > 0 else 0.0})
@@ -99,7 +99,9 @@ class Quantized:
     def operator(self, shape: GroupShape, form: Form, layer: str, read: Read) -> Operator:
         """The codes, decoded a few rows at a time."""
         bits, group_size = (form.sizes[name] for name in SIZES)
-        return CodedWeight(*(read(layer, name) for name in NAMES), shape.d_in, bits, group_size)
+        packed, scales = read(layer, CODES), read(layer, SCALE_CODES)
+        largest, zeros = read(layer, LARGEST), read(layer, ZEROS)
+        return CodedWeight(packed, scales, largest, zeros, shape.d_in, bits, group_size)
 
     def modules(self, layers: Sequence[DenseLayer], form: Form) -> Sequence[nn.Module]:
         """A `QuantizedLinear` or `QuantizedConv2d` for each."""
@@ -123,7 +125,7 @@ class Quantized:
     ) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
         bits, groups = form.sizes["bits"], group_count(d_in, form.sizes["group_size"])
         yield CODES, (d_out, packed_columns(d_in, bits)), torch.uint8
-        yield SCALES_, (d_out, groups), torch.uint8
+        yield SCALE_CODES, (d_out, groups), torch.uint8
         yield LARGEST, (-(-d_out * groups // SCALES),), torch.int32
         yield ZEROS, (d_out, packed_columns(groups, ZERO_BITS)), torch.uint8
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
 
 Make = Callable[..., Tensor]
 """Makes a weight, d_out × d_in or a kernel, of stored tensors."""
@@ -64,6 +65,6 @@ class _RemadeConvolution(torch.autograd.Function):
         stored, of_x = ctx.saved_tensors, None
         if ctx.needs_input_grad[0]:
             kernel = ctx.make(*stored).to(gradients[0].dtype)
-            of_x = torch.nn.grad.conv2d_input(ctx.shape, kernel, gradients[0], *ctx.options)
+            of_x = conv2d_input(ctx.shape, kernel, gradients[0], *ctx.options)
             of_x = of_x.to(ctx.dtype)
         return of_x, None, None, None, *(None for _ in stored)
