@@ -72,21 +72,25 @@ def test_killed_and_run_again(case, tiny, tmp_path):
 def test_finished_blocks_are_not_factorised_again(tiny, tmp_path, monkeypatch):
     """What a killed run finished is kept: its shard is not written a second time."""
     import emloc
-    from emloc.compression import one_pass as module
+    from emloc.formats.low_rank import LowRank
 
     options = {"model_name_or_path": str(tiny.base), "dataset": str(tiny.data), "max_length": 96,
                "keep_ratio": 0.5, "output_dir": tmp_path / "e"}  # fmt: skip
-    real, done = module.factorise, []
+    real, done = LowRank.fit, []
 
-    def stop_in_the_second_block(weight, moments, rank):
+    def stop_in_the_second_block(self, weights, moments, *others):
         if moments.name.startswith("model.layers.1"):
             raise KeyboardInterrupt
-        return real(weight, moments, rank)
+        return real(self, weights, moments, *others)
 
-    monkeypatch.setattr(module, "factorise", stop_in_the_second_block)
+    def note(self, weights, moments, *others):
+        done.append(moments.name)
+        return real(self, weights, moments, *others)
+
+    monkeypatch.setattr(LowRank, "fit", stop_in_the_second_block)
     with pytest.raises(KeyboardInterrupt):
         emloc.compress(**options)
-    monkeypatch.setattr(module, "factorise", lambda w, m, r: done.append(m.name) or real(w, m, r))
+    monkeypatch.setattr(LowRank, "fit", note)
     folder = emloc.compress(**options)
     assert {name.split(".")[2] for name in done} == {"1", "2"}
     for shard in tiny.emulator.glob("*.safetensors"):
