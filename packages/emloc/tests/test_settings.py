@@ -32,9 +32,19 @@ def test_options_without_effect_are_told_where_they_are_declared():
 
 def test_an_artefact_of_before_is_complete_on_another_device(tmp_path, capsys):
     out = write(tmp_path / "out", {**NOW, "device": "cpu", "gradient_checkpointing": True})
-    assert is_complete("compress", EMULATOR, out, NOW)
+    assert is_complete("compress", EMULATOR, out, NOW, "toy")
     assert "complete already" in capsys.readouterr().err
-    assert not is_complete("compress", EMULATOR, tmp_path / "none", NOW)
+    assert not is_complete("compress", EMULATOR, tmp_path / "none", NOW, "toy")
+
+
+def test_another_plugin_that_recognises_the_model_changes_nothing(tmp_path):
+    """Settings name the family only where there is a choice; the manifest always does."""
+    out = write(tmp_path / "out", NOW)
+    assert is_complete("compress", EMULATOR, out, {**NOW, "family": "toy"}, "toy")
+    assert same({**NOW, "family": "toy"}, NOW)
+    assert not same({**NOW, "family": "a"}, {**NOW, "family": "b"})
+    with pytest.raises(OutputError, match="made with the family toy, now other"):
+        is_complete("compress", EMULATOR, out, {**NOW, "family": "other"}, "other")
 
 
 def test_options_of_text_were_once_recorded_for_every_family():
@@ -49,13 +59,13 @@ def test_options_of_text_were_once_recorded_for_every_family():
 def test_a_folder_of_other_settings_says_which_differ(tmp_path):
     out = write(tmp_path / "out", {"keep_ratio": 0.4, "seed": 0, "data_digest": "a", "old": None})
     with pytest.raises(OutputError) as problem:
-        is_complete("compress", EMULATOR, out, NOW)
+        is_complete("compress", EMULATOR, out, NOW, "toy")
     assert str(problem.value) == (
         f"{out} was made with keep_ratio 0.4, now 0.3; old null, now not given; other data. Choose "
         f"another output_dir or remove it; nothing is ever overwritten."
     )
     with pytest.raises(OutputError, match="of another kind"):
-        is_complete("merge", MERGED_MODEL, out, NOW)
+        is_complete("merge", MERGED_MODEL, out, NOW, "toy")
 
 
 def test_an_interrupted_run_of_other_settings_says_which_differ(tmp_path):

@@ -50,7 +50,7 @@ class PicturePlan:
 
 
 def plan_pictures(config: DenoiserEvaluateConfig, model: Checkpoint) -> PicturePlan | None:
-    """PicturePlan the pictures that the options ask for; None where that is none.
+    """Plan the pictures that the options ask for; None where that is none.
 
     Raises:
         ConfigError: they ask for what cannot be, or for half of it.

@@ -124,11 +124,14 @@ def versions(*packages: str) -> dict[str, str]:
     return installed
 
 
-def is_complete(stage: str, kind: Kind, output_dir: Path, settings: Mapping[str, Any]) -> bool:
+def is_complete(
+    stage: str, kind: Kind, output_dir: Path, settings: Mapping[str, Any], family: str
+) -> bool:
     """Return whether an artefact made with these settings is there already, and say so.
 
     Args:
         kind: of the artefact that the stage makes.
+        family: of its model, by name.
 
     Raises:
         OutputError: another artefact is there; the message says what differs.
@@ -139,6 +142,8 @@ def is_complete(stage: str, kind: Kind, output_dir: Path, settings: Mapping[str,
         return False
     if manifest.kind != kind.name:
         what = f"holds an artefact of another kind ({manifest.kind.replace('_', ' ')})"
+    elif manifest.family != family:
+        what = f"was made with the family {manifest.family}, now {family}"
     elif not same(manifest.settings, settings):
         what = f"was made with {difference(manifest.settings, settings)}"
     else:

@@ -63,6 +63,9 @@ def _different(
     ignored = FORMERLY_RECORDED.union(beside)
     missing, former = object(), FORMERLY_OF_ALL_FAMILIES
     before, after = _as_json(recorded), _as_json(now)
+    # Recorded only where several installed families recognise the model: plugins come and go.
+    if not ("family" in before and "family" in after):
+        ignored |= {"family"}
     return [
         key
         for key in dict.fromkeys([*after, *before])

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from emloc.config import CompressConfig
-from emloc.errors import ConfigError
+from emloc.errors import CheckpointError, ConfigError
 from emloc.extend.formats import Forms, format_named
 from emloc.formats.abilities import Cuttable
 from emloc.formats.layer_format import Form, GroupShape, LayerFormat
@@ -148,16 +148,29 @@ def written_groups(
 def dense_shapes(
     entries: Mapping[str, Mapping[str, Any]], model: nn.Module
 ) -> Callable[[str], Shape]:
-    """`shape_of` for `written_groups`: sizes from the manifest, kernels from the base's skeleton."""
-    sizes = {
-        name: (d_out, entry["d_in"])
-        for entry in entries.values()
-        for name, d_out in zip(entry["layers"], entry["d_out"])
-    }
+    """`shape_of` for `written_groups`: sizes from the manifest, kernels from the base's skeleton.
+
+    Raises:
+        CheckpointError: an entry lacks a size; `shape_of`: the model has no such layer.
+    """
+    sizes: dict[str, tuple[int, int]] = {}
+    for owner, entry in entries.items():
+        if not {"layers", "d_out", "d_in"} <= entry.keys():
+            raise CheckpointError(
+                f"The emulator's manifest does not say how large {owner} is; compress the base model "
+                f"again."
+            )
+        sizes |= {n: (d_out, entry["d_in"]) for n, d_out in zip(entry["layers"], entry["d_out"])}
 
     def shape_of(name: str) -> Shape:
         d_out, d_in = sizes[name]
-        kernel = tuple(model.get_parameter(f"{name}.weight").shape[2:])
+        try:
+            kernel = tuple(model.get_parameter(f"{name}.weight").shape[2:])
+        except AttributeError as problem:
+            raise CheckpointError(
+                f"The emulator's manifest names the layer {name}, which its model does not have; compress "
+                f"the base model again, or install the version of the library that it was made with."
+            ) from problem
         return (d_out, d_in // prod(kernel), *kernel)
 
     return shape_of

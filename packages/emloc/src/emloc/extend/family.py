@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import CalibrationOptions, TrainConfig
+from emloc.errors import PluginError
 from emloc.linalg.convolution import as_matrix
 from emloc.machine.targets import imported
 
@@ -138,6 +139,12 @@ class ModelFamily(Protocol):
         ...
 
 
+REQUIRED = frozenset(
+    name for name in (*vars(ModelFamily), *ModelFamily.__annotations__) if not name.startswith("_")
+)
+"""Names of all that a family must have."""
+
+
 @dataclass(frozen=True)
 class FamilyEntry:
     """A family as a plugin registers it, without importing it.
@@ -178,8 +185,19 @@ class FamilyEntry:
                     yield base, part
 
     def load(self) -> ModelFamily:
-        """Import the family."""
-        return cast(ModelFamily, imported(self.target))
+        """Import the family.
+
+        Raises:
+            PluginError: it is none, or was written for another version.
+        """
+        family = imported(self.target)
+        lost = sorted(name for name in REQUIRED if not hasattr(family, name))
+        if lost:
+            raise PluginError(
+                f"The family {self.name} of plugin {self.plugin} lacks {', '.join(lost)}: it was written for "
+                f"another version of emloc. Install a version of the plugin for this one."
+            )
+        return cast(ModelFamily, family)
 
     def load_single_file(self) -> Any:
         """Import its `SingleFileReader`."""

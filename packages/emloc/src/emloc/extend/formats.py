@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from emloc.config import nearest
-from emloc.errors import PluginError
+from emloc.errors import CheckpointError, PluginError
 from emloc.extend.plugins import load_plugins
 from emloc.formats.layer_format import CORE_FORMATS, Form, LayerFormat
 from emloc.options.compress import DEFAULT_FORMAT
@@ -47,9 +47,20 @@ class Forms:
         return Form(self._named(str(entry.get("format", DEFAULT_FORMAT))), sizes)
 
     def of_manifest(self, entry: Mapping[str, Any]) -> Form:
-        """The form of a group in a manifest, whose sizes lie among other figures; see `of_config`."""
+        """The form of a group in a manifest, whose sizes lie among other figures.
+
+        Raises:
+            PluginError: the format is not installed.
+            CheckpointError: a size is missing.
+        """
         name = str(entry.get("format", DEFAULT_FORMAT))
         format = self._named(name)
+        lost = [key for key in format.size_names if key not in entry]
+        if lost:
+            raise CheckpointError(
+                f"The emulator's manifest has an entry of format {name} without {', '.join(lost)}; compress "
+                f"the base model again."
+            )
         return Form(format, {key: entry[key] for key in format.size_names})
 
     def _named(self, name: str) -> LayerFormat:

@@ -38,7 +38,10 @@ def of_family(config: ConfigT, family: ModelFamily) -> ConfigT:
     for other, parts in _by_family(kind).items():
         for name in {name for fields in parts for name in fields.model_fields}:
             added.setdefault(name, []).append(other)
-    for name in sorted(config.model_fields_set & (added.keys() - mine)):
+    foreign = added.keys() - mine
+    for name in sorted(config.model_fields_set & foreign):
+        if getattr(config, name) == kind.model_fields[name].get_default(call_default_factory=True):
+            continue  # settings that several models share may spell out a default
         families = " and ".join(added[name])
         raise ConfigError(
             f"{name} is an option of the family {families}, and the model is of {family.name}; leave "
@@ -46,7 +49,7 @@ def of_family(config: ConfigT, family: ModelFamily) -> ConfigT:
         )
     if not added:
         return config
-    asked = {name: getattr(config, name) for name in config.model_fields_set}
+    asked = {name: getattr(config, name) for name in config.model_fields_set - foreign}
     return cast(ConfigT, _with(_stage_options(kind), own)(**asked))
 
 

@@ -79,7 +79,7 @@ class Artefact:
             OutputError: another artefact is in its place.
             MemoryLimitError: it does not fit, or went beyond its memory.
         """
-        if is_complete(self.stage, self.kind, self.output_dir, self.settings):
+        if is_complete(self.stage, self.kind, self.output_dir, self.settings, self.family):
             return self.output_dir
         agreed = contract()
         started = time.monotonic()

@@ -33,7 +33,7 @@ class Samples(Dataset[Any]):
 
 
 class LossTrainer(Trainer):
-    """The Trainer with a family's loss, per term of the whole step."""
+    """The Trainer with a family's loss per term; a step's is the mean of its micro-batches'."""
 
     def __init__(self, family: ModelFamily, **more: Any) -> None:
         super().__init__(**more)
