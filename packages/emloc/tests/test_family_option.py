@@ -14,7 +14,7 @@ from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.config import CompressConfig, build
 from emloc.errors import PluginError
-from emloc.extend.family import FamilyEntry
+from emloc.extend.family import REQUIRED, FamilyEntry
 from emloc.extend.opening import named_family, open_model
 from emloc.extend.plugin_options import own_options
 
@@ -28,6 +28,8 @@ class Toy:
 
 def toy(name):
     family = Toy()
+    for required in REQUIRED:  # which opening a model does not call
+        setattr(family, required, None)
     family.name = name
     return family
 
@@ -116,3 +118,9 @@ def test_settings_know_it_only_where_there_is_a_choice(two):
 )
 def test_every_stage_that_opens_a_model_takes_it(stage):
     assert getattr(emloc, stage).config.model_fields["family"].default is None
+
+
+def test_a_family_of_another_version_is_one_sentence(two, monkeypatch):
+    monkeypatch.delattr(sys.modules["toy_families"].sound, "loss")
+    with pytest.raises(PluginError, match="family sound of plugin toys lacks loss: it was written"):
+        open_model(str(two), family="sound")

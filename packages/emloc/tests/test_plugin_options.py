@@ -102,6 +102,7 @@ def test_an_option_of_other_families_alone_is_refused_by_name(installed):
         of("sound", bars=2)
     with pytest.raises(ConfigError, match="rate = -1"):
         of("sound", rate=-1)
+    assert not hasattr(of("sound", bars=4), "bars")  # spelt out, as in a file for all
 
 
 def test_every_stage_takes_them(installed):
