@@ -378,6 +378,7 @@ class Parts(nn.Module):
         ([["norm"]], MismatchError, "names norm"),
         ([["linear.weight"]], MismatchError, "names linear.weight"),
         ([["linear"], ["linear"]], MismatchError, "linear twice"),
+        ([["linear", "linear"]], MismatchError, "linear twice"),
         ([["linear", "conv"]], MismatchError, "only linear layers"),
         ([["grouped"]], ConfigError, "2 groups"),
     ],

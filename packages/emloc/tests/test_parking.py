@@ -5,8 +5,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from emloc.streaming.lockstep import Call, current_call, lockstep
+from emloc.streaming.parking import Parking
 from emloc.testing import pretend_device
 
 WIDTH, TOKENS, CALLS = 16, 64, 8
@@ -117,3 +119,22 @@ def test_abandoned_calls_leave_everything_back(inputs):
         model.positions = None
         kept.clear()
         assert card.live_bytes == weights
+
+
+def test_where_bringing_back_fails_nothing_watches_on(inputs, monkeypatch):
+    """As after running out of memory: the next calls of the process run as if nothing had been."""
+
+    def fail(self, key):
+        raise torch.OutOfMemoryError("full")
+
+    with pretend_device():
+        model, before = fresh().to("cuda"), len(_get_current_dispatch_mode_stack())
+        calls = [Call(lambda x=x: model(x.to("cuda"))) for x in inputs]
+        names = [f"blocks.{index}" for index in range(4)]
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(Parking, "_bring_back", fail)
+            lockstep(model, names, calls, lambda _: torch.no_grad(), None, torch.device("cuda"))
+        assert len(_get_current_dispatch_mode_stack()) == before
+        other = fresh().to("cuda")
+        again = [Call(lambda x=x: other(x.to("cuda")).sum()) for x in inputs]
+        lockstep(other, names, again, lambda _: torch.no_grad(), None, torch.device("cuda"))

@@ -72,8 +72,9 @@ def _group_pieces(stream: UnitStream, group: Group) -> dict[str, Sequence[Piece]
     def making(stored: StoredTensor, dtype: torch.dtype) -> Callable[[], Tensor]:
         def make() -> Tensor:
             if stored[:2] not in made:  # once per group, again only if a shard ends within it
-                made.update(_fitted(stream, group))
-            return made.pop((stored.layer, stored.name)).to(dtype).contiguous()
+                fitted = _fitted(stream, group)
+                made.update({key: value.to(dtype).contiguous() for key, value in fitted.items()})
+            return made.pop((stored.layer, stored.name))
 
         return make
 

@@ -71,6 +71,7 @@ def replace_layers(
     for group in groups:
         form = forms.of_config(group)
         dense = [_described(model, name, dense_layer, kinds) for name in group["layers"]]
+        _refuse_twice(model, group["layers"])
         for old, layer in zip(dense, form.format.modules(dense, form)):
             module = model.get_submodule(old.name)
             layer.train(module.training)
@@ -78,6 +79,17 @@ def replace_layers(
             layer._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
             for parent, attribute in holders[module]:
                 setattr(parent, attribute, layer)
+
+
+def _refuse_twice(model: nn.Module, names: Sequence[str]) -> None:
+    seen: set[nn.Module] = set()
+    for name in names:
+        module = model.get_submodule(name)
+        if module in seen:
+            raise MismatchError(
+                f"The emulator's config names {name} twice; compress the base model again."
+            )
+        seen.add(module)
 
 
 def _named(model: nn.Module, name: str) -> nn.Module | None:

@@ -53,22 +53,22 @@ def resident_bytes() -> int:
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 LARGE_BYTES = 1 << 20
 STREAMED_BYTES = 1 << 17
-_KEPT_BYTES = 1 << 26
-"""Free bytes at its end that glibc's heap may come to keep when left to itself."""
 
 
 def return_large_blocks() -> None:
     """Have the C library give every freed block of a MiB or more back to the system at once.
 
     By default glibc raises that size to 32 MiB as it sees such blocks freed, and then keeps them in a
-    heap that small allocations fragment. Process-wide; elsewhere than glibc nothing happens.
+    heap that small allocations fragment. The heap's free end goes back from 128 KiB on, as by default before
+    glibc sees large blocks. Process-wide; elsewhere than glibc nothing happens.
     """
     _set_allocator(_M_MMAP_THRESHOLD, LARGE_BYTES)
+    _set_allocator(_M_TRIM_THRESHOLD, STREAMED_BYTES)
 
 
 @contextlib.contextmanager
 def streaming_memory() -> Iterator[None]:
-    """Have freed blocks of 128 KiB or more, and the heap's free end, given back at once inside the block.
+    """Have freed blocks of 128 KiB or more given back at once inside the block, as well as the heap's end.
 
     Hidden states of a micro-batch are often smaller than a MiB. In the heap they leave holes, which
     weights then fill and smaller things fragment: a stage that holds one block of weights would grow
@@ -76,13 +76,12 @@ def streaming_memory() -> Iterator[None]:
     which goes through them in every step, would take 40 % longer (hidden size 512, two cores), and
     keeps to `return_large_blocks`.
     """
+    return_large_blocks()
     _set_allocator(_M_MMAP_THRESHOLD, STREAMED_BYTES)
-    _set_allocator(_M_TRIM_THRESHOLD, STREAMED_BYTES)
     try:
         yield
     finally:
         return_large_blocks()
-        _set_allocator(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def _set_allocator(option: int, value: int) -> None:

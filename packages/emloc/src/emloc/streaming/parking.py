@@ -85,7 +85,7 @@ class Parking(TorchDispatchMode):
         made = func(*args, **kwargs)
         call = current_call()
         if call is not None:
-            self._made[call].extend(map(ref, self._here(made)))
+            self._made.setdefault(call, []).extend(map(ref, self._here(made)))
         return made
 
     def __exit__(
@@ -94,10 +94,13 @@ class Parking(TorchDispatchMode):
         problem: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Bring everything back."""
-        for key in list(self._away):
-            self._bring_back(key)
-        super().__exit__(kind, problem, trace)
+        """Bring everything back; where that fails, as it may after running out of memory, stop watching."""
+        try:
+            for key in list(self._away):
+                self._bring_back(key)
+        finally:
+            self._away.clear()
+            super().__exit__(kind, problem, trace)
 
     def _send_away(self, call: Call) -> None:
         alive = [tensor for made in self._made[call] if (tensor := made()) is not None]
@@ -112,9 +115,10 @@ class Parking(TorchDispatchMode):
             storage.resize_(0)
 
     def _bring_back(self, key: int) -> None:
-        away = self._away.pop(key)
-        away.storage.resize_(away.bytes.nbytes())
+        away = self._away[key]
+        away.storage.resize_(away.bytes.nbytes())  # before the bytes are let go: it may fail
         away.storage.copy_(away.bytes)
+        del self._away[key]
 
     def _here(self, tree: Any) -> list[Tensor]:
         return [

@@ -28,6 +28,7 @@ from emloc.config import CompressConfig, StageConfig
 from emloc.errors import DataError, NumericalError
 from emloc.extend.capabilities import token_count
 from emloc.extend.family import Batch, ModelFamily
+from emloc.machine.memory import return_large_blocks
 from emloc.machine.progress import progress_bar
 
 Loss = Callable[[Batch], tuple[Tensor, int]]
@@ -110,6 +111,7 @@ def train_further(
         DataError: a step has no token to learn from.
     """
     started, batches = time.monotonic(), batches_for(source, options)
+    return_large_blocks()  # what is written around it may have asked for more
     model.train()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
