@@ -14,7 +14,7 @@ DEPENDENT = re.compile(
 
 
 def docstrings(tree):
-    """Those of modules, classes and functions, and the strings below assigned names."""
+    """Docstrings of modules, classes and functions, and the strings below assigned names."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)

@@ -23,7 +23,7 @@ from emloc.streaming.stream import UnitStream
 
 
 def options(**given):
-    """Of compress, with those of the installed families."""
+    """Options of compress, with those of the installed families."""
     return with_plugin_options(CompressConfig)(**given)
 
 

@@ -85,21 +85,21 @@ def fitted(format, shape, dtype=torch.float32):
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_laws(format, shape):
     assert isinstance(format, LayerFormat)
-    weights, form, found = fitted(format, shape)
+    weights, form, outcome = fitted(format, shape)
     stored = {(one.layer, one.name): one for one in format.stored(shape, form)}
-    assert found.tensors.keys() == stored.keys()
-    for key, tensor in found.tensors.items():
+    assert outcome.tensors.keys() == stored.keys()
+    for key, tensor in outcome.tensors.items():
         assert tuple(tensor.shape) == stored[key].shape
         assert tensor.dtype == (stored[key].dtype or torch.float32)
-    written = sum(tensor.numel() * tensor.element_size() for tensor in found.tensors.values())
+    written = sum(tensor.numel() * tensor.element_size() for tensor in outcome.tensors.values())
     assert tensor_bytes(shape, form, 4) == written
     assert written <= budget_bytes(shape, config_of(keep_ratio=0.6), 4)
-    assert stored_elements(shape, form) == sum(t.numel() for t in found.tensors.values())
+    assert stored_elements(shape, form) == sum(t.numel() for t in outcome.tensors.values())
     json.dumps(form.as_json())
     assert set(form.sizes) == set(format.size_names)
     columns = torch.randn(shape.d_in, 3, dtype=torch.float64)
     for layer, weight in zip(shape.layers, weights):
-        operator = format.operator(shape, form, layer, lambda *key: found.tensors[key])
+        operator = format.operator(shape, form, layer, lambda *key: outcome.tensors[key])
         dense = operator.dense(torch.float64)
         assert dense.shape == weight.shape
         torch.testing.assert_close(operator @ columns, dense @ columns)
@@ -109,13 +109,13 @@ def test_laws(format, shape):
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_modules_compute_what_the_operator_says(format, shape):
-    _, form, found = fitted(format, shape)
+    _, form, outcome = fitted(format, shape)
     dense = [
         DenseLayer(name, shape.d_in, d_out, True, torch.float32, torch.device("cpu"))
         for name, d_out in zip(shape.layers, shape.d_out)
     ]
     modules = dict(zip(shape.layers, format.modules(dense, form)))
-    for (layer, name), tensor in found.tensors.items():
+    for (layer, name), tensor in outcome.tensors.items():
         modules[layer].load_state_dict({name: tensor}, strict=False)
     x = torch.randn(7, shape.d_in)
     for layer, module in modules.items():
@@ -123,9 +123,9 @@ def test_modules_compute_what_the_operator_says(format, shape):
         assert isinstance(module, nn.Linear)
         assert not any(p.requires_grad for p in module.parameters())
         own = {name for name, _ in module.named_parameters() if name != "bias"}
-        assert own == {name for owner, name in found.tensors if owner == layer}
+        assert own == {name for owner, name in outcome.tensors if owner == layer}
         nn.init.ones_(module.bias)
-        operator = format.operator(shape, form, layer, lambda *key: found.tensors[key])
+        operator = format.operator(shape, form, layer, lambda *key: outcome.tensors[key])
         expected = x @ operator.dense(torch.float32).T + 1
         x.requires_grad_()
         y = module(x)
@@ -139,9 +139,9 @@ def test_modules_compute_what_the_operator_says(format, shape):
 def test_a_smaller_form_is_the_leading_part_of_a_larger_one():
     assert isinstance(LOW_RANK, Cuttable)
     assert not isinstance(ROUNDED, Cuttable)
-    weights, form, found = fitted(LOW_RANK, SHAPES[0], torch.float64)
+    weights, form, outcome = fitted(LOW_RANK, SHAPES[0], torch.float64)
     small = form.with_size(LOW_RANK.unit, 3)
-    _, x = weights, found.tensors
+    _, x = weights, outcome.tensors
     parts = {
         (s.layer, s.name): x[s.layer, s.name][tuple(slice(n) for n in s.shape)]
         for s in LOW_RANK.stored(SHAPES[0], small)

@@ -117,7 +117,7 @@ def test_gradients_are_found_block_by_block(family, example):
     checkpoint, batches = few_batches(family, example)
 
     def gradients(device):
-        stream, found = UnitStream(family, checkpoint, device), {}
+        stream, gradient_of = UnitStream(family, checkpoint, device), {}
 
         @contextmanager
         def visit(block, module):
@@ -126,9 +126,9 @@ def test_gradients_are_found_block_by_block(family, example):
             for name, parameter in module.named_parameters():
                 if parameter.grad is not None:
                     assert parameter.grad.device.type == device
-                    found[f"{block}.{name}"] = parameter.grad.cpu()
+                    gradient_of[f"{block}.{name}"] = parameter.grad.cpu()
 
-        return backward_by_block(stream, batches, visit), found
+        return backward_by_block(stream, batches, visit), gradient_of
 
     (loss, here), (same, there) = on_both(gradients)
     assert loss == pytest.approx(same, rel=1e-6)

@@ -110,7 +110,7 @@ def test_reruns_give_the_same_bytes(example, emulator, tmp_path):
     [(0.3, (8, 32)), (0.2, (4, 32)), (0.13, (4, 128)), (0.11, (3, 32)), (0.07, (2, 64))],
 )
 def test_a_share_of_bytes_buys_bits(ratio, sizes, tmp_path):
-    """Of float32 weights: 0.3 of 32 bits are 9.6, for codes, scales and zeros."""
+    """A share of 0.3 of float32 weights is 9.6 bits, for codes, scales and zeros."""
     from emloc.config import CompressConfig
     from emloc.formats.layer_format import GroupShape
     from emloc.formats.quantized import Quantized

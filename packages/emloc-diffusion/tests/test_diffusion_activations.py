@@ -46,8 +46,8 @@ def options(dtype="float32", twice=False, **more):
 
 def compressed_groups(family, skeleton):
     shapes = layer_shapes(skeleton)
-    found = [group_shape(names, shapes.__getitem__) for names in family.layer_groups(skeleton)]
-    return [Group(shape, low_rank(rank_for(0.4, shape.rows, shape.d_in))) for shape in found]
+    shaped = [group_shape(names, shapes.__getitem__) for names in family.layer_groups(skeleton)]
+    return [Group(shape, low_rank(rank_for(0.4, shape.rows, shape.d_in))) for shape in shaped]
 
 
 def both(checkpoint, family, config, compressed, run):
@@ -109,8 +109,8 @@ def test_a_block_of_flux_keeps_what_the_closed_form_says(described):
     assert list(family.stacks(checkpoint)) == [2, 3]
 
     def kept(blocks):
-        found = both(family.shallow(checkpoint, blocks), family, options("bfloat16"), True, traced)
-        return found[0].phases["loss"].kept, found[1].phases["backward"].kept
+        shaped = both(family.shallow(checkpoint, blocks), family, options("bfloat16"), True, traced)
+        return shaped[0].phases["loss"].kept, shaped[1].phases["backward"].kept
 
     planned, counted = kept([2, 3])
     for blocks in ([3, 3], [2, 4]):

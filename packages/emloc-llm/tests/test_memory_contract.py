@@ -94,7 +94,7 @@ def test_a_stage_that_cannot_fit_says_what_would(wide, tmp_path):
     with pytest.raises(MemoryLimitError, match="train needs .* it would fit with "
                                                "gradient_checkpointing=True"):  # fmt: skip
         emloc.train(memory=lora - 1, gradient_checkpointing=False, **common)
-    with pytest.raises(MemoryLimitError, match="the least that it can do with is") as refused:
+    with pytest.raises(MemoryLimitError, match="with the smallest settings it needs") as refused:
         emloc.train(memory="1MiB", **common)
     assert "\n  weights " in str(refused.value)
     with pytest.raises(MemoryLimitError, match="compress needs"):

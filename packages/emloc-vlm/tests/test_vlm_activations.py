@@ -59,8 +59,8 @@ def both(checkpoint, family, config, compressed, run, samples=2):
     """Largest moments in closed form and as `run` counts them."""
     skeleton = family.skeleton(checkpoint, torch.float32)
     shapes = layer_shapes(skeleton)
-    found = [group_shape(names, shapes.__getitem__) for names in family.layer_groups(skeleton)]
-    groups = [Group(shape, low_rank(rank_for(0.4, shape.rows, shape.d_in))) for shape in found]
+    shaped = [group_shape(names, shapes.__getitem__) for names in family.layer_groups(skeleton)]
+    groups = [Group(shape, low_rank(rank_for(0.4, shape.rows, shape.d_in))) for shape in shaped]
     groups = groups if compressed else []
     batch = family.planned_batch(checkpoint, config, samples)
     adapted = family.adapted_layers(skeleton, config)
@@ -128,10 +128,10 @@ def test_samples_are_not_cut_shorter_than_an_image(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["image_seq_length"] = 300
     (folder / "config.json").write_text(json.dumps(config))
-    found = emloc.plan(model_name_or_path=str(folder), memory="1MiB")
-    assert not found["fits"]
-    assert found["options"]["max_length"] == 512
-    assert found["given_up"][-1] == "max_length 512"
+    shaped = emloc.plan(model_name_or_path=str(folder), memory="1MiB")
+    assert not shaped["fits"]
+    assert shaped["options"]["max_length"] == 512
+    assert shaped["given_up"][-1] == "max_length 512"
 
 
 def test_towers_are_cut_apart(described):

@@ -95,8 +95,8 @@ def test_what_calls_have_in_common_is_there_for_all(inputs):
 
     expected = total("cpu")
     with pretend_device():
-        found = total("cuda")
-    assert all(torch.equal(one, other) for one, other in zip(expected, found))
+        there = total("cuda")
+    assert all(torch.equal(one, other) for one, other in zip(expected, there))
 
 
 def test_abandoned_calls_leave_everything_back(inputs):
@@ -121,8 +121,40 @@ def test_abandoned_calls_leave_everything_back(inputs):
         assert card.live_bytes == weights
 
 
+class Forgetful(Skipping):
+    """Each block's output has a name that the next one takes over, without a use."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(depth))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+            unread = x * 2  # noqa: F841
+        return x
+
+
+@pytest.mark.parametrize("depth", [4, 12])
+def test_what_died_while_it_was_away_is_let_go(inputs, depth, monkeypatch):
+    away, send = [], Parking._send_away
+
+    def counting(self, call):
+        send(self, call)
+        away.append(len(self._away))
+
+    monkeypatch.setattr(Parking, "_send_away", counting)
+    with pretend_device():
+        model = Forgetful(depth).to("cuda")
+        names = [f"blocks.{index}" for index in range(depth)]
+        calls = [Call(lambda x=x: model(x.to("cuda")).cpu()) for x in inputs]
+        lockstep(model, names, calls, lambda _: torch.no_grad(), device=torch.device("cuda"))
+    # Of each call what it was given, its state and the unread one, however deep the model is.
+    assert max(away) == 3 * CALLS
+
+
 def test_where_bringing_back_fails_nothing_watches_on(inputs, monkeypatch):
-    """As after running out of memory: the next calls of the process run as if nothing had been."""
+    """Running out of memory there must not disturb the next calls of the process."""
 
     def fail(self, key):
         raise torch.OutOfMemoryError("full")

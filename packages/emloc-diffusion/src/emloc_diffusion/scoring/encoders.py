@@ -38,7 +38,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 
 SAFETENSORS_REVISIONS = {"openai/clip-vit-base-patch32": "refs/pr/15"}
-"""The hub's revisions that have safetensors of models whose main branch has pickled weights only."""
+"""Revisions on the hub with safetensors, for models whose main branch holds pickled weights only."""
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError)
 """The errors that the libraries raise on a folder that is damaged or of something else."""

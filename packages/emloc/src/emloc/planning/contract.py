@@ -120,7 +120,7 @@ class Contract:
             said = ", ".join(f"{name}={value}" for name, value in options.items())
             return f"it would fit with {said}."
         assert fitted.smallest is not None
-        return f"the least that it can do with is {format_bytes(fitted.smallest)}."
+        return f"with the smallest settings it needs {format_bytes(fitted.smallest)}."
 
     def _table(self) -> str:
         lines: Lines = self.planned.device

@@ -96,6 +96,7 @@ class Parking(TorchDispatchMode):
     ) -> None:
         """Bring everything back; where that fails, as it may after running out of memory, stop watching."""
         try:
+            self._forget_dead()
             for key in list(self._away):
                 self._bring_back(key)
         finally:
@@ -103,6 +104,7 @@ class Parking(TorchDispatchMode):
             super().__exit__(kind, problem, trace)
 
     def _send_away(self, call: Call) -> None:
+        self._forget_dead()
         alive = [tensor for made in self._made[call] if (tensor := made()) is not None]
         self._made[call] = list(map(ref, alive))
         for tensor in alive:
@@ -113,6 +115,13 @@ class Parking(TorchDispatchMode):
                 continue
             self._away[key] = _Away(storage, storage.cpu(), call)
             storage.resize_(0)
+
+    def _forget_dead(self) -> None:
+        """Let go of what no tensor holds any more, and the graph neither: nothing can ask for it back."""
+        uses = torch._C._storage_Use_Count  # pyright: ignore
+        dead = [key for key, away in self._away.items() if uses(away.storage._cdata) == 1]  # pyright: ignore
+        for key in dead:
+            del self._away[key]
 
     def _bring_back(self, key: int) -> None:
         away = self._away[key]

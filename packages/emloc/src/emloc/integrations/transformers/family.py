@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.locate import locate
 from emloc.config import CalibrationOptions, EvaluateConfig, TrainConfig
+from emloc.errors import ConfigError
 from emloc.extend.capabilities import native_of
 from emloc.extend.family import Batch, EmulatorLayers, ModelFamily, StoredParameter
 from emloc.integrations.transformers.conversion import module_name, stored_parameter
@@ -104,7 +105,13 @@ class TransformersFamily(PlannedTransformer):
     def calibration_batches(
         self, checkpoint: Checkpoint, options: CalibrationOptions
     ) -> Sequence[Batch]:
-        """See `ModelFamily`; so many samples of `data`, drawn by seed."""
+        """See `ModelFamily`; so many samples of `data`, drawn by seed.
+
+        Raises:
+            ConfigError: they are to be counted in tokens.
+        """
+        if options.num_calibration_tokens is not None:
+            raise self._unread("num_calibration_tokens")
         data = self.data(checkpoint, options)
         samples = drawn(data.samples, options.num_calibration_samples, options.seed)
         return [data.collate(part) for part in in_batches(samples, options.calibration_batch_size)]
@@ -118,24 +125,46 @@ class TransformersFamily(PlannedTransformer):
         return load_model(checkpoint, self.auto_class, dtype, device)
 
     def train(self, config: TrainConfig, work: Path) -> dict[str, Any]:
-        """See `ModelFamily`; `emloc.integrations.transformers.loss_trainer`."""
+        """See `ModelFamily`; `emloc.integrations.transformers.loss_trainer`.
+
+        Raises:
+            ConfigError: an option asks for what `data` does not give.
+        """
         from emloc.integrations.transformers.loss_trainer import TrainingWay, train_on
 
         return_large_blocks()
         with PeakMemory(config.device, mapped=True, limit=config.memory) as peak:
-            checkpoint = self._opened(config)
+            checkpoint = self._opened(config.emulator or str(config.model_name_or_path))
             how = TrainingWay(self.task_type, self.frozen, self.trainer_class)
-            figures = train_on(self, checkpoint, self.data(checkpoint, config), how, config, work)
+            data = self.data(checkpoint, config)
+            if config.streaming:
+                raise self._unread("streaming")
+            if config.eval_dataset and not data.evaluation:
+                raise self._unread("eval_dataset")
+            figures = train_on(self, checkpoint, data, how, config, work)
         return {**figures, **peak.figures()}
 
     def evaluate(self, config: EvaluateConfig) -> dict[str, Any]:
-        """See `Evaluates`; the mean loss, in `emloc.integrations.peft.evaluated_loss`."""
+        """See `Evaluates`; the mean loss, in `emloc.integrations.peft.evaluated_loss`.
+
+        Raises:
+            ConfigError: there are tasks, which only a family with scores of its own has.
+        """
         from emloc.integrations.peft.evaluated_loss import evaluate_loss
 
-        return evaluate_loss(config, self)
+        if config.tasks:
+            raise self._unread("tasks")
+        checkpoint = self._opened(config.model_name_or_path)
+        data = self.data(checkpoint, config)
+        samples = data.samples[: config.num_samples]
+        parts = in_batches(samples, config.per_device_eval_batch_size)
+        return evaluate_loss(config, self, checkpoint, [data.collate(part) for part in parts])
 
-    def _opened(self, config: TrainConfig) -> Checkpoint:
-        path = locate(config.emulator or str(config.model_name_or_path))
+    def _unread(self, option: str) -> ConfigError:
+        return ConfigError(f"The family {self.name} does not read {option}; leave it out.")
+
+    def _opened(self, name: str) -> Checkpoint:
+        path = locate(name)
         family: ModelFamily = self
         return native_of(family, Checkpoint.open(path))
 
