@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from emloc.machine import progress
-from emloc.machine.progress import ProgressBar, progress_bar, warn
+from emloc.machine.progress import ProgressBar, headline, progress_bar, warn
 
 
 @pytest.fixture
@@ -94,3 +94,11 @@ def test_colours_are_not_where_they_are_not_wanted(monkeypatch):
     monkeypatch.setattr(progress, "console", Console(file=file, force_terminal=True, markup=False))
     warn("odd")
     assert "\x1b[33m" not in file.getvalue()
+
+
+@pytest.mark.parametrize(("name", "rest"), [("train", "→ [bold]folder"), ("merge", "")])
+def test_a_headline_shows_what_it_is_given(log, name, rest):
+    headline(name, rest)
+    said = log.getvalue()
+    assert said.startswith(f"{name} {rest}".rstrip() + " ─")
+    assert said.endswith("\n")

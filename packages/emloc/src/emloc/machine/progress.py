@@ -21,6 +21,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
@@ -41,7 +42,8 @@ def warn(text: str) -> None:
 
 def headline(name: str, rest: str = "") -> None:
     """A rule across the console with a title, `name` in bold."""
-    console.rule(f"[bold]{escape(name)}[/] {escape(rest)}".rstrip(), align="left")
+    title = Text.assemble((name, "bold"), f" {rest}".rstrip())
+    console.rule(title, align="left")
 
 
 @contextmanager
