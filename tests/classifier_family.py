@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import emloc
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.config import DataOptions
 from emloc.extend.capabilities import TRANSFORMERS_MODEL
 from emloc.extend.family import Batch, FamilyEntry
 from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
@@ -24,6 +25,7 @@ from emloc.integrations.transformers.lively_model import lively_model
 from emloc.integrations.transformers.loading import load_tokenizer
 from emloc.integrations.transformers.sampling import TrainingData
 from emloc.integrations.transformers.tables import dataset_names, load_table
+from emloc.integrations.transformers.text_options import LengthOptions, SplitOptions
 
 SIZES = {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -93,5 +95,6 @@ def emloc_register_families() -> Sequence[FamilyEntry]:
         return any(str(name).endswith("ForSequenceClassification") for name in names)
 
     target = f"{__name__}:ClassifierFamily"
-    offers = (TRANSFORMERS_MODEL,)
-    return [FamilyEntry("classifier", "text classifiers", target, recognises, offers=offers)]
+    options = {DataOptions: (SplitOptions, LengthOptions)}
+    more: Any = {"options": options, "offers": (TRANSFORMERS_MODEL,)}
+    return [FamilyEntry("classifier", "text classifiers", target, recognises, **more)]

@@ -11,12 +11,13 @@ import emloc
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
-from emloc.config import CompressConfig
+from emloc.config import CompressConfig, EvaluateConfig
 from emloc.extend.capabilities import adapter_formats_of, token_mask_of
 from emloc.extend.family import ModelFamily
 from emloc.extend.losses import loss_sum
 from emloc.extend.opening import family_of
-from emloc.extend.plugin_options import with_plugin_options
+from emloc.extend.plugin_options import with_family_options, with_plugin_options
+from emloc.options.marks import loss_alone
 from emloc.planning.family import PlannedFamily
 from emloc.streaming.lockstep import Call, lockstep
 from emloc.streaming.stream import UnitStream
@@ -176,10 +177,10 @@ def test_correction_removes_the_residual(stages):
         assert not torch.equal(before.read(layer.up_key), after.read(layer.up_key))
 
 
-def test_merged_scores_as_the_adapter_does(example, stages):
+def test_merged_scores_as_the_adapter_does(family, example, stages):
     data = {key: value for key, value in example.items() if key != "model_name_or_path"}
     base = example["model_name_or_path"]
-    fast = {"max_new_tokens": 0} if "max_length" in data else {}
+    fast = loss_alone(with_family_options(EvaluateConfig, family))
     plain = emloc.evaluate(model_name_or_path=base, **data, **fast)["loss"]
     adapted = emloc.evaluate(
         model_name_or_path=base, adapter=str(stages["corrected"]), **data, **fast

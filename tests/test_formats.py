@@ -17,6 +17,7 @@ from emloc.artefacts.manifest import Manifest
 from emloc.config import CompressConfig, TrainConfig
 from emloc.errors import CheckpointError, ConfigError, PluginError
 from emloc.extend.formats import Forms, format_named
+from emloc.extend.plugin_options import with_plugin_options
 from emloc.extend.plugins import load_plugins
 from emloc.formats.abilities import Cuttable
 from emloc.formats.layer_format import (
@@ -256,7 +257,7 @@ def test_what_a_module_makes_while_it_runs_is_planned(installed, tmp_path):
 
     folder = write_model(tmp_path, hidden_size=256, intermediate_size=700, num_hidden_layers=2)
     checkpoint, family, model = describe(str(folder))
-    config = TrainConfig(
+    config = with_plugin_options(TrainConfig)(
         output_dir="unused", max_length=16, lora_r=3, per_device_train_batch_size=1
     )
     batch = family.planned_batch(checkpoint, config, 1)

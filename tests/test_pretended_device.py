@@ -11,8 +11,9 @@ import emloc
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
-from emloc.config import CompressConfig
-from emloc.extend.plugin_options import with_plugin_options
+from emloc.config import CompressConfig, EvaluateConfig
+from emloc.extend.plugin_options import with_family_options, with_plugin_options
+from emloc.options.marks import loss_alone
 from emloc.streaming.block_gradients import backward_by_block
 from emloc.streaming.stream import UnitStream
 from emloc.testing import pretend_device
@@ -73,8 +74,11 @@ def test_a_limit_is_chosen(stages, data, tmp_path):
     same_weights(choose(tmp_path / "here", "cpu"), there)
 
 
-def test_a_loss_is_measured(stages, data, card):
-    few = {"max_new_tokens": 0} if "max_length" in data else {"num_noise_samples": 2}
+def test_a_loss_is_measured(family, stages, data, card):
+    kind = with_family_options(EvaluateConfig, family)
+    few = loss_alone(kind)
+    if "num_noise_samples" in kind.model_fields:
+        few["num_noise_samples"] = 2
     emulator = {"model_name_or_path": str(stages["emulator"])}
     there = emloc.evaluate(device="cuda", **emulator, **data, **few)["loss"]
     assert there == emloc.evaluate(device="cpu", **emulator, **data, **few)["loss"]

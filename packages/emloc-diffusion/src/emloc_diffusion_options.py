@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from emloc.config import StageConfig
-from emloc.options.marks import NamesFiles
+from emloc.options.marks import NamesData, NamesFiles
 from emloc.options.types import Names
 
 ALIASES = {
@@ -54,11 +54,13 @@ def _with_optim(given: dict[str, Any]) -> dict[str, Any]:
 class PictureOptions(_Aliased):
     """Options for pictures and for what they are said to show."""
 
-    instance_data_dir: Path | None = Field(None, description="folder of pictures; same as dataset")
+    instance_data_dir: Annotated[Path | None, NamesData()] = Field(
+        None, description="folder of pictures; same as dataset"
+    )
     instance_prompt: str | None = Field(
         None, description="caption of every picture; by default name.txt beside name.png"
     )
-    class_data_dir: Annotated[Path | None, NamesFiles()] = Field(
+    class_data_dir: Annotated[Path | None, NamesFiles(), NamesData()] = Field(
         None, description="pictures of the class, to preserve it"
     )
     class_prompt: str | None = Field(None, description="caption of those")

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import emloc
+from emloc.config import EvaluateConfig
 from emloc.extend.capabilities import TEXT_DECODER, TRANSFORMERS_MODEL
 from emloc.extend.family import FamilyEntry
-from emloc.integrations.transformers.text_options import TEXT_OPTIONS
+from emloc.integrations.transformers.text_options import TEXT_OPTIONS, TaskOptions
 
 _ENDINGS = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "BertGenerationDecoder")
 
@@ -29,7 +30,10 @@ def emloc_register_families() -> Sequence[FamilyEntry]:
             summary="causal language models of transformers (AutoModelForCausalLM)",
             target="emloc_llm.family:LLMFamily",
             recognises=is_causal_lm,
-            options=TEXT_OPTIONS,
+            options={
+                **TEXT_OPTIONS,
+                EvaluateConfig: (*TEXT_OPTIONS[EvaluateConfig], TaskOptions),
+            },
             offers=(TRANSFORMERS_MODEL, TEXT_DECODER),
         )
     ]

@@ -11,11 +11,7 @@ import emloc
 from emloc.config import DataOptions, EvaluateConfig, TrainConfig
 from emloc.extend.capabilities import TEXT_DECODER, TRANSFORMERS_MODEL
 from emloc.extend.family import FamilyEntry
-from emloc.integrations.transformers.text_options import (
-    AnswerOptions,
-    TextOptions,
-    TextTrainingOptions,
-)
+from emloc.integrations.transformers.text_options import TEXT_OPTIONS
 from emloc_vlm_options import FreezeOptions, ImageOptions, MetricOptions
 
 
@@ -40,9 +36,10 @@ def emloc_register_families() -> Sequence[FamilyEntry]:
             recognises=is_vlm,
             offers=(TRANSFORMERS_MODEL, TEXT_DECODER),
             options={
-                DataOptions: (TextOptions, ImageOptions),
-                TrainConfig: (TextTrainingOptions, FreezeOptions),
-                EvaluateConfig: (AnswerOptions, MetricOptions),
+                **TEXT_OPTIONS,
+                DataOptions: (*TEXT_OPTIONS[DataOptions], ImageOptions),
+                TrainConfig: (*TEXT_OPTIONS[TrainConfig], FreezeOptions),
+                EvaluateConfig: (*TEXT_OPTIONS[EvaluateConfig], MetricOptions),
             },
         )
     ]

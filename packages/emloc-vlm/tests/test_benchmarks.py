@@ -3,10 +3,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vlm_stage_options import visual_options
 
 from emloc.errors import DataError
 from emloc_vlm.benchmarks import read_benchmark
-from emloc_vlm.rows import VisualOptions, load_examples
+from emloc_vlm.rows import load_examples
 from emloc_vlm.scoring import METRICS
 
 PMC_1 = (
@@ -443,11 +444,11 @@ def test_train_and_test_of_one_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str, expected: list[str]
 ):
     path = write(tmp_path / "a.json", RAD)
-    examples = load_examples(VisualOptions(dataset=str(path)), str(path), split)
+    examples = load_examples(visual_options(dataset=str(path)), str(path), split)
     assert [example.references[0] for example in examples] == expected
     assert "holds 1 train and 1 test rows" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(DataError, match="no rows of split 'validation'"):
-        load_examples(VisualOptions(dataset=str(path)), str(path), "validation")
+        load_examples(visual_options(dataset=str(path)), str(path), "validation")
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])

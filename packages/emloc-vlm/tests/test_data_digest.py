@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from PIL import Image
+from vlm_stage_options import visual_options
 
 import emloc
 from emloc.artefacts.digest import dataset_digest
@@ -12,8 +13,6 @@ from emloc.config import EvaluateConfig
 from emloc.errors import OutputError
 from emloc.stages.data_digest import data_digest
 from emloc_vlm.family import VLMFamily
-from emloc_vlm.rows import VisualOptions
-from emloc_vlm_options import ImageOptions
 
 
 def paint(path, color):
@@ -91,7 +90,7 @@ FORMS = [jsonl, as_json, csv, parquet, chat, meta, elsewhere, several, folder, b
 
 
 def digest(options, split="train"):
-    given = VisualOptions(**{name: str(value) for name, value in options.items()})
+    given = visual_options(**{name: str(value) for name, value in options.items()})
     return data_digest(given.dataset, split, given, VLMFamily())
 
 
@@ -145,13 +144,10 @@ def test_files_beside_the_one_that_is_named(tmp_path):
 
 
 def test_only_rows_that_are_scored_count(tmp_path):
-    class Options(EvaluateConfig, ImageOptions):
-        """Of evaluate."""
-
     paint(tmp_path / "a.png", "red")
     paint(tmp_path / "b.png", "red")
     path = str(write(tmp_path / "t.jsonl", row("a.png"), row("b.png")))
-    few = Options(model_name_or_path="m", dataset=path, num_samples=1)
+    few = visual_options(EvaluateConfig, dataset=path, num_samples=1)
     every = few.model_copy(update={"num_samples": None})
     first = [data_digest(path, "train", options, VLMFamily()) for options in (few, every)]
     paint(tmp_path / "b.png", "blue")

@@ -7,18 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from vlm_stage_options import visual_options
 
 import emloc
 from emloc.errors import ConfigError, DataError
 from emloc_vlm.encode import collate
 from emloc_vlm.processor import load_processor
-from emloc_vlm.rows import (
-    CalibrationVisualOptions,
-    VisualOptions,
-    load_examples,
-    mixed_examples,
-    readable,
-)
+from emloc_vlm.rows import load_examples, mixed_examples, readable
 
 
 @pytest.fixture
@@ -35,7 +30,7 @@ def write(path, rows):
 
 
 def only(path, **options):
-    options = VisualOptions(dataset=str(path), **options)
+    options = visual_options(dataset=str(path), **options)
     return load_examples(options, str(path))
 
 
@@ -123,8 +118,8 @@ def test_a_bad_image_names_file_and_line(folder, problem):
         (folder / "pictures/c.png").write_bytes(whole[: len(whole) // 2])
     examples = only(path)
     with pytest.raises(DataError, match=r"t.jsonl, line 3: .*c.png"):
-        readable(examples, VisualOptions())
-    assert len(readable(examples, VisualOptions(on_bad_image="skip"))) == 2
+        readable(examples, visual_options())
+    assert len(readable(examples, visual_options(on_bad_image="skip"))) == 2
 
 
 def test_skipping_is_counted_in_the_stages(tiny, tmp_path, capfd):
@@ -171,7 +166,7 @@ def test_mixed_by_weights(folder):
         write(folder / f"{name}.jsonl",
               [{"image": "pictures/a.png", "question": name, "answer": "z"}] * count)  # fmt: skip
     names = f"{folder / 'x.jsonl'},{folder / 'y.jsonl'}"
-    mixed = mixed_examples(VisualOptions(dataset=names, dataset_weights=[1, 1]), seed=0)
+    mixed = mixed_examples(visual_options(dataset=names, dataset_weights=[1, 1]), seed=0)
     asked = [shape(example)[0][1] for example in mixed]
     assert asked.count("*x") == asked.count("*y") == 6
 
@@ -193,9 +188,7 @@ def test_what_a_batch_learns_is_the_answers(tiny, turns, every):
         chat.append({"role": "assistant", "content": f"answer {words}"})
     short = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     path = write(tiny.root / "property.jsonl", [{"messages": chat}, {"messages": short}])
-    options = CalibrationVisualOptions(
-        dataset=str(path), max_length=2000, assistant_only_loss=every
-    )
+    options = visual_options(dataset=str(path), max_length=2000, assistant_only_loss=every)
     batch = collate(load_examples(options, str(path)), processor, options)
     learnt = batch["labels"][0]
     text = processor.tokenizer.decode(learnt[learnt >= 0])
@@ -208,7 +201,7 @@ def test_what_a_batch_learns_is_the_answers(tiny, turns, every):
 
 
 def test_too_long_a_prompt_is_refused(tiny):
-    options = CalibrationVisualOptions(dataset=str(tiny.data), max_length=20)
+    options = visual_options(dataset=str(tiny.data), max_length=20)
     examples = load_examples(options, str(tiny.data))
     with pytest.raises(DataError, match=r"line 1: its prompt and images take \d+ tokens"):
         collate(examples[:1], load_processor(tiny.base), options)

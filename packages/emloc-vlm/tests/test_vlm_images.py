@@ -8,11 +8,12 @@ import os
 import numpy as np
 import pytest
 from PIL import Image
+from vlm_stage_options import visual_options
 
 from emloc.errors import DataError
 from emloc.integrations.pictures import read_picture
 from emloc_vlm.images import ImageRef, image_source
-from emloc_vlm.rows import VisualOptions, load_examples, readable
+from emloc_vlm.rows import load_examples, readable
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_bad_images_are_governed_by_on_bad_image(folder, capsys):
     path = rows(
         folder, "bomb.png", "pictures/a.png", "text.png", "empty.png", "folder.png", "gone.png"
     )
-    options = VisualOptions(dataset=str(path), on_bad_image="skip")
+    options = visual_options(dataset=str(path), on_bad_image="skip")
     examples = load_examples(options, str(path))
     assert len(readable(examples, options)) == 1
     said = " ".join(capsys.readouterr().err.split())

@@ -32,12 +32,12 @@ def test_text_from_a_command_line_is_parsed():
     config = build(
         TrainConfig,
         {"output_dir": "o", "lora_target_modules": "q_proj,v_proj", "lora_r": "8",
-         "lora_rank_pattern": "q_proj=4,v_proj=2", "column_map": '{"q": "prompt"}'},
+         "lora_rank_pattern": "q_proj=4,v_proj=2", "lora_alpha_pattern": '{"q": "8"}'},
         "x",
     )  # fmt: skip
     assert config.lora_target_modules == ["q_proj", "v_proj"]
     assert (config.lora_r, config.lora_rank_pattern) == (8, {"q_proj": 4, "v_proj": 2})
-    assert config.column_map == {"q": "prompt"}
+    assert config.lora_alpha_pattern == {"q": 8}
 
 
 @pytest.mark.parametrize(

@@ -87,12 +87,12 @@ def test_an_override_that_nothing_takes_is_a_mistake(override, message):
 
 def test_texts_that_yaml_would_turn_into_something_else():
     options = {"output_dir": "o", "model_name_or_path": "m", "correct": {}, "train": {}}
-    given = ["dataset=2024-01-05", "dataset_split=no", "lora_r=010", "learning_rate=1e-3", "limit=none",
-             "lora_target_modules=[q_proj,v_proj]", "eval_dataset=null", "seed=1e3", "use_dora=off",
-             "adapter=a", "emulator=[e] x"]  # fmt: skip
+    given = ["dataset=2024-01-05", "lora_r=010", "learning_rate=1e-3", "limit=none",
+             "lora_target_modules=[q_proj,v_proj]", "single_file_config=null", "optim=sgd", "seed=1e3",
+             "use_dora=off", "adapter=a", "emulator=[e] x"]  # fmt: skip
     made = plan_stages(options, "x", read_overrides(given, [*run_stages()]))
     train = build(run_stages()["train"].config, made["train"], "train")
-    assert (train.dataset, train.dataset_split, train.eval_dataset) == ("2024-01-05", "no", None)
+    assert (train.dataset, train.optim, train.single_file_config) == ("2024-01-05", "sgd", None)
     assert (train.lora_r, train.learning_rate, train.seed, train.use_dora) == (
         10,
         0.001,
@@ -105,9 +105,9 @@ def test_texts_that_yaml_would_turn_into_something_else():
 
 
 def test_numbers_for_options_that_are_text():
-    given = {**FILE, "output_dir": 2024, "train": {"dataset": 7, "eval_dataset": True}}
+    given = {**FILE, "output_dir": 2024, "train": {"dataset": 7, "emulator": True}}
     train = plan_stages(given, "x")["train"]
-    assert (train["output_dir"], train["dataset"], train["eval_dataset"]) == (
+    assert (train["output_dir"], train["dataset"], train["emulator"]) == (
         "2024/adapter",
         "7",
         "true",

@@ -49,11 +49,14 @@ def test_another_plugin_that_recognises_the_model_changes_nothing(tmp_path):
 
 def test_options_of_text_were_once_recorded_for_every_family():
     """At their defaults they said nothing; a family of text still compares them."""
-    before = {**NOW, "packing": False, "answer": "auto", "num_answers": None}
+    before = {**NOW, "packing": False, "answer": "auto", "num_answers": None, "max_length": 1024,
+              "max_new_tokens": 0, "column_map": {}, "eval_data_digest": None}  # fmt: skip
     assert same(before, NOW)
+    assert not same({**before, "max_length": 64}, NOW)
+    assert not same(before, {**before, "max_new_tokens": 256})
     assert not same({**before, "packing": True}, NOW)
     assert not same(NOW, {**NOW, "packing": False})
-    assert not same(before, {**NOW, "packing": True, "answer": "auto", "num_answers": None})
+    assert not same(before, {**before, "packing": True})
 
 
 def test_a_folder_of_other_settings_says_which_differ(tmp_path):

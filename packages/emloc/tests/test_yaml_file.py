@@ -7,6 +7,11 @@ import yaml
 
 from emloc.config import EvaluateConfig, TrainConfig, build
 from emloc.errors import ConfigError
+from emloc.integrations.transformers.text_options import (
+    EvaluationDataOptions,
+    RowOptions,
+    SplitOptions,
+)
 from emloc.options.text import from_command_line, from_file
 from emloc.options.yaml_file import parse_value, plain_value, read_yaml, text_of
 
@@ -120,17 +125,21 @@ TYPED = [
 ]
 
 
+class Trained(TrainConfig, SplitOptions, RowOptions, EvaluationDataOptions):
+    """Options of train, with those of a family that reads rows."""
+
+
 @pytest.mark.parametrize(("option", "text", "value"), TYPED)
 def test_the_same_text_means_the_same_wherever_it_is_typed(tmp_path, option, text, value):
     typed = {
-        "file": from_file(TrainConfig, read(tmp_path, f"{option}: {text}\n"))
+        "file": from_file(Trained, read(tmp_path, f"{option}: {text}\n"))
         if "=" not in text and text != "q_proj, v_proj"
         else {option: text},
-        "override": from_file(TrainConfig, {option: parse_value(text)}),
-        "command line": {option: from_command_line(TrainConfig.model_fields[option], text)},
+        "override": from_file(Trained, {option: parse_value(text)}),
+        "command line": {option: from_command_line(Trained.model_fields[option], text)},
     }
     for where, options in typed.items():
-        found = getattr(build(TrainConfig, {"output_dir": "o", **options}, where), option)
+        found = getattr(build(Trained, {"output_dir": "o", **options}, where), option)
         assert (found, type(found)) == (value, type(value)), where
 
 

@@ -15,7 +15,7 @@ from emloc_diffusion.album import Album, Wanted
 from emloc_diffusion.data.images import read_upright
 from emloc_diffusion.drawing import contact_sheet_png, draw_one, load_pipeline, with_lora
 from emloc_diffusion.export import DIFFUSERS_NAME
-from emloc_diffusion.picture_plan import DenoiserEvaluateConfig, PicturePlan
+from emloc_diffusion.picture_plan import PicturePlan
 from emloc_diffusion.scoring import load_clip, load_dino, score
 
 FOLDER = "pictures"
@@ -24,7 +24,7 @@ SHEET_NAME = "contact_sheet.png"
 
 def draw_and_score(
     plan: PicturePlan,
-    config: DenoiserEvaluateConfig,
+    config: Any,
     checkpoint: Checkpoint,
     real: Sequence[Path],
     dtype: torch.dtype,
@@ -53,7 +53,7 @@ def draw_and_score(
     return scores
 
 
-def check_encoders(config: DenoiserEvaluateConfig) -> None:
+def check_encoders(config: Any) -> None:
     """Load the encoders once and let go of them: what they lack should not be found out after hours of
     drawing, and they should not take memory while it lasts.
 
@@ -66,9 +66,7 @@ def check_encoders(config: DenoiserEvaluateConfig) -> None:
         load_clip(config.clip_model)
 
 
-def _albums(
-    plan: PicturePlan, config: DenoiserEvaluateConfig, checkpoint: Checkpoint
-) -> dict[str, Album]:
+def _albums(plan: PicturePlan, config: Any, checkpoint: Checkpoint) -> dict[str, Album]:
     """Albums by row; their settings are all that shapes a picture."""
     model = {
         "model_digest": checkpoint.digest(),
@@ -97,7 +95,7 @@ def _digest(adapter: Path | None) -> str | None:
 def _draw(
     albums: Mapping[str, Album],
     plan: PicturePlan,
-    config: DenoiserEvaluateConfig,
+    config: Any,
     pipeline_folder: Path,
     dtype: torch.dtype,
 ) -> None:
@@ -118,7 +116,7 @@ def _draw(
 def _score(
     album: Album,
     scored: Mapping[Wanted, str],
-    config: DenoiserEvaluateConfig,
+    config: Any,
     real: Sequence[Path],
 ) -> dict[str, Any]:
     dino, clip = config.dino_model, config.clip_model

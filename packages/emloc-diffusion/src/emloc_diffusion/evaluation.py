@@ -4,14 +4,12 @@ The loss is on pictures under noise that training did not see. Pictures are draw
 only where the options ask for scores (`emloc_diffusion.scoring`) or a sheet (`emloc_diffusion.picture_plan`).
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.locate import locate
-from emloc.config import EvaluateConfig
-from emloc.errors import ConfigError
 from emloc.extend.family import ModelFamily
 from emloc.extend.losses import LossSum, loss_sum, summed
 from emloc.integrations.peft.attach import attach
@@ -20,15 +18,14 @@ from emloc.machine.progress import progress_bar
 from emloc_diffusion.encode.components import release
 from emloc_diffusion.evaluated_pictures import check_encoders, draw_and_score
 from emloc_diffusion.objective import objective_of
-from emloc_diffusion.picture_plan import DenoiserEvaluateConfig, plan_pictures
-from emloc_diffusion.samples import Options, Samples, encode_samples
-from emloc_diffusion.text_options import refuse_text_options
+from emloc_diffusion.picture_plan import plan_pictures
+from emloc_diffusion.samples import Samples, encode_samples
 
 HELD_OUT_SEED = 0x5EED
 """The seed of noise and timesteps; training's depend on its own seed and never begin here."""
 
 
-def evaluate_model(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any]:
+def evaluate_model(config: Any, family: ModelFamily) -> dict[str, Any]:
     """Scores of a denoiser with or without an adapter.
 
     Returns:
@@ -40,21 +37,16 @@ def evaluate_model(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any
         ConfigError, DataError, CheckpointError, MismatchError, DependencyError: see their messages.
     """
     with PeakMemory(config.device, mapped=True) as peak:
-        scores = _evaluate(cast(DenoiserEvaluateConfig, config), family)
+        scores = _evaluate(config, family)
     return {**scores, **peak.figures()}
 
 
-def _evaluate(config: DenoiserEvaluateConfig, family: ModelFamily) -> dict[str, Any]:
-    if config.tasks:
-        raise ConfigError("evaluate: tasks are lm-eval's, for language models; pass pictures.")
-    refuse_text_options("evaluate", config)
+def _evaluate(config: Any, family: ModelFamily) -> dict[str, Any]:
     checkpoint = Checkpoint.open(locate(config.model_name_or_path))
     plan = plan_pictures(config, checkpoint)
     if plan is not None:
         check_encoders(config)
-    samples = encode_samples(
-        checkpoint.path, cast(Options, config), config.device, adapter=config.adapter
-    )
+    samples = encode_samples(checkpoint.path, config, config.device, adapter=config.adapter)
     model: Any = family.load(checkpoint, config.dtype, config.device)
     if config.adapter:
         model = attach(model, config.adapter, checkpoint, family)
@@ -72,7 +64,7 @@ def _evaluate(config: DenoiserEvaluateConfig, family: ModelFamily) -> dict[str, 
 
 
 def _loss(
-    config: DenoiserEvaluateConfig,
+    config: Any,
     checkpoint: Checkpoint,
     family: ModelFamily,
     model: Any,

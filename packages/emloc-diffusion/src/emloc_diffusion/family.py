@@ -24,7 +24,6 @@ from emloc_diffusion.denoising_loss import squared_errors
 from emloc_diffusion.objective import objective_of
 from emloc_diffusion.planned import PlannedDiffusion
 from emloc_diffusion.samples import Options, encode_samples
-from emloc_diffusion.text_options import refuse_text_options
 
 MODULATION = ("time_emb_proj", "linear", "emb_proj")
 """Layers within a block that read the timestep's embedding and not the picture."""
@@ -96,8 +95,6 @@ class DiffusionFamily(PlannedDiffusion):
         self, checkpoint: Checkpoint, options: CalibrationOptions
     ) -> Sequence[Batch]:
         """The pictures in turn, each time with other noise at another timestep, as training draws them."""
-        stage = "correct" if isinstance(options, CorrectConfig) else "compress"
-        refuse_text_options(stage, options)
         # What a correction is chosen on sees the text encoders that training has changed.
         adapter = options.adapter if isinstance(options, CorrectConfig) else None
         samples = encode_samples(checkpoint.path, cast(Options, options), adapter=adapter)

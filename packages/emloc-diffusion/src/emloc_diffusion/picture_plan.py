@@ -9,20 +9,15 @@ and what both ask for is drawn once.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
-from emloc.config import EvaluateConfig
 from emloc.errors import CheckpointError, ConfigError
 from emloc_diffusion.album import Wanted
 from emloc_diffusion.scoring import evaluation_prompts, own_prompts, plain_prompts
-from emloc_diffusion_options import EvaluationOptions, PictureOptions
 
 BASE = "base"
-
-
-class DenoiserEvaluateConfig(EvaluateConfig, PictureOptions, EvaluationOptions):
-    """The options of evaluating, for annotations."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,7 @@ class PicturePlan:
         return list(dict.fromkeys([*scored, *self.shown]))
 
 
-def plan_pictures(config: DenoiserEvaluateConfig, model: Checkpoint) -> PicturePlan | None:
+def plan_pictures(config: Any, model: Checkpoint) -> PicturePlan | None:
     """Plan the pictures that the options ask for; None where that is none.
 
     Raises:
@@ -92,7 +87,7 @@ def plan_pictures(config: DenoiserEvaluateConfig, model: Checkpoint) -> PictureP
     return PicturePlan(rows, evaluated, scored if scores else {}, shown, config.output_dir)
 
 
-def _prompts(config: DenoiserEvaluateConfig) -> dict[str, str]:
+def _prompts(config: Any) -> dict[str, str]:
     """The prompts that are drawn, with what they say without the unique token; none if no subject is
     named.
     """
@@ -111,7 +106,7 @@ def _prompts(config: DenoiserEvaluateConfig) -> dict[str, str]:
     return dict(zip(evaluation_prompts(token, noun, live), plain_prompts(noun, live)))
 
 
-def _rows(config: DenoiserEvaluateConfig) -> tuple[dict[str, Path | None], str]:
+def _rows(config: Any) -> tuple[dict[str, Path | None], str]:
     """The rows, and which of them is evaluated."""
     adapters = [Path(name) for name in config.contact_sheet_adapters]
     evaluated = None if config.adapter is None else Path(config.adapter)

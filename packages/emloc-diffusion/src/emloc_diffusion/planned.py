@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.described import Described
 from emloc.artefacts.json_files import read_json
-from emloc.config import StageConfig, TrainConfig
 from emloc.errors import ConfigError
 from emloc.extend.family import Batch
 from emloc.integrations.diffusers.skeleton import empty_model, is_layer
@@ -20,7 +19,6 @@ from emloc.planning.family import Groups, OtherModel
 from emloc.planning.operations import Layer
 from emloc.planning.step import StepOptions, StepSizes
 from emloc_diffusion.denoisers import denoiser_of
-from emloc_diffusion_options import DreamBoothOptions, PictureOptions
 
 PROMPT_TOKENS = {
     "UNet2DConditionModel": 77,
@@ -36,33 +34,28 @@ VAE_SHRINKS_BY = 8
 """Pixels per latent and side, where the VAE's config is not at hand."""
 
 
-class PictureTraining(TrainConfig, PictureOptions, DreamBoothOptions):
-    """The options of training, for annotations."""
-
-
 class PlannedDiffusion:
     """`PlannedFamily` for diffusion models."""
 
-    def planned_batch(self, checkpoint: Checkpoint, options: StageConfig, samples: int) -> Batch:
+    def planned_batch(self, checkpoint: Checkpoint, options: Any, samples: int) -> Batch:
         """Noisy latents of so many pictures, and with prior preservation as many of the class.
 
         Raises:
             ConfigError: the resolution does not fit the model.
         """
-        pictures = cast(PictureTraining, options)
         name = str(checkpoint.config["_class_name"])
-        count = samples * (2 if pictures.class_data_dir else 1)
+        count = samples * (2 if options.class_data_dir else 1)
         shrink = _vae_shrinks_by(checkpoint)
-        side = pictures.resolution // shrink
+        side = options.resolution // shrink
         example = denoiser_of(checkpoint).example(_complete(checkpoint))
         channels, width = example["sample"].shape[1], example["encoder_hidden_states"].shape[-1]
         step = shrink * (2 if "Transformer" in name else 1)
-        if pictures.resolution % step:
+        if options.resolution % step:
             raise ConfigError(
-                f"resolution={pictures.resolution} does not fit {checkpoint.name}; use a multiple of "
+                f"resolution={options.resolution} does not fit {checkpoint.name}; use a multiple of "
                 f"{step}."
             )
-        kind = _dtype(checkpoint, pictures.dtype)
+        kind = _dtype(checkpoint, options.dtype)
 
         def empty(*size: int) -> Tensor:
             return torch.empty(*size, dtype=kind, device="meta")
@@ -77,7 +70,7 @@ class PlannedDiffusion:
             "time_ids": empty(count, 6),
         }
 
-    def adapted_layers(self, model: nn.Module, options: PictureTraining) -> Sequence[str]:
+    def adapted_layers(self, model: nn.Module, options: Any) -> Sequence[str]:
         """Names as given; for `all-linear` those that are compressed, convolutions if asked."""
         kinds = (nn.Linear, nn.Conv2d) if getattr(options, "lora_conv", False) else (nn.Linear,)
         wanted = options.lora_target_modules
@@ -106,9 +99,7 @@ class PlannedDiffusion:
         keys = [key for key in STACKS if key in _complete(checkpoint)]
         return checkpoint.having({**checkpoint.config, **dict(zip(keys, blocks))})
 
-    def trainable(
-        self, checkpoint: Checkpoint, groups: Groups, options: PictureTraining
-    ) -> nn.Module:
+    def trainable(self, checkpoint: Checkpoint, groups: Groups, options: Any) -> nn.Module:
         """See `PlannedFamily`."""
         from emloc.integrations.diffusers.quantizer import replace_layers
         from emloc.integrations.peft.planned import with_planned_lora
@@ -131,18 +122,15 @@ class PlannedDiffusion:
 
         return step_sizes(model, layers, batch, options)
 
-    def cache_elements(self, model: nn.Module, options: StageConfig) -> int:
+    def cache_elements(self, model: nn.Module, options: Any) -> int:
         """Nothing: a picture has no past."""
         return 0
 
-    def other_models(
-        self, checkpoint: Checkpoint, options: StageConfig
-    ) -> Mapping[str, OtherModel]:
+    def other_models(self, checkpoint: Checkpoint, options: Any) -> Mapping[str, OtherModel]:
         """VAE and text encoders, in float32 as our stages run them."""
         from emloc_diffusion.companions import companions
 
-        resolution = cast(PictureTraining, options).resolution
-        return companions(checkpoint.path, resolution)
+        return companions(checkpoint.path, options.resolution)
 
 
 def _complete(checkpoint: Checkpoint) -> Mapping[str, Any]:

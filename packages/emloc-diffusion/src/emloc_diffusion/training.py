@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
@@ -19,7 +19,6 @@ from transformers import Trainer, TrainingArguments
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.locate import locate
-from emloc.config import TrainConfig
 from emloc.errors import ConfigError
 from emloc.extend.family import ModelFamily
 from emloc.integrations.transformers.lora_training import train_lora as train_with
@@ -30,15 +29,9 @@ from emloc_diffusion.denoising_loss import squared_errors
 from emloc_diffusion.encode.text import load_tokenizer
 from emloc_diffusion.loading import load_denoiser
 from emloc_diffusion.objective import Objective, objective_of
-from emloc_diffusion.samples import Options, Samples, encode_samples
-from emloc_diffusion.text_options import refuse_text_options
+from emloc_diffusion.samples import Samples, encode_samples
 from emloc_diffusion.text_training import TextTraining
 from emloc_diffusion.validation import DrawValidation
-from emloc_diffusion_options import DreamBoothOptions, PictureOptions
-
-
-class DreamBoothConfig(TrainConfig, PictureOptions, DreamBoothOptions):
-    """The options of training, for annotations."""
 
 
 class Indices(Dataset[int]):
@@ -108,7 +101,7 @@ class DenoiserTrainer(Trainer):
         return losses[:count].mean() + prior
 
 
-def train_lora(config: TrainConfig, work: Path, family: ModelFamily) -> dict[str, Any]:
+def train_lora(config: Any, work: Path, family: ModelFamily) -> dict[str, Any]:
     """Train into `work`; returns figures for the manifest.
 
     Raises:
@@ -116,12 +109,11 @@ def train_lora(config: TrainConfig, work: Path, family: ModelFamily) -> dict[str
     """
     return_large_blocks()
     with PeakMemory(config.device, mapped=True, limit=config.memory) as peak:
-        figures = _train(cast(DreamBoothConfig, config), work, family)
+        figures = _train(config, work, family)
     return {**figures, **peak.figures()}
 
 
-def _train(config: DreamBoothConfig, work: Path, family: ModelFamily) -> dict[str, Any]:
-    refuse_text_options("train", config)
+def _train(config: Any, work: Path, family: ModelFamily) -> dict[str, Any]:
     if config.class_data_dir is None and "prior_loss_weight" in config.model_fields_set:
         raise ConfigError(
             "train: prior_loss_weight is set without class_data_dir, whose pictures it weighs; leave it out."
@@ -134,7 +126,7 @@ def _train(config: DreamBoothConfig, work: Path, family: ModelFamily) -> dict[st
         tokenizer = load_tokenizer(checkpoint.path)
         check_unique_token(config.instance_prompt, config.class_prompt, tokenizer)
     samples = encode_samples(
-        checkpoint.path, cast(Options, config), config.device, prompts=not config.train_text_encoder
+        checkpoint.path, config, config.device, prompts=not config.train_text_encoder
     )
     torch.manual_seed(config.seed)
     model = load_denoiser(checkpoint, config.dtype, config.device)
@@ -170,7 +162,7 @@ def _make_trainer(more: list[Any], callbacks: list[Any], **options: Any) -> Deno
 
 
 def _validation(
-    checkpoint: Checkpoint, config: DreamBoothConfig, work: Path, text: TextTraining | None
+    checkpoint: Checkpoint, config: Any, work: Path, text: TextTraining | None
 ) -> list[Any]:
     if config.validation_prompt is None:
         return []
@@ -194,7 +186,7 @@ def _collate(positions: Sequence[int]) -> dict[str, Tensor]:
     return {"position": torch.tensor(positions)}
 
 
-def _targets(checkpoint: Checkpoint, config: DreamBoothConfig, family: ModelFamily) -> list[str]:
+def _targets(checkpoint: Checkpoint, config: Any, family: ModelFamily) -> list[str]:
     """Names as given; for `all-linear`, the linear layers of the blocks, and their convolutions if asked."""
     if config.lora_target_modules != ["all-linear"]:
         return config.lora_target_modules

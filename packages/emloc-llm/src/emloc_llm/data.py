@@ -21,7 +21,6 @@ from emloc.integrations.transformers.data.texts import answer_of, text_of
 from emloc.integrations.transformers.data.turns import Turn, alpaca_question, chat_of
 from emloc.integrations.transformers.loss import IGNORED
 from emloc.integrations.transformers.tables import dataset_names, mix, shares
-from emloc.integrations.transformers.text_options import TextCalibrationOptions, TextDataOptions
 from emloc.integrations.transformers.tokens import token_ids, tokens_of
 from emloc.machine.progress import console
 from emloc_llm.rows import load_rows
@@ -49,7 +48,7 @@ class Sample:
     prompt: list[int] = field(default_factory=list[int])
 
 
-def encode(row: Mapping[str, Any], tokenizer: Any, options: TextDataOptions) -> Sample:
+def encode(row: Mapping[str, Any], tokenizer: Any, options: Any) -> Sample:
     """Token ids and labels of one row.
 
     Raises:
@@ -79,7 +78,7 @@ def _sample(
     prompt_length: int,
     reference: str | None,
     prompt: list[int],
-    options: TextDataOptions,
+    options: Any,
 ) -> Sample:
     everywhere = not (options.completion_only_loss or options.assistant_only_loss)
     limit = options.max_length
@@ -95,7 +94,7 @@ def _said(turn: Turn) -> str:
 
 
 def _plain(
-    row: Mapping[str, Any], form: str | None, tokenizer: Any, options: TextDataOptions, where: str
+    row: Mapping[str, Any], form: str | None, tokenizer: Any, options: Any, where: str
 ) -> Sample:
     """A sample without turns."""
     if form == "text":
@@ -145,7 +144,7 @@ def _ended(ids: list[int], tokenizer: Any) -> list[int]:
     return [*ids, end]
 
 
-def encode_all(rows: Any, tokenizer: Any, options: TextDataOptions, name: str) -> list[Sample]:
+def encode_all(rows: Any, tokenizer: Any, options: Any, name: str) -> list[Sample]:
     """Encode all rows.
 
     Raises:
@@ -156,7 +155,7 @@ def encode_all(rows: Any, tokenizer: Any, options: TextDataOptions, name: str) -
     return samples
 
 
-def _require_labels(samples: Sequence[Sample], options: TextDataOptions, name: str) -> None:
+def _require_labels(samples: Sequence[Sample], options: Any, name: str) -> None:
     if all(label == IGNORED for sample in samples for label in sample.labels):
         raise DataError(
             f"Data set {name}: every label is masked, there is nothing to learn from; prompts fill "
@@ -164,7 +163,7 @@ def _require_labels(samples: Sequence[Sample], options: TextDataOptions, name: s
         )
 
 
-def load_samples(options: TextDataOptions, tokenizer: Any, seed: int) -> list[Sample]:
+def load_samples(options: Any, tokenizer: Any, seed: int) -> list[Sample]:
     """All samples of all data sets; by weights, where given, the smaller sets repeated as needed."""
     names = dataset_names(options) or [""]
     parts = [encode_all(load_rows(options, name), tokenizer, options, name) for name in names]
@@ -180,7 +179,7 @@ def load_samples(options: TextDataOptions, tokenizer: Any, seed: int) -> list[Sa
     return mixed
 
 
-def draw_samples(options: TextCalibrationOptions, tokenizer: Any) -> list[Sample]:
+def draw_samples(options: Any, tokenizer: Any) -> list[Sample]:
     """Calibration samples, drawn by seed from each data set according to its share.
 
     As many as `num_calibration_samples`, or until there are `num_calibration_tokens`.
@@ -197,9 +196,7 @@ def draw_samples(options: TextCalibrationOptions, tokenizer: Any) -> list[Sample
     return [sample for sample in drawn if sample.input_ids]
 
 
-def _draw(
-    table: Any, tokenizer: Any, options: TextCalibrationOptions, share: float
-) -> list[Sample]:
+def _draw(table: Any, tokenizer: Any, options: Any, share: float) -> list[Sample]:
     rows = round(options.num_calibration_samples * share)
     tokens = options.num_calibration_tokens
     part: list[Sample] = []
@@ -212,7 +209,7 @@ def _draw(
     return part
 
 
-def say_truncated(samples: Sequence[Sample], options: TextDataOptions, what: str) -> None:
+def say_truncated(samples: Sequence[Sample], options: Any, what: str) -> None:
     """Tell the user how many samples max_length cut."""
     cut = sum(sample.truncated for sample in samples)
     if cut:

@@ -20,7 +20,6 @@ from emloc.integrations.transformers.generation import (
 )
 from emloc.integrations.transformers.loading import load_tokenizer
 from emloc.integrations.transformers.sampling import in_batches
-from emloc.integrations.transformers.text_options import TextEvaluateConfig
 from emloc.machine.memory import PeakMemory
 from emloc.machine.progress import progress_bar
 from emloc_llm.data import Sample, encode_all, pad, say_truncated
@@ -28,7 +27,7 @@ from emloc_llm.matching import matches
 from emloc_llm.rows import load_rows
 
 
-def evaluate_model(config: TextEvaluateConfig, family: ModelFamily) -> dict[str, Any]:
+def evaluate_model(config: Any, family: ModelFamily) -> dict[str, Any]:
     """Scores of a model with or without an adapter.
 
     Returns:
@@ -42,7 +41,7 @@ def evaluate_model(config: TextEvaluateConfig, family: ModelFamily) -> dict[str,
     return {**scores, **peak.figures()}
 
 
-def _evaluate(config: TextEvaluateConfig, family: ModelFamily) -> dict[str, Any]:
+def _evaluate(config: Any, family: ModelFamily) -> dict[str, Any]:
     path = locate(config.model_name_or_path)
     tokenizer = load_tokenizer(path)
     rows = load_rows(config)
@@ -80,7 +79,7 @@ def _loss(
     model: Any,
     samples: list[Sample],
     tokenizer: Any,
-    config: TextEvaluateConfig,
+    config: Any,
 ) -> float:
     parts: list[LossSum] = []
     with progress_bar("loss", len(samples)) as advance:
@@ -92,9 +91,7 @@ def _loss(
     return summed(parts).mean(f"Data set {config.dataset}")
 
 
-def _answers(
-    model: Any, asked: list[Sample], tokenizer: Any, config: TextEvaluateConfig
-) -> list[dict[str, Any]]:
+def _answers(model: Any, asked: list[Sample], tokenizer: Any, config: Any) -> list[dict[str, Any]]:
     answers: list[dict[str, Any]] = []
     whole = (s.input_ids[s.prompt_length :] for s in asked if not s.truncated)
     closing = closing_tokens(whole, tokenizer)
@@ -113,7 +110,7 @@ def _answers(
     return answers
 
 
-def _require_questions(asked: Sequence[Sample], config: TextEvaluateConfig) -> None:
+def _require_questions(asked: Sequence[Sample], config: Any) -> None:
     """An answer to nothing, or to half a question, would be scored like any other."""
     if any(not sample.prompt for sample in asked):
         raise DataError("A sample has an empty prompt, so there is nothing to answer.")
@@ -136,7 +133,7 @@ def _scored(sample: Sample, prediction: str, tokenizer: Any, answer: str) -> dic
     }
 
 
-def _lm_eval(config: TextEvaluateConfig) -> dict[str, Any]:
+def _lm_eval(config: Any) -> dict[str, Any]:
     try:
         from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
     except ImportError as problem:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,6 @@ from emloc.integrations.transformers.family import TransformersFamily
 from emloc.integrations.transformers.loading import load_tokenizer
 from emloc.integrations.transformers.loss import next_token_loss
 from emloc.integrations.transformers.sampling import in_batches
-from emloc.integrations.transformers.text_options import (
-    TextCalibrationOptions,
-    TextEvaluateConfig,
-    TextTrainConfig,
-)
 from emloc.planning.operations import Layer
 from emloc.planning.step import StepOptions, StepSizes
 from emloc_llm.data import draw_samples, pad
@@ -56,7 +51,7 @@ class LLMFamily(TransformersFamily):
     ) -> Sequence[Batch]:
         """Samples drawn by seed, longest first, so that a micro-batch pads little."""
         tokenizer = load_tokenizer(checkpoint.path)
-        samples = draw_samples(cast(TextCalibrationOptions, options), tokenizer)
+        samples = draw_samples(options, tokenizer)
         capacity_of(self.skeleton(checkpoint, torch.float32)).check(
             (sample.input_ids for sample in samples), tokenizer, "The calibration samples"
         )
@@ -73,13 +68,13 @@ class LLMFamily(TransformersFamily):
         """See `ModelFamily`; with TRL, in `emloc_llm.training`."""
         from emloc_llm.training import train_lora
 
-        return train_lora(cast(TextTrainConfig, config), work, self)
+        return train_lora(config, work, self)
 
     def evaluate(self, config: EvaluateConfig) -> dict[str, Any]:
         """See `Evaluates`; `emloc_llm.evaluation`."""
         from emloc_llm.evaluation import evaluate_model
 
-        return evaluate_model(cast(TextEvaluateConfig, config), self)
+        return evaluate_model(config, self)
 
     def demo(self, config: DemoConfig) -> Path:
         """See `HasDemo`; `emloc_llm.demo`."""

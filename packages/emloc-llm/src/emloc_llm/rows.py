@@ -5,7 +5,8 @@ Chats (`messages`, with `tools` where there are any), `prompt` and `completion`,
 separated by commas.
 """
 
-from emloc.config import DataOptions
+from typing import Any
+
 from emloc.errors import DataError
 from emloc.integrations.transformers.data.columns import FORMS, form_of, known_columns
 from emloc.integrations.transformers.data.rows import AnyRows
@@ -14,9 +15,7 @@ from emloc.integrations.transformers.tables import load_known
 COLUMNS = known_columns(FORMS)
 
 
-def load_rows(
-    options: DataOptions, dataset: str | None = None, split: str | None = None
-) -> AnyRows:
+def load_rows(options: Any, dataset: str | None = None, split: str | None = None) -> AnyRows:
     """One data set with our column names, all at once or, if streamed, as it comes.
 
     Args:

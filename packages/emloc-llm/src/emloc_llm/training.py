@@ -22,7 +22,6 @@ from emloc.integrations.transformers.lora_training import training_arguments
 from emloc.integrations.transformers.loss import IGNORED, next_token_loss
 from emloc.integrations.transformers.sampling import in_batches
 from emloc.integrations.transformers.tables import dataset_names, shares
-from emloc.integrations.transformers.text_options import TextTrainConfig
 from emloc.machine.memory import PeakMemory, return_large_blocks
 from emloc_llm.activations import TILE_ROWS, TILE_TOKENS
 from emloc_llm.data import Sample, encode, encode_all, load_samples, pad, say_truncated
@@ -62,7 +61,7 @@ class Trainer(SFTTrainer):
         pass
 
 
-def train_lora(config: TextTrainConfig, work: Path, family: TransformersFamily) -> dict[str, Any]:
+def train_lora(config: Any, work: Path, family: TransformersFamily) -> dict[str, Any]:
     """Train into `work`; returns figures for the manifest.
 
     Raises:
@@ -76,7 +75,7 @@ def train_lora(config: TextTrainConfig, work: Path, family: TransformersFamily) 
     return {**figures, **peak.figures()}
 
 
-def _train(config: TextTrainConfig, work: Path, family: TransformersFamily) -> dict[str, Any]:
+def _train(config: Any, work: Path, family: TransformersFamily) -> dict[str, Any]:
     path = locate(config.emulator or str(config.model_name_or_path))
     tokenizer = load_tokenizer(path)
     if config.streaming and config.max_steps <= 0:
@@ -123,9 +122,7 @@ def _train(config: TextTrainConfig, work: Path, family: TransformersFamily) -> d
     return figures
 
 
-def _evaluation_samples(
-    config: TextTrainConfig, tokenizer: Any, name: str, split: str
-) -> list[Sample]:
+def _evaluation_samples(config: Any, tokenizer: Any, name: str, split: str) -> list[Sample]:
     samples = encode_all(load_rows(config, name, split), tokenizer, config, name)
     say_truncated(samples, config, f"samples of {name}")
     return samples
@@ -136,7 +133,7 @@ def _learnable(samples: list[Sample]) -> list[Sample]:
     return [sample for sample in samples if any(label >= 0 for label in sample.labels)]
 
 
-def _stream(config: TextTrainConfig, tokenizer: Any, capacity: Capacity) -> Any:
+def _stream(config: Any, tokenizer: Any, capacity: Capacity) -> Any:
     """Rows encoded as they come, interleaved by weight."""
     from datasets import (
         DatasetInfo,

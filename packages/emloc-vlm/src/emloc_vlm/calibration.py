@@ -16,7 +16,7 @@ from emloc_vlm.encode import collate
 from emloc_vlm.examples import Example
 from emloc_vlm.loading import load_vlm_capacity
 from emloc_vlm.processor import load_processor
-from emloc_vlm.rows import CalibrationVisualOptions, load_examples, readable
+from emloc_vlm.rows import load_examples, readable
 
 OTHER_ROWS = frozenset(
     {"blip", "blip-2", "florence2", "git", "idefics", "idefics2", "instructblip", "instructblipvideo",
@@ -31,7 +31,7 @@ PATCH_MASK = "emloc_patch_mask"
 """The key of the mask of real patches, which is not for the model."""
 
 
-def calibration_batches(path: Path, options: CalibrationVisualOptions) -> Sequence[Batch]:
+def calibration_batches(path: Path, options: Any) -> Sequence[Batch]:
     """Samples of every data set according to its share.
 
     As many as `num_calibration_samples`, or until there are `num_calibration_tokens`; images of one
@@ -48,7 +48,7 @@ def calibration_batches(path: Path, options: CalibrationVisualOptions) -> Sequen
     return [_with_patch_mask(batch, patch_size) for batch in batches]
 
 
-def draw_examples(options: CalibrationVisualOptions, processor: Any) -> list[Example]:
+def draw_examples(options: Any, processor: Any) -> list[Example]:
     """The samples, by seed."""
     names = dataset_names(options) or [""]
     tables = [load_examples(options, name) for name in names]
@@ -71,7 +71,7 @@ def draw_examples(options: CalibrationVisualOptions, processor: Any) -> list[Exa
     return drawn
 
 
-def _enough(options: CalibrationVisualOptions, share: float, samples: int, tokens: int) -> bool:
+def _enough(options: Any, share: float, samples: int, tokens: int) -> bool:
     if options.num_calibration_tokens is not None:
         return tokens >= options.num_calibration_tokens * share
     return samples >= max(1, round(options.num_calibration_samples * share))

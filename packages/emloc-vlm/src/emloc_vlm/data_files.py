@@ -8,10 +8,10 @@ from emloc.config import EvaluateConfig
 from emloc.machine.progress import console
 from emloc_vlm.benchmarks import files_beside
 from emloc_vlm.benchmarks.files import open_document
-from emloc_vlm.rows import VisualOptions, load_examples
+from emloc_vlm.rows import load_examples
 
 
-def files_of_rows(options: VisualOptions, name: str, split: str) -> Iterator[Path]:
+def files_of_rows(options: Any, name: str, split: str) -> Iterator[Path]:
     """Annotations, then images in the order of the rows, each once; in evaluation of the rows that count.
 
     Args:

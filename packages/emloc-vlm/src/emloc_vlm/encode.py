@@ -17,7 +17,6 @@ from emloc.integrations.transformers.capacity import Capacity
 from emloc.integrations.transformers.chat import Rendered, render
 from emloc.integrations.transformers.generation import closing_tokens
 from emloc.integrations.transformers.loss import IGNORED
-from emloc.integrations.transformers.text_options import TextDataOptions
 from emloc.integrations.transformers.tokens import Tokens, token_ids, tokens_of
 from emloc.machine.progress import warn
 from emloc_vlm.examples import Example
@@ -29,7 +28,7 @@ _OF_IMAGES = ("pixel", "image")
 def collate(
     examples: Sequence[Example],
     processor: Any,
-    options: TextDataOptions,
+    options: Any,
     answers: bool = True,
     capacity: Capacity | None = None,
 ) -> dict[str, Tensor]:
@@ -86,11 +85,11 @@ def collate(
     return batch
 
 
-def _rendered(example: Example, processor: Any, options: TextDataOptions) -> Rendered:
+def _rendered(example: Example, processor: Any, options: Any) -> Rendered:
     return render(example.chat, processor, options.assistant_only_loss, example.where)
 
 
-def end_tokens(examples: Sequence[Example], processor: Any, options: TextDataOptions) -> set[int]:
+def end_tokens(examples: Sequence[Example], processor: Any, options: Any) -> set[int]:
     """The special tokens that close the answers of these chats: where generation stops, besides the
     model's own end of text (checkpoints of OpenGVLab name only that one)."""
     tokenizer = processor.tokenizer

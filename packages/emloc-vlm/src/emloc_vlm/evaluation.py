@@ -1,35 +1,28 @@
 """Loss on answers, and scores of greedy answers to questions about images."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.locate import locate
-from emloc.config import EvaluateConfig
-from emloc.errors import ConfigError, DataError
+from emloc.errors import DataError
 from emloc.extend.capabilities import native_of
 from emloc.extend.family import ModelFamily
 from emloc.extend.losses import LossSum, loss_sum, summed
 from emloc.integrations.peft.attach import attach
 from emloc.integrations.transformers.capacity import capacity_of
 from emloc.integrations.transformers.generation import greedy_answers, say_missing_ends
-from emloc.integrations.transformers.text_options import TextEvaluateConfig
 from emloc.machine.memory import PeakMemory
 from emloc.machine.progress import progress_bar
 from emloc_vlm.encode import collate, end_tokens
 from emloc_vlm.examples import Example
 from emloc_vlm.processor import load_processor
-from emloc_vlm.rows import VisualOptions, load_examples, readable
+from emloc_vlm.rows import load_examples, readable
 from emloc_vlm.scoring import METRICS
-from emloc_vlm_options import ImageOptions, MetricOptions
 
 
-class VisualEvaluateConfig(TextEvaluateConfig, ImageOptions, MetricOptions):
-    """The options of evaluating, for annotations."""
-
-
-def evaluate_model(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any]:
+def evaluate_model(config: Any, family: ModelFamily) -> dict[str, Any]:
     """Scores of a model with or without an adapter.
 
     Returns:
@@ -37,16 +30,14 @@ def evaluate_model(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any
         `answers` with question, references and prediction of each, and `peak_bytes`.
     """
     with PeakMemory(config.device, mapped=True) as peak:
-        scores = _evaluate(cast(VisualEvaluateConfig, config), family)
+        scores = _evaluate(config, family)
     return {**scores, **peak.figures()}
 
 
-def _evaluate(config: VisualEvaluateConfig, family: ModelFamily) -> dict[str, Any]:
-    if config.tasks:
-        raise ConfigError("evaluate: tasks are lm-eval's, for language models; pass a dataset.")
+def _evaluate(config: Any, family: ModelFamily) -> dict[str, Any]:
     path = locate(config.model_name_or_path)
     processor = load_processor(path, config.max_dynamic_patch)
-    examples = load_examples(cast(VisualOptions, config), str(config.dataset))
+    examples = load_examples(config, str(config.dataset))
     examples = readable(examples[: config.num_samples], config)
     if not examples:
         raise DataError(f"Data set {config.dataset}: no sample has an image that can be read.")
@@ -71,7 +62,7 @@ def _evaluate(config: VisualEvaluateConfig, family: ModelFamily) -> dict[str, An
     }
 
 
-def _metric(examples: list[Example], config: VisualEvaluateConfig) -> str:
+def _metric(examples: list[Example], config: Any) -> str:
     if config.metric != "auto":
         return config.metric
     return examples[0].metric or "exact_match"
@@ -82,7 +73,7 @@ def _loss(
     model: Any,
     examples: list[Example],
     processor: Any,
-    config: VisualEvaluateConfig,
+    config: Any,
 ) -> float:
     parts: list[LossSum] = []
     size, capacity = config.per_device_eval_batch_size, capacity_of(model)
@@ -96,7 +87,7 @@ def _loss(
 
 
 def _answers(
-    model: Any, examples: list[Example], processor: Any, config: VisualEvaluateConfig
+    model: Any, examples: list[Example], processor: Any, config: Any
 ) -> list[dict[str, Any]]:
     answers: list[dict[str, Any]] = []
     if config.max_new_tokens == 0:

@@ -23,7 +23,6 @@ from emloc_vlm.internvl_chat import is_internvl_chat, native_view
 from emloc_vlm.internvl_chat_config import native_config
 from emloc_vlm.parts import frozen_modules, part_of
 from emloc_vlm.planned import largest_batch
-from emloc_vlm.rows import CalibrationVisualOptions, VisualOptions
 from emloc_vlm.training import training_data
 
 
@@ -65,7 +64,7 @@ class VLMFamily(TransformersFamily):
         self, checkpoint: Checkpoint, options: CalibrationOptions
     ) -> Sequence[Batch]:
         """See `ModelFamily`; `emloc_vlm.calibration`."""
-        return calibration_batches(checkpoint.path, cast(CalibrationVisualOptions, options))
+        return calibration_batches(checkpoint.path, options)
 
     def token_mask(self, batch: Batch, layer: str | None = None) -> Tensor | None:
         """Text layers skip padded tokens, those of the vision tower and the projector the patches of padded
@@ -88,7 +87,7 @@ class VLMFamily(TransformersFamily):
 
     def data_files(self, options: DataOptions, dataset: str, split: str) -> Iterable[Path]:
         """See `NamesDataFiles`: images, and what a meta file or a benchmark's puts beside it."""
-        return files_of_rows(cast(VisualOptions, options), dataset, split)
+        return files_of_rows(options, dataset, split)
 
     def evaluate(self, config: EvaluateConfig) -> dict[str, Any]:
         """See `Evaluates`; `emloc_vlm.evaluation`."""

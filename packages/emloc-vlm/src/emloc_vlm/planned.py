@@ -8,13 +8,12 @@ import torch
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.errors import ConfigError
 from emloc.extend.family import Batch
-from emloc_vlm.rows import CalibrationVisualOptions
 
 MOST_TILES = 12
 """InternVL's own limit, where the config says none: that of its processor's files."""
 
 
-def largest_batch(checkpoint: Checkpoint, options: CalibrationVisualOptions, samples: int) -> Batch:
+def largest_batch(checkpoint: Checkpoint, options: Any, samples: int) -> Batch:
     """Samples of `max_length` tokens, each with an image of as many tiles as fit in them.
 
     Raises:

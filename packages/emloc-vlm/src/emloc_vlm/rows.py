@@ -31,7 +31,6 @@ from emloc.integrations.transformers.tables import (
     require_whole_file,
     shares,
 )
-from emloc.integrations.transformers.text_options import TextCalibrationOptions, TextDataOptions
 from emloc.machine.progress import console
 from emloc.machine.special_files import refuse_special
 from emloc_vlm.benchmarks import of_split, read_benchmark
@@ -39,23 +38,13 @@ from emloc_vlm.examples import IMAGE_COLUMNS, REFERENCES, VISUAL_FORMS, Example,
 from emloc_vlm_options import ImageOptions
 
 
-class VisualOptions(TextDataOptions, ImageOptions):
-    """The data options of this family's stages, for annotations."""
-
-
-class CalibrationVisualOptions(TextCalibrationOptions, ImageOptions):
-    """The options of stages that calibrate, for annotations."""
-
-
-def load_examples(
-    options: "VisualOptions | CalibrationVisualOptions", name: str, split: str | None = None
-) -> list[Example]:
+def load_examples(options: Any, name: str, split: str | None = None) -> list[Example]:
     """All rows of one data set.
 
     Raises:
         DataError: it cannot be read, is empty, has no columns that we know, or a row is malformed.
     """
-    split = options.dataset_split if split is None else split
+    split = str(options.dataset_split) if split is None else split
     image_folder = options.image_folder
     benchmark = _benchmark_rows(options, name, split)
     if benchmark is not None:
@@ -69,7 +58,7 @@ def load_examples(
     return [example_of(row, row.where, image_folder or row.folder) for row in rows]
 
 
-def mixed_examples(options: VisualOptions, seed: int) -> list[Example]:
+def mixed_examples(options: Any, seed: int) -> list[Example]:
     """The rows of all data sets; by weights, where given, the smaller sets repeated as needed."""
     names = dataset_names(options)
     if not names:
@@ -109,9 +98,7 @@ def readable(examples: Sequence[Example], options: ImageOptions) -> list[Example
     return good
 
 
-def _benchmark_rows(
-    options: "VisualOptions | CalibrationVisualOptions", name: str, split: str
-) -> Iterable[Row] | None:
+def _benchmark_rows(options: Any, name: str, split: str) -> Iterable[Row] | None:
     """The rows of a benchmark's file; None of any other."""
     path = Path(name)
     refuse_special(path, DataError)
@@ -127,9 +114,7 @@ def _benchmark_rows(
     return [Row(row, f"{path}, line {row['line']}", path.parent) for row in benchmark]
 
 
-def _meta_rows(
-    options: "VisualOptions | CalibrationVisualOptions", name: str, split: str
-) -> Callable[[], Rows] | None:
+def _meta_rows(options: Any, name: str, split: str) -> Callable[[], Rows] | None:
     """A reader of the rows of InternVL's meta file; None for any other."""
     path = Path(name)
     if path.suffix != ".json" or not path.is_file():

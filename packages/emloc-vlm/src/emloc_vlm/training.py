@@ -2,24 +2,18 @@
 
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.errors import ConfigError
 from emloc.integrations.transformers.sampling import TrainingData
-from emloc.integrations.transformers.text_options import TextTrainConfig
 from emloc_vlm.encode import collate
 from emloc_vlm.loading import load_vlm_capacity
 from emloc_vlm.processor import load_processor
-from emloc_vlm.rows import VisualOptions, load_examples, mixed_examples, readable
-from emloc_vlm_options import FreezeOptions, ImageOptions
+from emloc_vlm.rows import load_examples, mixed_examples, readable
 
 
-class VisualTrainConfig(TextTrainConfig, ImageOptions, FreezeOptions):
-    """The options of training, for annotations."""
-
-
-def training_data(checkpoint: Checkpoint, config: VisualTrainConfig) -> TrainingData:
+def training_data(checkpoint: Checkpoint, config: Any) -> TrainingData:
     """Samples whose images are opened when a batch is made.
 
     Raises:
@@ -29,12 +23,11 @@ def training_data(checkpoint: Checkpoint, config: VisualTrainConfig) -> Training
         raise ConfigError("train: streaming and packing are for text; leave them out with images.")
     path = checkpoint.path
     processor = load_processor(path, config.max_dynamic_patch)
-    options = cast(VisualOptions, config)
-    examples = readable(mixed_examples(options, config.seed), config)
+    examples = readable(mixed_examples(config, config.seed), config)
     evaluation = []
     if config.eval_dataset:
         split = "" if Path(config.eval_dataset).is_file() else config.eval_dataset_split
-        evaluation = readable(load_examples(options, config.eval_dataset, split), config)
+        evaluation = readable(load_examples(config, config.eval_dataset, split), config)
     into_batch = partial(
         collate, processor=processor, options=config, capacity=load_vlm_capacity(path)
     )

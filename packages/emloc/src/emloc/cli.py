@@ -126,7 +126,7 @@ def _command(stage: AnyStage) -> Any:
     def call(**given: Any) -> None:
         as_table = name == "plan" and not given.pop("json")
         with _interruptible():
-            fields = model.model_fields
+            fields = stage.fields
             outcome = stage(
                 **{
                     key: from_command_line(fields[key], value)
@@ -146,7 +146,7 @@ def _command(stage: AnyStage) -> Any:
             print(json.dumps(outcome, indent=2, ensure_ascii=False))
 
     parameters: list[inspect.Parameter] = []
-    for field_name, field in model.model_fields.items():
+    for field_name, field in stage.fields.items():
         annotation = Annotated[_option_type(field), _option(field_name, field)]
         parameters.append(
             inspect.Parameter(

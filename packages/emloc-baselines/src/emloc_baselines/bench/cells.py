@@ -10,7 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from emloc.config import EvaluateConfig
 from emloc.extend.methods import MethodEntry, Task
+from emloc.extend.opening import open_model
+from emloc.extend.plugin_options import with_family_options
+from emloc.options.marks import loss_alone
 from emloc_baselines.bench.config import BASE, BenchConfig, Section
 from emloc_baselines.bench.split import split_rows
 from emloc_baselines.identity import content_of, digest, model_digest
@@ -141,7 +145,9 @@ def method_cell(
     evaluate = config.stage_options("evaluate", dataset, label)
     if validation:
         # The loss chooses; answers would take most of the time.
-        evaluate = {**evaluate, **(data.validation or {}), "max_new_tokens": 0}
+        _, family = open_model(config.model_name_or_path)
+        cheaply = loss_alone(with_family_options(EvaluateConfig, family))
+        evaluate = {**evaluate, **(data.validation or {}), **cheaply}
     own = config.own_options(label)
     task = Task(config.model_name_or_path, keep_ratio, seed, **stages, options=own)
     steps, inputs = _steps(config, entry, task, evaluate)

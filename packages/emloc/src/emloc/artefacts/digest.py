@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from emloc.artefacts.file_digest import file_sha256
-from emloc.options.marks import NamesFiles
+from emloc.options.marks import NamesFiles, marked
 
 
 def batches_digest(batches: Sequence[Mapping[str, Tensor]]) -> str:
@@ -46,9 +46,9 @@ def data_names(dataset: str) -> list[str]:
 def named_digests(options: BaseModel) -> dict[str, str]:
     """Digests of what the marked options name, by option; those that are not set are left out."""
     digests: dict[str, str] = {}
-    for name, field in type(options).model_fields.items():
+    for name in marked(type(options), NamesFiles):
         value: Any = getattr(options, name)
-        if value and any(isinstance(mark, NamesFiles) for mark in field.metadata):
+        if value:
             named: list[Any] = value if isinstance(value, list) else [value]
             digests[name] = ",".join(str(dataset_digest(str(one))) for one in named)
     return digests

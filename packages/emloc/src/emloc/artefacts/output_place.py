@@ -9,7 +9,10 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from emloc.errors import OutputError
+from emloc.options.marks import NamesData, marked
 
 PARTIAL = ".partial"
 """The end of a folder's name while a stage works in it."""
@@ -46,22 +49,20 @@ def require_folder(output_dir: Path) -> Path:
     return place
 
 
-DATA = ("dataset", "eval_dataset", "instance_data_dir", "class_data_dir")
-"""Options that may name folders of data."""
-
-
-def has_place(config: Any) -> None:
+def has_place(config: BaseModel) -> None:
     """Refuse a stage whose result has no place; see `require_new` and `require_apart`."""
-    require_new(config.output_dir)
+    options: Any = config
+    require_new(options.output_dir)
     require_outside_data(config)
 
 
-def require_outside_data(config: Any) -> None:
+def require_outside_data(config: BaseModel) -> None:
     """Refuse results in a folder of data that the options name; see `require_apart`."""
-    for name in DATA:
-        named: Any = getattr(config, name, None)
+    options: Any = config
+    for name in marked(type(config), NamesData):
+        named: Any = getattr(config, name)
         for folder in str(named).split(",") if named else ():
-            require_apart(config.output_dir, name, folder)
+            require_apart(options.output_dir, name, folder)
 
 
 def require_apart(output_dir: Path, name: str, folder: str | Path | None) -> None:

@@ -12,13 +12,26 @@ FORMERLY_RECORDED = frozenset({"device", "gradient_checkpointing"})
 """Options without effect that older artefacts have among their settings."""
 
 FORMERLY_OF_ALL_FAMILIES = {
+    "dataset_weights": [],
+    "streaming": False,
+    "dataset_split": "train",
+    "column_map": {},
+    "max_length": 1024,
+    "num_calibration_tokens": None,
     "completion_only_loss": True,
     "assistant_only_loss": False,
+    "eval_dataset_split": "test",
+    "eval_data_digest": None,
+    "eval_steps": None,
     "packing": False,
+    "tasks": [],
     "num_answers": None,
     "answer": "auto",
 }
 """Options of text with their defaults, which older artefacts of every family have among their settings."""
+
+FORMERLY_IGNORED = frozenset({"max_new_tokens"})
+"""An option of text which other families took at any value, and did nothing with."""
 
 CONTENTS = {
     "base_digest": "other weights of the base model",
@@ -72,6 +85,7 @@ def _different(
         if key not in ignored
         and before.get(key, missing) != after.get(key, missing)
         and not (key not in after and key in former and before[key] == former[key])
+        and not (key not in after and key in FORMERLY_IGNORED)
     ]
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from emloc.artefacts.checkpoint import Checkpoint
-from emloc.config import DataOptions, DemoConfig, EvaluateConfig
+from emloc.config import CalibrationOptions, DataOptions, DemoConfig, EvaluateConfig
 from emloc.errors import PluginError
 from emloc.extend.family import Batch, ModelFamily
 
@@ -80,6 +80,43 @@ def token_count(family: ModelFamily, batch: Batch) -> int:
     """Real tokens of a micro-batch; without a mask, the elements of its first tensor."""
     mask = token_mask_of(family, batch)
     return next(iter(batch.values())).numel() if mask is None else int(mask.sum())
+
+
+@runtime_checkable
+class CountsTokens(Protocol):
+    """A family whose calibration samples may be asked for in tokens."""
+
+    def calibration_tokens(self, options: CalibrationOptions) -> int | None:
+        """Tokens that samples are drawn until there are; None where their number is asked for."""
+        ...
+
+
+def calibration_tokens_of(family: ModelFamily, options: CalibrationOptions) -> int | None:
+    """Tokens that samples are drawn until there are; None, as by default, for so many samples."""
+    return family.calibration_tokens(options) if isinstance(family, CountsTokens) else None
+
+
+@runtime_checkable
+class ReadsWhole(Protocol):
+    """A family whose options say what of a calibration sample is learnt, and where it is cut."""
+
+    def read_whole(
+        self, options: CalibrationOptions, length: int, elsewhere: bool
+    ) -> Mapping[str, Any]:
+        """Options under which all of a sample is learnt, as a model is trained further.
+
+        Args:
+            length: tokens that samples are cut at, where there are tokens.
+            elsewhere: whether the samples are of another data set than `options` name.
+        """
+        ...
+
+
+def read_whole_by(
+    family: ModelFamily, options: CalibrationOptions, length: int, elsewhere: bool
+) -> Mapping[str, Any]:
+    """Options under which all of a sample is learnt; by default none, since there is no other way."""
+    return family.read_whole(options, length, elsewhere) if isinstance(family, ReadsWhole) else {}
 
 
 @runtime_checkable

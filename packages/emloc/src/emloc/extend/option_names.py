@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from emloc import config
 from emloc.errors import PluginError
 from emloc.extend.family import FamilyEntry
+from emloc.options.marks import Mark
 
 STAGES: Sequence[type[BaseModel]] = (
     config.CompressConfig,
@@ -69,12 +70,17 @@ def _options(entry: FamilyEntry, stage: type[BaseModel]) -> Iterator[tuple[str, 
 
 
 def _type(field: FieldInfo) -> tuple[Any, list[str]]:
-    return field.annotation, [repr(part) for part in field.metadata]
+    return field.annotation, [repr(part) for part in _limits(field)]
+
+
+def _limits(field: FieldInfo) -> list[Any]:
+    """What its values are held to; each family's own marks say what becomes of them."""
+    return [part for part in field.metadata if not isinstance(part, Mark)]
 
 
 def _said(field: FieldInfo) -> str:
     kind = getattr(field.annotation, "__name__", None) or str(field.annotation)
-    limits = ", ".join(map(repr, field.metadata))
+    limits = ", ".join(map(repr, _limits(field)))
     return f"{kind} with {limits}" if limits else kind
 
 

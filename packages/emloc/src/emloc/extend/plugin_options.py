@@ -25,6 +25,12 @@ def with_plugin_options(config: type[ConfigT]) -> type[ConfigT]:
     return _with(config, [fields for parts in _by_family(config).values() for fields in parts])
 
 
+def with_family_options(config: type[ConfigT], family: ModelFamily) -> type[ConfigT]:
+    """A stage's options and those that one family adds to it."""
+    kind = _stage_options(config)
+    return cast(type[ConfigT], _with(kind, _by_family(kind).get(family.name, [])))
+
+
 def of_family(config: ConfigT, family: ModelFamily) -> ConfigT:
     """The options as the model's family has them, without those of other families.
 
@@ -50,7 +56,7 @@ def of_family(config: ConfigT, family: ModelFamily) -> ConfigT:
     if not added:
         return config
     asked = {name: getattr(config, name) for name in config.model_fields_set - foreign}
-    return cast(ConfigT, _with(_stage_options(kind), own)(**asked))
+    return with_family_options(kind, family)(**asked)
 
 
 def own_options(config: BaseModel, exclude: set[str]) -> dict[str, Any]:

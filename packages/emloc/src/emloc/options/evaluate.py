@@ -8,7 +8,7 @@ from emloc.machine.device import Device
 from emloc.options.base import DEVICES, ModelOptions
 from emloc.options.data import DataOptions
 from emloc.options.marks import WithoutEffect
-from emloc.options.types import Dtype, Located, Names, OutputDir
+from emloc.options.types import Dtype, Located, OutputDir
 
 
 class EvaluateConfig(DataOptions, ModelOptions):
@@ -19,8 +19,6 @@ class EvaluateConfig(DataOptions, ModelOptions):
     output_dir: OutputDir | None = Field(None, description="where evaluation.json goes")
     num_samples: int | None = Field(None, ge=1, description="the first so many; by default all")
     per_device_eval_batch_size: int = Field(16, ge=1)
-    max_new_tokens: int = Field(256, ge=0, description="0: loss only")
-    tasks: Names = Field([], description="lm-eval tasks instead of a data set")
     dtype: Dtype = Field("auto", description="auto: as stored")
     device: Annotated[Device, WithoutEffect()] = Field(
         "auto", validate_default=True, description=DEVICES

@@ -20,8 +20,6 @@ class TrainConfig(LearntDataOptions, LoraOptions, ModelOptions, MemoryOptions):
         None, description="train on this model instead of an emulator"
     )
     output_dir: OutputDir = Field(description="where the adapter goes; must not exist")
-    eval_dataset: Located | None = Field(None, description="evaluated every eval_steps")
-    eval_dataset_split: str = Field("test", description="split of a hub data set")
     dtype: Dtype = Field("auto", description="of the frozen weights; auto: as stored")
     device: Annotated[Device, WithoutEffect()] = Field(
         "auto", validate_default=True, description=DEVICES
@@ -49,7 +47,6 @@ class TrainConfig(LearntDataOptions, LoraOptions, ModelOptions, MemoryOptions):
     save_total_limit: Annotated[int, WithoutEffect()] = Field(
         2, ge=1, description="checkpoints kept"
     )
-    eval_steps: int | None = Field(None, ge=1)
     resume_from_checkpoint: Annotated[Located, WithoutEffect()] = Field(
         "auto", description="auto: go on with an interrupted run; never; or a checkpoint's folder"
     )

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from emloc.compression.groups import CompressionPlan
+from emloc.extend.capabilities import calibration_tokens_of
 from emloc.extend.family import Batch
 from emloc.planning.layers import planned_layers
 from emloc.planning.step import BlockKind, Passing, Precision, StepOptions, StepSizes
@@ -125,9 +126,9 @@ def calibration_calls(
     size = min(options.calibration_batch_size, options.num_calibration_samples)
     batch = family.planned_batch(subject.checkpoint, options, size)
     samples: int = options.num_calibration_samples
-    if options.num_calibration_tokens is not None:
-        per_sample = max(1, _tokens(batch) // size)
-        samples = -(-options.num_calibration_tokens // per_sample)
+    tokens = calibration_tokens_of(subject.family, options)
+    if tokens is not None:
+        samples = -(-tokens // max(1, _tokens(batch) // size))
     itemsize = compute_itemsize(subject)
     padded = any(name.endswith("mask") for name in batch)
     elements = {name: always + more * padded for name, (always, more) in watched.items()}

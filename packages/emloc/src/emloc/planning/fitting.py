@@ -2,9 +2,10 @@
 
 The order of giving up: the keep_ratio asked for or the largest that fits, down to 0.25; then blocks run
 twice (gradient checkpointing); then batches of one sample, accumulated; on a GPU an optimiser of 8 bits;
-then fewer calibration samples; then an emulator of a ratio down to 0.1; then shorter samples. Each is given
-up besides those before it, and with each the keep_ratio begins anew at the largest that fits. An option that
-was asked for stays as it is, and so does one that relieves no stage that does not fit.
+then fewer calibration samples; then an emulator of a ratio down to 0.1; then smaller samples
+(`SampleSize`). Each is given up besides those before it, and with each the keep_ratio begins anew at the
+largest that fits. An option that was asked for stays as it is, and so does one that relieves no stage that
+does not fit.
 
 Bytes are exact integers of the ratio and grow with it, so the largest is found by bisection in steps of a
 hundredth.
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 from emloc.config import PlanConfig
 from emloc.errors import ConfigError
+from emloc.options.marks import SampleSize, marked
 from emloc.planning.ledger import total
 from emloc.planning.memory_plan import MemoryPlan, changed_options
 from emloc.planning.setting import Setting, with_options
@@ -22,7 +24,7 @@ from emloc.planning.setting import Setting, with_options
 STEPS = 100
 LEAST_RATIO, SMALLEST_RATIO, LARGEST_RATIO = 0.1, 0.25, 0.95
 DEFAULT_RATIO: float = PlanConfig.model_fields["keep_ratio"].default
-FEWEST_SAMPLES, SHORTEST = 16, 256
+FEWEST_SAMPLES = 16
 
 NEEDED = ("compress", "train", "correct", "merge")
 """Stages that have to fit; whether the base itself runs on the machine is said, and is another question."""
@@ -153,10 +155,11 @@ def _concessions(setting: Setting) -> Iterator[Concession]:
         fewer = {"num_calibration_samples": samples}
         yield Concession(f"num_calibration_samples {samples}", fewer)
     yield Concession(f"an emulator below keep_ratio {SMALLEST_RATIO:g}", {}, LEAST_RATIO)
-    length = options.max_length
-    while length // 2 >= SHORTEST:
-        length //= 2
-        yield Concession(f"max_length {length}", {"max_length": length}, LEAST_RATIO)
+    for name, mark in marked(type(options), SampleSize).items():
+        size: int = getattr(options, name)
+        while size // 2 >= mark.least:
+            size //= 2
+            yield Concession(f"{name} {size}", {name: size}, LEAST_RATIO)
 
 
 def changed_for(before: Setting, after: Setting) -> dict[str, Any]:

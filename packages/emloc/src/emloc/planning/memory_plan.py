@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from emloc.config import PlanConfig
+from emloc.options.marks import SampleSize, marked
 from emloc.planning.setting import Setting
 
 CHANGEABLE = (
@@ -14,14 +15,14 @@ CHANGEABLE = (
     "optim",
     "num_calibration_samples",
     "calibration_batch_size",
-    "max_length",
 )
-"""Options that fitting may change."""
+"""Options that fitting may change, besides those of the size of samples (`SampleSize`)."""
 
 
 def changed_options(options: PlanConfig) -> dict[str, Any]:
     """The changed options as they are now: what to give the stages."""
-    return {name: getattr(options, name) for name in CHANGEABLE}
+    names = (*CHANGEABLE, *marked(type(options), SampleSize))
+    return {name: getattr(options, name) for name in names}
 
 
 @dataclass

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from emloc.compression.groups import CompressionPlan
-from emloc.config import PlanConfig
+from emloc.config import CalibrationOptions, PlanConfig
+from emloc.extend.plugin_options import with_plugin_options
 from emloc.linalg.convolution import matrix_shape
 from emloc.planning.calls import (
     Calls,
@@ -43,14 +44,6 @@ STAGES = ("compress", "train", "correct", "merge", "inference")
 
 RESIDENT = ("weights", "LoRA", "modules to save", "block in float32", "head in float32")
 """Lines of what stays as it is; the others come and go, and an allocator has slack for them."""
-
-CALIBRATION = (
-    "num_calibration_samples",
-    "num_calibration_tokens",
-    "calibration_batch_size",
-    "max_length",
-)
-"""Options that fitting may change, and on which suspended calls depend."""
 
 TRAINING = "a training step"
 """The largest moment of training."""
@@ -219,9 +212,10 @@ class Setting:
     def _calls(self, options: PlanConfig, candidates: int | None = None) -> Calls | None:
         """The suspended calls of correct's candidates, or of compress, which folds moments.
 
-        They depend on few of the options.
+        They depend on the options of data and of calibration alone.
         """
-        key = (candidates, *(getattr(options, name) for name in CALIBRATION))
+        names = set(with_plugin_options(CalibrationOptions).model_fields)
+        key = candidates, options.model_dump_json(include=names)
         if key not in self._known:
             if candidates is None:
                 watched = folding_elements(self.subject.model, self.emulator)

@@ -15,7 +15,7 @@ from emloc.compression.one_pass import compress_blocks
 from emloc.compression.truncation import allocate_ranks
 from emloc.config import CompressConfig
 from emloc.errors import CheckpointError, ConfigError
-from emloc.extend.capabilities import token_count
+from emloc.extend.capabilities import calibration_tokens_of, token_count
 from emloc.extend.family import Batch, ModelFamily
 from emloc.extend.opening import named_family, open_model
 from emloc.extend.plugin_options import of_family, own_options
@@ -97,7 +97,7 @@ def _say_tokens(
     """Fewer tokens than a layer has inputs leave directions of which nothing is known."""
     tokens, widest = _tokens(family, batches), max(group.shape.d_in for group in plan.groups)
     samples, wanted = _samples(batches), config.num_calibration_samples
-    if samples < wanted and config.num_calibration_tokens is None:
+    if samples < wanted and calibration_tokens_of(family, config) is None:
         console.print(
             f"compress: the data have {samples} samples, not num_calibration_samples={wanted}"
         )

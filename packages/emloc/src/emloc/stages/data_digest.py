@@ -12,6 +12,7 @@ from emloc.config import DataOptions
 from emloc.extend.capabilities import data_files_of
 from emloc.extend.family import ModelFamily
 from emloc.machine.progress import progress_bar
+from emloc.options.marks import NamesData, marked, split_of
 
 MANY = 1000
 """Files from which on reading them is worth a progress bar."""
@@ -40,6 +41,20 @@ def data_digest(
             named = (path.absolute() for path in data_files_of(family, options, name, split))
             files |= {path: None for path in named if not path.is_relative_to(within)}
     return f"{own}+{_files_digest(files)}" if files else own
+
+
+def digested(options: DataOptions) -> dict[str, str]:
+    """Options in whose place settings hold the digest of what they name: its key, by their names."""
+    marks = marked(type(options), NamesData).items()
+    return {name: mark.digest for name, mark in marks if mark.digest}
+
+
+def data_digests(options: DataOptions, family: ModelFamily) -> dict[str, str | None]:
+    """The digests of all data that the options name, as settings hold them."""
+    return {
+        key: data_digest(getattr(options, name), split_of(options, name), options, family)
+        for name, key in digested(options).items()
+    }
 
 
 def _files_digest(files: Iterable[Path]) -> str:

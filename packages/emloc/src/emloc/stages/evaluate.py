@@ -22,7 +22,8 @@ from emloc.extend.family import ModelFamily
 from emloc.extend.opening import named_family, of_folder, open_model
 from emloc.extend.plugin_options import of_family, own_options
 from emloc.machine.progress import console
-from emloc.stages.data_digest import data_digest
+from emloc.options.marks import InsteadOf, marked
+from emloc.stages.data_digest import data_digests
 from emloc.stages.stage import stage
 
 RESULT_NAME = "evaluation.json"
@@ -32,8 +33,10 @@ IN_DIGESTS = {"model_name_or_path", "single_file_config", "adapter", "dataset"}
 
 
 def _can_evaluate(config: EvaluateConfig) -> None:
-    if config.dataset is None and not config.tasks:
-        raise ConfigError("evaluate: dataset is required (or tasks, with the lm-eval extra).")
+    fields, others = type(config).model_fields, marked(type(config), InsteadOf)
+    if config.dataset is None and not any(getattr(config, name) for name in others):
+        said = "".join(f" (or {name}: {fields[name].description})" for name in others)
+        raise ConfigError(f"evaluate: dataset is required{said}.")
     if config.output_dir is not None:
         require_folder(config.output_dir)
         require_outside_data(config)
@@ -104,7 +107,7 @@ def _settings(config: EvaluateConfig, model: Checkpoint, family: ModelFamily) ->
         if config.adapter
         else None,
         "companions_digest": model.companions_digest(),
-        "data_digest": data_digest(config.dataset, config.dataset_split, config, family),
+        **data_digests(config, family),
         **({"named_digests": named} if named else {}),
     }
 

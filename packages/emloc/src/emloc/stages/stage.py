@@ -64,11 +64,22 @@ class Stage(Generic[ConfigT, ResultT]):
         }
         self.__name__ = function.__name__
         self.__module__ = function.__module__
-        self.__doc__ = f"{function.__doc__}\n\n    Options:\n" + "\n".join(
-            f"        {name}: {field.description or 'as its name says'}{_default(field)}"
-            for name, field in config.model_fields.items()
-        )
         self._refuse_backwards()
+
+    @property
+    def __doc__(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The function's own, and its options with those that the installed plugins add."""
+        return f"{self.function.__doc__}\n\n    Options:\n" + "\n".join(
+            f"        {name}: {field.description or 'as its name says'}{_default(field)}"
+            for name, field in self.fields.items()
+        )
+
+    @property
+    def fields(self) -> Mapping[str, FieldInfo]:
+        """The options: the stage's own, then those that the installed plugins add."""
+        return {name: self.config.model_fields[name] for name in self._config.model_fields} | (
+            self.config.model_fields
+        )
 
     @property
     def config(self) -> type[ConfigT]:
@@ -85,7 +96,7 @@ class Stage(Generic[ConfigT, ResultT]):
                     default=inspect.Parameter.empty if field.is_required() else field.get_default(),
                     annotation=field.annotation,
                 )
-                for name, field in self.config.model_fields.items()
+                for name, field in self.fields.items()
             ]
         )
 

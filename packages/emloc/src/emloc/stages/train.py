@@ -22,7 +22,7 @@ from emloc.extend.capabilities import exported
 from emloc.extend.family import ModelFamily
 from emloc.extend.opening import named_family, of_folder, open_model
 from emloc.extend.plugin_options import of_family, own_options
-from emloc.stages.data_digest import data_digest
+from emloc.stages.data_digest import data_digests, digested
 from emloc.stages.frame import Artefact, Written, digests
 from emloc.stages.stage import stage
 from emloc.stages.training_needs import check_training, require_modules
@@ -32,8 +32,6 @@ PATHS = {
     "emulator",
     "model_name_or_path",
     "single_file_config",
-    "dataset",
-    "eval_dataset",
 }
 """Options whose meaning is in a digest instead."""
 
@@ -78,14 +76,11 @@ def train(config: TrainConfig) -> Path:
     emulator = _emulator(config, Manifest.find(model.path))
     digest, named = model.digest(), named_digests(config)
     settings: dict[str, Any] = {
-        **own_options(config, PATHS),
+        **own_options(config, PATHS.union(digested(config))),
         **named_family(model, family),
         "model_digest": digest,
         "companions_digest": model.companions_digest(),
-        "data_digest": data_digest(config.dataset, config.dataset_split, config, family),
-        "eval_data_digest": data_digest(
-            config.eval_dataset, config.eval_dataset_split, config, family
-        ),
+        **data_digests(config, family),
         **({"named_digests": named} if named else {}),
     }
     reference = ModelReference.of(model, digest)

@@ -26,7 +26,7 @@ from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import write_json
 from emloc.config import CompressConfig, StageConfig
 from emloc.errors import DataError, NumericalError
-from emloc.extend.capabilities import token_count
+from emloc.extend.capabilities import read_whole_by, token_count
 from emloc.extend.family import Batch, ModelFamily
 from emloc.machine.memory import return_large_blocks
 from emloc.machine.progress import progress_bar
@@ -68,20 +68,15 @@ class ContinuedOptions(StageConfig):
 
 def batches_for(source: Origin, options: ContinuedOptions) -> Sequence[Batch]:
     """A micro-batch per step, drawn by seed, as long as there are samples; the loss is on every token."""
-    config: Any = source.config
+    config, elsewhere = source.config, options.dataset is not None
     given: dict[str, Any] = {
         "num_calibration_samples": options.steps * options.batch_size,
-        "num_calibration_tokens": None,
         "calibration_batch_size": options.batch_size,
-        "max_length": options.max_length,
-        "completion_only_loss": False,
+        **read_whole_by(source.family, config, options.max_length, elsewhere),
     }
-    if options.dataset is not None:
-        given |= {"dataset": options.dataset, "column_map": {}, "dataset_weights": []}
-    known = type(config).model_fields  # options of text are not every family's
-    chosen: CompressConfig = config.model_copy(
-        update={k: v for k, v in given.items() if k in known}
-    )
+    if elsewhere:
+        given["dataset"] = options.dataset
+    chosen = config.model_copy(update=given)
     batches = list(source.family.calibration_batches(source.base, chosen))
     # Families sort samples by length; training should not see them in that order.
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(config.seed))

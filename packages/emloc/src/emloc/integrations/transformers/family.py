@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from emloc.artefacts.checkpoint import Checkpoint
@@ -30,6 +31,7 @@ from emloc.integrations.transformers.skeleton import (
     shared_input_groups,
     shared_linears,
 )
+from emloc.integrations.transformers.text_options import counted_tokens, read_whole
 from emloc.integrations.transformers.untying import untied_config
 from emloc.machine.memory import PeakMemory, return_large_blocks
 
@@ -102,6 +104,16 @@ class TransformersFamily(PlannedTransformer):
         mask = None if given is None else given.bool()
         return None if mask is None or (layer is not None and bool(mask.all())) else mask
 
+    def calibration_tokens(self, options: CalibrationOptions) -> int | None:
+        """See `CountsTokens`."""
+        return counted_tokens(options)
+
+    def read_whole(
+        self, options: CalibrationOptions, length: int, elsewhere: bool
+    ) -> Mapping[str, Any]:
+        """See `ReadsWhole`."""
+        return read_whole(options, length, elsewhere)
+
     def calibration_batches(
         self, checkpoint: Checkpoint, options: CalibrationOptions
     ) -> Sequence[Batch]:
@@ -110,8 +122,7 @@ class TransformersFamily(PlannedTransformer):
         Raises:
             ConfigError: they are to be counted in tokens.
         """
-        if options.num_calibration_tokens is not None:
-            raise self._unread("num_calibration_tokens")
+        self._refuse(options, "num_calibration_tokens")
         data = self.data(checkpoint, options)
         samples = drawn(data.samples, options.num_calibration_samples, options.seed)
         return [data.collate(part) for part in in_batches(samples, options.calibration_batch_size)]
@@ -137,10 +148,9 @@ class TransformersFamily(PlannedTransformer):
             checkpoint = self._opened(config.emulator or str(config.model_name_or_path))
             how = TrainingWay(self.task_type, self.frozen, self.trainer_class)
             data = self.data(checkpoint, config)
-            if config.streaming:
-                raise self._unread("streaming")
-            if config.eval_dataset and not data.evaluation:
-                raise self._unread("eval_dataset")
+            self._refuse(config, "streaming")
+            if not data.evaluation:
+                self._refuse(config, "eval_dataset")
             figures = train_on(self, checkpoint, data, how, config, work)
         return {**figures, **peak.figures()}
 
@@ -152,16 +162,17 @@ class TransformersFamily(PlannedTransformer):
         """
         from emloc.integrations.peft.evaluated_loss import evaluate_loss
 
-        if config.tasks:
-            raise self._unread("tasks")
+        self._refuse(config, "tasks")
         checkpoint = self._opened(config.model_name_or_path)
         data = self.data(checkpoint, config)
         samples = data.samples[: config.num_samples]
         parts = in_batches(samples, config.per_device_eval_batch_size)
         return evaluate_loss(config, self, checkpoint, [data.collate(part) for part in parts])
 
-    def _unread(self, option: str) -> ConfigError:
-        return ConfigError(f"The family {self.name} does not read {option}; leave it out.")
+    def _refuse(self, options: BaseModel, name: str) -> None:
+        """Refuse an option of text that a subclass registers and the defaults here do not read."""
+        if getattr(options, name, None):
+            raise ConfigError(f"The family {self.name} does not read {name}; leave it out.")
 
     def _opened(self, name: str) -> Checkpoint:
         path = locate(name)

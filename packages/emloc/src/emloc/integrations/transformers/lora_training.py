@@ -111,6 +111,8 @@ def _held(parameter: Any) -> int:
 def training_arguments(kind: Any, config: TrainConfig, work: Path, **more: Any) -> Any:
     """The options as `kind`, transformers' `TrainingArguments` or a subclass; `more` are its own.
 
+    With an `eval_dataset` among the options, it is evaluated every `eval_steps`.
+
     Raises:
         ConfigError: a value that transformers refuses, or an optimiser that cannot run here.
         DependencyError: a tracker or an optimiser that is not installed.
@@ -137,8 +139,8 @@ def training_arguments(kind: Any, config: TrainConfig, work: Path, **more: Any) 
             logging_nan_inf_filter=False,  # it would hide a loss that is not a number
             save_steps=config.save_steps,
             save_total_limit=config.save_total_limit,
-            eval_strategy="steps" if config.eval_dataset else "no",
-            eval_steps=config.eval_steps or config.logging_steps,
+            eval_strategy="steps" if getattr(config, "eval_dataset", None) else "no",
+            eval_steps=getattr(config, "eval_steps", None) or config.logging_steps,
             report_to=_trackers(config),
             seed=config.seed,
             data_seed=config.seed,

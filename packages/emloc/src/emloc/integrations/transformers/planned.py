@@ -13,6 +13,7 @@ from emloc.extend.family import Batch
 from emloc.integrations.peft.targets import chosen_targets, linear_layers
 from emloc.integrations.transformers.shallow import cut, depth
 from emloc.integrations.transformers.skeleton import empty_model, is_linear, model_config
+from emloc.integrations.transformers.text_options import longest
 from emloc.planning.described import weight_dtype
 from emloc.planning.family import Groups, OtherModel
 from emloc.planning.operations import Layer
@@ -87,8 +88,7 @@ class PlannedTransformer:
     def planned_batch(self, checkpoint: Checkpoint, options: Any, samples: int) -> Batch:
         """See `PlannedFamily`; an `example` on the meta device."""
         with torch.device("meta"):
-            length: int = options.max_length if "max_length" in type(options).model_fields else 0
-            return self.example(model_config(checkpoint), samples, length)
+            return self.example(model_config(checkpoint), samples, longest(options))
 
     def adapted_layers(self, model: nn.Module, options: Any) -> Sequence[str]:
         """See `PlannedFamily`."""
@@ -126,14 +126,14 @@ class PlannedTransformer:
         return None
 
     def cache_elements(self, model: nn.Module, options: Any) -> int:
-        """Keys and values of `max_length` tokens in every block of a model that writes text."""
+        """Keys and values of the longest sample in every block of a model that writes text."""
         whole: Any = model
         if not whole.can_generate():
             return 0
         config = whole.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * config.num_hidden_layers * heads * head * options.max_length
+        return 2 * config.num_hidden_layers * heads * head * longest(options)
 
     def other_models(self, checkpoint: Checkpoint, options: Any) -> Mapping[str, OtherModel]:
         """An empty mapping: a vision tower is part of the model."""

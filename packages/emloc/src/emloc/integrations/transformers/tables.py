@@ -20,6 +20,7 @@ from emloc.integrations.transformers.data.files import data_suffix, read_file
 from emloc.integrations.transformers.data.folders import ADDRESS, folder_rows
 from emloc.integrations.transformers.data.hub import hub_rows
 from emloc.integrations.transformers.data.rows import AnyRows, Row, Rows, RowStream
+from emloc.integrations.transformers.text_options import RowOptions
 from emloc.machine.special_files import refuse_special
 
 SampleT = TypeVar("SampleT")
@@ -42,7 +43,7 @@ def load_table(name: str, split: str, streaming: bool) -> AnyRows:
 
 
 def load_known(
-    options: DataOptions,
+    options: RowOptions,
     name: str,
     split: str,
     forms: Forms = FORMS,
@@ -121,13 +122,13 @@ def dataset_names(options: DataOptions) -> list[str]:
     return [name for name in (options.dataset or "").split(",") if name]
 
 
-def shares(options: DataOptions, sizes: Sequence[int]) -> list[float]:
+def shares(options: RowOptions, sizes: Sequence[int]) -> list[float]:
     """The part of the samples that comes from each data set; by their sizes, if no weights are given.
 
     Raises:
         ConfigError: there are more or fewer weights than data sets.
     """
-    weights: Sequence[float] = options.dataset_weights or sizes
+    weights = options.dataset_weights or sizes
     if len(weights) != len(sizes):
         raise ConfigError(
             f"dataset_weights has {len(weights)} weights for {len(sizes)} data sets; give one for each."

@@ -1,28 +1,97 @@
-"""Options that mean something for text alone; families of text register them. Imports nothing heavy."""
+"""Options for rows and for text; families register those that they read. Imports nothing heavy."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from emloc.config import (
     CalibrationOptions,
     DataOptions,
     EvaluateConfig,
+    LearntDataOptions,
     StageConfig,
     TrainConfig,
 )
+from emloc.options.marks import InsteadOf, LossAlone, NamesData, SampleSize, SplitOf
+from emloc.options.types import Located, Names, TextMap, split
+
+SHORTEST = 256
+"""Tokens below which no budget takes `max_length`."""
 
 
-class TextOptions(StageConfig):
+class SplitOptions(StageConfig):
+    """The option for the part of a data set that is read."""
+
+    dataset_split: Annotated[str, SplitOf("dataset")] = Field(
+        "train", description="split of a hub data set or folder"
+    )
+
+
+class RowOptions(StageConfig):
+    """Options for reading rows of one or several data sets."""
+
+    dataset_weights: Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(split)] = Field(
+        [], description="share of each data set; by default by size"
+    )
+    streaming: bool = Field(False, description="read as it comes, nothing stored; needs max_steps")
+    column_map: TextMap = Field(
+        {}, description="your column=ours: messages, tools, prompt, completion, text, …"
+    )
+
+
+class MixingOptions(StageConfig):
+    """A check of `RowOptions` where data sets are mixed."""
+
+    @model_validator(mode="after")
+    def _one_weight_each(self) -> "MixingOptions":
+        whole: Any = self
+        names = whole.dataset.split(",") if whole.dataset else []
+        if whole.dataset_weights and names and len(names) != len(whole.dataset_weights):
+            raise ValueError(
+                f"dataset_weights has {len(whole.dataset_weights)} weights for {len(names)} data sets; "
+                f"give one for each"
+            )
+        return self
+
+
+class LengthOptions(StageConfig):
+    """The option for the length of samples."""
+
+    max_length: Annotated[int, SampleSize(SHORTEST)] = Field(
+        1024, ge=2, description="tokens per sample; longer ones are truncated"
+    )
+
+
+class LabelOptions(StageConfig):
     """Options for the parts of a sample that have a loss."""
 
     completion_only_loss: bool = Field(True, description="no loss on prompts")
     assistant_only_loss: bool = Field(False, description="loss on every answer of a chat")
 
 
-class TextTrainingOptions(StageConfig):
-    """Options for making rows of samples of text."""
+class TokenCountOptions(StageConfig):
+    """The option for counting calibration samples in tokens."""
+
+    num_calibration_tokens: int | None = Field(
+        None, ge=1, description="draw samples until there are so many tokens instead"
+    )
+
+
+class EvaluationDataOptions(StageConfig):
+    """Options for data that training is judged on while it goes on."""
+
+    eval_dataset: Annotated[Located | None, NamesData("eval_data_digest")] = Field(
+        None, description="evaluated every eval_steps"
+    )
+    eval_dataset_split: Annotated[str, SplitOf("eval_dataset")] = Field(
+        "test", description="split of a hub data set"
+    )
+    eval_steps: int | None = Field(None, ge=1)
+
+
+class PackingOptions(StageConfig):
+    """The option for making rows of samples of text."""
 
     packing: bool = Field(False, description="fill max_length with several samples, cut anywhere")
 
@@ -30,6 +99,7 @@ class TextTrainingOptions(StageConfig):
 class AnswerOptions(StageConfig):
     """Options for the answers that a model is asked for, and for comparing them."""
 
+    max_new_tokens: Annotated[int, LossAlone(0)] = Field(256, ge=0, description="0: loss only")
     num_answers: int | None = Field(
         None, ge=1, description="answers are written to the first so many samples; by default all"
     )
@@ -38,25 +108,47 @@ class AnswerOptions(StageConfig):
     )
 
 
+class TaskOptions(StageConfig):
+    """The option for scores of lm-eval."""
+
+    tasks: Annotated[Names, InsteadOf("dataset")] = Field(
+        [], description="lm-eval tasks instead of a data set"
+    )
+
+
 TEXT_OPTIONS: Mapping[type[BaseModel], Sequence[type[BaseModel]]] = {
-    DataOptions: (TextOptions,),
-    TrainConfig: (TextTrainingOptions,),
+    DataOptions: (SplitOptions, RowOptions, LengthOptions, LabelOptions),
+    LearntDataOptions: (MixingOptions,),
+    CalibrationOptions: (TokenCountOptions,),
+    TrainConfig: (EvaluationDataOptions, PackingOptions),
     EvaluateConfig: (AnswerOptions,),
 }
-"""The options as a family registers them (`FamilyEntry.options`)."""
+"""The options of a family that reads rows with text, as it registers them (`FamilyEntry.options`)."""
 
 
-class TextDataOptions(DataOptions, TextOptions):
-    """The data options of text families' stages, for annotations."""
+def counted_tokens(options: BaseModel) -> int | None:
+    """`num_calibration_tokens`, where a family has the option."""
+    return getattr(options, "num_calibration_tokens", None)
 
 
-class TextCalibrationOptions(CalibrationOptions, TextDataOptions):
-    """The options of stages that calibrate, for annotations."""
+def longest(options: BaseModel) -> int:
+    """`max_length`; 0 where a family does not have the option."""
+    return getattr(options, "max_length", 0)
 
 
-class TextTrainConfig(TrainConfig, TextDataOptions, TextTrainingOptions):
-    """The options of training, for annotations."""
+def read_whole(options: BaseModel, length: int, elsewhere: bool) -> dict[str, Any]:
+    """Options under which every token of samples has a loss, of those that a family has.
 
-
-class TextEvaluateConfig(EvaluateConfig, TextDataOptions, AnswerOptions):
-    """The options of evaluating, for annotations."""
+    Args:
+        length: tokens that samples are cut at.
+        elsewhere: whether the samples are of another data set than the options name, so that what they say of
+            its columns does not hold.
+    """
+    whole: dict[str, Any] = {
+        "num_calibration_tokens": None,
+        "max_length": length,
+        "completion_only_loss": False,
+    }
+    if elsewhere:
+        whole |= {"column_map": {}, "dataset_weights": []}
+    return {name: value for name, value in whole.items() if name in type(options).model_fields}
