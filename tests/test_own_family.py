@@ -12,6 +12,8 @@ import emloc
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import CompressConfig, EvaluateConfig, TrainConfig
 from emloc.errors import ConfigError
+from emloc.extend.capabilities import Evaluates
+from emloc.extend.family import REQUIRED, FamilyEntry
 from emloc.integrations.transformers.text_options import (
     EvaluationDataOptions,
     LengthOptions,
@@ -61,19 +63,51 @@ def test_options_that_a_family_registers_and_leaves_to_the_defaults_are_refused(
         family.evaluate(kinds[EvaluateConfig](tasks=["hellaswag"], **whole))
 
 
-@own
-def test_the_first_samples_are_evaluated(family, example):
-    """Against transformers' own loss, row by row."""
+def losses_of(example):
+    """Transformers' own loss of every row."""
     folder = example["model_name_or_path"]
     model = AutoModelForSequenceClassification.from_pretrained(folder).double().eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = [json.loads(line) for line in Path(example["dataset"]).read_text().splitlines()]
     losses = []
-    for row in rows[:5]:
+    for row in rows:
         inputs = tokenizer(row["text"], return_tensors="pt", truncation=True, max_length=32)
         with torch.no_grad():
             labels = torch.tensor([row["label"]])
             losses.append(float(model(**inputs, labels=labels).loss))
+    return losses
+
+
+@own
+def test_the_first_samples_are_evaluated(family, example):
+    """Against transformers' own loss, row by row."""
+    losses = losses_of(example)[:5]
     scores = emloc.evaluate(num_samples=5, per_device_eval_batch_size=2, **example)
     assert scores["samples"] == 5
     assert scores["loss"] == pytest.approx(sum(losses) / 5, rel=1e-4)
+
+
+class Bare:
+    """A family with what is required of every one, and nothing else."""
+
+    def __init__(self, family):
+        for name in REQUIRED:
+            setattr(self, name, getattr(family, name))
+
+
+@own
+def test_a_bare_family_is_evaluated_on_samples_drawn_by_seed(family, example, stages, monkeypatch):
+    """All rows where more are asked for, and another number with a LoRA."""
+    monkeypatch.setattr(FamilyEntry, "load", lambda entry: Bare(family))
+    assert not isinstance(Bare(family), Evaluates)
+    losses = losses_of(example)
+    scores = emloc.evaluate(num_samples=100, per_device_eval_batch_size=5, **example)
+    assert scores["samples"] == len(losses)
+    assert scores["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    few = emloc.evaluate(num_samples=7, **example)
+    assert few["samples"] == 7
+    assert min(losses) < few["loss"] < max(losses)
+    adapted = emloc.evaluate(adapter=str(stages["corrected"]), **example)
+    merged = emloc.evaluate(**{**example, "model_name_or_path": str(stages["merged"])})
+    assert adapted["loss"] == pytest.approx(merged["loss"], rel=1e-4)
+    assert abs(adapted["loss"] - scores["loss"]) > 1e-4

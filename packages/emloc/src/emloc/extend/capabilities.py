@@ -18,6 +18,7 @@ from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import CalibrationOptions, DataOptions, DemoConfig, EvaluateConfig
 from emloc.errors import PluginError
 from emloc.extend.family import Batch, ModelFamily
+from emloc.machine.targets import imported
 
 TRANSFORMERS_MODEL = "a model of transformers"
 """Offered by a family whose folders load with transformers' `from_pretrained`, quantised ones too."""
@@ -26,6 +27,9 @@ TEXT_DECODER = "a text decoder"
 """Offered by a family whose models have a `get_decoder()` of equal blocks of attention and MLP."""
 
 PEFT_FORMAT = "peft"
+
+BY_DEFAULT = "emloc.integrations.peft.evaluated_loss:evaluate_drawn"
+"""The scoring of a family without one of its own, which needs PEFT."""
 
 
 @runtime_checkable
@@ -151,7 +155,7 @@ def exported(family: ModelFamily, checkpoint: Checkpoint, folder: Path) -> Seque
 
 @runtime_checkable
 class Evaluates(Protocol):
-    """A family that scores models."""
+    """A family that scores models in a way of its own."""
 
     def evaluate(self, config: EvaluateConfig) -> dict[str, Any]:
         """Scores of a model, with or without an adapter; keys at least `loss` and `peak_bytes`."""
@@ -159,14 +163,10 @@ class Evaluates(Protocol):
 
 
 def evaluated(family: ModelFamily, config: EvaluateConfig) -> dict[str, Any]:
-    """Scores of a model.
-
-    Raises:
-        PluginError: the family has none. `emloc.integrations.peft.evaluated_loss` is what one may give.
-    """
-    if not isinstance(family, Evaluates):
-        raise PluginError(f"The family {family.name} does not score models.")
-    return family.evaluate(config)
+    """Scores of a model; by default the mean loss over samples drawn by seed."""
+    if isinstance(family, Evaluates):
+        return family.evaluate(config)
+    return imported(BY_DEFAULT)(config, family)
 
 
 @runtime_checkable

@@ -1,29 +1,24 @@
 """Score a model, with or without an adapter, on examples with known answers."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.companions import say_other_template
 from emloc.artefacts.digest import named_digests
-from emloc.artefacts.json_files import read_json
 from emloc.artefacts.kinds import ADAPTER, BASE, CORRECTED_ADAPTER, EVALUATION
 from emloc.artefacts.manifest import Manifest
 from emloc.artefacts.output_place import require_folder, require_outside_data
-from emloc.artefacts.settings import difference, same
-from emloc.artefacts.small_files import write_json
-from emloc.artefacts.write_errors import writing
 from emloc.config import EvaluateConfig
-from emloc.errors import CheckpointError, ConfigError, OutputError
+from emloc.errors import ConfigError
 from emloc.extend.capabilities import evaluated
 from emloc.extend.family import ModelFamily
 from emloc.extend.opening import named_family, of_folder, open_model
 from emloc.extend.plugin_options import of_family, own_options
-from emloc.machine.progress import console
 from emloc.options.marks import InsteadOf, marked
 from emloc.stages.data_digest import data_digests
+from emloc.stages.frame import Figures
 from emloc.stages.stage import stage
 
 RESULT_NAME = "evaluation.json"
@@ -64,36 +59,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         say_other_template(Path(config.adapter), model.path)
     settings = _settings(config, model, family)
     target = config.output_dir / RESULT_NAME if config.output_dir else None
-    known = None if target is None else _known(target, settings)
-    if known is not None:
-        console.print(f"evaluate: {target} is complete already")
-        return known
-    result = {**evaluated(family, of_folder(config, model)), "settings": settings}
-    if target is not None:
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-        write_json(target, result)
-    return result
-
-
-def _known(target: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The scores of the same evaluation, where they are there."""
-    if not target.exists():
-        return None
-    try:
-        recorded_result = read_json(target)
-    except CheckpointError as problem:
-        raise OutputError(f"{problem} Choose another output_dir or remove it.") from problem
-    recorded = recorded_result.get("settings")
-    if not isinstance(recorded, dict):
-        raise OutputError(f"{target} is no evaluation of ours; choose another output_dir.")
-    before = cast("dict[str, Any]", recorded)
-    if same(before, settings, IN_DIGESTS):
-        return recorded_result
-    raise OutputError(
-        f"{target} was made with {difference(before, settings, IN_DIGESTS)}. Choose another output_dir "
-        f"or remove it; nothing is ever overwritten."
-    )
+    figures = Figures("evaluate", target, settings, IN_DIGESTS)
+    return figures.write(lambda: evaluated(family, of_folder(config, model)))
 
 
 def _settings(config: EvaluateConfig, model: Checkpoint, family: ModelFamily) -> dict[str, Any]:

@@ -7,16 +7,22 @@ folder gets its name. What an interrupted run had finished is there when the sam
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from emloc.artefacts.file_digest import file_sha256
+from emloc.artefacts.json_files import read_json
 from emloc.artefacts.kinds import Kind
 from emloc.artefacts.manifest import Manifest, ModelReference, is_complete, versions
+from emloc.artefacts.settings import difference, same
+from emloc.artefacts.small_files import write_json
 from emloc.artefacts.stage_folder import stage_folder
+from emloc.artefacts.write_errors import writing
+from emloc.errors import CheckpointError, OutputError
 from emloc.machine.memory import PeakMemory, streaming_memory
+from emloc.machine.progress import console
 from emloc.planning.contract import Contract, keeping
 
 
@@ -121,6 +127,62 @@ class Artefact:
                 "method": self.method,
                 "measured": measured,
             }
+        )
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A JSON file of figures to be made, which says in `settings` what shaped them.
+
+    What is in its folder besides is left alone.
+
+    Attributes:
+        stage: who makes it, for messages.
+        target: its path; None: it is not written.
+        settings: all that shapes it.
+        beside: keys of settings that do not count, since a digest among them does.
+    """
+
+    stage: str
+    target: Path | None
+    settings: Mapping[str, Any]
+    beside: Collection[str] = ()
+
+    def write(self, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """Make it, unless it is complete already; returns the figures with their settings.
+
+        Raises:
+            OutputError: another file is in its place, or it cannot be written.
+        """
+        known = self._known()
+        if known is not None:
+            console.print(f"{self.stage}: {self.target} is complete already")
+            return known
+        figures = {**work(), "settings": dict(self.settings)}
+        if self.target is not None:
+            with writing(self.target):
+                self.target.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.target, figures)
+        return figures
+
+    def _known(self) -> dict[str, Any] | None:
+        if self.target is None or not self.target.exists():
+            return None
+        try:
+            recorded = read_json(self.target)
+        except CheckpointError as problem:
+            raise OutputError(f"{problem} Choose another output_dir or remove it.") from problem
+        before = recorded.get("settings")
+        if not isinstance(before, dict):
+            raise OutputError(
+                f"{self.target} is no {self.target.stem} of ours; choose another output_dir."
+            )
+        before = cast("dict[str, Any]", before)
+        if same(before, self.settings, self.beside):
+            return recorded
+        raise OutputError(
+            f"{self.target} was made with {difference(before, self.settings, self.beside)}. Choose another "
+            f"output_dir or remove it; nothing is ever overwritten."
         )
 
 

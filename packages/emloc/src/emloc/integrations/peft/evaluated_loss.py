@@ -6,12 +6,37 @@ from typing import Any
 import torch
 
 from emloc.artefacts.checkpoint import Checkpoint
-from emloc.config import EvaluateConfig
+from emloc.artefacts.locate import locate
+from emloc.config import CalibrationOptions, EvaluateConfig
+from emloc.extend.capabilities import native_of
 from emloc.extend.family import Batch, ModelFamily
 from emloc.extend.losses import LossSum, loss_sum, summed
+from emloc.extend.plugin_options import with_family_options
 from emloc.integrations.peft.attach import attach
 from emloc.machine.memory import PeakMemory
 from emloc.machine.progress import progress_bar
+
+
+def evaluate_drawn(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any]:
+    """The loss of a model on samples that its family draws by seed, as for a calibration.
+
+    So many as `num_samples` says, else as many as calibrate by default; all, where there are fewer. The
+    arguments and results are those of `Evaluates`.
+
+    Raises:
+        DataError, CheckpointError, MismatchError: see their messages.
+    """
+    checkpoint = native_of(family, Checkpoint.open(locate(config.model_name_or_path)))
+    kind = with_family_options(CalibrationOptions, family)
+    given: dict[str, Any] = {
+        name: getattr(config, name) for name in kind.model_fields.keys() & config.model_fields_set
+    }
+    given["calibration_batch_size"] = config.per_device_eval_batch_size
+    if config.num_samples is not None:
+        given["num_calibration_samples"] = config.num_samples
+    return evaluate_loss(
+        config, family, checkpoint, family.calibration_batches(checkpoint, kind(**given))
+    )
 
 
 def evaluate_loss(
