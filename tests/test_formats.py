@@ -20,6 +20,7 @@ from emloc.extend.formats import Forms, format_named
 from emloc.extend.plugin_options import with_plugin_options
 from emloc.extend.plugins import load_plugins
 from emloc.formats.abilities import Cuttable
+from emloc.formats.coded_low_rank import CODED_LOW_RANK
 from emloc.formats.layer_format import (
     DenseLayer,
     Form,
@@ -30,7 +31,8 @@ from emloc.formats.layer_format import (
     tensor_bytes,
 )
 from emloc.formats.low_rank import LOW_RANK
-from emloc.formats.quantized import Quantized
+from emloc.formats.quantized import QUANTIZED
+from emloc.formats.quantized_residual import QUANTIZED_RESIDUAL
 from emloc.layers.emulated_layer import EmulatedLayer
 from emloc.linalg.gram import Moments
 
@@ -38,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import rounded_format
 
 ROUNDED = rounded_format.Rounded()
-FORMATS = [LOW_RANK, ROUNDED, Quantized()]
+FORMATS = [LOW_RANK, ROUNDED, QUANTIZED, QUANTIZED_RESIDUAL, CODED_LOW_RANK]
 
 
 class Plugin:
@@ -72,13 +74,18 @@ def config_of(**options):
     return CompressConfig(model_name_or_path="m", output_dir="o", dataset="d", **options)
 
 
+def budget_of(format):
+    residual = {"residual_rank": 2} if format is QUANTIZED_RESIDUAL else {}
+    return config_of(keep_ratio=0.6, **residual)
+
+
 def fitted(format, shape, dtype=torch.float32):
     draw = torch.Generator().manual_seed(0)
     weights = [torch.randn(d, shape.d_in, generator=draw, dtype=dtype) for d in shape.d_out]
     x = torch.randn(60, shape.d_in, generator=draw, dtype=dtype)
     moments = Moments(format.side(shape), shape.owner)
     moments.fold(x if moments.side == "input" else x @ torch.cat(weights).T)
-    form = format.decide(shape, config_of(keep_ratio=0.6), dtype.itemsize)
+    form = format.decide(shape, budget_of(format), dtype.itemsize)
     return weights, form, format.fit(weights, moments, shape, form)
 
 
@@ -94,7 +101,7 @@ def test_laws(format, shape):
         assert tensor.dtype == (stored[key].dtype or torch.float32)
     written = sum(tensor.numel() * tensor.element_size() for tensor in outcome.tensors.values())
     assert tensor_bytes(shape, form, 4) == written
-    assert written <= budget_bytes(shape, config_of(keep_ratio=0.6), 4)
+    assert written <= budget_bytes(shape, budget_of(format), 4)
     assert stored_elements(shape, form) == sum(t.numel() for t in outcome.tensors.values())
     json.dumps(form.as_json())
     assert set(form.sizes) == set(format.size_names)
@@ -157,7 +164,9 @@ def test_a_smaller_form_is_the_leading_part_of_a_larger_one():
 
 def test_formats_are_registered_by_name(installed):
     formats = load_plugins().formats
-    assert list(formats) == ["low_rank", "quantized", "rounded"]
+    assert list(formats) == [
+        "low_rank", "quantized", "quantized_residual", "coded_low_rank", "rounded",
+    ]  # fmt: skip
     assert formats["low_rank"].plugin == "emloc"
     assert formats["rounded"].plugin == "rounded-plugin"
     assert format_named("rounded").name == "rounded"

@@ -113,12 +113,12 @@ def test_a_share_of_bytes_buys_bits(ratio, sizes, tmp_path):
     """A share of 0.3 of float32 weights is 9.6 bits, for codes, scales and zeros."""
     from emloc.config import CompressConfig
     from emloc.formats.layer_format import GroupShape
-    from emloc.formats.quantized import Quantized
+    from emloc.formats.quantized import QUANTIZED
 
     config = CompressConfig(
         model_name_or_path="m", output_dir="o", dataset="d", format="quantized", keep_ratio=ratio
     )
-    form = Quantized().decide(GroupShape(("a",), (512,), 512), config, 4)
+    form = QUANTIZED.decide(GroupShape(("a",), (512,), 512), config, 4)
     assert (form.sizes["bits"], form.sizes["group_size"]) == sizes
 
 

@@ -187,7 +187,7 @@ def _wide(shape: GroupShape, form: Form, config: CompressConfig) -> Form | None:
 
 
 def _refuse_foreign_options(format: LayerFormat, config: CompressConfig) -> None:
-    for name in ("rank_pattern", "bits", "group_size"):
+    for name in ("rank_pattern", "bits", "group_size", "residual_rank", "factor_bits"):
         if getattr(config, name) and name not in format.options:
             raise ConfigError(f"{name} means nothing to format={format.name}; leave it out.")
     if config.keep_ratio_allocation == "error" and not isinstance(format, Cuttable):

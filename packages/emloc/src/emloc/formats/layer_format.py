@@ -245,13 +245,19 @@ def stored_elements(shape: GroupShape, form: Form) -> int:
 
 
 def budget_bytes(shape: GroupShape, config: CompressConfig, itemsize: int) -> int:
-    """Bytes that a group may take: a share of those that it would take dense."""
-    return int(keep_ratio_of(shape.owner, config) * shape.numel * itemsize)
+    """Bytes that a group may take: a share of those that it would take dense, or so many bits per weight."""
+    return int(keep_ratio_of(shape.owner, config, itemsize) * shape.numel * itemsize)
 
 
-def keep_ratio_of(layer: str, config: CompressConfig) -> float:
-    """The share of its bytes that a layer may keep."""
+def keep_ratio_of(layer: str, config: CompressConfig, itemsize: int) -> float:
+    """The share of its bytes that a layer may keep, at most 1.
+
+    Args:
+        itemsize: bytes of an element of the emulator's own dtype, which turns `bits_per_weight` into a share.
+    """
     ratio = match_pattern(config.keep_ratio_pattern, layer)
+    if ratio is None and config.bits_per_weight is not None:
+        return min(1.0, config.bits_per_weight / (8 * itemsize))
     return config.keep_ratio if ratio is None else ratio
 
 
@@ -287,7 +293,19 @@ CORE_FORMATS = (
     FormatEntry(
         "quantized",
         "integers of 2, 3, 4 or 8 bits, rounded for the data",
-        "emloc.formats.quantized:Quantized",
+        "emloc.formats.quantized:QUANTIZED",
+        "emloc",
+    ),
+    FormatEntry(
+        "quantized_residual",
+        "the same, and a product of two factors for what is lost",
+        "emloc.formats.quantized_residual:QUANTIZED_RESIDUAL",
+        "emloc",
+    ),
+    FormatEntry(
+        "coded_low_rank",
+        "the product of two factors of few bits",
+        "emloc.formats.coded_low_rank:CODED_LOW_RANK",
         "emloc",
     ),
 )

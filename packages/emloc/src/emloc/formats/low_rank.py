@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from emloc.errors import MismatchError
+from emloc.formats.coded_low_rank import CODED_BITS, CODED_LOW_RANK
 from emloc.formats.layer_format import (
     DenseLayer,
     Fitted,
@@ -17,6 +18,7 @@ from emloc.formats.layer_format import (
     Read,
     Spectrum,
     StoredTensor,
+    keep_ratio_of,
 )
 from emloc.formats.low_rank_bytes import factorise_bytes
 from emloc.formats.low_rank_sizes import decide, rank_range
@@ -36,7 +38,7 @@ class LowRank:
     """`LayerFormat`, and `Cuttable` and `TwoProducts`."""
 
     name = DEFAULT_FORMAT
-    options: tuple[str, ...] = ("rank_pattern",)
+    options: tuple[str, ...] = ("rank_pattern", "factor_bits")
     size_names: tuple[str, ...] = (RANK,)
     unit = RANK
 
@@ -53,13 +55,14 @@ class LowRank:
         return smaller_side(shape.rows, shape.d_in)
 
     def decide(self, shape: GroupShape, config: CompressConfig, itemsize: int) -> Form | str:
-        """A rank; both factors and weights are of the emulator's dtype, whose bytes cancel out."""
+        """A rank; factors of few bits are a format of their own."""
+        if config.factor_bits in CODED_BITS:
+            return CODED_LOW_RANK.decide(shape, config, itemsize)
         decision = decide(
             shape.owner,
             shape.rows,
             shape.d_in,
-            config.keep_ratio,
-            config.keep_ratio_pattern,
+            keep_ratio_of(shape.owner, config, itemsize),
             config.rank_pattern,
         )
         return decision.reason if decision.rank is None else low_rank(decision.rank)

@@ -51,20 +51,20 @@ def decide(
     name: str,
     d_out: int,
     d_in: int,
-    keep_ratio: float,
-    keep_ratio_pattern: Mapping[str, float],
+    ratio: float,
     rank_pattern: Mapping[str, int],
 ) -> Decision:
     """The rank of one layer (or stacked group), or why it stays dense.
 
     A rank asked for by `rank_pattern` is taken as it is, up to full rank, even where its factors
     are larger than the weight; a ratio never makes a layer larger.
+
+    Args:
+        ratio: the share of its bytes that it may keep.
     """
     explicit = match_pattern(rank_pattern, name)
     if explicit is not None:
         return Decision(min(explicit, d_out, d_in), "rank_pattern")
-    pattern_ratio = match_pattern(keep_ratio_pattern, name)
-    ratio = keep_ratio if pattern_ratio is None else pattern_ratio
     if ratio == 1:
         return Decision(None, "keep_ratio 1")  # all parameters kept: the weight itself, no error
     rank = rank_for(ratio, d_out, d_in)

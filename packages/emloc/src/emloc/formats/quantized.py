@@ -4,13 +4,12 @@ Every layer of a group has a grid and codes of its own; what they share is the m
 order of rounding. A convolution is rounded as a matrix of patches.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import product
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from emloc.errors import MismatchError, NumericalError
+from emloc.formats.coded_layers import coded_module, grid_within, layer_tensors, refuse_unknown_grid
+from emloc.formats.coded_matrix import CodedMatrix
 from emloc.formats.layer_format import (
     DenseLayer,
     Fitted,
@@ -18,29 +17,25 @@ from emloc.formats.layer_format import (
     GroupShape,
     Read,
     StoredTensor,
-    budget_bytes,
-    keep_ratio_of,
     tensor_bytes,
 )
-from emloc.layers.coded_weight import CodedWeight
-from emloc.layers.quantized_layers import QuantizedConv2d, QuantizedLinear
-from emloc.linalg.bit_packing import pack, packed_columns
-from emloc.linalg.finite import is_finite
+from emloc.formats.quantized_residual import QUANTIZED_RESIDUAL
+from emloc.linalg.finite import refuse_not_finite
 from emloc.linalg.gram import Moments, Side
-from emloc.linalg.grid import SCALES, ZERO_BITS, choose_grid, group_count
+from emloc.linalg.grid import choose_grid, group_count
 from emloc.linalg.operator import Operator
+from emloc.linalg.refinement import round_and_refine
 from emloc.linalg.rounding import Feedback, squared_output
-from emloc.options.compress import BITS, GROUP_SIZES, CompressConfig
+from emloc.options.compress import CompressConfig
 
 SIZES: tuple[str, ...] = ("bits", "group_size")
-CODES, SCALE_CODES, LARGEST, ZEROS = "codes", "scales", "largest_scales", "zeros"
 
 
 class Quantized:
     """`LayerFormat`."""
 
     name = "quantized"
-    options: tuple[str, ...] = SIZES
+    options: tuple[str, ...] = (*SIZES, "residual_rank", "factor_bits")
     size_names: tuple[str, ...] = SIZES
 
     def side(self, shape: GroupShape) -> Side:
@@ -49,17 +44,9 @@ class Quantized:
 
     def decide(self, shape: GroupShape, config: CompressConfig, itemsize: int) -> Form | str:
         """The bits that were asked for; else the most, in the smallest groups, that the share allows."""
-        if config.bits is not None:
-            return self._form(config.bits, config.group_size or 64)
-        if keep_ratio_of(shape.owner, config) == 1:
-            return "keep_ratio 1"
-        sizes = [config.group_size] if config.group_size else GROUP_SIZES
-        budget = budget_bytes(shape, config, itemsize)
-        for bits, group_size in product(sorted(BITS, reverse=True), sizes):
-            form = self._form(bits, group_size)
-            if tensor_bytes(shape, form, itemsize) <= budget:
-                return form
-        return f"{min(BITS)} bits are more than its share"
+        if config.residual_rank:
+            return QUANTIZED_RESIDUAL.decide(shape, config, itemsize)
+        return grid_within(shape, config, itemsize, self._form)
 
     def fit(
         self, weights: Sequence[Tensor], moments: Moments, shape: GroupShape, form: Form
@@ -69,43 +56,40 @@ class Quantized:
         Raises:
             NumericalError: a weight holds NaN or infinity.
         """
-        bits, group_size = (form.sizes[name] for name in SIZES)
-        if not all(is_finite(weight) for weight in weights):
-            raise NumericalError(
-                f"Layer {moments.name}: its weight holds NaN or infinity; restore the checkpoint "
-                f"from its source before compressing it."
-            )
+        refuse_not_finite(moments.name, weights)
         feedback, changed, whole = Feedback(moments.matrix), 0.0, 0.0
         tensors: dict[tuple[str, str], Tensor] = {}
         for layer, weight in zip(shape.layers, weights):
-            grid = choose_grid(weight, moments.matrix.diagonal(), bits, group_size)
-            rounded = feedback.round(weight, grid)
-            changed += squared_output(rounded.error, moments.matrix)
+            matrix = self.matrix(len(weight), shape.d_in, form)
+            grid = choose_grid(weight, moments.matrix.diagonal(), matrix.bits, matrix.group_size)
+            grid, codes = round_and_refine(weight, moments.matrix, feedback, grid)
+            changed += squared_output(weight.float() - grid.values(codes), moments.matrix)
             whole += squared_output(weight, moments.matrix)
-            tensors[layer, CODES] = pack(rounded.codes, bits)
-            tensors[layer, SCALE_CODES] = grid.scale_codes
-            tensors[layer, LARGEST] = grid.largest.float().view(torch.int32)
-            tensors[layer, ZEROS] = pack(grid.zero_codes, ZERO_BITS)
+            encoded = matrix.encoded(grid, codes)
+            tensors.update({(layer, name): tensor for name, tensor in encoded.items()})
         return Fitted(tensors, {"relative_error": (changed / whole) ** 0.5 if whole > 0 else 0.0})
 
     def stored(self, shape: GroupShape, form: Form) -> Sequence[StoredTensor]:
         """Each layer's codes, scales and zeros."""
-        return [
-            StoredTensor(layer, name, size, dtype)
-            for layer, d_out in zip(shape.layers, shape.d_out)
-            for name, size, dtype in self._tensors(d_out, shape.d_in, form)
-        ]
+        return layer_tensors(shape, lambda d_out: self.matrix(d_out, shape.d_in, form).stored())
 
     def operator(self, shape: GroupShape, form: Form, layer: str, read: Read) -> Operator:
         """The codes, decoded a few rows at a time."""
-        bits, group_size = (form.sizes[name] for name in SIZES)
-        packed, scales = read(layer, CODES), read(layer, SCALE_CODES)
-        largest, zeros = read(layer, LARGEST), read(layer, ZEROS)
-        return CodedWeight(packed, scales, largest, zeros, shape.d_in, bits, group_size)
+        d_out = shape.d_out[shape.layers.index(layer)]
+        return self.matrix(d_out, shape.d_in, form).decoded(lambda name: read(layer, name))
 
     def modules(self, layers: Sequence[DenseLayer], form: Form) -> Sequence[nn.Module]:
-        """A `QuantizedLinear` or `QuantizedConv2d` for each."""
-        return [self._module(layer, form) for layer in layers]
+        """A `QuantizedLinear` or `QuantizedConv2d` for each.
+
+        Raises:
+            MismatchError: there is no grid of these sizes.
+        """
+        refuse_unknown_grid(layers[0].name, *(form.sizes[name] for name in SIZES))
+        matrices = [self.matrix(layer.d_out, layer.d_in, form) for layer in layers]
+        return [
+            coded_module(layer, matrix.stored(), matrix.decoded, form)
+            for layer, matrix in zip(layers, matrices)
+        ]
 
     def fitting_bytes(self, shape: GroupShape, form: Form, itemsize: int) -> int:
         """The factorisation in float64, or the rounding of the largest layer beside its result in float32."""
@@ -117,29 +101,12 @@ class Quantized:
         groups = max(shape.d_out) * group_count(shape.d_in, form.sizes["group_size"])
         return max(shape.d_out) * shape.d_in * itemsize + 8 * groups
 
+    def matrix(self, d_out: int, d_in: int, form: Form) -> CodedMatrix:
+        """The sizes of one layer's codes."""
+        return CodedMatrix(d_out, d_in, *(form.sizes[name] for name in SIZES))
+
     def _form(self, bits: int, group_size: int) -> Form:
         return Form(self, {"bits": bits, "group_size": group_size})
 
-    def _tensors(
-        self, d_out: int, d_in: int, form: Form
-    ) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-        bits, groups = form.sizes["bits"], group_count(d_in, form.sizes["group_size"])
-        yield CODES, (d_out, packed_columns(d_in, bits)), torch.uint8
-        yield SCALE_CODES, (d_out, groups), torch.uint8
-        yield LARGEST, (-(-d_out * groups // SCALES),), torch.int32
-        yield ZEROS, (d_out, packed_columns(groups, ZERO_BITS)), torch.uint8
 
-    def _module(self, layer: DenseLayer, form: Form) -> nn.Module:
-        stored = {n: (size, kind) for n, size, kind in self._tensors(layer.d_out, layer.d_in, form)}
-        bits, group_size = (form.sizes[name] for name in SIZES)
-        if bits not in BITS or group_size < 1:
-            raise MismatchError(
-                f"The emulator's config gives {layer.name} {bits} bits in groups of {group_size}, which "
-                f"is no format; compress the base model again."
-            )
-        sizes = (bits, group_size)
-        if layer.convolution is not None:
-            return QuantizedConv2d(layer.convolution, stored, sizes)
-        return QuantizedLinear(
-            layer.d_in, layer.d_out, layer.bias, stored, sizes, layer.dtype, layer.device
-        )
+QUANTIZED = Quantized()

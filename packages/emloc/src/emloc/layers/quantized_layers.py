@@ -6,29 +6,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emloc.layers.coded_weight import CodedWeight
 from emloc.layers.emulated_layer import EmulatedLayer
 from emloc.layers.read_only_weight import ReadOnlyWeight
 from emloc.layers.remade_weight import remade_convolution, remade_linear
+from emloc.linalg.operator import Operator
 
-Stored = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-"""Shapes and dtypes of a layer's stored tensors, by name, in the order of `CodedWeight`."""
+Stored = Mapping[str, tuple[tuple[int, ...], torch.dtype | None]]
+"""Shapes and dtypes of a layer's stored tensors, by name; without a dtype, that of the dense layer."""
+
+Decode = Callable[[Callable[[str], Tensor]], Operator]
+"""Gives the weight, d_out × d_in, of stored tensors that it reads by name."""
 
 
 class _Quantized(EmulatedLayer, nn.Module):
     """The stored tensors of a layer, as frozen parameters, and the weight that they stand for."""
 
-    bits: int
-    group_size: int
     made_in: torch.dtype
     _names: tuple[str, ...]
+    _decode: Decode
+    _shown: str
 
-    def _hold(
-        self, stored: Stored, sizes: tuple[int, int], dtype: torch.dtype, device: torch.device
-    ) -> None:
-        (self.bits, self.group_size), self.made_in, self._names = sizes, dtype, tuple(stored)
+    def _hold(self, stored: Stored, decode: Decode, shown: str, like: tuple[Any, Any]) -> None:
+        (self.made_in, device), self._names = like, tuple(stored)
+        self._decode, self._shown = decode, shown
         for name, (shape, kind) in stored.items():
-            empty = torch.empty(shape, dtype=kind, device=device)
+            empty = torch.empty(shape, dtype=kind or self.made_in, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -41,32 +43,29 @@ class _Quantized(EmulatedLayer, nn.Module):
     def _stored(self) -> list[Tensor]:
         return [self.get_parameter(name) for name in self._names]
 
-    def _columns(self) -> int:
-        raise NotImplementedError
-
-    def _coded(self, *stored: Tensor) -> CodedWeight:
-        packed, scale_codes, largest, zero_codes = stored
-        return CodedWeight(
-            packed, scale_codes, largest, zero_codes, self._columns(), self.bits, self.group_size
-        )
+    def _operator(self, *stored: Tensor) -> Operator:
+        return self._decode(dict(zip(self._names, stored)).__getitem__)
 
     def _read_only(self, shape: tuple[int, ...]) -> Tensor:
-        stored = [tensor.detach() for tensor in self._stored()]
-        coded, dtype = self._coded(*stored), self.made_in
-        return ReadOnlyWeight(lambda: coded.dense(dtype), shape, dtype, stored[0].device)
+        operator, dtype = (
+            self._operator(*(tensor.detach() for tensor in self._stored())),
+            self.made_in,
+        )
+        return ReadOnlyWeight(lambda: operator.dense(dtype), shape, dtype, self._stored()[0].device)
 
     def reset_parameters(self) -> None:
         """Nothing to draw: codes always come from a checkpoint."""
 
 
 class QuantizedLinear(_Quantized, nn.Linear):
-    """`y = x @ Wᵀ + bias` for a weight on a grid of few bits.
+    """`y = x @ Wᵀ + bias` for a weight that is decoded while it is multiplied.
 
     Args:
         d_in, d_out: sizes.
         bias: whether there is one.
         stored: the tensors to hold.
-        sizes: bits of a code, inputs of a group.
+        decode: gives their weight.
+        shown: sizes of the format, for `repr`.
         dtype: of the bias, and that `weight` is decoded in.
     """
 
@@ -76,18 +75,16 @@ class QuantizedLinear(_Quantized, nn.Linear):
         d_out: int,
         bias: bool,
         stored: Stored,
-        sizes: tuple[int, int],
+        decode: Decode,
+        shown: str,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
         self.in_features, self.out_features = d_in, d_out
-        self._hold(stored, sizes, dtype, device)
+        self._hold(stored, decode, shown, (dtype, device))
         made = nn.Parameter(torch.empty(d_out, dtype=dtype, device=device), requires_grad=False)
         self.bias = made if bias else None
-
-    def _columns(self) -> int:
-        return self.in_features
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -98,21 +95,22 @@ class QuantizedLinear(_Quantized, nn.Linear):
         """(..., d_in) to (..., d_out)."""
         return remade_linear(
             input,
-            lambda *stored: self._coded(*stored).dense(input.dtype),
+            lambda *stored: self._operator(*stored).dense(input.dtype),
             self.bias,
             *self._stored(),
         )
 
     def extra_repr(self) -> str:
-        """Sizes, as nn.Linear prints them, and the grid's."""
-        return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
+        """Sizes, as nn.Linear prints them, and the format's."""
+        return f"{super().extra_repr()}, {self._shown}"
 
 
 class QuantizedConv2d(_Quantized, nn.Conv2d):
-    """A convolution whose kernel, as a matrix, is on a grid of few bits; see `QuantizedLinear`.
+    """A convolution whose kernel, as a matrix, is decoded; see `QuantizedLinear`.
 
     Args:
         dense: the convolution whose place it takes; not grouped.
+        stored, decode, shown: see `QuantizedLinear`.
     """
 
     def __new__(cls, *sizes: Any, **options: Any) -> Any:
@@ -121,19 +119,16 @@ class QuantizedConv2d(_Quantized, nn.Conv2d):
             return nn.Conv2d(*sizes, **options)
         return super().__new__(cls)
 
-    def __init__(self, dense: nn.Conv2d, stored: Stored, sizes: tuple[int, int]) -> None:
+    def __init__(self, dense: nn.Conv2d, stored: Stored, decode: Decode, shown: str) -> None:
         nn.Module.__init__(self)  # nn.Conv2d's own would allocate the dense weight
         own = vars(self)
         self.__dict__.update({k: v for k, v in vars(dense).items() if k not in own})
         dtype, device = dense.weight.dtype, dense.weight.device
-        self._hold(stored, sizes, dtype, device)
+        self._hold(stored, decode, shown, (dtype, device))
         made = nn.Parameter(
             torch.empty(self.out_channels, dtype=dtype, device=device), requires_grad=False
         )
         self.bias = None if dense.bias is None else made
-
-    def _columns(self) -> int:
-        return self.in_channels * self.kernel_size[0] * self.kernel_size[1]
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -143,17 +138,20 @@ class QuantizedConv2d(_Quantized, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """(batch, in_channels, height, width) to (batch, out_channels, height', width')."""
         shape = (self.out_channels, self.in_channels, *self.kernel_size)
-        before, mode = self._reversed_padding_repeated_twice, self.padding_mode
-        if any(before):
-            input = nn.functional.pad(input, before, "constant" if mode == "zeros" else mode)
         return remade_convolution(
-            input,
-            lambda *stored: self._coded(*stored).dense(input.dtype).view(shape),
+            self._padded(input),
+            lambda *stored: self._operator(*stored).dense(input.dtype).view(shape),
             self.bias,
             (self.stride, 0, self.dilation),
             *self._stored(),
         )
 
+    def _padded(self, input: Tensor) -> Tensor:
+        before, mode = self._reversed_padding_repeated_twice, self.padding_mode
+        if any(before):
+            input = nn.functional.pad(input, before, "constant" if mode == "zeros" else mode)
+        return input
+
     def extra_repr(self) -> str:
-        """Sizes, as nn.Conv2d prints them, and the grid's."""
-        return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
+        """Sizes, as nn.Conv2d prints them, and the format's."""
+        return f"{super().extra_repr()}, {self._shown}"

@@ -1,5 +1,6 @@
 """Is a tensor free of NaN and infinity? In one pass, without a temporary of its size."""
 
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -22,6 +23,19 @@ def is_finite(tensor: Tensor) -> bool:
         return all(is_finite(part.half()) for part in _chunks(tensor))
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
+
+
+def refuse_not_finite(layer: str, weights: Iterable[Tensor]) -> None:
+    """Refuse weights that nothing can be fitted to.
+
+    Raises:
+        NumericalError: one holds NaN or infinity; names the layer.
+    """
+    if not all(is_finite(weight) for weight in weights):
+        raise NumericalError(
+            f"Layer {layer}: its weight holds NaN or infinity; restore the checkpoint "
+            f"from its source before compressing it."
+        )
 
 
 def require_writable(name: str, tensor: Tensor, source: str) -> None:

@@ -83,6 +83,12 @@ def decoded_zeros(codes: Tensor, bits: int) -> Tensor:
     return codes.float() * (((1 << bits) - 1) / ((1 << ZERO_BITS) - 1))
 
 
+def nearest_codes(target: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
+    """The codes, as floats, whose values are nearest; of a scale of 0, those of no meaning."""
+    safe = torch.where(scale > 0, scale, 1.0)
+    return (target / safe + zero).round_().clamp_(0, levels)
+
+
 def choose_grid(
     weight: Float[Tensor, "rows columns"],
     importance: Float[Tensor, " columns"],

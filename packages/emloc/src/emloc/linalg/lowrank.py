@@ -27,9 +27,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from emloc.errors import NumericalError
 from emloc.linalg.eigen import dense_eigenvectors, leading_eigenvectors
-from emloc.linalg.finite import is_finite
+from emloc.linalg.finite import refuse_not_finite
 from emloc.linalg.gram import Moments
 from emloc.linalg.symmetric import add_gram, between_upper, mirror_upper, times_upper
 
@@ -78,11 +77,7 @@ def factorise(
         NumericalError: the weight holds NaN or infinity.
     """
     parts = [weights] if isinstance(weights, Tensor) else list(weights)
-    if not all(is_finite(part) for part in parts):
-        raise NumericalError(
-            f"Layer {moments.name}: its weight holds NaN or infinity; restore the checkpoint "
-            f"from its source before compressing it."
-        )
+    refuse_not_finite(moments.name, parts)
     stored, d_in = parts[0].dtype, parts[0].shape[1]
     d_out = sum(part.shape[0] for part in parts)
     rank = min(rank, d_out, d_in)

@@ -61,3 +61,35 @@ class Matrix:
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight."""
         return self.weight.to(dtype)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """`left @ right` of two operators."""
+
+    left: Operator
+    right: Operator
+
+    def __matmul__(self, columns: Tensor) -> Tensor:
+        """`left @ (right @ columns)`."""
+        return self.left @ (self.right @ columns)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """`left @ right`."""
+        return self.left.dense(dtype) @ self.right.dense(dtype)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """`first + second` of two operators."""
+
+    first: Operator
+    second: Operator
+
+    def __matmul__(self, columns: Tensor) -> Tensor:
+        """`first @ columns + second @ columns`."""
+        return (self.first @ columns).add_(self.second @ columns)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """`first + second`."""
+        return self.first.dense(dtype).add_(self.second.dense(dtype))

@@ -12,29 +12,15 @@ to the diagonal, and more where that does not suffice, so that few samples or a 
 Precision: the factorisation is in float64, all else in float32.
 """
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from emloc.linalg.grid import Grid
+from emloc.linalg.grid import Grid, nearest_codes
 
 DAMPING = 0.01
 BLOCK = 128
 """Inputs that are rounded one by one before the errors of all are carried on in one product."""
-
-
-class Rounded(NamedTuple):
-    """A rounded weight.
-
-    Attributes:
-        codes: rows × columns.
-        error: `W − Q`, rows × columns, float32.
-    """
-
-    codes: UInt8[Tensor, "rows columns"]
-    error: Float[Tensor, "rows columns"]
 
 
 class Feedback:
@@ -43,14 +29,19 @@ class Feedback:
     Args:
         moments: `Σ x xᵀ` of the inputs, columns × columns; symmetric, may be singular.
         damping: share of the mean of its diagonal that is added to the diagonal.
+
+    Attributes:
+        ridge: all that was added to the diagonal.
     """
 
     def __init__(self, moments: Tensor, damping: float = DAMPING) -> None:
         self._order = torch.argsort(moments.diagonal(), descending=True, stable=True)
-        self._carried = _carried(moments, self._order, damping)
+        self._carried, self.ridge = _carried(moments, self._order, damping)
 
-    def round(self, weight: Float[Tensor, "rows columns"], grid: Grid) -> Rounded:
-        """Round to `grid`, each input making up for the errors of those before it."""
+    def round(
+        self, weight: Float[Tensor, "rows columns"], grid: Grid
+    ) -> UInt8[Tensor, "rows columns"]:
+        """The codes on `grid`, each input making up for the errors of those before it."""
         order, carried = self._order, self._carried
         columns = weight.float().T[order]  # columns × rows: each step works on one contiguous row
         groups = (order // grid.group_size).tolist()
@@ -68,11 +59,10 @@ class Feedback:
                 target, scale, zero = targets[k], scales[groups[at]], zeros[groups[at]]
                 if k:
                     target = torch.addmv(target, errors[start:at].T, within[:k, k])
-                code = _nearest(target, scale, zero, grid.levels)
+                code = nearest_codes(target, scale, zero, grid.levels)
                 codes[at] = code.to(torch.uint8)
                 errors[at] = columns[at] - (code - zero) * scale
-        back = torch.argsort(order)
-        return Rounded(codes[back].T.contiguous(), errors[back].T.contiguous())
+        return codes[torch.argsort(order)].T.contiguous()
 
 
 def squared_output(
@@ -82,23 +72,19 @@ def squared_output(
     return max(0.0, float((weight.float() @ moments.float() * weight).sum()))
 
 
-def _nearest(target: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
-    safe = torch.where(scale > 0, scale, 1.0)
-    return (target / safe + zero).round_().clamp_(0, levels)
-
-
-def _carried(moments: Tensor, order: Tensor, damping: float) -> Tensor:
-    """`R_ik / R_kk` in the order of rounding, float32, strictly upper triangular."""
+def _carried(moments: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
+    """`R_ik / R_kk` in the order of rounding, float32, strictly upper triangular; what the diagonal got."""
     backwards = order.flip(0)
     matrix = moments[backwards][:, backwards].double()
-    ridge = damping * float(matrix.diagonal().mean()) or 1.0
+    ridge = step = damping * float(matrix.diagonal().mean()) or 1.0
     while True:
-        matrix.diagonal().add_(ridge)
+        matrix.diagonal().add_(step)
         root, failed = torch.linalg.cholesky_ex(matrix)
         if not int(failed):
             break
-        ridge *= 10
+        step *= 10
+        ridge += step
     del matrix
     upper = root.float().flip(0, 1)
     del root
-    return upper.div_(upper.diagonal().clone()).triu_(diagonal=1)
+    return upper.div_(upper.diagonal().clone()).triu_(diagonal=1), ridge

@@ -20,6 +20,9 @@ BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128)
 """Inputs that may share a scale."""
 
+FACTOR_BITS = (4, 8, 16)
+"""Bits that a number of a factor may have; 16 stands for the emulator's own dtype."""
+
 
 class CompressConfig(CalibrationOptions, ModelOptions, MemoryOptions):
     """Stage 1: write an emulator of a model."""
@@ -42,6 +45,19 @@ class CompressConfig(CalibrationOptions, ModelOptions, MemoryOptions):
     )
     group_size: Annotated[Literal[32, 64, 128] | None, UnlessDefault()] = Field(
         None, description="inputs that share a scale in format=quantized"
+    )
+    bits_per_weight: Annotated[float | None, UnlessDefault()] = Field(
+        None,
+        gt=0,
+        le=64,
+        description="budget in place of keep_ratio: bits of each layer's bytes, per weight",
+    )
+    residual_rank: Annotated[int | None, UnlessDefault()] = Field(
+        None, ge=0, le=1024, description="rank of what format=quantized adds to its codes"
+    )
+    factor_bits: Annotated[Literal[4, 8, 16] | None, UnlessDefault()] = Field(
+        None,
+        description="of a number in the factors of low_rank or of the residual; 16: the emulator's dtype",
     )
     keep_ratio_pattern: RatioMap = Field({}, description="regular expression=ratio, per layer")
     rank_pattern: CountMap = Field({}, description="regular expression=rank, per layer")
