@@ -1,6 +1,7 @@
 """Models and data of the reproduction, made once.
 
     python tools/reproduce/prepare.py smollm2 --out SMOLLM2
+    python tools/reproduce/prepare.py smollm2-off-grid --out SMOLLM2
     python tools/reproduce/prepare.py mathqa --source FOLDER --out data/mathqa
     python tools/reproduce/prepare.py text --source wiki.valid.raw --out data/text.jsonl
     python tools/reproduce/prepare.py easy-vqa --out data/easy_vqa
@@ -16,6 +17,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from emloc.artefacts.small_files import write_text
 
@@ -46,6 +48,59 @@ def smollm2(source: Path | None, out: Path | None) -> Path:
     AutoModelForCausalLM.from_pretrained(found, dtype=torch.bfloat16).save_pretrained(out)
     AutoTokenizer.from_pretrained(found).save_pretrained(out)
     return out
+
+
+def smollm2_off_grid(source: Path | None, out: Path | None) -> Path:
+    """The same function with other weights, in float32.
+
+    SmolLM2's weights come out of a 4-bit file, so a grid of 4 bits in groups of 32 gives them back exactly,
+    as it does of no other model. Here each block's norm weights are folded into the layers that read them,
+    and every channel between `v_proj` and `o_proj`, and between `up_proj` and `down_proj`, is scaled by
+    exp(0.3 · normal), seed 0, and back.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from emloc_llm.demo.model import smollm2
+
+    assert out is not None
+    place = smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    text = "Natalia sold clips to 48 of her friends, and then she sold half as many in May."
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    with torch.no_grad():
+        before = model(ids).logits
+        _off_the_grid(model)
+        changed = float((model(ids).logits - before).abs().max() / before.abs().max())
+    if changed > 1e-5:
+        raise SystemExit(f"error: the logits changed by {changed:.1e} of their largest value")
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+def _off_the_grid(model: Any) -> None:
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    heads = model.config.num_attention_heads // model.config.num_key_value_heads
+    for block in model.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        for norm, readers in (
+            (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            for reader in readers:
+                reader.weight.mul_(norm.weight)
+            norm.weight.fill_(1)
+        scales = torch.exp(0.3 * torch.randn(attention.v_proj.out_features, generator=draw))
+        attention.v_proj.weight.div_(scales[:, None])
+        by_head = scales.view(model.config.num_key_value_heads, -1)  # each serves several queries
+        attention.o_proj.weight.mul_(by_head.repeat_interleave(heads, 0).flatten())
+        scales = torch.exp(0.3 * torch.randn(mlp.up_proj.out_features, generator=draw))
+        mlp.up_proj.weight.div_(scales[:, None])
+        mlp.down_proj.weight.mul_(scales)
 
 
 def internvl(source: Path | None, out: Path | None) -> Path:
@@ -113,6 +168,7 @@ def easy_vqa(source: Path | None, out: Path | None) -> Path:
 
 COMMANDS = {
     "smollm2": smollm2,
+    "smollm2-off-grid": smollm2_off_grid,
     "internvl": internvl,
     "small-internvl": small_internvl,
     "mathqa": mathqa,
