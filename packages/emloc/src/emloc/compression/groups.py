@@ -11,9 +11,23 @@ from emloc.config import CompressConfig
 from emloc.errors import CheckpointError, ConfigError
 from emloc.extend.formats import Forms, format_named
 from emloc.formats.abilities import Cuttable
-from emloc.formats.layer_format import Form, GroupShape, LayerFormat
+from emloc.formats.layer_format import (
+    Form,
+    GroupShape,
+    LayerFormat,
+    budget_bytes,
+    keep_ratio_of,
+    tensor_bytes,
+)
+from emloc.formats.menu import menu_of
+from emloc.formats.quantized import QUANTIZED
 from emloc.linalg.convolution import matrix_shape
+from emloc.linalg.menu_allocation import Option, allocate_bytes
+from emloc.options.compress import AUTO
 from emloc.options.patterns import match_pattern
+
+OF_FORMATS = ("rank_pattern", "bits", "group_size", "residual_rank", "factor_bits")
+"""Options that mean something to some formats."""
 
 Shape = Sequence[int]
 """The shape of a dense weight: d_out, inputs or channels, and the axes of a kernel."""
@@ -26,11 +40,13 @@ class Group:
     Attributes:
         form: that they take.
         wide: a larger form that they are fitted in first, if the size is found after the pass.
+        menu: for each layer the forms among which is chosen after the pass; `form` is the planner's guess.
     """
 
     shape: GroupShape
     form: Form
     wide: Form | None = None
+    menu: tuple[tuple[Form, ...], ...] = ()
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -85,8 +101,10 @@ def make_plan(
         ConfigError: options do not go together, or a pattern matches nothing.
         PluginError: the format is not installed.
     """
-    format = format_named(config.format)
-    _refuse_foreign_options(format, config)
+    if config.format == AUTO:
+        _refuse_options_of_formats(config)
+    else:
+        _refuse_foreign_options(format_named(config.format), config)
     excluded = dict.fromkeys(config.exclude, True)
     names = [name for group in layer_groups for name in group]
     refuse_idle_patterns(names, config, ("exclude", "keep_ratio_pattern", "rank_pattern"))
@@ -112,12 +130,57 @@ def make_plan(
             by_pattern.setdefault(key if config.share_factors else name, []).append(name)
         for layers in by_pattern.values():
             shape = group_shape(layers, shapes.__getitem__)
-            form = format.decide(shape, config, itemsize_of(shape.owner))
-            if isinstance(form, str):
-                dense |= dict.fromkeys(layers, form)
+            group = _group(shape, config, itemsize_of(shape.owner))
+            if isinstance(group, str):
+                dense |= dict.fromkeys(layers, group)
             else:
-                groups.append(Group(shape, form, _wide(shape, form, config)))
-    return CompressionPlan(tuple(groups), dense)
+                groups.append(group)
+    return CompressionPlan(tuple(_guessed(groups, config, itemsize_of)), dense)
+
+
+def _group(shape: GroupShape, config: CompressConfig, itemsize: int) -> Group | str:
+    """The group with its form or its menu, or the reason for which it stays dense."""
+    if config.format != AUTO:
+        form = format_named(config.format).decide(shape, config, itemsize)
+        return form if isinstance(form, str) else Group(shape, form, _wide(shape, form, config))
+    named = match_pattern(config.keep_ratio_pattern, shape.owner) is not None
+    if named or keep_ratio_of(shape.owner, config, itemsize) == 1:
+        form = QUANTIZED.decide(shape, config, itemsize)
+        return form if isinstance(form, str) else Group(shape, form)
+    menu = tuple(tuple(menu_of(one, itemsize)) for one in shape.singles())
+    if not all(menu):
+        return f"no form of {shape.owner} is smaller than its weight"
+    return Group(shape, menu[0][0], None, menu)
+
+
+def _guessed(
+    groups: Sequence[Group], config: CompressConfig, itemsize_of: Callable[[str], int]
+) -> list[Group]:
+    """Groups with menus in forms that spend the budget; each bit more is taken to quarter an error.
+
+    Raises:
+        ConfigError: not even the smallest forms are within the budget.
+    """
+    open_groups = {group.owner: group for group in groups if group.menu}
+    options: dict[str, list[Option]] = {}
+    budget = 0
+    for owner, group in open_groups.items():
+        itemsize, numel = itemsize_of(owner), group.shape.numel
+        sizes = [tensor_bytes(group.shape, form, itemsize) for form in group.menu[0]]
+        options[owner] = [Option(size, numel * 4.0 ** (-8 * size / numel)) for size in sizes]
+        budget += budget_bytes(group.shape, config, itemsize)
+    least = sum(min(option.bytes for option in one) for one in options.values())
+    if least > budget:
+        numel = sum(group.shape.numel for group in open_groups.values())
+        raise ConfigError(
+            f"format={AUTO}: the smallest forms take {8 * least / numel:.2f} bits per weight, and the budget "
+            f"is {8 * budget / numel:.2f}; raise bits_per_weight or keep_ratio."
+        )
+    places = allocate_bytes(options, budget)
+    return [
+        replace(group, form=group.menu[0][places[group.owner]]) if group.menu else group
+        for group in groups
+    ]
 
 
 def group_shape(layers: Sequence[str], shape_of: Callable[[str], Shape]) -> GroupShape:
@@ -187,13 +250,26 @@ def _wide(shape: GroupShape, form: Form, config: CompressConfig) -> Form | None:
 
 
 def _refuse_foreign_options(format: LayerFormat, config: CompressConfig) -> None:
-    for name in ("rank_pattern", "bits", "group_size", "residual_rank", "factor_bits"):
+    for name in OF_FORMATS:
         if getattr(config, name) and name not in format.options:
             raise ConfigError(f"{name} means nothing to format={format.name}; leave it out.")
     if config.keep_ratio_allocation == "error" and not isinstance(format, Cuttable):
         raise ConfigError(
             f"keep_ratio_allocation=error makes layers smaller after they were fitted, which "
             f"format={format.name} cannot; pass keep_ratio_allocation=uniform."
+        )
+
+
+def _refuse_options_of_formats(config: CompressConfig) -> None:
+    for name in OF_FORMATS:
+        if getattr(config, name):
+            raise ConfigError(
+                f"{name} means nothing to format={AUTO}, which chooses it; leave it out, or pass a format."
+            )
+    if config.keep_ratio_allocation != "uniform":
+        raise ConfigError(
+            f"format={AUTO} spends bytes where they lower the error most already; leave "
+            f"keep_ratio_allocation out."
         )
 
 

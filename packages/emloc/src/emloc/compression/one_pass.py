@@ -5,22 +5,24 @@ every group's side, and when all are through, each group is fitted in its form a
 Peak memory is one block in float32, its moments and what fitting one group takes, and the hidden states.
 
 Where sizes are to be allocated (`emloc.linalg.allocation`), groups are fitted in the largest that they may
-get, and it is measured how much the block's output minds their errors.
+get, and it is measured how much the block's output minds their errors. Where forms are to be chosen
+(`emloc.compression.menu_choice`), layers are fitted in all of their menu.
 
 A block that is finished already is only run, not fitted again: an interrupted run gives the same
 bytes as an uninterrupted one.
 """
 
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from emloc.compression.emulator_folder import SPECTRUM, EmulatorFolder
+from emloc.compression.emulator_folder import MENU, SPECTRUM, EmulatorFolder
 from emloc.compression.groups import CompressionPlan, Group
+from emloc.compression.menu_choice import candidate_name, fit_menu, write_candidates
 from emloc.compression.sensitivity import BlockProbe
 from emloc.compression.truncation import uniform_weights
 from emloc.errors import ConfigError
@@ -55,7 +57,11 @@ def compress_blocks(stream: UnitStream, folder: EmulatorFolder, batches: Sequenc
         return
     calls = [_call(stream, batch) for batch in batches]
     probe = BlockProbe(stream)
-    probed = [block for block in blocks if any(group.wide for group in folder.plan.within(block))]
+    probed = [
+        block
+        for block in blocks
+        if any(group.wide or group.menu for group in folder.plan.within(block))
+    ]
     small = SMALL * max(_numel(stream, block) for block in blocks)
     with progress_bar("compress", len(blocks)) as advance:
 
@@ -83,7 +89,7 @@ def compress_blocks(stream: UnitStream, folder: EmulatorFolder, batches: Sequenc
             lockstep(stream.model, stream.units, calls, visit, enough, stream.device)
         for block in blocks:
             if block not in seen | done:  # a tower that no sample needs
-                folder.write_block(block, {}, _report({}, _layers_of(folder, block), 0.0))
+                _write(folder, block, {}, {}, _report({}, _layers_of(folder, block), 0.0))
                 advance(note=block)
 
 
@@ -148,15 +154,39 @@ def _compress_block(
         for handle in handles:
             handle.remove()
     fitted: dict[str, Tensors] = {}
+    candidates: dict[str, Tensor] = {}
+    menus: dict[str, Any] = {}
     layers: dict[str, Any] = {}
     unreached: list[str] = []
     for group in groups:
         folded = moments.pop(group.owner)
         if folded.tokens == 0:  # an expert that no token chose, or a layer that the forward skips
             unreached += group.layers
+        elif group.menu:
+            weights, itemsize = _weights(stream, group), folder.itemsize(group.owner)
+            made, menu = fit_menu(group, weights, folded, probe, itemsize)
+            candidates.update(made)
+            menus.update(menu)
         else:
             fitted[group.owner], layers[group.owner] = _fit(stream, group, folded, probe)
-    folder.write_block(block, fitted, _report(layers, unreached, time.monotonic() - started))
+    report = _report(layers, unreached, time.monotonic() - started)
+    _write(folder, block, fitted, candidates, {**report, **({MENU: menus} if menus else {})})
+
+
+def _write(
+    folder: EmulatorFolder,
+    block: str,
+    fitted: Mapping[str, Tensors],
+    candidates: dict[str, Tensor],
+    report: Mapping[str, Any],
+) -> None:
+    """The block's shard; or, where forms are to be chosen, all that its shard may hold."""
+    if not any(group.menu for group in folder.plan.groups):
+        folder.write_block(block, fitted, report)
+        return
+    for tensors in fitted.values():
+        candidates.update({candidate_name(layer, 0, n): t for (layer, n), t in tensors.items()})
+    write_candidates(folder, block, candidates, {MENU: {}, **report})
 
 
 def _watch_shared_input(stream: UnitStream, group: Group) -> list[Any]:

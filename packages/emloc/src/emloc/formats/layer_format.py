@@ -58,6 +58,13 @@ class GroupShape:
         """Elements of the dense weights."""
         return self.rows * self.d_in
 
+    def singles(self) -> list["GroupShape"]:
+        """Each layer as a group of its own."""
+        return [
+            replace(self, layers=(layer,), d_out=(d_out,))
+            for layer, d_out in zip(self.layers, self.d_out)
+        ]
+
     def weight_shape(self, d_out: int) -> tuple[int, ...]:
         """Shape of a dense weight with so many outputs."""
         channels = self.d_in // prod(self.kernel)

@@ -72,7 +72,7 @@ class QuantizedResidual:
             NumericalError: a weight holds NaN or infinity.
         """
         refuse_not_finite(moments.name, weights)
-        feedback, changed, whole = Feedback(moments.matrix), 0.0, 0.0
+        feedback, changed, whole = Feedback.of(moments), 0.0, 0.0
         tensors: dict[tuple[str, str], Tensor] = {}
         for layer, weight in zip(shape.layers, weights):
             cost, stored = min(

@@ -9,7 +9,7 @@ Precision: tokens are folded in float32, float64 if the activations are float64.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -38,11 +38,15 @@ class Moments:
     Args:
         side: whether the tokens are the layer's inputs or its outputs without the bias.
         name: the layer or group of layers, for messages.
+
+    Attributes:
+        derived: what was computed from the sum and is of use again; empty after another token.
     """
 
     side: Side
     name: str
     tokens: int = 0
+    derived: dict[str, Any] = field(default_factory=dict[str, Any])
     _upper: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     _mirrored: bool = True
 
@@ -57,6 +61,7 @@ class Moments:
             self._upper = values.new_zeros(values.shape[1], values.shape[1])
         add_gram(self._upper, values)
         self._mirrored = False
+        self.derived.clear()
         # An overflow or a NaN anywhere in a token reaches the diagonal.
         if not bool(torch.isfinite(self._upper.diagonal()).all()):
             raise NumericalError(

@@ -12,10 +12,13 @@ to the diagonal, and more where that does not suffice, so that few samples or a 
 Precision: the factorisation is in float64, all else in float32.
 """
 
+from typing import cast
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from emloc.linalg.gram import Moments
 from emloc.linalg.grid import Grid, nearest_codes
 
 DAMPING = 0.01
@@ -37,6 +40,13 @@ class Feedback:
     def __init__(self, moments: Tensor, damping: float = DAMPING) -> None:
         self._order = torch.argsort(moments.diagonal(), descending=True, stable=True)
         self._carried, self.ridge = _carried(moments, self._order, damping)
+
+    @classmethod
+    def of(cls, moments: Moments) -> "Feedback":
+        """Made once for all that is fitted to the moments of one input."""
+        if "feedback" not in moments.derived:
+            moments.derived["feedback"] = cls(moments.matrix)
+        return cast(Feedback, moments.derived["feedback"])
 
     def round(
         self, weight: Float[Tensor, "rows columns"], grid: Grid

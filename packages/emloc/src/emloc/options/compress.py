@@ -14,6 +14,9 @@ DEFAULT_FORMAT = "low_rank"
 """The format of a group whose entry in a config names none."""
 
 
+AUTO = "auto"
+"""In place of a format: each layer gets the form that lowers the error most for its bytes."""
+
 BITS = (2, 3, 4, 8)
 """Bits that a code may have."""
 
@@ -32,7 +35,8 @@ class CompressConfig(CalibrationOptions, ModelOptions, MemoryOptions):
     )
     output_dir: OutputDir = Field(description="where the emulator goes; must not exist")
     format: Annotated[str, UnlessDefault()] = Field(
-        DEFAULT_FORMAT, description="what layers become, by the name of an installed format"
+        DEFAULT_FORMAT,
+        description="what layers become: an installed format, or auto, per layer",
     )
     keep_ratio: float = Field(
         0.4,

@@ -8,9 +8,10 @@ from emloc.artefacts.digest import batches_digest
 from emloc.artefacts.kinds import BASE, EMULATOR
 from emloc.artefacts.manifest import ModelReference
 from emloc.artefacts.output_place import has_place
-from emloc.compression.choice import choose_streamed
+from emloc.compression.choice import choose_streamed, streamed_itemsize
 from emloc.compression.emulator_folder import EmulatorFolder
 from emloc.compression.groups import CompressionPlan
+from emloc.compression.menu_choice import choose_forms
 from emloc.compression.one_pass import compress_blocks
 from emloc.compression.truncation import allocate_ranks
 from emloc.config import CompressConfig
@@ -19,6 +20,7 @@ from emloc.extend.capabilities import calibration_tokens_of, token_count
 from emloc.extend.family import Batch, ModelFamily
 from emloc.extend.opening import named_family, open_model
 from emloc.extend.plugin_options import of_family, own_options
+from emloc.formats.layer_format import keep_ratio_of
 from emloc.machine.progress import console
 from emloc.planning.contract import compress_contract
 from emloc.stages.frame import Artefact, Written
@@ -77,7 +79,14 @@ def compress(config: CompressConfig) -> Path:
         _say_tokens(family, batches, plan, config)
         folder = EmulatorFolder(stream, plan, config.dtype, work)
         compress_blocks(stream, folder, batches)
-        errors = allocate_ranks(folder) if config.keep_ratio_allocation == "error" else None
+        errors = None
+        if config.keep_ratio_allocation == "error":
+            errors = allocate_ranks(folder)
+        elif any(group.menu for group in plan.groups):
+            itemsize_of = streamed_itemsize(stream, config.dtype)
+            owners = [group.owner for group in plan.groups]
+            shares = {n: keep_ratio_of(n, config, itemsize_of(n)) for n in owners}
+            errors = choose_forms(folder, shares)
         return _written(folder, config, batches, errors)
 
     return artefact.write(write, lambda: contract)
