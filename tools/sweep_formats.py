@@ -26,7 +26,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from emloc.compression.choice import choose_groups
-from emloc.compression.one_pass import patches
 from emloc.config import CompressConfig
 from emloc.extend.capabilities import kept_dense_of, token_mask_of
 from emloc.extend.formats import format_named
@@ -37,6 +36,7 @@ from emloc.linalg.convolution import as_matrix
 from emloc.linalg.gram import Moments
 from emloc.linalg.rounding import squared_output
 from emloc.options.build import build
+from emloc.streaming.input_rows import patches
 from emloc.streaming.real_rows import real_rows
 
 ITEMSIZE = 2

@@ -107,8 +107,14 @@ def test_stock_logits_are_the_ones_we_compute(kind, tiny, batch):
     )  # fmt: skip
     summary = Manifest.read(folder).summary
     table = summary["calibration_loss"]
-    assert set(table) == {"0", "0.3", "1", "3", "none"}
-    assert table[summary["limit"]] == min(table.values())
+    data = {"data 0.25", "data 0.5", "data 0.75", "data 1"}
+    assert set(table) == {"0", "0.3", "1", "3", "none"} | data
+    halves, chosen = summary["halves"], summary["limit"]
+    least = min(one["chosen_on"] for one in halves.values())
+    assert halves[chosen]["checked_on"] <= halves["0"]["checked_on"]
+    best = [name for name, one in halves.items() if one["chosen_on"] == least]
+    beaten = halves[best[0]]["checked_on"] > halves["0"]["checked_on"]
+    assert chosen in (["0"] if beaten else best)
     score = {"dataset": str(tiny.data), "model_name_or_path": str(tiny.base), "max_new_tokens": 0}
     uncorrected = emloc.evaluate(adapter=str(adapter), **score)["loss"]
     chosen = emloc.evaluate(adapter=str(folder), **score)["loss"]

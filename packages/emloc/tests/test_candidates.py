@@ -20,6 +20,6 @@ def test_dora_scales_what_is_not_bias(bias):
         lora = CandidateLora(down.cuda(), [up.cuda()], 0.5, [gain.cuda()])
         model = nn.Sequential(layer).to("cuda")
         model[0].register_forward_hook(_adding(lora))
-        calls = [Call(lambda: model(x.to("cuda")).cpu(), context=0)]
+        calls = [Call(lambda: model(x.to("cuda")).cpu(), context=(0, 0))]
         [found] = lockstep(model, ["0"], calls, lambda _: torch.no_grad())
     torch.testing.assert_close(found, expected)

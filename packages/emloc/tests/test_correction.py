@@ -21,7 +21,8 @@ def layer(d_out=11, d_in=17, k=4, r=3, scale=0.7, seed=0, dtype=torch.float64):
 
 
 def measure(weight, left, right, *others):
-    return correction.measure(weight, Product(left, right), *others)
+    down, *others = others
+    return correction.measure(weight, Product(left, right), correction.plain_basis(down), *others)
 
 
 def formula(weight, left, right, down, up, scale):

@@ -33,6 +33,7 @@ from emloc.formats.abilities import Cuttable
 from emloc.formats.layer_format import Tensors
 from emloc.linalg.gram import Moments
 from emloc.machine.progress import progress_bar
+from emloc.streaming.input_rows import input_rows
 from emloc.streaming.lockstep import Call, current_call, lockstep, refuse_again
 from emloc.streaming.real_rows import is_expert, real_rows
 from emloc.streaming.stream import UnitStream
@@ -234,13 +235,9 @@ def _folding(stream: UnitStream, block: str, group: Group, moments: Moments) -> 
         def real(values: Tensor) -> Tensor:
             return real_rows(values, mask, f"Layer {group.owner}")
 
-        if moments.side == "input" and convolution:
-            for each, image in enumerate(inputs[0]):  # patches are several times as large
-                rows = patches(module, image, tuple(output.shape[-2:]))
-                some = None if mask is None else mask[each : each + 1]
-                moments.fold(real_rows(rows[None], some, f"Layer {group.owner}"))
-        elif moments.side == "input":
-            moments.fold(real(inputs[0]))
+        if moments.side == "input":
+            for rows in input_rows(module, inputs[0], output, mask, f"Layer {group.owner}"):
+                moments.fold(rows)
         elif len(group.layers) == 1:
             y = real(output.movedim(-3, -1) if convolution else output)
             bias = dict(module.named_parameters()).get("bias")
@@ -250,23 +247,6 @@ def _folding(stream: UnitStream, block: str, group: Group, moments: Moments) -> 
             moments.fold(torch.cat([x @ weight.T for weight in _weights(stream, group)], dim=1))
 
     return fold
-
-
-def patches(convolution: Any, image: Tensor, size: tuple[int, ...]) -> Tensor:
-    """The patches that a convolution reads, height' × width' × (channels · kernel).
-
-    Args:
-        image: channels × height × width.
-        size: height' and width' of its output.
-    """
-    padding, mode = convolution._reversed_padding_repeated_twice, convolution.padding_mode
-    if any(padding):
-        how = "constant" if mode == "zeros" else mode
-        image = nn.functional.pad(image[None], padding, how)[0]
-    read = nn.functional.unfold(
-        image[None], convolution.kernel_size, convolution.dilation, 0, convolution.stride
-    )
-    return read[0].T.reshape(*size, -1)
 
 
 def _weights(stream: UnitStream, group: Group) -> list[Tensor]:

@@ -20,18 +20,28 @@ from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import write_json
 from emloc.compression.groups import Group
 from emloc.config import CorrectConfig
-from emloc.correction.limits import CandidateLora, losses
+from emloc.correction.limits import CandidateLora, Watched, batch_losses, mean_loss
+from emloc.correction.reads import Reads
+from emloc.correction.ways import UNCORRECTED, Way, best_way, candidates, given_way
 from emloc.errors import MismatchError, NumericalError
 from emloc.extend.family import Batch
-from emloc.linalg.correction import Mismatch, correct_up, dora_magnitude, measure, residual
+from emloc.extend.losses import LossSum
+from emloc.linalg.correction import (
+    Basis,
+    Corrected,
+    Mismatch,
+    correct_up,
+    data_basis,
+    dora_magnitude,
+    measure,
+    plain_basis,
+    residual,
+)
 from emloc.linalg.finite import is_finite
 from emloc.linalg.gram import moment_dtype
 from emloc.linalg.operator import Operator
 from emloc.machine.progress import console, progress_bar
 from emloc.streaming.stream import UnitStream
-
-Limit = float | None
-"""A factor, or None for no limit."""
 
 
 @dataclass
@@ -45,6 +55,7 @@ class AdapterCorrection:
         groups: what the emulator compresses.
         adapted: the adapter as trained on the emulator, and what it changes in the base.
         weight_names: tensor names of the weights of compressed layers, by layer.
+        reads: sums of what the LoRAs read, for ways that need them.
     """
 
     config: CorrectConfig
@@ -53,6 +64,7 @@ class AdapterCorrection:
     groups: Sequence[Group]
     adapted: AdaptedWeights
     weight_names: Mapping[str, str]
+    reads: Reads | None = None
 
     def __post_init__(self) -> None:
         self.device = torch.device(self.config.device)
@@ -82,8 +94,12 @@ class AdapterCorrection:
 
         return group.form.format.operator(group.shape, group.form, layer, read)
 
-    def _measure(self, layer: LoraLayer) -> Mismatch | None:
-        """Measure how base and emulator differ where the LoRA reads; None for a dense layer."""
+    def _measure(self, layer: LoraLayer, by_data: bool = False) -> Mismatch | None:
+        """Measure how base and emulator differ where the LoRA reads; None for a dense layer.
+
+        Args:
+            by_data: in the directions that data take there, instead of all alike.
+        """
         if layer.name not in self.groups_of:
             return None
         weight = self.weights[layer.name].layer_weight(self.base.read)
@@ -95,7 +111,7 @@ class AdapterCorrection:
         mismatch = measure(
             on_device(weight),
             self._emulated(layer.name, self.device),
-            on_device(down),
+            self._basis(layer, on_device(down), by_data),
             on_device(up),
             layer.scaling,
         )
@@ -107,49 +123,111 @@ class AdapterCorrection:
             )
         return mismatch
 
-    def given(self) -> tuple[Limit, dict[str, Any]]:
-        """The limit that the options give, and what to report about it."""
-        limit = _as_limit(self.config.limit)
-        return limit, {"limit": _shown(limit)}
+    def _basis(self, layer: LoraLayer, down: Tensor, by_data: bool) -> Basis:
+        if not by_data:
+            return plain_basis(down)
+        assert self.reads is not None
+        crossed = self.reads.crossed(layer.name)
+        if crossed is None:  # no sample reached the layer, so nothing is known
+            crossed = down.new_zeros(down.shape[1], down.shape[0])
+        return data_basis(down, crossed.to(self.device))
 
-    def choose(self, stream: UnitStream, batches: Sequence[Batch]) -> tuple[Limit, dict[str, Any]]:
-        """The limit with the least loss on calibration data, and what to report about the choice.
+    def _corrected_up(
+        self, mismatches: dict[bool, Mismatch | None], layer: LoraLayer, way: Way
+    ) -> Corrected | None:
+        """B under a way; None for a dense layer. Mismatches are measured once per kind of way."""
+        if way.by_data not in mismatches:
+            mismatches[way.by_data] = self._measure(layer, way.by_data)
+        mismatch = mismatches[way.by_data]
+        if mismatch is None:
+            return None
+        return correct_up(mismatch, way.limit, 1.0 if way.share is None else way.share)
+
+    def given(
+        self, stream: UnitStream | None, batches: Sequence[Batch]
+    ) -> tuple[Way, dict[str, Any]]:
+        """The way that the options give, and what to report about it.
+
+        Args:
+            stream: the base, where the way needs to know what the LoRA reads.
+        """
+        way = given_way(self.config)
+        if way.by_data:
+            assert stream is not None
+            assert self.reads is not None
+            self.reads.calls = len(batches)
+            layers = {layer.name: layer for layer in self.adapter.layers}
+            watched = Watched(
+                self.reads, lambda name: self._candidates(layers[name], [UNCORRECTED])
+            )
+            batch_losses(stream, batches, list(layers), watched.original, [0], watched)
+        return way, {"limit": way.shown}
+
+    def choose(
+        self, stream: UnitStream, batches: Sequence[Batch], at_once: int | None = None
+    ) -> tuple[Way, dict[str, Any]]:
+        """The best way by the loss on calibration data, and what to report about the choice.
+
+        What the LoRA reads is summed over the first half of the micro-batches; ways are compared on the other
+        half, and the best must not be worse than none on the first. One micro-batch has to serve for both.
 
         Args:
             stream: the base model with the modules that the adapter trained whole.
+            at_once: ways that run together through one pass; all by default.
         """
-        candidates = list(dict.fromkeys([0.0, *map(_as_limit, self.config.limit_candidates)]))
+        ways = candidates(self.config)
         layers = {layer.name: layer for layer in self.adapter.layers}
-        candidate_losses = losses(
-            stream,
-            batches,
-            list(layers),
-            lambda name: self._candidates(layers[name], candidates),
-            len(candidates),
+        half = -(-len(batches) // 2)
+        watched = None
+        if any(way.by_data for way in ways):
+            assert self.reads is not None
+            self.reads.calls = half
+            watched = Watched(
+                self.reads, lambda name: self._candidates(layers[name], [UNCORRECTED])
+            )
+        parts: list[list[LossSum]] = []
+        size = at_once or len(ways)
+        for start in range(0, len(ways), size):
+            run = range(start, min(start + size, len(ways)))
+            parts += batch_losses(
+                stream,
+                batches,
+                list(layers),
+                lambda name: self._candidates(layers[name], ways),
+                run,
+                watched if start == 0 else None,
+            )
+        first, other, every = (
+            [mean_loss(part[place], number) for number, part in enumerate(parts)]
+            for place in (slice(half), slice(half % len(batches), None), slice(None))
         )
-        best = min(range(len(candidates)), key=lambda i: candidate_losses[i])
-        table = {_shown(limit): loss for limit, loss in zip(candidates, candidate_losses)}
+        chosen = best_way(ways, other, first)
+        table = {way.shown: loss for way, loss in zip(ways, every)}
         console.print(
             "limit: "
             + "  ".join(f"{name} {loss:.4f}" for name, loss in table.items())
-            + f"  (loss on calibration samples; chosen: {_shown(candidates[best])})"
+            + f"  (loss on calibration samples; chosen: {chosen.shown})"
         )
-        return candidates[best], {"limit": _shown(candidates[best]), "calibration_loss": table}
+        halves = {
+            way.shown: {"chosen_on": on, "checked_on": against}
+            for way, on, against in zip(ways, other, first)
+        }
+        return chosen, {"limit": chosen.shown, "calibration_loss": table, "halves": halves}
 
-    def _candidates(self, layer: LoraLayer, limits: Sequence[Limit]) -> CandidateLora:
-        mismatch = self._measure(layer)
+    def _candidates(self, layer: LoraLayer, ways: Sequence[Way]) -> CandidateLora:
         original = self.adapter.matrix(layer.up_key)
-        ups = [
-            original
-            if mismatch is None
-            else correct_up(mismatch, limit).up.to(original.dtype).cpu()
-            for limit in limits
-        ]
+        mismatches: dict[bool, Mismatch | None] = {}
+        ups: list[Tensor] = []
+        for way in ways:
+            corrected = None
+            if way != UNCORRECTED:
+                corrected = self._corrected_up(mismatches, layer, way)
+            ups.append(original if corrected is None else corrected.up.to(original.dtype).cpu())
         gains = None
         if layer.magnitude_key is not None:
             gains = [
-                self._magnitude(layer, up, limit) / self._sum(layer, up).norm(dim=1)
-                for up, limit in zip(ups, limits)
+                self._magnitude(layer, up, way) / self._sum(layer, up).norm(dim=1)
+                for up, way in zip(ups, ways)
             ]
         return CandidateLora(self.adapter.read(layer.down_key), ups, layer.scaling, gains)
 
@@ -160,19 +238,19 @@ class AdapterCorrection:
         down = self.adapter.matrix(layer.down_key).to(high)
         return torch.addmm(weight.to(high), up.to(high), down, alpha=layer.scaling)
 
-    def _magnitude(self, layer: LoraLayer, up: Tensor, limit: Limit) -> Tensor:
-        """DoRA's magnitude for the base beside B = `up`; limit 0 leaves the adapter as it was."""
+    def _magnitude(self, layer: LoraLayer, up: Tensor, way: Way) -> Tensor:
+        """DoRA's magnitude for the base beside B = `up`; without correction, the adapter's own."""
         assert layer.magnitude_key is not None
         magnitude = self.adapter.magnitude(layer.magnitude_key)
-        if layer.name not in self.groups_of or limit == 0.0:
+        if layer.name not in self.groups_of or way == UNCORRECTED:
             return magnitude
         high = moment_dtype(self.base.tensors[self.weights[layer.name].names[0]].dtype)
         original = self.adapter.matrix(layer.up_key)
         emulated = self._sum(layer, original, self._emulated(layer.name).dense(high))
         return dora_magnitude(magnitude, self._sum(layer, up), emulated)
 
-    def write(self, work: Path, limit: Limit) -> dict[str, dict[str, Any]]:
-        """Write the adapter under `limit`; returns what happened to each layer."""
+    def write(self, work: Path, way: Way) -> dict[str, dict[str, Any]]:
+        """Write the adapter corrected that way; returns what happened to each layer."""
         reports: dict[str, dict[str, Any]] = {}
         # Copies of the base's weights go: PEFT would read an emulator's, rounded, in the base's place.
         copies = set(self.adapter.copies.values())
@@ -190,11 +268,11 @@ class AdapterCorrection:
                     shard.write(key, self.adapter.read(key))
                     continue
                 if last is None or last[0] != layer.name:
-                    up, reports[layer.name] = self._corrected(layer, limit)
+                    up, reports[layer.name] = self._corrected(layer, way)
                     last = (layer.name, up)
                     advance(note=layer.name)
                 up = last[1]
-                changed = up if key == layer.up_key else self._magnitude(layer, up, limit)
+                changed = up if key == layer.up_key else self._magnitude(layer, up, way)
                 shard.write(key, changed.reshape(infos[key].shape))
         config = {
             **self.adapter.config,
@@ -205,11 +283,13 @@ class AdapterCorrection:
         write_json(work / CONFIG_NAME, config)
         return dict(sorted(reports.items()))
 
-    def _corrected(self, layer: LoraLayer, limit: Limit) -> tuple[Tensor, dict[str, Any]]:
+    def _corrected(self, layer: LoraLayer, way: Way) -> tuple[Tensor, dict[str, Any]]:
         """B as it will be stored, and what happened to it."""
-        mismatch = self._measure(layer)
+        mismatches: dict[bool, Mismatch | None] = {}
+        corrected = self._corrected_up(mismatches, layer, way)
+        mismatch = mismatches[way.by_data]
+        assert corrected is not None
         assert mismatch is not None
-        corrected = correct_up(mismatch, limit)
         stored = corrected.up.to(self.adapter.tensors.tensors[layer.up_key].dtype).cpu()
         if is_finite(corrected.up) and not is_finite(stored):
             raise NumericalError(
@@ -223,11 +303,3 @@ class AdapterCorrection:
             "residual_before": residual(mismatch, mismatch.up),
             "residual_after": residual(mismatch, stored.to(self.device)),
         }
-
-
-def _as_limit(value: Any) -> Limit:
-    return None if value == "none" else float(value)
-
-
-def _shown(limit: Limit) -> str:
-    return "none" if limit is None else f"{limit:g}"

@@ -4,6 +4,10 @@ How much correction helps depends on the LoRA and on the data: a fixed limit can
 So every candidate is one more set of lockstep calls: each unit's weights are read once, and hooks on
 the adapted layers add the candidate's own LoRA to their outputs. A unit's LoRAs are made when it is
 loaded and dropped with it, so memory does not grow with the model's depth.
+
+Candidate 0 is the adapter as it is. Its calls come first at every unit; where candidates depend on what the
+LoRA reads (`emloc.correction.reads`), that is summed while they run, and the other candidates are made when
+they are through.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emloc.correction.reads import Reads
+from emloc.extend.capabilities import token_mask_of
 from emloc.extend.family import Batch
 from emloc.extend.losses import LossSum, loss_sum, summed
+from emloc.linalg.convolution import as_matrix
 from emloc.machine.progress import progress_bar
+from emloc.streaming.input_rows import input_rows
 from emloc.streaming.lockstep import Call, current_call, lockstep
+from emloc.streaming.real_rows import is_expert
 from emloc.streaming.stream import UnitStream
 
 
@@ -48,6 +57,19 @@ class CandidateLora:
         return CandidateLora(move(self.down), [move(up) for up in self.ups], self.scaling, gains)
 
 
+@dataclass(frozen=True)
+class Watched:
+    """Sums of what the LoRAs read, made while candidate 0 runs.
+
+    Attributes:
+        reads: where they are summed.
+        original: gives a layer's LoRA as it is, as the one candidate.
+    """
+
+    reads: Reads
+    original: Callable[[str], CandidateLora]
+
+
 def losses(
     stream: UnitStream,
     batches: Sequence[Batch],
@@ -55,26 +77,49 @@ def losses(
     lora_of: Callable[[str], CandidateLora],
     candidates: int,
 ) -> list[float]:
-    """Mean calibration loss of each candidate.
+    """Mean calibration loss of each candidate; see `batch_losses`."""
+    every = batch_losses(stream, batches, layers, lora_of, range(candidates))
+    return [mean_loss(parts, number) for number, parts in enumerate(every)]
+
+
+def mean_loss(parts: Sequence[LossSum], candidate: int) -> float:
+    """The loss of a candidate over some micro-batches.
+
+    Raises:
+        NumericalError: it is NaN or infinite.
+        DataError: no token has a label.
+    """
+    return summed(parts).mean(f"The calibration samples, candidate {candidate + 1}")
+
+
+def batch_losses(
+    stream: UnitStream,
+    batches: Sequence[Batch],
+    layers: Sequence[str],
+    lora_of: Callable[[str], CandidateLora],
+    candidates: Sequence[int],
+    watched: Watched | None = None,
+) -> list[list[LossSum]]:
+    """Calibration losses of each candidate on each micro-batch.
 
     Args:
         layers: names of the adapted ones.
         lora_of: makes a layer's LoRA under every candidate, when its unit's turn has come.
-
-    Raises:
-        NumericalError: a loss is NaN or infinite.
-        DataError: no token has a label.
+        candidates: places in `CandidateLora.ups` that are run; with `watched` the first is 0.
+        watched: sums to be made, on which `lora_of` may depend.
     """
     device = stream.device
 
     def run(batch: Batch) -> LossSum:
-        here = {name: tensor.to(device) for name, tensor in batch.items()}
-        return loss_sum(stream.family, stream.model, here)
+        call = current_call()
+        assert call is not None
+        call.context = (*call.context, {n: tensor.to(device) for n, tensor in batch.items()})
+        return loss_sum(stream.family, stream.model, call.context[-1])
 
     calls = [
-        Call(partial(run, batch), context=candidate)
-        for candidate in range(candidates)
-        for batch in batches
+        Call(partial(run, batch), context=(candidate, number))
+        for candidate in candidates
+        for number, batch in enumerate(batches)
     ]
     with progress_bar("choose limit", len(stream.units)) as advance:
 
@@ -86,7 +131,7 @@ def losses(
                 inside = [n for n in layers if stream.model.get_submodule(n) in held]
                 handles = [
                     stream.model.get_submodule(name).register_forward_hook(
-                        _adding(lora_of(name).to(stream))
+                        _hook(stream, unit, name, lora_of, watched)
                     )
                     for name in inside
                 ]
@@ -95,15 +140,47 @@ def losses(
                 finally:
                     for handle in handles:
                         handle.remove()
+                for name in inside if watched is not None else ():
+                    watched.reads.close(name)
             advance(note=unit)
 
         results: list[LossSum] = lockstep(stream.model, stream.units, calls, visit, device=device)
-    return [
-        summed(results[candidate * len(batches) : (candidate + 1) * len(batches)]).mean(
-            f"The calibration samples, candidate {candidate + 1} of {candidates}"
-        )
-        for candidate in range(candidates)
-    ]
+    size = len(batches)
+    return [results[start : start + size] for start in range(0, len(results), size)]
+
+
+def _hook(
+    stream: UnitStream,
+    unit: str,
+    name: str,
+    lora_of: Callable[[str], CandidateLora],
+    watched: Watched | None,
+) -> Any:
+    if watched is None:
+        return _adding(lora_of(name).to(stream))
+    reads, original = watched.reads, watched.original(name).to(stream)
+    expert = is_expert(stream.model, unit, name)
+    plain, others = _adding(original), dict[str, Any]()
+
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        call = current_call()
+        if call is None:
+            return output
+        candidate, number, batch = call.context
+        if candidate == 0:
+            if number < reads.calls:
+                mask = token_mask_of(stream.family, batch, name)
+                mask = None if expert and inputs[0].ndim == 2 else mask
+                down = as_matrix(original.down)
+                for rows in input_rows(module, inputs[0], output, mask, f"Layer {name}"):
+                    reads.fold(name, rows, rows.to(down.dtype) @ down.T)
+            return plain(module, inputs, output)
+        if not others:
+            reads.close(name)
+            others["add"] = _adding(lora_of(name).to(stream))
+        return others["add"](module, inputs, output)
+
+    return add
 
 
 def _delta(module: nn.Module, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -120,7 +197,7 @@ def _adding(lora: CandidateLora) -> Any:
         call = current_call()
         if call is None:
             return output
-        candidate: int = call.context
+        candidate: int = call.context[0]
         x = inputs[0].to(lora.down.dtype)
         delta = _delta(module, x, lora.down, lora.ups[candidate]) * lora.scaling
         if lora.gains is None:

@@ -11,6 +11,15 @@ where `L` limits the correction against the column it is added to, and no limit 
 Directions with a zero singular value read nothing and get nothing. `A` is unchanged, and only r
 columns of E are ever formed: `E·V = W_e·V − W·V`, where `W_e` is an operator.
 
+**What the data mind.** The fit above treats all directions alike; data do not. With `G = Σ x xᵀ` the sum over
+what the layer reads, the least squares of `‖(E − s·(B_c − B)·A) X‖_F` is
+
+    B_c = B + E·G·Aᵀ·(A·G·Aᵀ)⁺ / s
+
+of which a share t may be taken. `C = G·Aᵀ = Σ x (A x)ᵀ`, d_in × r, is all that it needs of the data. With
+`A·C = Q Λ Qᵀ` it is the same formula in the directions `C·Q·Λ^(−½)`, of which direction i is combined by
+column i of `Q·Λ^½`; residuals are then those of the outputs on the data, in what A reads.
+
 Precision: products with the weights in float32 (float64 if the base is), from weights, never from
 outputs; everything of size r in float64.
 
@@ -19,6 +28,7 @@ on P, so the magnitude that keeps the quotient is `m_c = m · ‖W + s·B_c·A�
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -28,16 +38,30 @@ from emloc.linalg.gram import moment_dtype
 from emloc.linalg.operator import Operator, product
 
 
+class Basis(NamedTuple):
+    """Directions in which a LoRA reads; float64.
+
+    Attributes:
+        directions: `V`, that the mismatch is measured on.
+        reads: how the rows of A combine the directions: `A = reads·(…)`, zero where nothing is read.
+        back: from directions to the rows of A, the pseudo-inverse of `reads`.
+    """
+
+    directions: Float[Tensor, "d_in rank"]
+    reads: Float[Tensor, "rank rank"]
+    back: Float[Tensor, "rank rank"]
+
+
 @dataclass(frozen=True)
 class Mismatch:
-    """One layer's LoRA in the singular basis of A, and what the emulator's weight adds to it.
+    """One layer's LoRA in a basis of what A reads, and what the emulator's weight adds to it.
 
     Attributes:
         up: `B`, float64.
         scaling: `alpha / r`, or `alpha / √r` for rsLoRA; never folded into B.
-        reads: `Q·Σ`, how the rows of A combine the directions; `s·B·reads` is what each writes.
+        reads: how the rows of A combine the directions; `s·B·reads` is what each writes.
         drift: `E·V`, what each direction would have to write in addition.
-        back: `Σ⁺·Qᵀ`, from directions to the rows of A.
+        back: from directions to the rows of A.
     """
 
     up: Float[Tensor, "d_out rank"]
@@ -52,8 +76,8 @@ class Corrected:
     """The corrected `B` (float64), with what happened to the layer's directions.
 
     Attributes:
-        clipped: how many directions the limit scaled back.
-        residual: `‖(W + s·B_c·A)P − (W_e + s·B·A)P‖_F` with this B.
+        clipped: how many directions were scaled back.
+        residual: `‖(W + s·B_c·A)P − (W_e + s·B·A)P‖_F` with this B; on the data, if the basis is of data.
     """
 
     up: Float[Tensor, "d_out rank"]
@@ -61,51 +85,69 @@ class Corrected:
     residual: float
 
 
+def plain_basis(down: Float[Tensor, "rank d_in"]) -> Basis:
+    """The singular directions of A: `V`, `Q·Σ` and `Σ⁺·Qᵀ`."""
+    a = down.to(torch.float64)
+    q, sigma, vt = torch.linalg.svd(a, full_matrices=False)
+    alive = sigma > sigma.max() * max(a.shape) * torch.finfo(down.dtype).eps
+    inverse = torch.where(alive, 1.0 / torch.where(alive, sigma, 1.0), 0.0)
+    return Basis(vt.T * alive, q * (sigma * alive), inverse[:, None] * q.T)
+
+
+def data_basis(down: Float[Tensor, "rank d_in"], crossed: Float[Tensor, "d_in rank"]) -> Basis:
+    """The directions in which A reads data: `C·Q·Λ^(−½)`, `Q·Λ^½` and `Λ^(−½)·Qᵀ`.
+
+    Args:
+        crossed: `C = Σ x (A x)ᵀ`; of data of which A reads nothing, no direction is left.
+    """
+    c = crossed.to(torch.float64)
+    square = down.to(torch.float64) @ c
+    values, q = torch.linalg.eigh((square + square.T) / 2)
+    # A sum in single precision tells no less than this from nothing.
+    alive = values > values.max().clamp(min=0) * max(c.shape) * torch.finfo(torch.float32).eps
+    root = torch.where(alive, values, 0.0).sqrt()
+    inverse = torch.where(alive, 1.0 / torch.where(alive, root, 1.0), 0.0)
+    return Basis(c @ (q * inverse), q * root, inverse[:, None] * q.T)
+
+
 def measure(
     weight: Float[Tensor, "d_out d_in"],
     emulated: Operator,
-    down: Float[Tensor, "rank d_in"],
+    basis: Basis,
     up: Float[Tensor, "d_out rank"],
     scaling: float,
 ) -> Mismatch:
-    """Compare the base's `weight` with the emulator's where `down` (A) reads.
+    """Compare the base's `weight` with the emulator's in the directions that a LoRA reads.
 
     Args:
         emulated: the emulator's weight, d_out × d_in.
+        up: B.
     """
-    a = down.to(torch.float64)
-    q, sigma, vt = torch.linalg.svd(a, full_matrices=False)
-    floor = sigma.max() * max(a.shape) * torch.finfo(down.dtype).eps
-    alive = sigma > floor
-    inverse = torch.where(alive, 1.0 / torch.where(alive, sigma, 1.0), 0.0)
-    high = moment_dtype(weight.dtype)
-    v = vt.T.to(high)
+    v = basis.directions.to(moment_dtype(weight.dtype))
     drift = emulated @ v - product(weight, v)
-    b = up.to(torch.float64)
-    return Mismatch(
-        up=b,
-        scaling=scaling,
-        reads=q * (sigma * alive),
-        drift=drift.to(torch.float64) * alive,
-        back=inverse[:, None] * q.T,
-    )
+    return Mismatch(up.to(torch.float64), scaling, basis.reads, drift.to(torch.float64), basis.back)
 
 
-def correct_up(mismatch: Mismatch, limit: float | None) -> Corrected:
-    """`B_c` under `limit` (a factor ≥ 0; None: unlimited; 0: no correction at all)."""
+def correct_up(mismatch: Mismatch, limit: float | None, share: float = 1.0) -> Corrected:
+    """`B_c`, or a share of the way to it.
+
+    Args:
+        limit: of each direction, a factor ≥ 0; None: unlimited; 0: no correction at all.
+        share: of the correction that the limit leaves, at most 1.
+    """
     drift_size = mismatch.drift.abs().mean(0)
     if limit is None:
-        share = torch.ones_like(drift_size)
+        kept = torch.ones_like(drift_size)
     else:
         written = mismatch.scaling * (mismatch.up @ mismatch.reads)
         allowed = limit * written.abs().mean(0)
-        share = torch.where(
+        kept = torch.where(
             drift_size > allowed,
             allowed / drift_size.clamp(min=torch.finfo(torch.float64).tiny),
             1.0,
         )
-    up = mismatch.up + (mismatch.drift * share) @ mismatch.back / mismatch.scaling
-    return Corrected(up, int((share < 1).sum()), residual(mismatch, up))
+    up = mismatch.up + (mismatch.drift * (share * kept)) @ mismatch.back / mismatch.scaling
+    return Corrected(up, int((kept < 1).sum()), residual(mismatch, up))
 
 
 def residual(mismatch: Mismatch, up: Float[Tensor, "d_out rank"]) -> float:

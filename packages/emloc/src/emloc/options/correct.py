@@ -7,8 +7,10 @@ from pydantic import BeforeValidator, Field
 from emloc.machine.device import Device
 from emloc.options.base import DEVICES, MemoryOptions, ModelOptions
 from emloc.options.data import CalibrationOptions
-from emloc.options.marks import WithoutEffect
+from emloc.options.marks import UnlessDefault, WithoutEffect
 from emloc.options.types import Limit, Located, OutputDir, split
+
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class CorrectConfig(CalibrationOptions, ModelOptions, MemoryOptions):
@@ -26,6 +28,12 @@ class CorrectConfig(CalibrationOptions, ModelOptions, MemoryOptions):
     )
     limit_candidates: Annotated[list[Limit], BeforeValidator(split)] = Field(
         [0.0, 0.3, 1.0, 3.0, "none"], description="what auto tries; 0 is no correction"
+    )
+    strength: Annotated[float | None, UnlessDefault()] = Field(
+        None, gt=0, le=1, description="share of the fit to the data, in place of a limit"
+    )
+    strength_candidates: Annotated[list[Share], BeforeValidator(split), UnlessDefault()] = Field(
+        [0.25, 0.5, 0.75, 1.0], description="what limit=auto tries besides limits"
     )
     device: Annotated[Device, WithoutEffect()] = Field(
         "auto", validate_default=True, description=DEVICES

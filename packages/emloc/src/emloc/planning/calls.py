@@ -107,9 +107,12 @@ def folding_elements(model: nn.Module, plan: CompressionPlan) -> Watched:
 def adding_elements(lora: Matrices) -> Watched:
     """Elements that a candidate's LoRA takes (`limits`).
 
-    What A reads, what B writes times the scaling, and its sum with the layer's output.
+    What A reads, what B writes times the scaling, and its sum with the layer's output. Before, rows without
+    padding are copied to be summed.
     """
-    return {name: (r + 2 * d_out, 0) for name, (r, d_out, _) in lora.items()}
+    return {
+        name: (r + 2 * d_out, max(0, d_in - 2 * d_out)) for name, (r, d_out, d_in) in lora.items()
+    }
 
 
 def calibration_calls(

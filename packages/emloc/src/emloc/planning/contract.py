@@ -6,7 +6,7 @@ one that goes beyond its memory is stopped (`PeakMemory`), and the plan's lines 
 
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any
@@ -19,6 +19,7 @@ from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
 from emloc.compression.groups import CompressionPlan, Group, dense_shapes, written_groups
 from emloc.config import CompressConfig, CorrectConfig, PlanConfig, StageConfig, build
+from emloc.correction.ways import candidates
 from emloc.errors import MemoryLimitError
 from emloc.extend.family import ModelFamily
 from emloc.extend.plugin_options import of_family, with_plugin_options
@@ -176,13 +177,33 @@ def contract_for(
     subject, given = Subject.opened(model, family), dict[str, Any]()
     more = {} if adapter is None else _existing(adapter)
     if isinstance(config, CorrectConfig):
-        more["candidates"] = len(config.limit_candidates) if config.limit == "auto" else 0
+        more["candidates"] = _runs(config)
         more["correction_samples"] = config.num_calibration_samples
         given["num_calibration_samples"] = config.num_calibration_samples
     device: str = getattr(config, "device", "cpu")
     options = plan_options(device, model, family, config, **given)
     setting = Setting(subject, options, given=CompressionPlan(_held(subject, model), {}), **more)
+    if isinstance(config, CorrectConfig):
+        setting = _in_groups(setting, config.memory)
     return _agreed(stage, lines, setting, config)
+
+
+def _runs(config: CorrectConfig) -> int:
+    """The ways that correct runs on data at once: all, unless memory is short; 0: none is."""
+    if config.strength is not None:
+        return 1
+    return len(candidates(config)) if config.limit == "auto" else 0
+
+
+def _in_groups(setting: Setting, memory: int | None) -> Setting:
+    """The setting with as many ways at once as fit; the others go through later."""
+    while (
+        memory is not None
+        and setting.candidates > 1
+        and total(setting.stage("correct").device) > memory
+    ):
+        setting = replace(setting, candidates=setting.candidates - 1)
+    return setting
 
 
 def _held(subject: Subject, model: Checkpoint) -> tuple[Group, ...]:

@@ -48,8 +48,8 @@ RESIDENT = ("weights", "LoRA", "modules to save", "block in float32", "head in f
 TRAINING = "a training step"
 """The largest moment of training."""
 
-CANDIDATES, CORRECTION_SAMPLES = 5, 32
-"""Limits that `correct` tries by default, and samples that it tries them on."""
+CANDIDATES, CORRECTION_SAMPLES = 9, 32
+"""Ways that `correct` tries by default, and samples that it tries them on."""
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Setting:
         adapter: rank, d_out and d_in of the layers of a LoRA that exists; by default what train would adapt.
         adapter_bytes: of its file.
         adapter_whole: the parameters that it has whole.
-        candidates: limits that correct compares; 0: the limit is given.
+        candidates: ways that correct runs on data at once; 0: none is.
         correction_samples: on which it does.
     """
 

@@ -1,9 +1,11 @@
 """Stage 3: fit a LoRA trained on an emulator to the original model, one layer at a time.
 
 Reads a layer's weight from the base's shards and its stored form from the emulator's, never a model.
-With `limit="auto"` one streamed pass over the base compares the candidates on calibration samples.
+With `limit="auto"` one streamed pass over the base compares ways to correct on calibration samples; a fit to
+the data (`strength`) needs one to see what the LoRA reads.
 """
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from emloc.artefacts.small_files import copy_file, write_json
 from emloc.compression.groups import dense_shapes, written_groups
 from emloc.config import CorrectConfig
 from emloc.correction.adapter_correction import AdapterCorrection
+from emloc.correction.reads import Reads
 from emloc.errors import ConfigError, MismatchError
 from emloc.extend.capabilities import exported
 from emloc.extend.family import Batch, ModelFamily
@@ -32,6 +35,9 @@ from emloc.extend.plugin_options import of_family, own_options
 from emloc.stages.frame import Artefact, Written, digests
 from emloc.stages.stage import stage
 from emloc.streaming.stream import UnitStream
+
+READS = "reads"
+"""The folder inside the unfinished adapter's in which sums over the data wait."""
 
 PATHS = {
     "adapter",
@@ -45,11 +51,22 @@ PATHS = {
 
 
 def _can_correct(config: CorrectConfig) -> None:
-    if config.limit == "auto" and config.dataset is None:
+    if config.strength is not None and "limit" in config.model_fields_set:
+        raise ConfigError(
+            "correct: limit and strength are two ways to correct; pass one of them, or neither to compare "
+            "both on data."
+        )
+    if config.dataset is None and config.strength is not None:
+        raise ConfigError("correct: strength is of a fit to data; pass a dataset.")
+    if config.dataset is None and config.limit == "auto":
         raise ConfigError(
             "correct: limit=auto compares limits on data; pass a dataset, or a fixed limit such as 1."
         )
     has_place(config)
+
+
+def _compares(config: CorrectConfig) -> bool:
+    return config.limit == "auto" and config.strength is None
 
 
 @stage(
@@ -116,15 +133,22 @@ def correct(config: CorrectConfig) -> Path:
     )
 
     def write(work: Path) -> Written:
-        correction = AdapterCorrection(config, base, emulator, groups, adapted, names)
-        if config.limit == "auto":
+        reads = Reads(work / READS, 0)
+        correction = AdapterCorrection(config, base, emulator, groups, adapted, names, reads)
+        stream = None
+        if (
+            batches
+        ):  # names are all that is needed else, and a skeleton grows with the model's depth
             saved = {name: adapter.read(key) for name, key in adapter.saved.items()}
             stream = UnitStream(family, base, config.device, instead=saved)
-            chosen, summary = correction.choose(stream, batches)
-            del stream
-        else:  # names are all that is needed of the model, whose skeleton grows with its depth
-            chosen, summary = correction.given()
+        if stream is not None and _compares(config):
+            at_once = None if contract is None else contract.setting.candidates
+            chosen, summary = correction.choose(stream, batches, at_once)
+        else:
+            chosen, summary = correction.given(stream, batches)
+        del stream
         layers = correction.write(work, chosen)
+        shutil.rmtree(work / READS, ignore_errors=True)
         for name, part in adapter.parts.items():
             _carry_over(part, base, work / name)
         others = exported(family, base, work)
@@ -218,6 +242,6 @@ def _refuse_foreign_folder(adapter: Adapter, emulator: str, manifest: Manifest) 
 
 
 def _batches(config: CorrectConfig, family: ModelFamily, base: Checkpoint) -> Sequence[Batch]:
-    if config.limit != "auto":
+    if not _compares(config) and config.strength is None:
         return []
     return family.calibration_batches(base, config)
