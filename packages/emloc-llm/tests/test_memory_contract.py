@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import emloc
 from emloc.artefacts.manifest import Manifest
 from emloc.errors import MemoryLimitError
 from emloc.planning import contract as contracts
+from emloc.planning.ledger import total
 from emloc_llm.example import write_model, write_rows
 
 
@@ -140,7 +142,18 @@ def test_contracts_of_artefacts_are_of_what_they_hold(tiny, tmp_path):
     tensors = load_file(tiny.corrected / "adapter_model.safetensors").values()
     for stage in ("correct", "merge"):
         assert seen[stage].setting.learnt == sum(tensor.numel() * 4 for tensor in tensors)
-    assert seen["correct"].setting.candidates == 5
+    assert seen["correct"].setting.candidates == 9
+    # Where memory is short, ways go through one after another, and the outcome is the same.
+    fewer = replace(seen["correct"].setting, candidates=3)
+    allowed = total(fewer.stage("correct").device)
+    assert allowed < total(seen["correct"].planned.device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["emloc.stages.stage"], "contract_for", remember)
+        emloc.correct(output_dir=tmp_path / "few", memory=allowed, **tiny.correct_options)
+    assert seen["correct"].setting.candidates == 3
+    assert (tmp_path / "few/adapter_model.safetensors").read_bytes() == (
+        tmp_path / "c/adapter_model.safetensors"
+    ).read_bytes()
     assert (tmp_path / "a/adapter_model.safetensors").read_bytes() == (
         tiny.adapter / "adapter_model.safetensors"
     ).read_bytes()
