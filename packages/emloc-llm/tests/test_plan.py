@@ -23,6 +23,7 @@ from emloc.planning.live import LiveBytes
 from emloc.planning.setting import Setting
 from emloc.planning.subject import Subject
 from emloc.stages.plan import make_memory_plan
+from emloc.stages.registry import planned_stages
 from emloc_llm.example import write_model
 
 OPTIONS = with_plugin_options(PlanConfig)
@@ -49,7 +50,7 @@ def test_parameters_and_bytes_are_those_of_the_files(tiny, planned):
     manifest = Manifest.read(tiny.emulator)
     assert planned.subject.parameters * 4 == manifest.summary["base_bytes"]
     assert planned.subject.bytes == manifest.summary["base_bytes"]
-    assert planned.stages["compress"].disk["emulator"] == manifest.summary["emulator_bytes"]
+    assert planned.compress().disk["emulator"] == manifest.summary["emulator_bytes"]
     for group in planned.emulator.groups:
         entry = manifest.layers[group.owner]
         assert entry["layers"] == list(group.layers)
@@ -61,7 +62,7 @@ def test_the_lora_is_the_adapter_that_training_writes(tiny):
     from safetensors.torch import load_file
 
     config = config_of(model_name_or_path=str(tiny.base), keep_ratio=0.5, lora_r=4)
-    lines = make_memory_plan(config).setting.stages["train"].device
+    lines = make_memory_plan(config).setting.train().device
     adapter = load_file(tiny.adapter / "adapter_model.safetensors")
     assert lines["LoRA"] == sum(value.numel() * 4 for value in adapter.values())
     summary = Manifest.read(tiny.adapter).summary
@@ -134,7 +135,7 @@ def test_modules_that_are_trained_whole_are_counted(tmp_path, tied, dtype):
         adapter=str(tmp_path / "a"), model_name_or_path=str(base), output_dir=tmp_path / "m"
     )
     stored = sum(info.nbytes for info in Checkpoint.open(merged).tensors.values())
-    assert setting.stage("merge").disk["merged model"] == stored
+    assert setting.merge().disk["merged model"] == stored
 
 
 def held(tensors):
@@ -145,16 +146,16 @@ def test_allocated_ranks_are_written_wide_and_end_as_small(tiny, tmp_path):
     options = {"model_name_or_path": str(tiny.base), "keep_ratio": 0.5, "max_length": 96}
     error = {"keep_ratio_allocation": "error"}
     uniform, allocated = (
-        make_memory_plan(config_of(**options, **given)).setting.stages for given in ({}, error)
+        make_memory_plan(config_of(**options, **given)).setting for given in ({}, error)
     )
     made = emloc.compress(
         dataset=str(tiny.data), output_dir=tmp_path / "emulator", **options, **error
     )
-    lines = allocated["compress"].disk
-    assert lines["emulator"] == uniform["compress"].disk["emulator"]
+    lines = allocated.compress().disk
+    assert lines["emulator"] == uniform.compress().disk["emulator"]
     assert Manifest.read(made).summary["emulator_bytes"] <= lines["emulator"]
     assert lines["until ranks are cut"] > 0
-    assert allocated["train"] == uniform["train"]
+    assert allocated.train() == uniform.train()
 
 
 def tiny_optimizer(tiny):
@@ -203,7 +204,7 @@ def test_a_dense_layer_keeps_its_bytes(bare):
     some = config_of(model_name_or_path=bare, exclude=["mlp.down_proj"])
     fewer = make_memory_plan(some).setting
     all_of_them = make_memory_plan(config_of(model_name_or_path=bare)).setting
-    assert fewer.stages["train"].device["weights"] > all_of_them.stages["train"].device["weights"]
+    assert fewer.train().device["weights"] > all_of_them.train().device["weights"]
     assert all("down_proj" not in name for g in fewer.emulator.groups for name in g.layers)
 
 
@@ -248,7 +249,7 @@ def wide(tmp_path_factory):
 
 
 def most(setting):
-    return max(fitting.device_bytes(setting, name) for name in fitting.NEEDED)
+    return max(fitting.device_bytes(setting, each) for each in planned_stages().values())
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -258,7 +259,7 @@ def test_what_fits_and_what_was_given_up(wide, device):
     whole = most(setting)
     ratios = []
     for share in BUDGETS:
-        found = fit(setting, int(share * whole))
+        found = fit(setting, int(share * whole), planned_stages())
         taken = most(found.setting)
         if found.fits:
             assert taken <= share * whole
@@ -268,7 +269,7 @@ def test_what_fits_and_what_was_given_up(wide, device):
         else:
             assert found.smallest == taken > share * whole
             stage, line = found.dominating
-            lines = found.setting.stages[stage].device
+            lines = found.setting.stage(planned_stages()[stage]).device
             assert lines[line] == max(lines.values())
         order = ["keep_ratio", "gradient_checkpointing", "per_device_train_batch_size", "optim",
                  "calibration_batch_size", "num_calibration_samples", "an", "max_length"]  # fmt: skip
@@ -276,8 +277,8 @@ def test_what_fits_and_what_was_given_up(wide, device):
         assert names == sorted(names, key=order.index)
         assert ("optim" in names) <= (device == "cuda")
     assert ratios[0] == 0.95
-    assert fit(setting, 3 * whole).given_up == []
-    assert not fit(setting, 1 << 20).fits
+    assert fit(setting, 3 * whole, planned_stages()).given_up == []
+    assert not fit(setting, 1 << 20, planned_stages()).fits
 
 
 def test_the_largest_ratio_that_fits_is_found(wide):
@@ -287,12 +288,12 @@ def test_the_largest_ratio_that_fits_is_found(wide):
                         calibration_batch_size=1)  # fmt: skip
     setting = Setting(wide, options)
     budget = most(fitting.with_options(setting, keep_ratio=0.6))
-    found = fit(setting, budget).setting
+    found = fit(setting, budget, planned_stages()).setting
     assert most(found) <= budget
     more = fitting.with_options(setting, keep_ratio=found.options.keep_ratio + 0.01)
     assert most(more) > budget
     asked = Setting(wide, options.model_copy(update={"keep_ratio": 0.3}))
-    assert fit(asked, budget).setting.options.keep_ratio == 0.3
+    assert fit(asked, budget, planned_stages()).setting.options.keep_ratio == 0.3
 
 
 def test_a_family_that_does_not_say_how_it_trains(wide):
@@ -307,11 +308,11 @@ def test_a_family_that_does_not_say_how_it_trains(wide):
     )
     setting = Setting(subject, config_of(model_name_or_path="x", device="cuda"))
     assert setting.counted_by.startswith("not counted")
-    lines = setting.stages["train"].device
+    lines = setting.train().device
     assert "activations" not in lines
-    known = Setting(wide, setting.options).stages["train"].device
+    known = Setting(wide, setting.options).train().device
     assert lines["weights"] == known["weights"]
-    assert setting.stages["compress"].device["block in float32"] > 0
+    assert setting.compress().device["block in float32"] > 0
 
 
 def test_dora_is_traced(bare):

@@ -31,7 +31,7 @@ from emloc.planning.fitting import changed_for, fit
 from emloc.planning.ledger import Lines, StageMemory, total
 from emloc.planning.memory_plan import MemoryPlan
 from emloc.planning.report import ordered, verdict
-from emloc.planning.setting import Setting
+from emloc.planning.setting import Planned, Setting, Stages
 from emloc.planning.subject import Subject
 
 
@@ -41,12 +41,12 @@ class Contract:
 
     Attributes:
         stage: how it is called in messages.
-        lines: of the planner, that describe it.
+        lines: that describe it.
         memory: bytes of the device that it may take.
     """
 
     stage: str
-    lines: str
+    lines: Planned
     setting: Setting
     memory: int
 
@@ -115,7 +115,7 @@ class Contract:
         return format_bytes(self.memory)
 
     def _way_out(self) -> str:
-        fitted = fit(self.setting, self.memory, [self.lines], asked=())
+        fitted = fit(self.setting, self.memory, {self.stage: self.lines}, asked=())
         if fitted.fits:
             options = changed_for(self.setting, fitted.setting)
             said = ", ".join(f"{name}={value}" for name, value in options.items())
@@ -135,15 +135,19 @@ def keeping(contract: Contract | None) -> AbstractContextManager[None]:
 
 
 def compress_contract(
-    config: CompressConfig, base: Checkpoint, family: ModelFamily
+    config: CompressConfig, base: Checkpoint, family: ModelFamily, stages: Stages
 ) -> tuple[CompressConfig, Contract]:
-    """The options, with what the plan chose where nothing was asked for, and the contract."""
+    """The options, with what the plan chose where nothing was asked for, and the contract.
+
+    Args:
+        stages: that will follow and have to fit, and compress itself.
+    """
     assert config.memory is not None
     setting = Setting(
         Subject.opened(base, family), plan_options(config.device, base, family, config)
     )
     if "keep_ratio" not in config.model_fields_set:
-        fitted = fit(setting, config.memory)
+        fitted = fit(setting, config.memory, stages)
         require_fit(fitted)
         console.print(f"compress: {' '.join(verdict(fitted.as_json()))}")
         options = fitted.setting.options
@@ -155,12 +159,12 @@ def compress_contract(
             console.print(f"compress: the plan is for training with {said}")
         config = config.model_copy(update={**own, "keep_ratio": options.keep_ratio})
         setting = fitted.setting
-    return config, _agreed("compress", "compress", setting, config)
+    return config, _agreed("compress", Setting.compress, setting, config)
 
 
 def contract_for(
     stage: str,
-    lines: str,
+    lines: Planned,
     config: Any,
     model: Checkpoint,
     family: ModelFamily,
@@ -169,7 +173,7 @@ def contract_for(
     """The contract of a stage that works with a model as it is.
 
     Args:
-        lines: of the planner, that describe the stage.
+        lines: that describe the stage.
         config: the stage's options, with `memory` and `output_dir`; without `device` it works on the CPU.
         model: a base, an emulator, another method's light model.
         adapter: that is there already.
@@ -237,12 +241,12 @@ def require_fit(fitted: MemoryPlan) -> None:
     """
     if not fitted.fits:
         assert fitted.dominating is not None
-        lines = fitted.setting.stage(fitted.dominating[0]).device
+        lines = fitted.setting.stage(fitted.stages[fitted.dominating[0]]).device
         table = "\n".join(f"  {name:<24}{format_bytes(lines[name]):>12}" for name in ordered(lines))
         raise MemoryLimitError(f"{' '.join(verdict(fitted.as_json()))}\n{table}")
 
 
-def _agreed(stage: str, lines: str, setting: Setting, config: Any) -> Contract:
+def _agreed(stage: str, lines: Planned, setting: Setting, config: Any) -> Contract:
     contract = Contract(stage, lines, setting, config.memory)
     contract.require_room(config.output_dir)
     return contract

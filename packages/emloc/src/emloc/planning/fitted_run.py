@@ -9,12 +9,12 @@ from emloc.config import build
 from emloc.extend.opening import open_model
 from emloc.machine.progress import console
 from emloc.planning.contract import plan_options, require_fit
-from emloc.planning.fitting import NEEDED, changed_for, fit
+from emloc.planning.fitting import changed_for, fit
 from emloc.planning.report import verdict
-from emloc.planning.setting import Setting
+from emloc.planning.setting import Planned, Setting
 from emloc.planning.subject import Subject
 
-PLANNED_WITH = ("compress", "train")
+PLANNED_WITH = (Setting.compress, Setting.train)
 """Lines of the stages whose options are a plan's."""
 
 
@@ -26,7 +26,7 @@ class PlannedStage(NamedTuple):
         config: its options.
     """
 
-    lines: str
+    lines: Planned
     config: type[BaseModel]
 
 
@@ -45,11 +45,11 @@ def fit_run(
         MemoryLimitError: a stage cannot fit.
     """
     changed = {name: dict(keywords) for name, keywords in stages.items()}
-    first: dict[str, str] = {}
+    first: dict[Planned, str] = {}
     for name in changed:
         if name in planned:
             first.setdefault(planned[name].lines, name)
-    compress = first.get("compress", "")
+    compress = first.get(Setting.compress, "")
     if not compress or changed[compress].get("memory") is None:
         return changed
     configs: list[Any] = [
@@ -64,7 +64,8 @@ def fit_run(
     setting = Setting(
         Subject.opened(base, family), plan_options(configs[-1].device, base, family, *configs)
     )
-    fitted = fit(setting, configs[0].memory, [lines for lines in NEEDED if lines in first])
+    needed = {name: lines for lines, name in first.items()}
+    fitted = fit(setting, configs[0].memory, needed)
     require_fit(fitted)
     console.print(f"run: {' '.join(verdict(fitted.as_json()))}")
     chosen = changed_for(setting, fitted.setting)

@@ -11,7 +11,7 @@ Bytes are exact integers of the ratio and grow with it, so the largest is found 
 hundredth.
 """
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from emloc.config import PlanConfig
@@ -19,27 +19,24 @@ from emloc.errors import ConfigError
 from emloc.options.marks import SampleSize, marked
 from emloc.planning.ledger import total
 from emloc.planning.memory_plan import MemoryPlan, changed_options
-from emloc.planning.setting import Setting, with_options
+from emloc.planning.setting import Planned, Setting, Stages, with_options
 
 STEPS = 100
 LEAST_RATIO, SMALLEST_RATIO, LARGEST_RATIO = 0.1, 0.25, 0.95
 DEFAULT_RATIO: float = PlanConfig.model_fields["keep_ratio"].default
 FEWEST_SAMPLES = 16
 
-NEEDED = ("compress", "train", "correct", "merge")
-"""Stages that have to fit; whether the base itself runs on the machine is said, and is another question."""
-
 
 def fit(
     setting: Setting,
     budget: int,
-    stages: Sequence[str] = NEEDED,
+    stages: Stages,
     asked: Container[str] | None = None,
 ) -> MemoryPlan:
     """The plan for a device of `budget` bytes.
 
     Args:
-        stages: that have to fit.
+        stages: that have to fit. Whether the base itself runs on the machine is another question.
         asked: options that stay as they are; by default those that were set.
     """
     asked = frozenset(setting.options.model_fields_set) if asked is None else asked
@@ -69,28 +66,29 @@ def fit(
     if fitting is not None:
         if free and fitting.options.keep_ratio < DEFAULT_RATIO:
             given_up = [f"keep_ratio {fitting.options.keep_ratio:g}", *given_up]
-        return MemoryPlan(fitting, budget, True, given_up)
+        return MemoryPlan(fitting, stages, budget, True, given_up)
     stage, needed = max(
-        ((name, device_bytes(least, name)) for name in stages), key=lambda pair: pair[1]
+        ((name, device_bytes(least, each)) for name, each in stages.items()),
+        key=lambda pair: pair[1],
     )
-    lines = least.stage(stage).device
+    lines = least.stage(stages[stage]).device
     line = max(lines, key=lambda name: lines[name])
-    return MemoryPlan(least, budget, False, given_up, needed, (stage, line))
+    return MemoryPlan(least, stages, budget, False, given_up, needed, (stage, line))
 
 
-def device_bytes(setting: Setting, stage: str) -> int:
+def device_bytes(setting: Setting, stage: Planned) -> int:
     """Bytes that a stage takes of the device."""
     return total(setting.stage(stage).device)
 
 
-def _relieves(lesser: Setting, before: Setting, budget: int, stages: Sequence[str]) -> bool:
+def _relieves(lesser: Setting, before: Setting, budget: int, stages: Stages) -> bool:
     """Return whether a stage that did not fit takes less; some options mean nothing to some models."""
-    over = [name for name in stages if device_bytes(before, name) > budget]
-    return any(device_bytes(lesser, name) < device_bytes(before, name) for name in over)
+    over = [each for each in stages.values() if device_bytes(before, each) > budget]
+    return any(device_bytes(lesser, each) < device_bytes(before, each) for each in over)
 
 
-def _fits(setting: Setting, budget: int, stages: Sequence[str]) -> bool:
-    return all(device_bytes(setting, name) <= budget for name in stages)
+def _fits(setting: Setting, budget: int, stages: Stages) -> bool:
+    return all(device_bytes(setting, each) <= budget for each in stages.values())
 
 
 def _at(setting: Setting, ratio: float) -> Setting:
@@ -98,7 +96,7 @@ def _at(setting: Setting, ratio: float) -> Setting:
 
 
 def _largest_ratio(
-    setting: Setting, least: Setting, budget: int, stages: Sequence[str], free: bool
+    setting: Setting, least: Setting, budget: int, stages: Stages, free: bool
 ) -> Setting | None:
     """The setting with the largest ratio that fits; None where not even `least` does, and the setting as it
     is where no ratio is free.

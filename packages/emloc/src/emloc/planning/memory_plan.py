@@ -5,7 +5,7 @@ from typing import Any
 
 from emloc.config import PlanConfig
 from emloc.options.marks import SampleSize, marked
-from emloc.planning.setting import Setting
+from emloc.planning.setting import Setting, Stages
 
 CHANGEABLE = (
     "keep_ratio",
@@ -19,6 +19,10 @@ CHANGEABLE = (
 """Options that fitting may change, besides those of the size of samples (`SampleSize`)."""
 
 
+RUNNING = "inference"
+"""The row of the base with the corrected LoRA, which is what all stages are for."""
+
+
 def changed_options(options: PlanConfig) -> dict[str, Any]:
     """The changed options as they are now: what to give the stages."""
     names = (*CHANGEABLE, *marked(type(options), SampleSize))
@@ -30,14 +34,16 @@ class MemoryPlan:
     """A setting, and how it came about.
 
     Attributes:
+        stages: that are planned.
         budget: bytes of the device, or None.
-        fits: whether compress, train, correct and merge do; None without a budget.
+        fits: whether all stages do; None without a budget.
         given_up: what was changed to fit, in order.
         smallest: bytes that the least demanding setting takes, where nothing fits.
         dominating: the stage and the line that take most, where nothing fits.
     """
 
     setting: Setting
+    stages: Stages
     budget: int | None = None
     fits: bool | None = None
     given_up: list[str] = field(default_factory=list[str])
@@ -47,7 +53,8 @@ class MemoryPlan:
     def as_json(self) -> dict[str, Any]:
         """`parameters`, `fits`, `keep_ratio`, `stages`, and what else there is to say."""
         subject, options = self.setting.subject, self.setting.options
-        stages = {name: memory.as_json() for name, memory in self.setting.stages.items()}
+        described: Stages = {**self.stages, RUNNING: Setting.inference}
+        stages = {name: self.setting.stage(each).as_json() for name, each in described.items()}
         return {
             "model": subject.checkpoint.name,
             "family": subject.family.name,

@@ -1,10 +1,11 @@
 """The plan of one setting: every stage's memory, line by line.
 
-The stages are those of `emloc run`: compress, train, correct, merge, and inference of the base with the
-corrected LoRA. Beside them: LoRA on the base, QLoRA on the base, and inference of the base.
+A stage says which lines describe it (`Planned`): the methods here are those of compress, train, correct and
+merge, which stages of plugins may take as well, or bring their own. Beside them: inference of the base with
+the corrected LoRA, LoRA on the base, QLoRA on the base, and inference of the base.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -40,8 +41,6 @@ from emloc.planning.training import (
 )
 from emloc.planning.whole import Shapes, untied_parameters
 
-STAGES = ("compress", "train", "correct", "merge", "inference")
-
 RESIDENT = ("weights", "LoRA", "modules to save", "block in float32", "head in float32")
 """Lines of what stays as it is; the others come and go, and an allocator has slack for them."""
 
@@ -74,7 +73,9 @@ class Setting:
     adapter_whole: Shapes = field(default_factory=dict[str, tuple[int, ...]])
     candidates: int = CANDIDATES
     correction_samples: int = CORRECTION_SAMPLES
-    _made: dict[str, StageMemory] = field(default_factory=dict[str, StageMemory], init=False)
+    _made: "dict[Planned, StageMemory]" = field(
+        default_factory=dict["Planned", StageMemory], init=False
+    )
     _known: dict[Any, Calls | None] = field(default_factory=dict[Any, "Calls | None"])
 
     @cached_property
@@ -117,16 +118,11 @@ class Setting:
     def _whole(self) -> Shapes:
         return self.subject.whole(self.options) if self.adapter is None else self.adapter_whole
 
-    def stage(self, name: str) -> StageMemory:
-        """One of `STAGES`, worked out when it is asked for."""
-        if name not in self._made:
-            self._made[name] = getattr(self, name)()
-        return self._made[name]
-
-    @property
-    def stages(self) -> Mapping[str, StageMemory]:
-        """Every stage in turn."""
-        return {name: self.stage(name) for name in STAGES}
+    def stage(self, planned: "Planned") -> StageMemory:
+        """The memory of a stage, worked out once."""
+        if planned not in self._made:
+            self._made[planned] = planned(self)
+        return self._made[planned]
 
     @cached_property
     def beside(self) -> Mapping[str, StageMemory]:
@@ -277,6 +273,13 @@ class Setting:
         if not self.on_gpu:
             device, host = {**device, **host}, {}
         return StageMemory(device, host, disk, moment)
+
+
+Planned = Callable[[Setting], StageMemory]
+"""The memory of a stage, given a setting; the planner's own are methods, such as `Setting.train`."""
+
+Stages = Mapping[str, Planned]
+"""Stages by name, in order."""
 
 
 def with_options(setting: Setting, **changed: Any) -> Setting:

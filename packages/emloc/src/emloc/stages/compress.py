@@ -23,7 +23,9 @@ from emloc.extend.plugin_options import of_family, own_options
 from emloc.formats.layer_format import keep_ratio_of
 from emloc.machine.progress import console
 from emloc.planning.contract import compress_contract
+from emloc.planning.setting import Setting
 from emloc.stages.frame import Artefact, Written
+from emloc.stages.registry import planned_stages
 from emloc.stages.stage import stage
 from emloc.streaming.stream import UnitStream
 
@@ -39,7 +41,7 @@ NO_TOKEN = "no calibration token reached it"
     consumes={"model_name_or_path": BASE},
     produces=EMULATOR,
     folder="emulator",
-    memory="compress",
+    memory=Setting.compress,
 )
 def compress(config: CompressConfig) -> Path:
     """Compress a model into an emulator; returns its folder."""
@@ -51,7 +53,7 @@ def compress(config: CompressConfig) -> Path:
         )
     contract = None
     if config.memory is not None:
-        config, contract = compress_contract(config, base, family)
+        config, contract = compress_contract(config, base, family, planned_stages())
     batches = family.calibration_batches(base, config)
     settings = {
         **own_options(config, PATHS),

@@ -32,6 +32,7 @@ from emloc.extend.capabilities import exported
 from emloc.extend.family import Batch, ModelFamily
 from emloc.extend.opening import named_family, open_model
 from emloc.extend.plugin_options import of_family, own_options
+from emloc.planning.setting import Setting
 from emloc.stages.frame import Artefact, Written, digests
 from emloc.stages.stage import stage
 from emloc.streaming.stream import UnitStream
@@ -75,7 +76,7 @@ def _compares(config: CorrectConfig) -> bool:
     consumes={"emulator": EMULATOR, "adapter": ADAPTER},
     produces=CORRECTED_ADAPTER,
     folder="corrected",
-    memory="correct",
+    memory=Setting.correct,
 )
 def correct(config: CorrectConfig) -> Path:
     """Correct an adapter for the original model; returns the new adapter's folder."""

@@ -21,6 +21,7 @@ from emloc.config import MergeConfig
 from emloc.errors import MismatchError
 from emloc.extend.opening import named_family, open_model
 from emloc.machine.progress import progress_bar
+from emloc.planning.setting import Setting
 from emloc.stages.frame import Artefact, Written
 from emloc.stages.stage import stage
 
@@ -31,7 +32,7 @@ from emloc.stages.stage import stage
     consumes={"adapter": (CORRECTED_ADAPTER, ADAPTER)},
     produces=MERGED_MODEL,
     folder="merged",
-    memory="merge",
+    memory=Setting.merge,
 )
 def merge(config: MergeConfig) -> Path:
     """Merge an adapter into its base model; returns the merged model's folder."""

@@ -15,6 +15,7 @@ from emloc.planning.fitting import fit
 from emloc.planning.memory_plan import MemoryPlan
 from emloc.planning.setting import Setting
 from emloc.planning.subject import Subject
+from emloc.stages.registry import planned_stages
 from emloc.stages.stage import stage
 
 PLAN_NAME, PICTURE_NAME = "plan.json", "plan.png"
@@ -37,8 +38,10 @@ def plan(config: PlanConfig) -> dict[str, Any]:
 def make_memory_plan(config: PlanConfig) -> MemoryPlan:
     """The plan of the options, fitted to `memory` where that is given."""
     subject = Subject.of(config.model_name_or_path, config.dtype, config.family)
-    setting = Setting(subject, of_family(config, subject.family))
-    return MemoryPlan(setting) if config.memory is None else fit(setting, config.memory)
+    setting, stages = Setting(subject, of_family(config, subject.family)), planned_stages()
+    if config.memory is None:
+        return MemoryPlan(setting, stages)
+    return fit(setting, config.memory, stages)
 
 
 def _write(folder: Path, planned: dict[str, Any]) -> None:

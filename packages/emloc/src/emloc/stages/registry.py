@@ -13,6 +13,7 @@ import emloc.stages
 from emloc.errors import PluginError
 from emloc.extend.plugins import Plugins, load_plugins
 from emloc.machine.targets import imported
+from emloc.planning.setting import Stages
 from emloc.stages.stage import Stage
 
 AnyStage = Stage[Any, Any]
@@ -64,3 +65,8 @@ def _ordered(stages: Iterable[AnyStage]) -> dict[str, AnyStage]:
 def run_stages() -> Mapping[str, AnyStage]:
     """The stages that a run may have: each makes an artefact."""
     return {name: each for name, each in all_stages().items() if each.produces is not None}
+
+
+def planned_stages() -> Stages:
+    """The memory of every stage that declares it."""
+    return {name: each.memory for name, each in all_stages().items() if each.memory is not None}

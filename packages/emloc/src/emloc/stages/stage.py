@@ -21,6 +21,7 @@ from emloc.config import build
 from emloc.extend.family import ModelFamily
 from emloc.extend.plugin_options import with_plugin_options
 from emloc.planning.contract import Contract, contract_for
+from emloc.planning.setting import Planned
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 ResultT = TypeVar("ResultT")
@@ -38,7 +39,7 @@ class Declared(Generic[ConfigT]):
     consumes: Takes = field(default_factory=dict[str, Kind])
     produces: Kind | None = None
     folder: str = ""
-    memory: str | None = None
+    memory: Planned | None = None
     instead: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
@@ -190,7 +191,7 @@ def stage(
     consumes: Takes | None = None,
     produces: Kind | None = None,
     folder: str = "",
-    memory: str | None = None,
+    memory: Planned | None = None,
     instead: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[[ConfigT], ResultT]], Stage[ConfigT, ResultT]]:
     """Decorate a function of `config` to become a `Stage`.
@@ -203,8 +204,9 @@ def stage(
             preferred. A run gives the option the artefact of the last stage before it that makes the kind.
         produces: the kind that it makes in `output_dir`; without one it is no part of a run.
         folder: what `output_dir` is called under a run's; by default as the stage.
-        memory: the planner's lines that describe it (`emloc.planning.setting.STAGES`): its options have
-            `memory`, and a run is fitted to a budget with it. None: it is not planned.
+        memory: what it takes, for the planner: one of its own (`Setting.train`), or a function of a setting.
+            Its options have `memory` then, `emloc plan` shows it, and a run is fitted to a budget with it.
+            None: it is not planned.
         instead: by option the one that takes its place: where that is given, the former is not taken from the
             top of a run's file.
     """

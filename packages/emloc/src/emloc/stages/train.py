@@ -22,6 +22,7 @@ from emloc.extend.capabilities import exported
 from emloc.extend.family import ModelFamily
 from emloc.extend.opening import named_family, of_folder, open_model
 from emloc.extend.plugin_options import of_family, own_options
+from emloc.planning.setting import Setting
 from emloc.stages.data_digest import data_digests, digested
 from emloc.stages.frame import Artefact, Written, digests
 from emloc.stages.stage import stage
@@ -61,7 +62,7 @@ def _has_modules(config: TrainConfig, model: Checkpoint, family: ModelFamily) ->
     consumes={"emulator": EMULATOR},
     produces=ADAPTER,
     folder="adapter",
-    memory="train",
+    memory=Setting.train,
     instead={"model_name_or_path": "emulator"},
 )
 def train(config: TrainConfig) -> Path:
