@@ -23,7 +23,7 @@ from emloc.integrations.transformers.text_options import (
     TokenCountOptions,
 )
 
-own = pytest.mark.parametrize("family", ["classifier"], indirect=True, scope="session")
+own = pytest.mark.parametrize("subject", ["classifier"], indirect=True, scope="session")
 
 
 @own

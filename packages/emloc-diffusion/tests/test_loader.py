@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from emloc.errors import CheckpointError, ConfigError, MismatchError
+from emloc.extend.emulated_layers import METHOD
 from emloc.extend.family import EmulatorLayers
 from emloc.integrations.diffusers.quantizer import (
     EmlocConfig,
     emulator_config,
     replace_layers,
 )
-from emloc.integrations.emulated_layers import METHOD
 from emloc.layers.low_rank_conv import LowRankConv2d
 from emloc.layers.low_rank_linear import LowRankLinear
 from emloc_diffusion.example_pipelines import write_pipeline

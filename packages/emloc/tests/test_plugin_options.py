@@ -20,9 +20,14 @@ from emloc.config import (
     build,
 )
 from emloc.errors import ConfigError, PluginError
-from emloc.extend import hookspecs, plugin_options
+from emloc.extend import hookspecs
 from emloc.extend.family import FamilyEntry
-from emloc.extend.plugin_options import of_family, own_options, with_plugin_options
+from emloc.extend.plugin_options import (
+    forget_plugin_options,
+    of_family,
+    own_options,
+    with_plugin_options,
+)
 from emloc.extend.plugins import Plugins, add_plugin, load_plugins
 
 
@@ -68,13 +73,10 @@ def installed(monkeypatch):
         for name, options in toys
     ]
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [*real, *added])
-    caches = (plugin_options.with_plugin_options, plugin_options._by_family)
-    for cache in caches:
-        cache.cache_clear()
+    forget_plugin_options()
     yield
     monkeypatch.undo()
-    for cache in caches:
-        cache.cache_clear()
+    forget_plugin_options()
 
 
 def of(name, config=TrainConfig, **given):

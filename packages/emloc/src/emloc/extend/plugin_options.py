@@ -65,6 +65,12 @@ def own_options(config: BaseModel, exclude: set[str]) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude=left_out)
 
 
+def forget_plugin_options() -> None:
+    """Have options found out anew, after plugins have come or gone."""
+    with_plugin_options.cache_clear()
+    _by_family.cache_clear()
+
+
 def _with(config: type[ConfigT], parts: Sequence[type[BaseModel]]) -> type[ConfigT]:
     if not parts:
         return config

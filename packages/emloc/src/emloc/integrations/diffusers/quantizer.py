@@ -16,16 +16,16 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from emloc.extend.family import EmulatorLayers
-from emloc.formats.layer_format import DenseLayer
-from emloc.integrations import emulated_layers
-from emloc.integrations.emulated_layers import (
+from emloc.extend import emulated_layers
+from emloc.extend.emulated_layers import (
     METHOD,
     Groups,
     GroupsConfig,
     quantization_config,
     refuse_missing,
 )
+from emloc.extend.family import EmulatorLayers
+from emloc.formats.layer_format import DenseLayer
 from emloc.linalg.convolution import matrix_shape
 
 

@@ -15,16 +15,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from emloc.artefacts.checkpoint import Checkpoint
-from emloc.extend.family import EmulatorLayers
-from emloc.formats.layer_format import DenseLayer
-from emloc.integrations import emulated_layers
-from emloc.integrations.emulated_layers import (
+from emloc.extend import emulated_layers
+from emloc.extend.emulated_layers import (
     METHOD,
     Groups,
     GroupsConfig,
     quantization_config,
     refuse_missing,
 )
+from emloc.extend.family import EmulatorLayers
+from emloc.formats.layer_format import DenseLayer
 from emloc.integrations.transformers.skeleton import is_linear
 from emloc.layers.emulated_layer import EmulatedLayer
 

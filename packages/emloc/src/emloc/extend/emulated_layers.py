@@ -64,7 +64,8 @@ def replace_layers(
     """
     holders: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
-        for name, child in parent._modules.items():  # twice where it has two names
+        # `named_children` would leave out the second of two names.
+        for name, child in parent._modules.items():  # pyright: ignore[reportPrivateUsage]
             if child is not None:
                 holders.setdefault(child, []).append((parent, name))
     forms = Forms()

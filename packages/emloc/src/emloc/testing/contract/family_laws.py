@@ -1,0 +1,163 @@
+"""Laws of the family itself: its skeleton, blocks and groups, its data, its loss, and its whole models."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import Manifest
+from emloc.extend.capabilities import MasksPadding, adapter_formats_of, token_count, token_mask_of
+from emloc.extend.family import Batch, ModelFamily
+from emloc.extend.losses import LossSum, loss_sum
+from emloc.extend.opening import family_of
+from emloc.layers.emulated_layer import EmulatedLayer
+from emloc.streaming.lockstep import Call, lockstep
+from emloc.streaming.stream import UnitStream
+from emloc.testing.contract.fixtures import SubjectFixture
+from emloc.testing.contract.subject import Subject
+
+
+class FamilyLaws(SubjectFixture):
+    """Promises of `ModelFamily`, each compared with a plain computation."""
+
+    def test_is_a_family(self, subject: Subject) -> None:
+        """All that the protocol requires is there, and adapters are written as PEFT writes them."""
+        assert isinstance(subject.family, ModelFamily)
+        assert "peft" in adapter_formats_of(subject.family)
+
+    def test_recognises_its_own_checkpoint_from_the_config(self, subject: Subject) -> None:
+        """This family is the one that claims it."""
+        assert family_of(subject.checkpoint).name == subject.family.name
+
+    def test_skeleton_has_no_weights_and_real_buffers(self, subject: Subject) -> None:
+        """Every parameter is on the meta device, and in the checkpoint in its shape."""
+        checkpoint = subject.checkpoint
+        model = subject.family.skeleton(checkpoint, torch.float32)
+        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+        assert all(buffer.device.type == "cpu" for buffer in model.buffers())
+        assert not model.training
+        for name, parameter in model.named_parameters():
+            stored = subject.family.stored(model, name, checkpoint)
+            assert stored is not None, name
+            assert stored.read(checkpoint.read).shape == parameter.shape
+
+    def test_blocks_and_layers(self, subject: Subject) -> None:
+        """Blocks lie apart, and every layer in one of them; layers of a group have inputs of one size."""
+        model = subject.family.skeleton(subject.checkpoint, torch.float32)
+        blocks = list(subject.family.blocks(model))
+        assert len(blocks) == len(set(blocks)) >= 2
+        assert not any(a != b and a.startswith(f"{b}.") for a in blocks for b in blocks)
+        groups = subject.family.layer_groups(model)
+        layers = [name for group in groups for name in group]
+        assert len(layers) == len(set(layers)) > 0
+        for group in groups:
+            shapes = {model.get_parameter(f"{name}.weight").shape[1:] for name in group}
+            assert len(shapes) == 1
+            owners = [b for b in blocks if f"{group[0]}.".startswith(f"{b}.")]
+            assert owners
+            assert all(f"{name}.".startswith(f"{owners[0]}.") for name in group)
+
+    def test_groups_are_the_layers_that_share_their_input(self, subject: Subject) -> None:
+        """Within a block, those that read one tensor in every forward, and no others."""
+        stream = UnitStream(subject.family, subject.checkpoint)
+        read: dict[str, list[Tensor]] = {}
+
+        def reading(name: str) -> Callable[[nn.Module, Any], None]:
+            return lambda module, inputs: read.setdefault(name, []).append(inputs[0])
+
+        groups = subject.family.layer_groups(stream.model)
+        for name in (name for group in groups for name in group):
+            stream.model.get_submodule(name).register_forward_pre_hook(reading(name))
+        _streamed(subject, stream, subject.batches[:1])
+        # Tensors that are kept have addresses of their own.
+        inputs = {name: tuple(x.data_ptr() for x in tensors) for name, tensors in read.items()}
+        for group in groups:
+            assert len({inputs.get(name) for name in group}) == 1, group
+        for block in stream.blocks:
+            inside = [g for g in groups if f"{g[0]}.".startswith(f"{block}.") and g[0] in inputs]
+            assert len({inputs[group[0]] for group in inside}) == len(inside), block
+
+    def test_streamed_forward_is_the_plain_forward(self, subject: Subject) -> None:
+        """Bit for bit, with all weights loaded at once instead of one unit at a time."""
+        family, checkpoint = subject.family, subject.checkpoint
+        streamed = _streamed(subject, UnitStream(family, checkpoint), subject.batches)
+        whole = family.skeleton(checkpoint, torch.float32)
+        for name, _ in list(whole.named_parameters(remove_duplicate=False)):
+            owner, _, leaf = name.rpartition(".")
+            stored = family.stored(whole, name, checkpoint)
+            assert stored is not None
+            value = nn.Parameter(stored.read(checkpoint.read).float(), requires_grad=False)
+            setattr(whole.get_submodule(owner), leaf, value)
+        with torch.no_grad():
+            plain = [loss_sum(family, whole, batch) for batch in subject.batches]
+        assert streamed == plain
+        assert all(result.terms > 0 for result in plain)
+
+    def test_calibration_is_by_seed(self, subject: Subject) -> None:
+        """The same seed draws the same samples, another one others, and as many as asked for."""
+        again = subject.calibration()
+        assert all(torch.equal(a[k], b[k]) for a, b in zip(subject.batches, again) for k in a)
+        some = [subject.calibration(num_calibration_samples=4, seed=seed) for seed in (0, 1)]
+        first = [next(iter(part[0].values())) for part in some]
+        assert first[0].shape[0] == 4
+        assert first[0].shape != first[1].shape or not torch.equal(*first)
+
+    def test_real_tokens_are_told_from_padding(self, subject: Subject) -> None:
+        """Masks tell them apart where there are any; else all are real."""
+        family = subject.family
+        for batch in subject.batches:
+            mask = token_mask_of(family, batch)
+            assert mask is None or (isinstance(family, MasksPadding) and mask.dtype == torch.bool)
+            real = next(iter(batch.values())).numel() if mask is None else int(mask.sum())
+            assert token_count(family, batch) == real > 0
+
+    def test_a_loss_is_a_sum(self, subject: Subject) -> None:
+        """The same samples twice have twice the loss, and twice the terms."""
+        model = subject.family.load(subject.checkpoint, "float32", "cpu")
+        once = subject.batches[0]
+        twice = {name: torch.cat([tensor, tensor]) for name, tensor in once.items()}
+        with torch.no_grad():
+            single, double = (loss_sum(subject.family, model, batch) for batch in (once, twice))
+        assert double.terms == 2 * single.terms
+        torch.testing.assert_close(double.total, 2 * single.total, rtol=1e-4, atol=1e-4)
+
+    def test_a_whole_model_has_the_loss_of_the_streamed_one(self, subject: Subject) -> None:
+        """`load` gives the base in eval mode, and `loss` a sum with its graph in float32 or better."""
+        family, batches = subject.family, subject.batches[:1]
+        [streamed] = _streamed(subject, UnitStream(family, subject.checkpoint), batches)
+        model = family.load(subject.checkpoint, "float32", "cpu")
+        assert not model.training
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        model.requires_grad_(True)
+        total, terms = family.loss(model, batches[0])
+        assert total.ndim == 0
+        assert total.dtype in (torch.float32, torch.float64)
+        assert total.requires_grad
+        assert terms == streamed.terms
+        torch.testing.assert_close(float(total.detach()), streamed.total, rtol=1e-4, atol=1e-4)
+        total.backward()
+        assert any(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
+
+    def test_an_emulator_is_loaded_with_its_layers(self, subject: Subject) -> None:
+        """Every layer of the manifest in its form, and a loss that is not the base's."""
+        folder, family = subject.stages["emulator"], subject.family
+        emulator = family.load(Checkpoint.open(str(folder)), "float32", "cpu")
+        entries = Manifest.read(folder).layers.values()
+        for name in (name for entry in entries for name in entry["layers"]):
+            assert isinstance(emulator.get_submodule(name), EmulatedLayer), name
+        base = family.load(subject.checkpoint, "float32", "cpu")
+        with torch.no_grad():
+            batch = subject.batches[0]
+            ours, theirs = (loss_sum(family, model, batch) for model in (emulator, base))
+        assert torch.isfinite(torch.tensor(ours.total))
+        assert ours.total != theirs.total
+
+
+def _streamed(subject: Subject, stream: UnitStream, batches: Sequence[Batch]) -> list[LossSum]:
+    calls = [
+        Call(lambda b=batch: loss_sum(subject.family, stream.model, b))  # pyright: ignore[reportUnknownLambdaType]
+        for batch in batches
+    ]
+    return lockstep(stream.model, stream.units, calls, stream.filled)

@@ -1,0 +1,125 @@
+"""Laws of the artefacts that the stages make of a family's model, and of what is said about them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import emloc
+from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import Manifest
+from emloc.planning.family import PlannedFamily
+from emloc.testing.contract.fixtures import SubjectFixture
+from emloc.testing.contract.subject import Subject
+
+KINDS = {
+    "emulator": "emulator",
+    "adapter": "adapter",
+    "corrected": "corrected_adapter",
+    "merged": "merged_model",
+}
+
+
+class StageLaws(SubjectFixture):
+    """Promises of the stages, held to for a family."""
+
+    def test_stages_leave_what_they_promise(self, subject: Subject) -> None:
+        """Artefacts of their kinds, which name their origin and pass `verify`."""
+        digest = Checkpoint.open(subject.example["model_name_or_path"]).digest()
+        for name, folder in subject.stages.items():
+            manifest = Manifest.read(folder)
+            assert manifest.kind == KINDS[name]
+            assert manifest.base_model.digest == digest, name
+            assert manifest.family == subject.family.name
+            if name != "adapter":
+                assert emloc.verify(path=folder)["kind"] == KINDS[name]
+        emulator = Manifest.read(subject.stages["emulator"])
+        assert emulator.summary["emulator_bytes"] < emulator.summary["base_bytes"]
+        assert all(0 < entry["relative_error"] < 1 for entry in emulator.layers.values())
+        assert Manifest.read(subject.stages["adapter"]).summary["train_weight_bytes"] > 0
+
+    def test_each_stage_was_planned_and_kept_to_its_memory(self, subject: Subject) -> None:
+        """Each says what was planned and what was measured, and the limit is no setting."""
+        for folder in subject.stages.values():
+            manifest = Manifest.read(folder)
+            assert 0 < manifest.measured["planned_bytes"] <= 1 << 30
+            assert manifest.measured["peak_bytes"] <= 1 << 30
+            assert "memory" not in manifest.settings
+
+    def test_a_plan_of_the_config_alone_counts_what_the_stages_wrote(
+        self, subject: Subject, tmp_path: Path
+    ) -> None:
+        """Without weights: parameters and the emulator's bytes, and those of training where it can."""
+        model = subject.example["model_name_or_path"]
+        real = Checkpoint.open(model)
+        ignore = shutil.ignore_patterns("*.safetensors")
+        bare = shutil.copytree(model, tmp_path / "bare", ignore=ignore)
+        options = {"keep_ratio": 0.5, "lora_r": 3, **subject.options("plan")}
+        plan = emloc.plan(**{**subject.example, "model_name_or_path": str(bare)}, **options)
+        sizes = [torch.Size(info.shape).numel() for info in real.tensors.values()]
+        assert plan["parameters"] == sum(sizes)
+        compress = plan["stages"]["compress"]["disk_bytes"]["lines"]
+        emulator = Checkpoint.open(str(subject.stages["emulator"]))
+        assert compress["emulator"] == sum(info.nbytes for info in emulator.tensors.values())
+        lines = plan["stages"]["train"]["device_bytes"]["lines"]
+        if not isinstance(subject.family, PlannedFamily):
+            assert plan["activations"].startswith("not counted")
+            assert "activations" not in lines
+            return
+        trained = Manifest.read(subject.stages["adapter"]).summary
+        assert lines["LoRA"] == trained["trainable_bytes"]
+        assert lines["weights"] + lines["LoRA"] == trained["train_weight_bytes"]
+
+    def test_correction_removes_the_residual(self, subject: Subject) -> None:
+        """Without a limit; A stays as it was trained, and B does not."""
+        for name, entry in Manifest.read(subject.stages["corrected"]).layers.items():
+            assert entry["residual_before"] > 0, name
+            assert entry["residual_after"] < 1e-3 * entry["residual_before"], name
+        before, after = (Adapter.open(str(subject.stages[k])) for k in ("adapter", "corrected"))
+        for layer in before.layers:
+            assert torch.equal(before.read(layer.down_key), after.read(layer.down_key))
+            assert not torch.equal(before.read(layer.up_key), after.read(layer.up_key))
+
+    def test_merged_weights_are_the_sum(self, subject: Subject) -> None:
+        """`W + s·B·A` in float64 of every adapted layer; every other tensor is the base's."""
+        family, base = subject.family, subject.checkpoint
+        merged = Checkpoint.open(str(subject.stages["merged"]))
+        adapter = Adapter.open(str(subject.stages["corrected"]))
+        model = family.skeleton(base, torch.float32)
+        changed: set[str] = set()
+        for layer in adapter.layers:
+            stored = family.stored(model, f"{layer.name}.weight", base)
+            assert stored is not None, layer.name
+            changed |= set(stored.names)
+            b, a = (adapter.matrix(key).double() for key in (layer.up_key, layer.down_key))
+            wanted = stored.layer_weight(base.read).double() + layer.scaling * b @ a
+            torch.testing.assert_close(
+                stored.layer_weight(merged.read).double(), wanted, rtol=1e-5, atol=1e-5
+            )
+        assert changed
+        assert merged.tensors.keys() == base.tensors.keys()
+        for name in base.tensors.keys() - changed:
+            assert torch.equal(merged.read(name), base.read(name)), name
+
+    def test_merged_scores_as_the_adapter_does(self, subject: Subject) -> None:
+        """The loss on the data, by stock PEFT or as the family scores itself."""
+        base = subject.example["model_name_or_path"]
+        options = {**subject.data, **subject.options("evaluate")}
+        corrected = str(subject.stages["corrected"])
+        plain = emloc.evaluate(model_name_or_path=base, **options)["loss"]
+        adapted = emloc.evaluate(model_name_or_path=base, adapter=corrected, **options)["loss"]
+        merged = str(subject.stages["merged"])
+        assert emloc.evaluate(model_name_or_path=merged, **options)["loss"] == pytest.approx(
+            adapted, rel=1e-4
+        )
+        assert abs(plain - adapted) > 1e-4
+
+    def test_manifests_are_json_without_surprises(self, subject: Subject) -> None:
+        """Manifests hold no NaN, which JSON does not know."""
+        for folder in subject.stages.values():
+            text = (folder / "emloc.json").read_text("utf-8")
+            assert json.loads(text)["format"] == 1
+            assert "NaN" not in text

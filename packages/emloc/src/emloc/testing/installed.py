@@ -1,0 +1,36 @@
+"""Plugins that are not installed, discovered as if they were."""
+
+import importlib.metadata
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from emloc.extend.plugin_options import forget_plugin_options
+from emloc.extend.plugins import GROUP
+
+
+@contextmanager
+def plugin_installed(module: str, name: str | None = None) -> Generator[None]:
+    """Have a plugin discovered in this process beside those that are installed.
+
+        with plugin_installed("my_package.hooks"):
+            emloc.compress(...)
+
+    Args:
+        module: as an entry point of the group `emloc` names it; imported when plugins are loaded.
+        name: of the entry point; by default the module's.
+    """
+    added = importlib.metadata.EntryPoint(name or module, module, GROUP)
+    real = importlib.metadata.entry_points
+
+    def entry_points(**asked: Any) -> Any:
+        ours = [added] if asked.get("group") == GROUP else []
+        return [*real(**asked), *ours] if ours else real(**asked)
+
+    with patch.object(importlib.metadata, "entry_points", entry_points):
+        forget_plugin_options()
+        try:
+            yield
+        finally:
+            forget_plugin_options()

@@ -1,0 +1,27 @@
+"""The toy family with its example and its artefacts, shared by the tests of a session."""
+
+import pytest
+
+from emloc.extend.capabilities import example_of
+from emloc.extend.plugins import family_named
+from emloc.testing import plugin_installed
+from emloc.testing.contract import Subject
+
+PLUGIN = "emloc.testing.toy_plugin"
+
+
+@pytest.fixture(scope="session")
+def _made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("toy")
+    with plugin_installed(PLUGIN):
+        (root / "example").mkdir()
+        made = Subject("toy", root / "stages", example_of(family_named("toy"), root / "example"))
+        assert made.stages
+    return made
+
+
+@pytest.fixture
+def toy(_made):
+    """The toy's `Subject`, while its plugin is installed."""
+    with plugin_installed(PLUGIN):
+        yield _made
