@@ -21,7 +21,7 @@ def test_every_configuration_is_valid(path):
             assert rates == config.learning_rates(dataset, "lora"), "one grid for all"
             assert (
                 config.stage_options("train", dataset, label)["max_steps"]
-                == (config.train["max_steps"])
+                == (config.stages["train"]["max_steps"])
             )
 
 

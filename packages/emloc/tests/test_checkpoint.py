@@ -99,8 +99,21 @@ def test_unknown_folder_and_hub_id(monkeypatch):
     with pytest.raises(CheckpointError, match="No folder /nowhere/at/all"):
         locate("/nowhere/at/all")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="hub did not give it"):
-        locate("nobody/nothing-here")
+    for weights in (True, False):
+        with pytest.raises(CheckpointError, match="hub did not give it"):
+            locate("nobody/nothing-here", weights)
+
+
+def test_a_config_is_had_without_weights(monkeypatch, tmp_path):
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append({pattern for pattern in allow_patterns if "safetensors" in pattern})
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert locate("somebody/model") == locate("somebody/model", weights=False) == tmp_path
+    assert (bool(asked[0]), asked[1]) == (True, set())
 
 
 def test_a_config_that_is_a_pipe_or_leads_out_is_not_opened(folder, tmp_path_factory):

@@ -15,7 +15,7 @@ from emloc.extend.methods import MethodEntry, Task
 from emloc.extend.opening import open_model
 from emloc.extend.plugin_options import with_family_options
 from emloc.options.marks import loss_alone
-from emloc_baselines.bench.config import BASE, BenchConfig, Section
+from emloc_baselines.bench.config import BASE, BenchConfig, Section, task_stages
 from emloc_baselines.bench.split import split_rows
 from emloc_baselines.identity import content_of, digest, model_digest
 
@@ -139,7 +139,7 @@ def method_cell(
     entry = config.entry(label)
     stages = {
         stage: {**config.stage_options(stage, dataset, label), **data.training}
-        for stage in ("compress", "train", "correct")
+        for stage in task_stages()
     }
     stages["train"]["learning_rate"] = learning_rate
     evaluate = config.stage_options("evaluate", dataset, label)

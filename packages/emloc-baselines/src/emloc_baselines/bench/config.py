@@ -21,47 +21,50 @@ stage section, method's stage section. Several learning rates are tried on valid
 method alike.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 from pydantic import BeforeValidator, Field
 
+from emloc.artefacts.kinds import EVALUATION
 from emloc.artefacts.output_place import require_folder
-from emloc.config import (
-    CompressConfig,
-    CorrectConfig,
-    EvaluateConfig,
-    StageConfig,
-    TrainConfig,
-    build,
-    nearest,
-)
+from emloc.config import StageConfig, TrainConfig, build, nearest
 from emloc.errors import ConfigError
-from emloc.extend.methods import MethodEntry
-from emloc.extend.plugin_options import with_plugin_options
+from emloc.extend.methods import MethodEntry, Task
 from emloc.extend.plugins import method_named
 from emloc.options.text import from_file
 from emloc.options.types import OutputDir
 from emloc.options.yaml_file import parse_value, read_yaml
+from emloc.stages.registry import AnyStage, core_stages
 from emloc.stages.training_needs import check_training
 
 Section = dict[str, Any]
 
-STAGES: Mapping[str, type[StageConfig]] = {
-    "compress": CompressConfig,
-    "train": TrainConfig,
-    "correct": CorrectConfig,
-    "evaluate": EvaluateConfig,
-}
+OF_A_CELL = {"model_name_or_path", "output_dir", "keep_ratio", "seed"}
+"""Options that the bench or the method sets, besides those that name a stage's artefacts."""
 
-GIVEN = {
-    "compress": {"model_name_or_path", "output_dir", "keep_ratio", "seed"},
-    "train": {"model_name_or_path", "emulator", "output_dir", "seed"},
-    "correct": {"model_name_or_path", "adapter", "emulator", "output_dir", "seed"},
-    "evaluate": {"model_name_or_path", "adapter", "output_dir"},
-}
-"""Options that the bench or the method sets."""
+
+def task_stages() -> Collection[str]:
+    """The stages that a method's task has options for, in order."""
+    of_task = {each.name for each in fields(Task)}
+    return [name for name in core_stages() if name in of_task]
+
+
+def bench_stages() -> Mapping[str, AnyStage]:
+    """The stages of a bench: those of a task, and the one that scores."""
+    return {
+        name: each
+        for name, each in core_stages().items()
+        if name in task_stages() or each.produces == EVALUATION
+    }
+
+
+def given(stage: AnyStage) -> set[str]:
+    """Options of a stage that the bench or the method sets."""
+    return (OF_A_CELL | stage.consumes.keys()) & stage.fields.keys()
+
 
 BASE = "base"
 """The row of the model without a LoRA; always there."""
@@ -109,10 +112,7 @@ class BenchConfig(StageConfig):
         {}, description="row: what others report, by data set; shown beside the scores"
     )
     keep_light_models: bool = Field(False, description="leave light models on disk after their use")
-    compress: Section = Field({}, description="options of compress")
-    train: Section = Field({}, description="options of train; learning_rate may be a list")
-    correct: Section = Field({}, description="options of correct")
-    evaluate: Section = Field({}, description="options of evaluate")
+    stages: Sections = Field({}, description="stage: its options; learning_rate may be a list")
     shared: Section = Field({}, description="options for every stage that knows them")
 
     def entry(self, label: str) -> MethodEntry:
@@ -121,25 +121,26 @@ class BenchConfig(StageConfig):
 
     def stage_options(self, stage: str, dataset: str, label: str = "") -> Section:
         """Keywords of a stage for one data set and row."""
-        known = with_plugin_options(STAGES[stage]).model_fields
+        kind = bench_stages()[stage].config
+        known = kind.model_fields
         data = self.datasets[dataset]
         row = self.methods.get(label, {})
         layers: Sequence[Section] = (
             {name: value for name, value in self.shared.items() if name in known},
-            getattr(self, stage),
+            self.stages.get(stage, {}),
             {name: value for name, value in data.items() if name in known},
             data.get(stage) or {},
             row.get(stage) or {},
         )
         merged = {name: value for layer in layers for name, value in layer.items()}
-        return from_file(with_plugin_options(STAGES[stage]), merged)
+        return from_file(kind, merged)
 
     def own_options(self, label: str) -> Section:
         """A row's options of its method."""
         return {
             name: value
             for name, value in self.methods[label].items()
-            if name != "method" and name not in STAGES
+            if name != "method" and name not in bench_stages()
         }
 
     def learning_rates(self, dataset: str, label: str) -> list[float]:
@@ -159,13 +160,20 @@ def read_config(source: str | Path | Mapping[str, Any], *overrides: str) -> Benc
     options = dict(source) if isinstance(source, Mapping) else read_yaml(Path(source).expanduser())
     for override in overrides:
         _override(options, override)
-    own = set(BenchConfig.model_fields) - {"shared"}
+    stages = {name: options.pop(name) for name in bench_stages() if name in options}
+    for name, section in stages.items():
+        if section is not None and not isinstance(section, Mapping):
+            raise ConfigError(f"{where}: {name} should hold keys and values.")
+    own = set(BenchConfig.model_fields) - {"shared", "stages"}
     shared = {name: options.pop(name) for name in list(options) if name not in own}
-    config = build(BenchConfig, {**from_file(BenchConfig, options), "shared": shared}, where)
+    made = {**from_file(BenchConfig, options), "shared": shared, "stages": stages}
+    config = build(BenchConfig, made, where)
     require_folder(config.output_dir)
-    _refuse_unknown(shared, where, [*own])
+    _refuse_unknown(shared, where, [*own, *bench_stages()])
     for name, section in config.datasets.items():
-        _refuse_unknown(section, f"{where}: datasets.{name}", ["measure", "validation", *STAGES])
+        _refuse_unknown(
+            section, f"{where}: datasets.{name}", ["measure", "validation", *bench_stages()]
+        )
     _check_rows(config, where)
     return config
 
@@ -181,23 +189,25 @@ def _check_rows(config: BenchConfig, where: str) -> None:
             raise ConfigError(f"{place}: {problem}.") from problem
         build(method.options, config.own_options(label), place)
         for dataset in config.datasets:
-            for stage, kind in STAGES.items():
-                options = config.stage_options(stage, dataset, label)
-                for name in sorted(GIVEN[stage] & options.keys()):
-                    raise ConfigError(f"{place}: {stage}.{name} is set by the bench; leave it out.")
+            for name, stage in bench_stages().items():
+                options = config.stage_options(name, dataset, label)
+                for option in sorted(given(stage) & options.keys()):
+                    raise ConfigError(
+                        f"{place}: {name}.{option} is set by the bench; leave it out."
+                    )
                 options.pop("learning_rate", None)
                 required = {
-                    name: "given" for name in GIVEN[stage] if kind.model_fields[name].is_required()
+                    option: "given"
+                    for option in given(stage)
+                    if stage.config.model_fields[option].is_required()
                 }
-                built = build(
-                    with_plugin_options(kind), {**options, **required}, f"{place}: {stage}"
-                )
+                built = build(stage.config, {**options, **required}, f"{place}: {name}")
                 if isinstance(built, TrainConfig):
                     check_training(built)
 
 
 def _refuse_unknown(section: Mapping[str, Any], where: str, more: list[str]) -> None:
-    known = {field for kind in STAGES.values() for field in with_plugin_options(kind).model_fields}
+    known = {field for stage in bench_stages().values() for field in stage.config.model_fields}
     for key in section:
         if key not in known and key not in more:
             hint = nearest(key, [*sorted(known), *more])

@@ -6,8 +6,11 @@ from emloc.artefacts.companions import PATTERNS
 from emloc.errors import CheckpointError
 
 
-def locate(name: str) -> Path:
+def locate(name: str, weights: bool = True) -> Path:
     """The local folder of a path or hub id.
+
+    Args:
+        weights: without them, nothing but JSON is downloaded: enough for what a config says.
 
     Raises:
         CheckpointError: neither a folder nor a repository that can be had.
@@ -21,8 +24,9 @@ def locate(name: str) -> Path:
         raise CheckpointError(f"No folder {name}; pass a local folder or a hub id.")
     from huggingface_hub import snapshot_download
 
+    patterns = ["*.safetensors", *PATTERNS] if weights else ["*.json"]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", *PATTERNS]))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as problem:  # the hub's many errors all mean: not to be had
         raise CheckpointError(
             f"No folder {name}, and the hub did not give it ({type(problem).__name__}: "

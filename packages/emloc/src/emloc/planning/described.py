@@ -14,6 +14,7 @@ from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.described import Described
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.layout import layout_of
+from emloc.artefacts.locate import locate
 from emloc.artefacts.tensor_info import TensorInfo
 from emloc.errors import CheckpointError, PluginError
 from emloc.extend.capabilities import native_of
@@ -40,7 +41,7 @@ def describe(
         CheckpointError: there is no config that can be read.
         PluginError: as `family_of`.
     """
-    path = _locate_config(model_name_or_path)
+    path = locate(model_name_or_path, weights=False)
     described, known = _recognised(model_name_or_path, path, family)
     native = native_of(known, described)
     assert isinstance(native, Described)
@@ -70,24 +71,6 @@ def weight_dtype(checkpoint: Checkpoint, parameters: int) -> torch.dtype:
 
 def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [value for key, value in config.items() if key.endswith("_config") and value]
-
-
-def _locate_config(name: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    if Path(name).exists():
-        raise CheckpointError(f"{name} is a file; pass the model's folder.")
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"No folder {name}; pass a local folder or a hub id.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json"]))
-    except Exception as problem:  # the hub's many errors all mean: not to be had
-        raise CheckpointError(
-            f"No folder {name}, and the hub did not give its config ({type(problem).__name__}); check "
-            f"the name, the network and HF_TOKEN."
-        ) from problem
 
 
 def _recognised(name: str, path: Path, family: str | None) -> tuple[Described, ModelFamily]:
