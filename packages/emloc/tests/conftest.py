@@ -1,6 +1,7 @@
-"""The toy family with its example and its artefacts, shared by the tests of a session."""
+"""The core by itself in every test, and the toy family with its example and its artefacts."""
 
 import pytest
+from alone import alone
 
 from emloc.extend.capabilities import example_of
 from emloc.extend.plugins import family_named
@@ -10,10 +11,17 @@ from emloc.testing.contract import Subject
 PLUGIN = "emloc.testing.toy_plugin"
 
 
+@pytest.fixture(autouse=True)
+def _alone():
+    """Tests give the same with plugins installed and without."""
+    with alone():
+        yield
+
+
 @pytest.fixture(scope="session")
 def _made(tmp_path_factory):
     root = tmp_path_factory.mktemp("toy")
-    with plugin_installed(PLUGIN):
+    with alone(), plugin_installed(PLUGIN):
         (root / "example").mkdir()
         made = Subject("toy", root / "stages", example_of(family_named("toy"), root / "example"))
         assert made.stages

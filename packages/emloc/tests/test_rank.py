@@ -16,10 +16,10 @@ def test_rank_is_the_largest_within_the_ratio(ratio, d_out, d_in):
 
 
 def test_layers_that_would_not_shrink_stay_dense():
-    assert decide("a.q", 64, 32, 1.0, {}, {}) == (None, "keep_ratio 1")
-    assert decide("a.q", 2, 2, 0.1, {}, {}).rank is None
-    assert "not be smaller" in decide("a.q", 2, 2, 0.1, {}, {}).reason
-    assert decide("a.q", 64, 32, 0.5, {}, {}).rank == 10
+    assert decide("a.q", 64, 32, 1.0, {}) == (None, "keep_ratio 1")
+    assert decide("a.q", 2, 2, 0.1, {}).rank is None
+    assert "not be smaller" in decide("a.q", 2, 2, 0.1, {}).reason
+    assert decide("a.q", 64, 32, 0.5, {}).rank == 10
 
 
 def test_patterns_match_the_end_of_a_name_and_the_first_wins():
@@ -27,8 +27,8 @@ def test_patterns_match_the_end_of_a_name_and_the_first_wins():
     assert match_pattern(ratios, "model.layers.0.mlp.down") == 0.9
     assert match_pattern(ratios, "model.layers.0.mlp.up") == 0.2
     assert match_pattern(ratios, "model.layers.10.mlp.up") is None
-    assert decide("x.mlp.up", 100, 100, 0.5, {"mlp.up": 0.1}, {}).rank == 5
-    assert decide("x.mlp.up", 100, 100, 0.5, {}, {"up": 300}).rank == 100
+    assert decide("x.mlp.up", 100, 100, 0.1, {}).rank == 5
+    assert decide("x.mlp.up", 100, 100, 0.5, {"up": 300}).rank == 100
 
 
 def test_bad_pattern_is_one_sentence():
