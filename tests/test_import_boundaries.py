@@ -48,6 +48,15 @@ def test_core_names_no_modality():
         assert not re.search(r"\b(llama|qwen|internvl|unet|flux)\b", path.read_text(), re.I), path
 
 
+def test_means_of_testing_are_imported_by_tests_alone():
+    for root in PACKAGES.glob("*/src"):
+        for path in root.rglob("*.py"):
+            if not path.is_relative_to(root / "emloc/testing"):
+                lent = [name for name in imports(path) if name.startswith("emloc.testing")]
+                assert not lent, f"{path} imports {lent}"
+                assert "pytest" not in imports(path), path
+
+
 @pytest.mark.parametrize("package", sorted(ALLOWED))
 def test_a_plugin_names_its_own_modality_only(package):
     for path in (PACKAGES / package / "src").rglob("*.py"):

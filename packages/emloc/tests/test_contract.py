@@ -1,6 +1,8 @@
 """The contract notices families that break it, each in the law that it breaks."""
 
 import copy
+import importlib
+import sys
 
 import pytest
 import torch
@@ -95,3 +97,15 @@ def test_a_law_that_is_broken_is_noticed(broken, toy):
     other.family = broken()
     with pytest.raises(AssertionError):
         law(other)
+
+
+def test_without_pytest_the_rest_of_testing_is_there_and_the_contract_says_what_to_install(
+    monkeypatch,
+):
+    for name in [name for name in sys.modules if name.startswith("emloc.testing")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    importlib.import_module("emloc.testing")
+    importlib.import_module("emloc.testing.toy_family")
+    with pytest.raises(ModuleNotFoundError, match="not installed; pip install pytest"):
+        importlib.import_module("emloc.testing.contract")
