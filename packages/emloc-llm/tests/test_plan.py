@@ -154,7 +154,7 @@ def test_allocated_ranks_are_written_wide_and_end_as_small(tiny, tmp_path):
     lines = allocated.compress().disk
     assert lines["emulator"] == uniform.compress().disk["emulator"]
     assert Manifest.read(made).summary["emulator_bytes"] <= lines["emulator"]
-    assert lines["until ranks are cut"] > 0
+    assert lines["until layers are cut"] > 0
     assert allocated.train() == uniform.train()
 
 

@@ -6,6 +6,7 @@ import sys
 import types
 from pathlib import Path
 
+import pluggy
 import pytest
 import typer
 from pydantic import Field
@@ -14,10 +15,12 @@ import emloc
 from emloc.artefacts.kinds import ADAPTER, BASE, EMULATOR
 from emloc.artefacts.output_place import has_place
 from emloc.cli import app, build_app
-from emloc.config import StageConfig
+from emloc.config import DataOptions, StageConfig
 from emloc.errors import ConfigError
-from emloc.extend.plugins import load_plugins
-from emloc.extend.stages import StageEntry
+from emloc.extend.family import FamilyEntry
+from emloc.extend.plugins import Plugins, load_plugins
+from emloc.extend.stages import COMMANDS, StageEntry
+from emloc.integrations.transformers.text_options import LengthOptions
 from emloc.options.overrides import read_overrides
 from emloc.stages.registry import all_stages, core_stages, run_stages
 from emloc.stages.run import plan_stages
@@ -37,6 +40,11 @@ def duplicate(config):
     return Path(shutil.copytree(config.emulator, config.output_dir))
 
 
+@stage(DuplicateConfig, consumes={"emulator": EMULATOR})
+def methods(config):
+    """A stage under the name of a command."""
+
+
 class Installed:
     """A plugin's entry point."""
 
@@ -44,7 +52,7 @@ class Installed:
 
     def __init__(self, *entries):
         self.module = types.ModuleType("toy_stages")
-        self.module.duplicate = duplicate
+        self.module.duplicate, self.module.methods = duplicate, methods
 
         def emloc_register_stages():
             return list(entries)
@@ -119,6 +127,7 @@ def test_it_is_a_command(installed):
             "'compress' is registered already",
         ),
         (StageEntry("plain", "shutil:rmtree"), "is no stage"),
+        (StageEntry("methods", "toy_stages:methods"), "'methods' has the name of a command"),
     ],
 )
 def test_a_broken_one_is_reported_and_left_out(monkeypatch, entry, why):
@@ -131,7 +140,40 @@ def test_a_broken_one_is_reported_and_left_out(monkeypatch, entry, why):
 def test_cores_own_are_in_the_order_of_the_method():
     assert [name for name, each in core_stages().items() if each.produces] == [
         "compress", "train", "correct", "merge", "evaluate"]  # fmt: skip
-    assert {"plan", "verify", "demo"} < set(core_stages())
+    names = list(core_stages())
+    assert (names[0], names[-3:]) == ("plan", ["evaluate", "verify", "demo"])
+
+
+def test_names_of_commands_are_those_of_the_command_line():
+    build_app(Plugins(pluggy.PluginManager("emloc")))
+    names = {command.name for command in app.registered_commands}
+    assert names - set(core_stages()) >= set(COMMANDS)
+    assert COMMANDS == ("run", "families", "methods")
+
+
+class Learnt(DataOptions):
+    """Options of a stage that has one which families add as well."""
+
+    output_dir: Path = Path()
+    max_length: float = 0.5
+
+
+def test_a_familys_option_of_the_same_name_is_reported(monkeypatch):
+    @stage(Learnt, produces=EMULATOR)
+    def duplicate(config):
+        """A stage of data."""
+
+    reader = FamilyEntry("reader", "a toy", "builtins:object", lambda config: False,
+                         {DataOptions: LengthOptions})  # fmt: skip
+    plugins = Plugins(pluggy.PluginManager("emloc"))
+    plugins.families["reader"] = reader
+    plugins.stages["duplicate"] = StageEntry("duplicate", "toy_stages:duplicate", "toys")
+    monkeypatch.setitem(sys.modules, "toy_stages", types.SimpleNamespace(duplicate=duplicate))
+    assert list(all_stages(plugins)) == list(core_stages())
+    assert (
+        "duplicate has the option max_length, which the family reader adds"
+        in (plugins.broken["toys"])
+    )
 
 
 def test_a_stage_cannot_make_what_comes_before_what_it_takes():

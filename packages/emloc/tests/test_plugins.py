@@ -7,11 +7,12 @@ import pluggy
 import pytest
 
 import emloc
-from emloc.errors import PluginError
+from emloc.errors import ConfigError, PluginError
 from emloc.extend import hookspecs
 from emloc.extend.family import FamilyEntry
 from emloc.extend.methods import Method, MethodEntry
 from emloc.extend.plugins import Plugins, add_plugin, family_named, load_plugins, method_named
+from emloc.stages.run import plan_stages
 
 
 def plugin(family="toy", hook="emloc_register_families"):
@@ -66,6 +67,26 @@ def test_a_broken_plugin_is_reported_by_name(monkeypatch):
     found = load_plugins()
     assert found.broken == {"broken": "ImportError: no module named nothing"}
     assert {name: entry.plugin for name, entry in found.families.items()} == {"toy": "toys"}
+
+
+def test_a_method_of_another_version_breaks_its_plugin_and_is_named(monkeypatch):
+    """What stood in the fourth place were families, which would be taken for what a method needs."""
+    module = types.ModuleType("plugin_old")
+
+    def emloc_register_methods():
+        return [MethodEntry("old", "a toy", "emloc.methods.emloc:Emloc", ("llm",))]
+
+    module.emloc_register_methods = emloc.hookimpl(emloc_register_methods)
+    old = types.SimpleNamespace(name="old", load=lambda: module)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [old])
+    assert "positional arguments" in load_plugins().broken["old"]
+    broken = r"Plugin old is broken \(TypeError: .*positional arguments"
+    with pytest.raises(PluginError, match=broken):
+        method_named("old")
+    with pytest.raises(PluginError, match=broken):
+        family_named("old")
+    with pytest.raises(ConfigError, match=rf"unknown key olds\. {broken}"):
+        plan_stages({"output_dir": "o", "merge": {}, "olds": 1}, "run")
 
 
 def test_an_unknown_family_says_what_to_install():

@@ -26,26 +26,26 @@ from emloc.linalg.lowrank import relative_error
 from emloc.machine.progress import console, progress_bar
 
 
-def allocate_ranks(folder: EmulatorFolder) -> dict[str, float]:
+def allocate_sizes(folder: EmulatorFolder) -> dict[str, float]:
     """Allocate sizes to the groups of all finished blocks, and cut their tensors down to them.
 
     Returns:
         Predicted errors (`linalg.allocation.predicted_error`) of the uniform sizes and of the allocated.
     """
     candidates = _candidates(folder)
-    ranks = allocate(candidates)
+    sizes = allocate(candidates)
     errors = {
         "uniform": predicted_error(candidates, {n: one.uniform for n, one in candidates.items()}),
-        "allocated": predicted_error(candidates, ranks),
+        "allocated": predicted_error(candidates, sizes),
     }
-    shares = [ranks[name] / one.uniform for name, one in candidates.items()] or [1.0]
+    shares = [sizes[name] / one.uniform for name, one in candidates.items()] or [1.0]
     console.print(
-        f"compress: ranks from {min(shares):.2f} to {max(shares):.2f} of the uniform ones; predicted "
+        f"compress: layers of {min(shares):.2f} to {max(shares):.2f} times their uniform size; predicted "
         f"error of the hidden state {errors['allocated']:.4f} (uniform {errors['uniform']:.4f})"
     )
     forms = {group.owner: group.form for group in folder.plan.groups}
-    for name, rank in ranks.items():
-        forms[name] = forms[name].with_size(_cuttable(forms[name]).unit, rank)
+    for name, size in sizes.items():
+        forms[name] = forms[name].with_size(_cuttable(forms[name]).unit, size)
     folder.plan = folder.plan.with_forms(forms)
     with progress_bar("cut", len(folder.stream.blocks)) as advance:
         for block in folder.stream.blocks:

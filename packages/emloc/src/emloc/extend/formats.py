@@ -22,11 +22,12 @@ def format_named(name: str) -> LayerFormat:
     for entry in CORE_FORMATS:  # before plugins are looked for
         if entry.name == name:
             return entry.load()
-    known = load_plugins().formats
+    plugins = load_plugins()
+    known = plugins.formats
     if name not in known:
         raise PluginError(
             f"No installed plugin offers the format {name!r} (installed: {', '.join(known)})."
-            f"{nearest(name, list(known))}"
+            f"{nearest(name, list(known))}{plugins.said_broken()}"
         )
     return known[name].load()
 

@@ -27,7 +27,7 @@ class Task:
         keep_ratio: the budget: a light model may hold, while it is trained, as many parameter bytes as
             EMLoC's emulator of this ratio does. A method that has no such size leaves it alone.
         seed: of whatever is drawn.
-        compress: keywords of `emloc.compress`: how a light model of factors is built, and the
+        compress: keywords of `emloc.compress`: how an emulator is built, and the
             calibration data for those that look at data.
         train, correct: keywords of those stages. In none of the three: models, adapters, folders,
             `keep_ratio` and `seed`, which are the method's to give.
@@ -83,10 +83,11 @@ class MethodEntry:
     name: str
     summary: str
     target: str
-    needs: tuple[str, ...] = ()
-    uses_budget: bool = True
-    trains_as: str = ""
-    plugin: str = ""
+    # By name alone: what stood in the fourth place once were families.
+    needs: tuple[str, ...] = field(default=(), kw_only=True)
+    uses_budget: bool = field(default=True, kw_only=True)
+    trains_as: str = field(default="", kw_only=True)
+    plugin: str = field(default="", kw_only=True)
 
     def load(self) -> Method:
         """Import the method."""
@@ -99,7 +100,7 @@ class MethodEntry:
 
 CORE_METHODS = (
     MethodEntry(
-        "emloc", "low-rank emulator, LoRA corrected for the base", "emloc.methods.emloc:Emloc"
+        "emloc", "LoRA on an emulator, corrected for the base", "emloc.methods.emloc:Emloc"
     ),
     MethodEntry(
         "emloc-uncorrected",

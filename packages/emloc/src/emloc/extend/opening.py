@@ -97,12 +97,10 @@ def family_of(
             f"pass another."
         )
     if not matches:
-        broken = "".join(
-            f" Plugin {name} is broken ({why})." for name, why in plugins.broken.items()
-        )
         raise PluginError(
             f"No installed family recognises {checkpoint.name} ({what}); installed: "
-            f"{', '.join(plugins.families) or 'none'}. Install the plugin of its modality.{broken}"
+            f"{', '.join(plugins.families) or 'none'}. Install the plugin of its modality."
+            f"{plugins.said_broken()}"
         )
     if name is None and len(matches) > 1 and recorded not in matches:
         raise PluginError(

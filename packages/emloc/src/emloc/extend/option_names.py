@@ -49,6 +49,31 @@ def check_options(added: Sequence[FamilyEntry], others: Iterable[FamilyEntry]) -
         known.append(entry)
 
 
+def check_stage(name: str, stage: type[BaseModel], families: Iterable[FamilyEntry]) -> None:
+    """Refuse a plugin's stage that the options of families cannot stand beside.
+
+    Args:
+        stage: its own options.
+
+    Raises:
+        PluginError: a family adds an option that the stage has already, or two add one of different types.
+    """
+    added: dict[str, tuple[str, FieldInfo]] = {}
+    for entry in families:
+        for option, field in _options(entry, stage):
+            if option in stage.model_fields:
+                raise PluginError(
+                    f"its stage {name} has the option {option}, which the family {entry.name} adds to it; "
+                    f"call one of them otherwise"
+                )
+            other, theirs = added.setdefault(option, (entry.name, field))
+            if _type(field) != _type(theirs):
+                raise PluginError(
+                    f"its stage {name} gets the option {option} twice, of different types: from the family "
+                    f"{other} ({_said(theirs)}) and from {entry.name} ({_said(field)})"
+                )
+
+
 def _check(entry: FamilyEntry, stage: type[BaseModel], name: str, field: FieldInfo) -> None:
     if name in stage.model_fields:
         raise PluginError(f"its option {name} is one of {_called(stage)} already")

@@ -49,6 +49,11 @@ class Plugins:
     )
     broken: dict[str, str] = field(default_factory=dict[str, str])
 
+    def said_broken(self) -> str:
+        """` Plugin x is broken (why).` for each that is, to follow what is said of a name that is missing."""
+        said = (f" Plugin {name} is broken ({why})." for name, why in self.broken.items())
+        return "".join(said)
+
 
 def load_plugins() -> Plugins:
     """Import every plugin module of the entry-point group and collect what it offers."""
@@ -124,6 +129,7 @@ def family_entry(name: str, known: Mapping[str, FamilyEntry]) -> FamilyEntry:
         raise PluginError(
             f"No installed plugin offers the family {name!r} (installed: "
             f"{', '.join(known) or 'none'}); install its plugin, for example pip install emloc-{name}."
+            f"{load_plugins().said_broken()}"
         )
     return known[name]
 
@@ -134,11 +140,13 @@ def method_named(name: str) -> MethodEntry:
     Raises:
         PluginError: no installed plugin offers it.
     """
-    known = load_plugins().methods
+    plugins = load_plugins()
+    known = plugins.methods
     if name not in known:
         raise PluginError(
             f"No installed plugin offers the method {name!r} (installed: {', '.join(known)})."
             f"{nearest(name, list(known)) or ' Compared methods are in emloc-baselines.'}"
+            f"{plugins.said_broken()}"
         )
     return known[name]
 

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, replace
 
+COMMANDS = ("run", "families", "methods")
+"""Commands of core's that are no stages, and whose names no stage may have."""
+
 
 @dataclass(frozen=True)
 class StageEntry:

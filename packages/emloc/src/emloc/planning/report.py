@@ -23,8 +23,8 @@ FIRST = (
     "logits and loss",
     "suspended calls",
     "moments",
-    "eigenproblem",
-    "factors",
+    "fitting",
+    "fitted layers",
     "working tensors",
 )
 LAST = ("allocator slack", "CUDA context")

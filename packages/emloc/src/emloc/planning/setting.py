@@ -80,7 +80,7 @@ class Setting:
 
     @cached_property
     def emulator(self) -> CompressionPlan:
-        """The layers that become factors."""
+        """The layers that are emulated."""
         if self.given is not None:
             return self.given
         return self.subject.emulator(self.options)
@@ -156,7 +156,7 @@ class Setting:
         emulator = self.subject.emulator_bytes(self.emulator, options.dtype)
         disk = lines_of(
             emulator=emulator,
-            until_ranks_are_cut=self.subject.emulator_bytes(wide, options.dtype) - emulator,
+            until_layers_are_cut=self.subject.emulator_bytes(wide, options.dtype) - emulator,
             other_models=self._companions,
         )
         host = lines_of(calibration_batches=given, suspended_calls=calls.waiting if calls else 0)

@@ -91,7 +91,7 @@ def compress_lines(
         written: bytes of an element of the emulator.
     """
     itemsize = compute_itemsize(subject)
-    instants: dict[str, list[Lines]] = {"running a block": [], "factorising": [], "writing": []}
+    instants: dict[str, list[Lines]] = {"running a block": [], "fitting a layer": [], "writing": []}
     for block in blocks_of(subject, plan, calls):
         kept = {
             g.owner: moment_bytes(g.form.format.side(g.shape), g.shape, itemsize)
@@ -113,19 +113,19 @@ def compress_lines(
         fitted = converted = 0
         for group in block.groups:
             shape, form = group.shape, group.form
-            instants["factorising"].append(
+            instants["fitting a layer"].append(
                 lines_of(
                     **common,
                     moments=sum(kept.values()),
-                    eigenproblem=form.format.fitting_bytes(shape, form, itemsize),
-                    factors=fitted,
+                    fitting=form.format.fitting_bytes(shape, form, itemsize),
+                    fitted_layers=fitted,
                 )
             )
             kept.pop(group.owner)
             fitted += tensor_bytes(shape, form, itemsize)
             converted += 0 if written == itemsize else tensor_bytes(shape, form, written)
         converted += 0 if written == subject.stored.itemsize else block.dense * written
-        instants["writing"].append(lines_of(**common, factors=fitted, written=converted))
+        instants["writing"].append(lines_of(**common, fitted_layers=fitted, written=converted))
     sizes_by_name = {name: largest(parts) for name, parts in instants.items()}
     name = max(sizes_by_name, key=lambda name: sum(sizes_by_name[name].values()))
     return sizes_by_name[name], name

@@ -13,7 +13,7 @@ from emloc.compression.emulator_folder import EmulatorFolder
 from emloc.compression.groups import CompressionPlan
 from emloc.compression.menu_choice import choose_forms
 from emloc.compression.one_pass import compress_blocks
-from emloc.compression.truncation import allocate_ranks
+from emloc.compression.truncation import allocate_sizes
 from emloc.config import CompressConfig
 from emloc.errors import CheckpointError, ConfigError
 from emloc.extend.capabilities import calibration_tokens_of, token_count
@@ -83,7 +83,7 @@ def compress(config: CompressConfig) -> Path:
         compress_blocks(stream, folder, batches)
         errors = None
         if config.keep_ratio_allocation == "error":
-            errors = allocate_ranks(folder)
+            errors = allocate_sizes(folder)
         elif any(group.menu for group in plan.groups):
             itemsize_of = streamed_itemsize(stream, config.dtype)
             owners = [group.owner for group in plan.groups]

@@ -11,7 +11,9 @@ from typing import Any, cast
 
 import emloc.stages
 from emloc.errors import PluginError
+from emloc.extend.option_names import check_stage
 from emloc.extend.plugins import Plugins, load_plugins
+from emloc.extend.stages import COMMANDS
 from emloc.machine.targets import imported
 from emloc.planning.setting import Stages
 from emloc.stages.stage import Stage
@@ -52,6 +54,11 @@ def all_stages(plugins: Plugins | None = None) -> Mapping[str, AnyStage]:
             one = cast(AnyStage, added)
             if one.name in stages:
                 raise PluginError(f"stage {one.name!r} is registered already")
+            if one.name in COMMANDS:
+                raise PluginError(
+                    f"stage {one.name!r} has the name of a command; call it otherwise"
+                )
+            check_stage(one.name, one.own_config, known.families.values())
             stages[one.name] = one
         except Exception as problem:  # a third party's code may raise anything
             known.broken[entry.plugin] = f"{type(problem).__name__}: {problem}"

@@ -25,13 +25,14 @@ from emloc.config import nearest
 from emloc.errors import ConfigError
 from emloc.extend.opening import open_model
 from emloc.extend.plugin_options import of_family
+from emloc.extend.plugins import load_plugins
 from emloc.machine.progress import console
 from emloc.options.overrides import Overrides, read_overrides
 from emloc.options.text import from_file
 from emloc.options.yaml_file import read_yaml
 from emloc.planning.fitted_run import PlannedStage, fit_run
 from emloc.stages.feeding import fed, without_replaced
-from emloc.stages.registry import AnyStage, run_stages
+from emloc.stages.registry import AnyStage, all_stages, run_stages
 
 Stages = Mapping[str, AnyStage]
 """Stages by name, in order."""
@@ -141,13 +142,21 @@ def _refuse_unknown(
 ) -> None:
     known = {field for stage in stages.values() for field in stage.config.model_fields}
     for key in [key for key in options if key not in known and key not in stages]:
-        raise ConfigError(f"{source}: unknown key {key}.{nearest(key, [*sorted(known), *stages])}")
+        hint = nearest(key, [*sorted(known), *stages])
+        raise ConfigError(f"{source}: unknown key {key}.{hint}{_broken()}")
     for name, section in sections.items():
         fields = stages[name].config.model_fields
         for key in [key for key in section if key not in fields]:
             where = _stages_with(key, stages)
             hint = f" It is one of {' and '.join(where)}." if where else nearest(key, [*fields])
             raise ConfigError(f"{source}: {name}: unknown option {key}.{hint}")
+
+
+def _broken() -> str:
+    """A sentence on plugins that may have had what is missing."""
+    plugins = load_plugins()
+    all_stages(plugins)
+    return plugins.said_broken()
 
 
 def _refuse_idle(given: Overrides, sections: Mapping[str, Any], stages: Stages) -> None:

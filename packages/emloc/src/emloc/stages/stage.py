@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.checkpoint import Checkpoint
-from emloc.artefacts.kinds import Kind
+from emloc.artefacts.kinds import BASE, Kind
 from emloc.config import build
 from emloc.extend.family import ModelFamily
 from emloc.extend.plugin_options import with_plugin_options
@@ -44,7 +44,7 @@ class Declared(Generic[ConfigT]):
 
 
 class Stage(Generic[ConfigT, ResultT]):
-    """A callable with keyword options; `config` is its options model."""
+    """A callable with keyword options; `own_config` is its options model, without what plugins add to it."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Stage(Generic[ConfigT, ResultT]):
         function: Callable[[ConfigT], ResultT],
         declared: Declared[ConfigT],
     ) -> None:
-        self._config = config
+        self.own_config = config
         self._declared = declared
         self.function = function
         self.name = function.__name__
@@ -78,14 +78,14 @@ class Stage(Generic[ConfigT, ResultT]):
     @property
     def fields(self) -> Mapping[str, FieldInfo]:
         """The options: the stage's own, then those that the installed plugins add."""
-        return {name: self.config.model_fields[name] for name in self._config.model_fields} | (
+        return {name: self.config.model_fields[name] for name in self.own_config.model_fields} | (
             self.config.model_fields
         )
 
     @property
     def config(self) -> type[ConfigT]:
         """The options model, with what the installed plugins add to it."""
-        return with_plugin_options(self._config)
+        return with_plugin_options(self.own_config)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -159,12 +159,15 @@ class Stage(Generic[ConfigT, ResultT]):
     def place(self) -> tuple[int, bool, str]:
         """Key by which stages are in order: by what they make, those that repair after those that make anew.
 
-        A stage that makes nothing comes after the last kind that it takes; one that takes nothing either,
-        at the end.
+        Of stages that make nothing, those that take no more than a base model come first, those that take
+        what others make after all of these, and those that take nothing at the end.
         """
+        if self.produces is not None:
+            return self.produces.order, self.repairs, self.name
         taken = [kind.order for kinds in self.consumes.values() for kind in kinds]
-        order = self.produces.order if self.produces else max(taken, default=LAST)
-        return order, self.repairs, self.name
+        made = any(order > BASE.order for order in taken)
+        order = LAST if made else BASE.order if taken else LAST + 1
+        return order, False, self.name
 
     def _refuse_backwards(self) -> None:
         """A stage that makes a kind before one that it takes would have no place: ValueError."""

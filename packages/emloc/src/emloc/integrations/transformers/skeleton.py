@@ -33,7 +33,7 @@ def empty_model(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype) -> 
     """
     try:
         config = model_config(checkpoint)
-        # An emulator is described by its dense layers here; its factors are core's business.
+        # An emulator is described by its dense layers here; the others are core's business.
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with no_init_weights(), init_empty_weights(include_buffers=False):
