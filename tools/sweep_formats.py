@@ -10,13 +10,15 @@ relative errors of their outputs on the calibration data. `kl` is the divergence
 per answer token, for models that predict tokens; `output` the relative error of what other models give, such
 as predicted noise. Bits per weight count all bytes of a layer's form, numbers without a dtype of their own as
 16 bits, layers that stay dense as well. A form is `format:option=value,...`, with the options of compress.
-NF4 is bitsandbytes' (groups of 64, scales quantised doubly). Each line of --out is one form.
+NF4 is bitsandbytes' (groups of 64, scales quantised doubly). `emulator:FOLDER` is what compress has written,
+such as one of `format=auto`. Each line of --out is one form.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import Manifest
 from emloc.compression.choice import choose_groups
 from emloc.config import CompressConfig
 from emloc.extend.capabilities import kept_dense_of, token_mask_of
@@ -40,7 +44,9 @@ from emloc.streaming.input_rows import patches
 from emloc.streaming.real_rows import real_rows
 
 ITEMSIZE = 2
+CODES = (torch.uint8, torch.int32)
 NF4 = "nf4"
+EMULATOR = "emulator:"
 NF4_BITS = 4.127  # 4, 8 per group of 64, 32 per 256 groups
 
 FORMS = (
@@ -135,6 +141,28 @@ class Subject:
         weight = weight.T if transposed else weight
         parameter.data.copy_(weight.reshape(parameter.shape))
 
+    def emulator(self, folder: str) -> dict[str, Any]:
+        """An emulator in place of the model."""
+        manifest, base = Manifest.read(Path(folder)), self.model
+        self.model = self.family.load(Checkpoint.open(folder), "float32", "cpu")
+        compared, self.model = self.compare(), base
+        stored = Checkpoint.open(folder).tensors
+        layers = {name for shape in self.shapes for name in shape.layers}
+        held = sum(
+            prod(info.shape) * (info.dtype.itemsize if info.dtype in CODES else ITEMSIZE)
+            for name, info in stored.items()
+            if name.rpartition(".")[0] in layers and not name.endswith(".bias")
+        )
+        weights = sum(shape.numel for shape in self.shapes)
+        errors = [entry["relative_error"] for entry in manifest.layers.values()]
+        return {
+            "form": f"{manifest.settings['format']}:{Path(folder).name}",
+            "bits_per_weight": 8 * held / weights,
+            "error": (sum(e * e for e in errors) / len(errors)) ** 0.5,
+            **compared,
+            "fit_cpu_seconds": manifest.measured["seconds"],
+        }
+
     def compare(self) -> dict[str, float]:
         """KL to the base per token, or the relative error of the outputs."""
         predicts = "labels" in self.test[0]
@@ -207,6 +235,8 @@ def nf4(weight: Tensor) -> Tensor:
 
 def measure(subject: Subject, form: str, options: argparse.Namespace) -> dict[str, Any]:
     """One form of all layers."""
+    if form.startswith(EMULATOR):
+        return subject.emulator(form.removeprefix(EMULATOR))
     started, spent, weights, errors = time.process_time(), 0.0, 0, []
     for shape, stood, size in fitted(subject, form, options):
         spent, weights = spent + size, weights + shape.numel

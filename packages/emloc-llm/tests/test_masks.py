@@ -10,8 +10,8 @@ import emloc
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
 from emloc.compression.emulator_folder import EmulatorFolder
+from emloc.compression.fitting import compress_blocks
 from emloc.compression.groups import CompressionPlan, Group
-from emloc.compression.one_pass import compress_blocks
 from emloc.config import CompressConfig
 from emloc.errors import ConfigError, NumericalError
 from emloc.extend.plugin_options import with_plugin_options

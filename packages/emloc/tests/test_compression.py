@@ -11,8 +11,8 @@ from torch import nn
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.compression.emulator_folder import EmulatorFolder
+from emloc.compression.fitting import compress_blocks
 from emloc.compression.groups import CompressionPlan, Group
-from emloc.compression.one_pass import compress_blocks
 from emloc.compression.sensitivity import BlockProbe
 from emloc.errors import ConfigError
 from emloc.extend.family import StoredParameter

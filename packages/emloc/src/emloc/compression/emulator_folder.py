@@ -29,9 +29,6 @@ Declared = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 SPECTRUM = "spectrum"
 """The key in a block's report of the spectrum of a group whose size is still open."""
 
-MENU = "menu"
-"""The key in a block's report of the forms among which its layers' are still to be chosen."""
-
 
 @dataclass
 class EmulatorFolder:
@@ -123,8 +120,6 @@ class EmulatorFolder:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(self.work / self.layout.index, index)
         reports = [self.read_report(block) for block in self.stream.blocks]
-        for report in reports:
-            report.pop(MENU, None)
         compressed = {owner for report in reports for owner in report["layers"]}
         for entry in (entry for report in reports for entry in report["layers"].values()):
             entry.pop(SPECTRUM, None)  # thousands of numbers, of use until sizes are known
@@ -178,10 +173,6 @@ class EmulatorFolder:
 
     def _tensor_name(self, layer: str, name: str) -> str:
         return self.stream.weight_name(layer).removesuffix("weight") + name
-
-    def itemsize(self, layer: str) -> int:
-        """Bytes of an element of the layer's weight, if it stayed dense."""
-        return self._dtype_of(layer).itemsize
 
     def _dtype_of(self, layer: str) -> torch.dtype:
         return self._target_dtype(self.base.tensors[self.stream.weight_name(layer)].dtype)

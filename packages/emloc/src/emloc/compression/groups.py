@@ -40,13 +40,15 @@ class Group:
     Attributes:
         form: that they take.
         wide: a larger form that they are fitted in first, if the size is found after the pass.
-        menu: for each layer the forms among which is chosen after the pass; `form` is the planner's guess.
+        menu: for each layer the forms among which is chosen; until then `form` is a guess.
+        reads_with: another layer of the same input, by whose moments it is fitted; none: its own.
     """
 
     shape: GroupShape
     form: Form
     wide: Form | None = None
     menu: tuple[tuple[Form, ...], ...] = ()
+    reads_with: str = ""
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -57,6 +59,11 @@ class Group:
     def owner(self) -> str:
         """The layer under whose name tensors of all are stored."""
         return self.shape.owner
+
+    @property
+    def source(self) -> str:
+        """The layer at which the group's moments are summed."""
+        return self.reads_with or self.owner
 
     @property
     def fitted(self) -> Form:

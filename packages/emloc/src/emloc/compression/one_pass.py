@@ -1,36 +1,26 @@
-"""The pass over the base model: fold moments while micro-batches run, fit at each block.
+"""A pass over the base model: fold moments while micro-batches run.
 
-All micro-batches advance in lockstep. At a block its weights are loaded, hooks fold the moments of
-every group's side, and when all are through, each group is fitted in its form and the block is written.
-Peak memory is one block in float32, its moments and what fitting one group takes, and the hidden states.
-
-Where sizes are to be allocated (`emloc.linalg.allocation`), groups are fitted in the largest that they may
-get, and it is measured how much the block's output minds their errors. Where forms are to be chosen
-(`emloc.compression.menu_choice`), layers are fitted in all of their menu.
-
-A block that is finished already is only run, not fitted again: an interrupted run gives the same
-bytes as an uninterrupted one.
+All micro-batches advance in lockstep. At a block its weights are loaded, hooks fold the moments of every
+group's side, and when all are through, the block is handed over: to be fitted and written
+(`emloc.compression.fitting`), or for its layers' forms to be priced (`emloc.compression.menu_choice`).
+Peak memory is one block in float32, its moments, what is done with them, and the hidden states.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from emloc.compression.emulator_folder import MENU, SPECTRUM, EmulatorFolder
 from emloc.compression.groups import CompressionPlan, Group
-from emloc.compression.menu_choice import candidate_name, fit_menu, write_candidates
 from emloc.compression.sensitivity import BlockProbe
-from emloc.compression.truncation import uniform_weights
 from emloc.errors import ConfigError
 from emloc.extend.capabilities import token_mask_of
 from emloc.extend.family import Batch
 from emloc.extend.losses import LossSum, loss_sum
-from emloc.formats.abilities import Cuttable
-from emloc.formats.layer_format import Tensors
 from emloc.linalg.gram import Moments
 from emloc.machine.progress import progress_bar
 from emloc.streaming.input_rows import input_rows
@@ -44,27 +34,55 @@ blocks come again, as in models that loop; a head is larger, and too dear to run
 """
 
 
-def compress_blocks(stream: UnitStream, folder: EmulatorFolder, batches: Sequence[Batch]) -> None:
-    """Run the micro-batches through the base once and write every block's shard into `folder`.
+@dataclass
+class Passed:
+    """A block that all micro-batches are through, while its weights are loaded.
+
+    Attributes:
+        block: its name.
+        moments: by `Group.source`; without tokens for an expert that no token chose, or a layer that the
+            forward skips; none for a block that no sample needs.
+        probe: has what the block was given.
+        started: when its turn came.
+    """
+
+    block: str
+    moments: dict[str, Moments]
+    probe: BlockProbe
+    started: float
+
+
+def stream_moments(
+    stream: UnitStream,
+    plan: CompressionPlan,
+    batches: Sequence[Batch],
+    done: Set[str],
+    title: str,
+    finish: Callable[[Passed], None],
+) -> None:
+    """Run the micro-batches through the base once, and hand every block's moments to `finish`.
+
+    Blocks that no sample needs are handed over in the end, without any.
+
+    Args:
+        plan: its groups' moments are summed.
+        done: blocks that are only run.
+        title: of the progress bar.
 
     Raises:
-        NumericalError: a weight or an activation is NaN; names the layer.
+        NumericalError: an activation is NaN; names the layer.
         ConfigError: a block runs more than once in a forward, layers share a weight, or it is not known
             which of the rows that a layer reads are padding.
     """
-    _refuse_shared(stream, folder.plan)
-    blocks, done, seen = stream.blocks, folder.finished_blocks(), set[str]()
+    _refuse_shared(stream, plan)
+    blocks, seen = stream.blocks, set[str]()
     if done >= set(blocks):
         return
     calls = [_call(stream, batch) for batch in batches]
     probe = BlockProbe(stream)
-    probed = [
-        block
-        for block in blocks
-        if any(group.wide or group.menu for group in folder.plan.within(block))
-    ]
+    probed = [b for b in blocks if any(group.wide or group.menu for group in plan.within(b))]
     small = SMALL * max(_numel(stream, block) for block in blocks)
-    with progress_bar("compress", len(blocks)) as advance:
+    with progress_bar(title, len(blocks)) as advance:
 
         @contextmanager
         def visit(unit: str) -> Iterator[None]:
@@ -73,8 +91,11 @@ def compress_blocks(stream: UnitStream, folder: EmulatorFolder, batches: Sequenc
                 seen.add(unit)
             with stream.filled(unit):
                 if unit in blocks and unit not in done:
+                    started = time.monotonic()
                     with probe.of(unit):
-                        yield from _compress_block(stream, folder, unit, probe)
+                        with _folding_block(stream, plan, unit) as moments:
+                            yield
+                        finish(Passed(unit, moments, probe, started))
                 else:
                     yield
             if unit in blocks:
@@ -90,20 +111,12 @@ def compress_blocks(stream: UnitStream, folder: EmulatorFolder, batches: Sequenc
             lockstep(stream.model, stream.units, calls, visit, enough, stream.device)
         for block in blocks:
             if block not in seen | done:  # a tower that no sample needs
-                _write(folder, block, {}, {}, _report({}, _layers_of(folder, block), 0.0))
+                finish(Passed(block, {}, probe, time.monotonic()))
                 advance(note=block)
 
 
 def _numel(stream: UnitStream, unit: str) -> int:
     return sum(p.numel() for p in stream.model.get_submodule(unit).parameters())
-
-
-def _layers_of(folder: EmulatorFolder, block: str) -> list[str]:
-    return [name for group in folder.plan.within(block) for name in group.layers]
-
-
-def _report(layers: dict[str, Any], unreached: list[str], seconds: float) -> dict[str, Any]:
-    return {"layers": layers, "unreached": unreached, "seconds": round(seconds, 3)}
 
 
 def _refuse_shared(stream: UnitStream, plan: CompressionPlan) -> None:
@@ -133,61 +146,29 @@ def _call(stream: UnitStream, batch: Batch) -> Call:
     return Call(run)
 
 
-def _compress_block(
-    stream: UnitStream, folder: EmulatorFolder, block: str, probe: BlockProbe
-) -> Iterator[None]:
-    """Fold moments while the caller runs the micro-batches, then fit and write."""
-    started = time.monotonic()
-    groups = folder.plan.within(block)
+@contextmanager
+def _folding_block(
+    stream: UnitStream, plan: CompressionPlan, block: str
+) -> Iterator[dict[str, Moments]]:
+    """Fold the moments of a block's groups while it runs."""
+    sources = {group.source: group for group in plan.within(block)}
     moments = {
-        group.owner: Moments(group.form.format.side(group.shape), group.owner) for group in groups
+        name: Moments(group.form.format.side(group.shape), name) for name, group in sources.items()
     }
     handles = [
-        stream.model.get_submodule(group.owner).register_forward_hook(
-            _folding(stream, block, group, moments[group.owner])
+        stream.model.get_submodule(name).register_forward_hook(
+            _folding(stream, block, group, moments[name])
         )
-        for group in groups
+        for name, group in sources.items()
     ]
-    handles += [handle for group in groups for handle in _watch_shared_input(stream, group)]
+    handles += [
+        handle for group in sources.values() for handle in _watch_shared_input(stream, group)
+    ]
     try:
-        yield
+        yield moments
     finally:
         for handle in handles:
             handle.remove()
-    fitted: dict[str, Tensors] = {}
-    candidates: dict[str, Tensor] = {}
-    menus: dict[str, Any] = {}
-    layers: dict[str, Any] = {}
-    unreached: list[str] = []
-    for group in groups:
-        folded = moments.pop(group.owner)
-        if folded.tokens == 0:  # an expert that no token chose, or a layer that the forward skips
-            unreached += group.layers
-        elif group.menu:
-            weights, itemsize = _weights(stream, group), folder.itemsize(group.owner)
-            made, menu = fit_menu(group, weights, folded, probe, itemsize)
-            candidates.update(made)
-            menus.update(menu)
-        else:
-            fitted[group.owner], layers[group.owner] = _fit(stream, group, folded, probe)
-    report = _report(layers, unreached, time.monotonic() - started)
-    _write(folder, block, fitted, candidates, {**report, **({MENU: menus} if menus else {})})
-
-
-def _write(
-    folder: EmulatorFolder,
-    block: str,
-    fitted: Mapping[str, Tensors],
-    candidates: dict[str, Tensor],
-    report: Mapping[str, Any],
-) -> None:
-    """The block's shard; or, where forms are to be chosen, all that its shard may hold."""
-    if not any(group.menu for group in folder.plan.groups):
-        folder.write_block(block, fitted, report)
-        return
-    for tensors in fitted.values():
-        candidates.update({candidate_name(layer, 0, n): t for (layer, n), t in tensors.items()})
-    write_candidates(folder, block, candidates, {MENU: {}, **report})
 
 
 def _watch_shared_input(stream: UnitStream, group: Group) -> list[Any]:
@@ -244,36 +225,11 @@ def _folding(stream: UnitStream, block: str, group: Group, moments: Moments) -> 
             moments.fold(y if bias is None else y - bias)
         else:
             x = real(inputs[0])
-            moments.fold(torch.cat([x @ weight.T for weight in _weights(stream, group)], dim=1))
+            moments.fold(torch.cat([x @ weight.T for weight in weights_of(stream, group)], dim=1))
 
     return fold
 
 
-def _weights(stream: UnitStream, group: Group) -> list[Tensor]:
+def weights_of(stream: UnitStream, group: Group) -> list[Tensor]:
+    """The weights of a group's layers, d_out × d_in."""
     return [stream.weight(name) for name in group.layers]
-
-
-def _fit(
-    stream: UnitStream, group: Group, moments: Moments, probe: BlockProbe
-) -> tuple[Tensors, dict[str, Any]]:
-    shape, form = group.shape, group.fitted
-    fitted = form.format.fit(_weights(stream, group), moments, shape, form)
-    report: dict[str, Any] = {
-        "layers": list(shape.layers),
-        **form.as_json(),
-        "d_out": list(shape.d_out),
-        "d_in": shape.d_in,
-        "side": moments.side,
-        "tokens": moments.tokens,
-        **fitted.report,
-    }
-    if group.wide is not None:
-        assert isinstance(form.format, Cuttable)
-        assert fitted.spectrum is not None
-        unit = form.format.unit
-        report[f"uniform_{unit}"] = group.form.sizes[unit]
-        report["sensitivity"] = probe.sensitivity(
-            shape.layers, uniform_weights(group, fitted.tensors)
-        )
-        report[SPECTRUM] = {"values": fitted.spectrum.values, "total": fitted.spectrum.total}
-    return fitted.tensors, report

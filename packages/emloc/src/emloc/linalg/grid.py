@@ -102,6 +102,25 @@ def choose_grid(
     Args:
         importance: weights of the squared errors by input, such as the diagonal of the inputs' moments.
     """
+    scales, zeros, _ = _search(weight, importance, bits, group_size)
+    codes, largest = encode_scales(scales)
+    return Grid(bits, group_size, weight.shape[1], codes, largest, zeros.to(torch.uint8))
+
+
+def grid_error(
+    weight: Float[Tensor, "rows columns"],
+    importance: Float[Tensor, " columns"],
+    bits: int,
+    group_size: int,
+) -> float:
+    """The weighted squared error of the grid that `choose_grid` gives, but for the rounding of its scales."""
+    return float(_search(weight, importance, bits, group_size)[2].double().sum())
+
+
+def _search(
+    weight: Tensor, importance: Tensor, bits: int, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales, codes of zeros and squared errors, each rows × groups."""
     rows, columns = weight.shape
     count = group_count(columns, group_size)
     room = count * group_size - columns
@@ -120,8 +139,8 @@ def choose_grid(
         best = error if best is None else torch.minimum(best, error)
         scales = scale if better is None else torch.where(better, scale, scales)
         zeros = zero if better is None else torch.where(better, zero, zeros)
-    codes, largest = encode_scales(scales)
-    return Grid(bits, group_size, columns, codes, largest, zeros.to(torch.uint8))
+    assert best is not None
+    return scales, zeros, best
 
 
 def encode_scales(scales: Float[Tensor, "rows groups"]) -> tuple[Tensor, Tensor]:

@@ -35,11 +35,14 @@ class Feedback:
 
     Attributes:
         ridge: all that was added to the diagonal.
+        weights: `R_kk²`, by input: the cost of a squared error at input k, whatever is carried on.
     """
 
     def __init__(self, moments: Tensor, damping: float = DAMPING) -> None:
         self._order = torch.argsort(moments.diagonal(), descending=True, stable=True)
-        self._carried, self.ridge = _carried(moments, self._order, damping)
+        self._carried, diagonal, self.ridge = _carried(moments, self._order, damping)
+        self.weights = torch.empty_like(diagonal)
+        self.weights[self._order] = diagonal
 
     @classmethod
     def of(cls, moments: Moments) -> "Feedback":
@@ -82,8 +85,10 @@ def squared_output(
     return max(0.0, float((weight.float() @ moments.float() * weight).sum()))
 
 
-def _carried(moments: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
-    """`R_ik / R_kk` in the order of rounding, float32, strictly upper triangular; what the diagonal got."""
+def _carried(moments: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
+    """`R_ik / R_kk` in the order of rounding, strictly upper triangular, and `R_kk²`, both float32; and what
+    the diagonal got.
+    """
     backwards = order.flip(0)
     matrix = moments[backwards][:, backwards].double()
     ridge = step = damping * float(matrix.diagonal().mean()) or 1.0
@@ -97,4 +102,5 @@ def _carried(moments: Tensor, order: Tensor, damping: float) -> tuple[Tensor, fl
     del matrix
     upper = root.float().flip(0, 1)
     del root
-    return upper.div_(upper.diagonal().clone()).triu_(diagonal=1), ridge
+    diagonal = upper.diagonal().clone()
+    return upper.div_(diagonal).triu_(diagonal=1), diagonal.square_(), ridge

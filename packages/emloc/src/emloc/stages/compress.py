@@ -10,9 +10,9 @@ from emloc.artefacts.manifest import ModelReference
 from emloc.artefacts.output_place import has_place
 from emloc.compression.choice import choose_streamed, streamed_itemsize
 from emloc.compression.emulator_folder import EmulatorFolder
+from emloc.compression.fitting import compress_blocks
 from emloc.compression.groups import CompressionPlan
-from emloc.compression.menu_choice import choose_forms
-from emloc.compression.one_pass import compress_blocks
+from emloc.compression.menu_choice import forget_prices, price_menus, with_chosen
 from emloc.compression.truncation import allocate_sizes
 from emloc.config import CompressConfig
 from emloc.errors import CheckpointError, ConfigError
@@ -79,19 +79,31 @@ def compress(config: CompressConfig) -> Path:
         plan = choose_streamed(stream, config)
         _say_dense(plan.kept_dense)
         _say_tokens(family, batches, plan, config)
+        errors = None
+        if any(group.menu for group in plan.groups):
+            plan, errors = _chosen(stream, plan, batches, config, work)
         folder = EmulatorFolder(stream, plan, config.dtype, work)
         compress_blocks(stream, folder, batches)
-        errors = None
+        forget_prices(work)
         if config.keep_ratio_allocation == "error":
             errors = allocate_sizes(folder)
-        elif any(group.menu for group in plan.groups):
-            itemsize_of = streamed_itemsize(stream, config.dtype)
-            owners = [group.owner for group in plan.groups]
-            shares = {n: keep_ratio_of(n, config, itemsize_of(n)) for n in owners}
-            errors = choose_forms(folder, shares)
         return _written(folder, config, batches, errors)
 
     return artefact.write(write, lambda: contract)
+
+
+def _chosen(
+    stream: UnitStream,
+    plan: CompressionPlan,
+    batches: Sequence[Batch],
+    config: CompressConfig,
+    work: Path,
+) -> tuple[CompressionPlan, dict[str, float]]:
+    """The plan of `format=auto` once every layer's form is chosen, and what is predicted of it."""
+    itemsize_of = streamed_itemsize(stream, config.dtype)
+    itemsizes = {group.owner: itemsize_of(group.owner) for group in plan.groups}
+    shares = {name: keep_ratio_of(name, config, size) for name, size in itemsizes.items()}
+    return with_chosen(plan, price_menus(stream, plan, batches, itemsizes, work), shares)
 
 
 def _tokens(family: ModelFamily, batches: Sequence[Batch]) -> int:
