@@ -144,6 +144,27 @@ def test_modules_compute_what_the_operator_says(format, shape):
         x = x.detach()
 
 
+@pytest.mark.parametrize("format", [QUANTIZED, QUANTIZED_RESIDUAL, CODED_LOW_RANK, LOW_RANK],
+                         ids=lambda format: format.name)  # fmt: skip
+def test_convolutions_compute_what_the_operator_says(format):
+    shape = SHAPES[3]
+    _, form, outcome = fitted(format, shape)
+    conv = nn.Conv2d(3, 16, 3, stride=2, padding=1, padding_mode="reflect")
+    layer = DenseLayer("conv", 27, 16, True, torch.float32, torch.device("cpu"), conv)
+    [module] = format.modules([layer], form)
+    tensors = {name: tensor for (_, name), tensor in outcome.tensors.items()}
+    module.load_state_dict({**tensors, "bias": conv.bias.detach()})
+    operator = format.operator(shape, form, "conv", lambda *key: outcome.tensors[key])
+    conv.weight.data = operator.dense(torch.float32).view(16, 3, 3, 3)
+    x = torch.randn(2, 3, 8, 10, requires_grad=True)
+    y, expected = module(x), conv(x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.autograd.grad(y.square().sum(), x), torch.autograd.grad(expected.square().sum(), x),
+        rtol=1e-3, atol=1e-3,
+    )  # fmt: skip
+
+
 def test_a_smaller_form_is_the_leading_part_of_a_larger_one():
     assert isinstance(LOW_RANK, Cuttable)
     assert not isinstance(ROUNDED, Cuttable)

@@ -98,6 +98,57 @@ def test_all_stages(example, emulator, tmp_path):
     assert emloc.verify(path=merged)["kind"] == "merged_model"
 
 
+FORMS = {
+    "residual": {"format": "quantized", "bits": 2, "residual_rank": 3, "factor_bits": 8},
+    "factors of few bits": {"format": "low_rank", "factor_bits": 4, "keep_ratio": 0.15},
+    "auto": {"format": "auto", "bits_per_weight": 4.5},
+}
+
+
+MOST = ["(down_blocks|mid_block|up_blocks.0).*", "up_blocks.1.(attentions.0|resnets.0).*"]
+FEW_LAYERS = {"diffusion": {"exclude": MOST}}
+"""Rounding is many small operations, which take long in many small layers."""
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def other(request, family, example, tmp_path_factory):
+    """An emulator of another form, and its options."""
+    few = {"num_calibration_samples": 4, **FEW_LAYERS.get(family.name, {})}
+    options = {**example, **few, **FORMS[request.param]}
+    folder = emloc.compress(output_dir=tmp_path_factory.mktemp("other") / "e", **options)
+    return folder, options
+
+
+def test_other_forms_through_all_stages(example, other, tmp_path):
+    test_all_stages(example, other[0], tmp_path)
+
+
+def test_bits_per_weight_are_what_is_stored(family, other, tmp_path):
+    folder, options = other
+    if family.name != "llm":
+        return
+    again = emloc.compress(output_dir=tmp_path / "again", **options)
+    assert Manifest.read(again).files == Manifest.read(folder).files
+    written, manifest = Checkpoint.open(str(folder)), Manifest.read(folder)
+    layers = {name for entry in manifest.layers.values() for name in entry["layers"]}
+    layers |= {n for n, why in manifest.kept_dense.items() if why.startswith("its bytes")}
+    if "bits_per_weight" not in options:
+        return
+    held = sum(
+        info.nbytes
+        for name, info in written.tensors.items()
+        if name.rpartition(".")[0] in layers and not name.endswith(".bias")
+    )
+    weights = sum(sum(entry["d_out"]) * entry["d_in"] for entry in manifest.layers.values())
+    predicted = manifest.summary["predicted_error"]
+    assert predicted["bits_per_weight"] <= options["bits_per_weight"]
+    assert predicted["bits_per_weight"] > 0.9 * options["bits_per_weight"]
+    if len(layers) == len(manifest.layers):  # none stays dense
+        assert 8 * held / weights == pytest.approx(predicted["bits_per_weight"], rel=1e-6)
+    sizes = {(entry["bits"], entry["group_size"]) for entry in manifest.layers.values()}
+    assert len(sizes) > 1
+
+
 def test_reruns_give_the_same_bytes(example, emulator, tmp_path):
     again = emloc.compress(
         output_dir=tmp_path / "again", format="quantized", bits=4, group_size=32, **example
@@ -163,11 +214,6 @@ def test_an_emulator_loads_with_stock_transformers(tmp_path):
         assert torch.equal(again(ids).logits.float(), near)
 
 
-MOST = ["(down_blocks|mid_block|up_blocks.0).*", "up_blocks.1.(attentions.0|resnets.0).*"]
-FEW_LAYERS = {"diffusion": {"exclude": MOST}}
-"""Rounding is many small operations, which the pretended device makes slow."""
-
-
 @pytest.mark.parametrize("name", ["llm", "diffusion"])  # linear layers alone, and convolutions
 def test_on_the_pretended_device(name, tmp_path):
     """The same codes, and gradients of what enters layers through them."""
@@ -191,3 +237,69 @@ def test_on_the_pretended_device(name, tmp_path):
         assert card.peak_bytes > 0
     assert Manifest.read(here).files == Manifest.read(there).files
     torch.testing.assert_close(on_card, gradient("cpu"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("title", ["price", "compress"])
+def test_auto_goes_on_where_it_was_stopped(title, tmp_path, monkeypatch):
+    """In either pass, with the same bytes."""
+    from emloc.compression import fitting, menu_choice
+    from emloc.compression.one_pass import stream_moments
+
+    example = family_named("llm").write_example(tmp_path, seed=0)
+    options = {**example, "format": "auto", "bits_per_weight": 3.5}
+    whole = emloc.compress(output_dir=tmp_path / "whole", **options)
+    asked = []
+
+    def stopping(stream, plan, batches, done, what, finish):
+        def stop(passed):
+            asked.append((what, passed.block))
+            if what == title and passed.block.endswith(".1"):
+                raise KeyboardInterrupt
+            finish(passed)
+
+        stream_moments(stream, plan, batches, done, what, stop)
+
+    def counting(stream, plan, batches, done, what, finish):
+        def count(passed):
+            asked.append((what, passed.block))
+            finish(passed)
+
+        stream_moments(stream, plan, batches, done, what, count)
+
+    for module in (fitting, menu_choice):
+        monkeypatch.setattr(module, "stream_moments", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        emloc.compress(output_dir=tmp_path / "again", **options)
+    assert not (tmp_path / "again").exists()
+    for module in (fitting, menu_choice):
+        monkeypatch.setattr(module, "stream_moments", counting)
+    first = list(asked)
+    asked.clear()
+    again = emloc.compress(output_dir=tmp_path / "again", **options)
+    finished = {pair for pair in first if not (pair[0] == title and pair[1].endswith(".1"))}
+    assert finished.isdisjoint(asked)
+    assert Manifest.read(again).files == Manifest.read(whole).files
+    assert not list(again.glob("menu-*"))
+
+
+def test_auto_says_what_cannot_be(tmp_path):
+    example = family_named("llm").write_example(tmp_path, seed=0)
+    auto = {**example, "output_dir": tmp_path / "e", "format": "auto"}
+    with pytest.raises(ConfigError, match="smallest forms take 2.* and the budget is 1.50; raise"):
+        emloc.compress(bits_per_weight=1.5, **auto)
+    with pytest.raises(ConfigError, match="bits means nothing to format=auto"):
+        emloc.compress(bits=3, **auto)
+    with pytest.raises(ConfigError, match="leave keep_ratio_allocation out"):
+        emloc.compress(keep_ratio_allocation="error", **auto)
+    with pytest.raises(ConfigError, match="keep_ratio and bits_per_weight"):
+        emloc.compress(keep_ratio=0.3, bits_per_weight=3.0, **auto)
+
+
+def test_plans_know_the_bytes_of_auto(tmp_path):
+    example = family_named("llm").write_example(tmp_path, seed=0)
+    auto = {"format": "auto", "bits_per_weight": 3.5}
+    emulator = emloc.compress(output_dir=tmp_path / "e", **auto, **example)
+    plan = emloc.plan(model_name_or_path=example["model_name_or_path"], max_length=96, **auto)
+    written = sum(info.nbytes for info in Checkpoint.open(str(emulator)).tensors.values())
+    planned = plan["stages"]["compress"]["disk_bytes"]["lines"]["emulator"]
+    assert planned == pytest.approx(written, rel=0.05)

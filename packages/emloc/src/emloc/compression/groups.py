@@ -108,6 +108,8 @@ def make_plan(
         ConfigError: options do not go together, or a pattern matches nothing.
         PluginError: the format is not installed.
     """
+    if config.bits_per_weight is not None and "keep_ratio" in config.model_fields_set:
+        raise ConfigError("keep_ratio and bits_per_weight are two budgets; pass one of them.")
     if config.format == AUTO:
         _refuse_options_of_formats(config)
     else:

@@ -6,6 +6,7 @@ like the double quantisation of NF4 (QLoRA, arXiv 2305.14314); code 0 is a group
 4 bits, in fifteenths of the grid's width, so that grids of 2 and 3 bits may lie between two levels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,12 +114,16 @@ def grid_error(
     bits: int,
     group_size: int,
 ) -> float:
-    """The weighted squared error of the grid that `choose_grid` gives, but for the rounding of its scales."""
-    return float(_search(weight, importance, bits, group_size)[2].double().sum())
+    """The weighted squared error of about the grid that `choose_grid` gives, from a coarser search."""
+    return float(_search(weight, importance, bits, group_size, SHRINKS[::3])[2].double().sum())
 
 
 def _search(
-    weight: Tensor, importance: Tensor, bits: int, group_size: int
+    weight: Tensor,
+    importance: Tensor,
+    bits: int,
+    group_size: int,
+    shrinks: Sequence[float] = SHRINKS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scales, codes of zeros and squared errors, each rows × groups."""
     rows, columns = weight.shape
@@ -131,7 +136,7 @@ def _search(
     levels = (1 << bits) - 1
     best: Tensor | None = None
     scales = zeros = low
-    for shrink in SHRINKS:
+    for shrink in shrinks:
         scale = (high - low) * (shrink / levels)
         zero = _zero_codes(low * shrink, scale, bits)
         error = _squared_error(grouped, weights, scale, zero, bits)

@@ -16,10 +16,11 @@ class Emloc:
     options: type[StageConfig] = NoOptions
 
     def build(self, task: Task, out: Path) -> Path:
-        """See `Method`; `emloc.compress`."""
+        """See `Method`; `emloc.compress`, with the task's budget unless its options have one in bits."""
+        budget = {} if "bits_per_weight" in task.compress else {"keep_ratio": task.keep_ratio}
         return compress(
             **{**task.compress, "model_name_or_path": task.model_name_or_path, "seed": task.seed},
-            keep_ratio=task.keep_ratio,
+            **budget,
             output_dir=out,
         )
 
