@@ -1,14 +1,30 @@
 """Laws of the family itself: its skeleton, blocks and groups, its data, its loss, and its whole models."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
-from emloc.extend.capabilities import MasksPadding, adapter_formats_of, token_count, token_mask_of
+from emloc.config import DemoConfig, build
+from emloc.errors import PluginError
+from emloc.extend.capabilities import (
+    ExportsAdapters,
+    HasDemo,
+    HasOtherLayouts,
+    KeepsLayersDense,
+    MasksPadding,
+    adapter_formats_of,
+    kept_dense_of,
+    native_of,
+    run_demo,
+    token_count,
+    token_mask_of,
+)
 from emloc.extend.family import Batch, ModelFamily
 from emloc.extend.losses import LossSum, loss_sum
 from emloc.extend.opening import family_of
@@ -58,6 +74,26 @@ class FamilyLaws(SubjectFixture):
             owners = [b for b in blocks if f"{group[0]}.".startswith(f"{b}.")]
             assert owners
             assert all(f"{name}.".startswith(f"{owners[0]}.") for name in group)
+
+    def test_abilities_that_it_lacks_have_cores_defaults(
+        self, subject: Subject, tmp_path: Path
+    ) -> None:
+        """Nothing but the groups is compressible, one layout, PEFT's format alone, no demonstration."""
+        family, checkpoint = subject.family, subject.checkpoint
+        model = family.skeleton(checkpoint, torch.float32)
+        kept = kept_dense_of(family, model)
+        layers = {name for group in family.layer_groups(model) for name in group}
+        assert layers.isdisjoint(kept)
+        assert all(isinstance(model.get_submodule(name), nn.Module) for name in kept)
+        if not isinstance(family, KeepsLayersDense):
+            assert kept == {}
+        if not isinstance(family, HasOtherLayouts):
+            assert native_of(family, checkpoint) is checkpoint
+        if not isinstance(family, ExportsAdapters):
+            assert adapter_formats_of(family) == ("peft",)
+        if not isinstance(family, HasDemo):
+            with pytest.raises(PluginError, match="has no demo"):
+                run_demo(family, build(DemoConfig, {"output_dir": tmp_path}, "demo"))
 
     def test_groups_are_the_layers_that_share_their_input(self, subject: Subject) -> None:
         """Within a block, those that read one tensor in every forward, and no others."""

@@ -11,6 +11,7 @@ import emloc
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
+from emloc.extend.capabilities import adapter_formats_of
 from emloc.planning.family import PlannedFamily
 from emloc.testing.contract.fixtures import SubjectFixture
 from emloc.testing.contract.subject import Subject
@@ -40,6 +41,17 @@ class StageLaws(SubjectFixture):
         assert emulator.summary["emulator_bytes"] < emulator.summary["base_bytes"]
         assert all(0 < entry["relative_error"] < 1 for entry in emulator.layers.values())
         assert Manifest.read(subject.stages["adapter"]).summary["train_weight_bytes"] > 0
+
+    def test_adapters_are_written_in_the_familys_formats(self, subject: Subject) -> None:
+        """PEFT's two files, which stock PEFT reads, and those of every other format beside them."""
+        for name in ("adapter", "corrected"):
+            folder = subject.stages[name]
+            files = Manifest.read(folder).files.keys()
+            own = {"adapter_config.json", "adapter_model.safetensors"}
+            assert own <= files
+            more = len(adapter_formats_of(subject.family)) - 1
+            assert (len(files - own) >= more) if more else (files == own)
+            assert all((folder / file).is_file() for file in files)
 
     def test_each_stage_was_planned_and_kept_to_its_memory(self, subject: Subject) -> None:
         """Each says what was planned and what was measured, and the limit is no setting."""
