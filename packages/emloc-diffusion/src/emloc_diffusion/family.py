@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from emloc_diffusion.denoisers import DENOISERS, denoiser_of
 from emloc_diffusion.denoising_loss import squared_errors
 from emloc_diffusion.objective import objective_of
 from emloc_diffusion.planned import PlannedDiffusion
-from emloc_diffusion.samples import Options, encode_samples
+from emloc_diffusion.samples import encode_samples
 
 MODULATION = ("time_emb_proj", "linear", "emb_proj")
 """Layers within a block that read the timestep's embedding and not the picture."""
@@ -97,7 +97,7 @@ class DiffusionFamily(PlannedDiffusion):
         """The pictures in turn, each time with other noise at another timestep, as training draws them."""
         # What a correction is chosen on sees the text encoders that training has changed.
         adapter = options.adapter if isinstance(options, CorrectConfig) else None
-        samples = encode_samples(checkpoint.path, cast(Options, options), adapter=adapter)
+        samples = encode_samples(checkpoint.path, options, adapter=adapter)
         objective = objective_of(checkpoint.path)
         generator = torch.Generator().manual_seed(options.seed)
         count, size = options.num_calibration_samples, options.calibration_batch_size

@@ -7,7 +7,7 @@ latents and prompt embeddings.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,17 +18,6 @@ from emloc_diffusion.data.images import Picture, Square, load_pictures, open_pic
 from emloc_diffusion.encode.latents import LatentMoments, encode_latents
 from emloc_diffusion.encode.text import encode_prompts
 from emloc_diffusion.objective import Objective
-
-
-class Options(Protocol):
-    """The part of a stage's options that is about pictures (`PictureOptions` with core's `dataset`)."""
-
-    dataset: str | None
-    instance_prompt: str | None
-    class_data_dir: Path | None
-    class_prompt: str | None
-    resolution: int
-    random_flip: bool
 
 
 @dataclass(frozen=True)
@@ -73,7 +62,7 @@ class Samples:
 
 def encode_samples(
     pipeline: Path,
-    options: Options,
+    options: Any,
     device: str = "cpu",
     adapter: str | None = None,
     prompts: bool = True,
@@ -82,7 +71,7 @@ def encode_samples(
 
     Args:
         pipeline: the folder whose VAE and text encoders are used.
-        options: which pictures.
+        options: of a stage, with `PictureOptions`: which pictures.
         device: that those compute on.
         adapter: folder of a LoRA that may have text encoders' in subfolders.
         prompts: whether prompts are encoded; if not, `conditions` are of the pictures alone.

@@ -29,7 +29,7 @@ TEXT_DECODER = "a text decoder"
 PEFT_FORMAT = "peft"
 
 BY_DEFAULT = "emloc.integrations.peft.evaluated_loss:evaluate_drawn"
-"""The scoring of a family without one of its own, which needs PEFT."""
+"""The scoring of a family without one of its own; of an adapter, it needs PEFT."""
 
 
 @runtime_checkable

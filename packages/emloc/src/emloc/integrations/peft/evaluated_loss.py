@@ -8,11 +8,11 @@ import torch
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.locate import locate
 from emloc.config import CalibrationOptions, EvaluateConfig
+from emloc.errors import DependencyError
 from emloc.extend.capabilities import native_of
 from emloc.extend.family import Batch, ModelFamily
 from emloc.extend.losses import LossSum, loss_sum, summed
 from emloc.extend.plugin_options import with_family_options
-from emloc.integrations.peft.attach import attach
 from emloc.machine.memory import PeakMemory
 from emloc.machine.progress import progress_bar
 
@@ -51,12 +51,12 @@ def evaluate_loss(
         `loss`, `exact_match` (None), `samples` and `peak_bytes`.
 
     Raises:
-        DataError, CheckpointError, MismatchError: see their messages.
+        DataError, CheckpointError, MismatchError, DependencyError: see their messages.
     """
     with PeakMemory(config.device, mapped=True) as peak:
         model: Any = family.load(checkpoint, config.dtype, config.device).eval()
         if config.adapter:
-            model = attach(model, config.adapter, checkpoint, family)
+            model = _attached(model, config.adapter, checkpoint, family)
         parts: list[LossSum] = []
         with torch.inference_mode(), progress_bar("loss", len(batches)) as advance:
             for batch in batches:
@@ -66,3 +66,14 @@ def evaluate_loss(
         samples = sum(len(next(iter(batch.values()))) for batch in batches)
         loss = summed(parts).mean(f"Data set {config.dataset}")
     return {"loss": loss, "exact_match": None, "samples": samples, **peak.figures()}
+
+
+def _attached(model: Any, adapter: str, checkpoint: Checkpoint, family: ModelFamily) -> Any:
+    """The model with the adapter; without one, PEFT is not needed."""
+    try:
+        from emloc.integrations.peft.attach import attach
+    except ImportError as problem:
+        raise DependencyError(
+            "evaluate: an adapter is put on a model by peft, which is not installed; pip install peft."
+        ) from problem
+    return attach(model, adapter, checkpoint, family)
