@@ -91,8 +91,7 @@ def emloc_register_families() -> Sequence[FamilyEntry]:
     """Encoders of transformers with a classification head."""
 
     def recognises(config: Mapping[str, Any]) -> bool:
-        names = config.get("architectures") or []
-        return any(str(name).endswith("ForSequenceClassification") for name in names)
+        return "ForSequenceClassification" in str(config.get("architectures"))
 
     target = f"{__name__}:ClassifierFamily"
     options = {DataOptions: (SplitOptions, LengthOptions)}
