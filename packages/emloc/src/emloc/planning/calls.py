@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from emloc.compression.groups import CompressionPlan
-from emloc.extend.capabilities import calibration_tokens_of
+from emloc.extend.data_capabilities import calibration_tokens_of
 from emloc.extend.family import Batch
 from emloc.planning.layers import planned_layers
 from emloc.planning.step import BlockKind, Passing, Precision, StepOptions, StepSizes

@@ -16,7 +16,8 @@ from emloc.compression.menu_choice import forget_prices, price_menus, with_chose
 from emloc.compression.truncation import allocate_sizes
 from emloc.config import CompressConfig
 from emloc.errors import CheckpointError, ConfigError
-from emloc.extend.capabilities import calibration_tokens_of, token_count
+from emloc.extend.capabilities import token_count
+from emloc.extend.data_capabilities import calibration_tokens_of
 from emloc.extend.family import Batch, ModelFamily
 from emloc.extend.opening import named_family, open_model
 from emloc.extend.plugin_options import of_family, own_options

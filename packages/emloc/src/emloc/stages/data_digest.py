@@ -9,7 +9,7 @@ from pathlib import Path
 from emloc.artefacts.digest import data_names, dataset_digest
 from emloc.artefacts.file_digest import file_sha256
 from emloc.config import DataOptions
-from emloc.extend.capabilities import data_files_of
+from emloc.extend.data_capabilities import data_files_of
 from emloc.extend.family import ModelFamily
 from emloc.machine.progress import progress_bar
 from emloc.options.marks import NamesData, marked, split_of

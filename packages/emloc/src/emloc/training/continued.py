@@ -26,7 +26,8 @@ from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import write_json
 from emloc.config import CompressConfig, StageConfig
 from emloc.errors import DataError, NumericalError
-from emloc.extend.capabilities import read_whole_by, token_count
+from emloc.extend.capabilities import token_count
+from emloc.extend.data_capabilities import read_whole_by
 from emloc.extend.family import Batch, ModelFamily
 from emloc.machine.memory import return_large_blocks
 from emloc.machine.progress import progress_bar
