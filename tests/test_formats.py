@@ -15,7 +15,7 @@ import emloc
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
 from emloc.config import CompressConfig, TrainConfig
-from emloc.errors import CheckpointError, ConfigError, PluginError
+from emloc.errors import CheckpointError, ConfigError, DependencyError, PluginError
 from emloc.extend.formats import Forms, format_named
 from emloc.extend.plugin_options import with_plugin_options
 from emloc.extend.plugins import load_plugins
@@ -31,6 +31,7 @@ from emloc.formats.layer_format import (
     tensor_bytes,
 )
 from emloc.formats.low_rank import LOW_RANK
+from emloc.formats.nf4 import NF4_FORMAT
 from emloc.formats.quantized import QUANTIZED
 from emloc.formats.quantized_residual import QUANTIZED_RESIDUAL
 from emloc.layers.emulated_layer import EmulatedLayer
@@ -40,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import rounded_format
 
 ROUNDED = rounded_format.Rounded()
-FORMATS = [LOW_RANK, ROUNDED, QUANTIZED, QUANTIZED_RESIDUAL, CODED_LOW_RANK]
+FORMATS = [LOW_RANK, ROUNDED, QUANTIZED, QUANTIZED_RESIDUAL, CODED_LOW_RANK, NF4_FORMAT]
 
 
 class Plugin:
@@ -144,7 +145,7 @@ def test_modules_compute_what_the_operator_says(format, shape):
         x = x.detach()
 
 
-@pytest.mark.parametrize("format", [QUANTIZED, QUANTIZED_RESIDUAL, CODED_LOW_RANK, LOW_RANK],
+@pytest.mark.parametrize("format", [QUANTIZED, QUANTIZED_RESIDUAL, CODED_LOW_RANK, LOW_RANK, NF4_FORMAT],
                          ids=lambda format: format.name)  # fmt: skip
 def test_convolutions_compute_what_the_operator_says(format):
     shape = SHAPES[3]
@@ -186,7 +187,7 @@ def test_a_smaller_form_is_the_leading_part_of_a_larger_one():
 def test_formats_are_registered_by_name(installed):
     formats = load_plugins().formats
     assert list(formats) == [
-        "low_rank", "quantized", "quantized_residual", "coded_low_rank", "rounded",
+        "low_rank", "quantized", "quantized_residual", "coded_low_rank", "nf4", "rounded",
     ]  # fmt: skip
     assert formats["low_rank"].plugin == "emloc"
     assert formats["rounded"].plugin == "rounded-plugin"
@@ -327,3 +328,25 @@ def test_an_emulator_without_a_tensor_is_refused(llm, tmp_path):
     index.write_text(json.dumps(named))
     with pytest.raises(CheckpointError, match=lost):
         AutoModelForCausalLM.from_pretrained(emulator)
+
+
+def test_nf4_is_bitsandbytes_own_layer():
+    import bitsandbytes
+
+    weights, form, outcome = fitted(NF4_FORMAT, GroupShape(("a",), (30,), 70))
+    layer = DenseLayer("a", 70, 30, False, torch.float32, torch.device("cpu"))
+    [module] = NF4_FORMAT.modules([layer], form)
+    module.load_state_dict({name: tensor for (_, name), tensor in outcome.tensors.items()})
+    theirs = bitsandbytes.nn.Linear4bit(70, 30, bias=False, quant_type="nf4")
+    theirs.load_state_dict({"weight": weights[0]})
+    x = torch.randn(5, 70)
+    torch.testing.assert_close(module(x), theirs.to("cpu")(x), rtol=1e-4, atol=1e-4)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert module.to(dtype)(x.to(dtype)).dtype == dtype
+
+
+def test_nf4_without_bitsandbytes_is_one_sentence(monkeypatch, llm, tmp_path):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with pytest.raises(DependencyError, match=r"pip install 'emloc\[bitsandbytes\]'"):
+        emloc.compress(output_dir=tmp_path / "e", format="nf4", **llm)

@@ -101,6 +101,7 @@ def test_all_stages(example, emulator, tmp_path):
 FORMS = {
     "residual": {"format": "quantized", "bits": 2, "residual_rank": 3, "factor_bits": 8},
     "factors of few bits": {"format": "low_rank", "factor_bits": 4, "keep_ratio": 0.15},
+    "nf4": {"format": "nf4"},
     "auto": {"format": "auto", "bits_per_weight": 4.5},
 }
 

@@ -315,4 +315,5 @@ CORE_FORMATS = (
         "emloc.formats.coded_low_rank:CODED_LOW_RANK",
         "emloc",
     ),
+    FormatEntry("nf4", "QLoRA's 4 bits (bitsandbytes)", "emloc.formats.nf4:NF4_FORMAT", "emloc"),
 )
