@@ -21,12 +21,12 @@ class Way:
 
     @property
     def by_data(self) -> bool:
-        """Whether it needs to know what the LoRA reads on data."""
+        """Return whether it needs to know what the LoRA reads on data."""
         return self.share is not None
 
     @property
     def shown(self) -> str:
-        """Its name in tables and manifests: `3`, `none` (no limit), `data 0.5`."""
+        """The name in tables and manifests: `3`, `none` (no limit), `data 0.5`."""
         if self.share is not None:
             return f"data {self.share:g}"
         return "none" if self.limit is None else f"{self.limit:g}"

@@ -99,7 +99,7 @@ def _type(field: FieldInfo) -> tuple[Any, list[str]]:
 
 
 def _limits(field: FieldInfo) -> list[Any]:
-    """What its values are held to; each family's own marks say what becomes of them."""
+    """The limits of its values; each family's own marks say what becomes of them."""
     return [part for part in field.metadata if not isinstance(part, Mark)]
 
 

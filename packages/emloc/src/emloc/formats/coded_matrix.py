@@ -36,7 +36,7 @@ class CodedMatrix(NamedTuple):
     prefix: str = ""
 
     def stored(self) -> Iterator[tuple[str, Kind]]:
-        """Its tensors by name, in the order of `CodedWeight`."""
+        """The tensors by name, in the order of `CodedWeight`."""
         groups = group_count(self.columns, self.group_size)
         yield (
             self.prefix + CODES,

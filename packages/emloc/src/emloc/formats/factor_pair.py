@@ -58,7 +58,7 @@ class FactorPair(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether both are stored in the emulator's own dtype."""
+        """Return whether both are stored in the emulator's own dtype."""
         return self.bits == PLAIN_BITS
 
     def stored(self) -> Iterator[tuple[str, Kind]]:

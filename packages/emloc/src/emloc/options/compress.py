@@ -15,7 +15,7 @@ DEFAULT_FORMAT = "low_rank"
 
 
 AUTO = "auto"
-"""In place of a format: each layer gets the form that lowers the error most for its bytes."""
+"""The name for a choice among formats: each layer gets the form that lowers the error most for its bytes."""
 
 BITS = (2, 3, 4, 8)
 """Bits that a code may have."""
