@@ -145,7 +145,7 @@ def test_contracts_of_artefacts_are_of_what_they_hold(tiny, tmp_path):
     assert seen["correct"].setting.candidates == 9
     # Where memory is short, ways go through one after another, and the outcome is the same.
     fewer = replace(seen["correct"].setting, candidates=3)
-    allowed = total(fewer.stage("correct").device)
+    allowed = total(fewer.stage(seen["correct"].lines).device)
     assert allowed < total(seen["correct"].planned.device)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["emloc.stages.stage"], "contract_for", remember)

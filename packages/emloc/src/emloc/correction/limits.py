@@ -140,8 +140,9 @@ def batch_losses(
                 finally:
                     for handle in handles:
                         handle.remove()
-                for name in inside if watched is not None else ():
-                    watched.reads.close(name)
+                if watched is not None:
+                    for name in inside:
+                        watched.reads.close(name)
             advance(note=unit)
 
         results: list[LossSum] = lockstep(stream.model, stream.units, calls, visit, device=device)

@@ -57,6 +57,7 @@ class CodedMatrix(NamedTuple):
 
     def decoded(self, read: ReadName) -> CodedWeight:
         """The matrix that stored tensors stand for."""
+        packed, scale_codes, largest, zero_codes = (read(name) for name, _ in self.stored())
         return CodedWeight(
-            *(read(name) for name, _ in self.stored()), self.columns, self.bits, self.group_size
+            packed, scale_codes, largest, zero_codes, self.columns, self.bits, self.group_size
         )

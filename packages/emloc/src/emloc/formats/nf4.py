@@ -66,7 +66,7 @@ class NF4:
         changed = whole = 0.0
         tensors: dict[tuple[str, str], Tensor] = {}
         for layer, weight in zip(shape.layers, weights):
-            parts = dict(zip((CODES, ABSMAX, NESTED), quantise(weight)))
+            parts: dict[str, Tensor] = dict(zip((CODES, ABSMAX, NESTED), quantise(weight)))
             rounded = _decoded(len(weight), shape.d_in, parts.__getitem__).dense(torch.float32)
             changed += squared_output(weight.float() - rounded, moments.matrix)
             whole += squared_output(weight, moments.matrix)

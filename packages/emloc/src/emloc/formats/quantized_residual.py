@@ -86,7 +86,7 @@ class QuantizedResidual:
         self, weight: Tensor, moments: Moments, feedback: Feedback, form: Form
     ) -> Iterator[tuple[float, dict[str, Tensor]]]:
         """Squared changes of the outputs and the tensors: rounding first, then leading directions first."""
-        codes_of, pair = self._parts(*weight.shape, form)
+        codes_of, pair = self._parts(weight.shape[0], weight.shape[1], form)
         weight = weight.float()
 
         def rounded(target: Tensor) -> tuple[dict[str, Tensor], Tensor]:

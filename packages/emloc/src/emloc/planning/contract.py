@@ -188,7 +188,7 @@ def contract_for(
     options = plan_options(device, model, family, config, **given)
     setting = Setting(subject, options, given=CompressionPlan(_held(subject, model), {}), **more)
     if isinstance(config, CorrectConfig):
-        setting = _in_groups(setting, config.memory)
+        setting = _in_groups(setting, lines, config.memory)
     return _agreed(stage, lines, setting, config)
 
 
@@ -199,12 +199,12 @@ def _runs(config: CorrectConfig) -> int:
     return len(candidates(config)) if config.limit == "auto" else 0
 
 
-def _in_groups(setting: Setting, memory: int | None) -> Setting:
+def _in_groups(setting: Setting, lines: Planned, memory: int | None) -> Setting:
     """The setting with as many ways at once as fit; the others go through later."""
     while (
         memory is not None
         and setting.candidates > 1
-        and total(setting.stage("correct").device) > memory
+        and total(setting.stage(lines).device) > memory
     ):
         setting = replace(setting, candidates=setting.candidates - 1)
     return setting
