@@ -31,9 +31,9 @@ from emloc.formats.layer_format import (
     tensor_bytes,
 )
 from emloc.formats.low_rank import LOW_RANK
-from emloc.formats.nf4 import NF4_FORMAT
 from emloc.formats.quantized import QUANTIZED
 from emloc.formats.quantized_residual import QUANTIZED_RESIDUAL
+from emloc.integrations.bitsandbytes.nf4_format import NF4_FORMAT
 from emloc.layers.emulated_layer import EmulatedLayer
 from emloc.linalg.gram import Moments
 

@@ -315,5 +315,10 @@ CORE_FORMATS = (
         "emloc.formats.coded_low_rank:CODED_LOW_RANK",
         "emloc",
     ),
-    FormatEntry("nf4", "QLoRA's 4 bits (bitsandbytes)", "emloc.formats.nf4:NF4_FORMAT", "emloc"),
+    FormatEntry(
+        "nf4",
+        "QLoRA's 4 bits (bitsandbytes)",
+        "emloc.integrations.bitsandbytes.nf4_format:NF4_FORMAT",
+        "emloc",
+    ),
 )

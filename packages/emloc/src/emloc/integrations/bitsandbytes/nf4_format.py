@@ -1,4 +1,4 @@
-"""bitsandbytes' NF4, as QLoRA holds a base (`emloc.layers.nf4_weight`): the data have no say in it.
+"""bitsandbytes' NF4, as QLoRA holds a base: the data have no say in it.
 
 4.13 bits per weight. Moments serve to tell the error alone.
 """
@@ -20,7 +20,13 @@ from emloc.formats.layer_format import (
     budget_bytes,
     tensor_bytes,
 )
-from emloc.layers.nf4_weight import BLOCK, SCALES, NF4Weight, bitsandbytes, quantise
+from emloc.integrations.bitsandbytes.nf4_weight import (
+    BLOCK,
+    SCALES,
+    NF4Weight,
+    bitsandbytes,
+    quantise,
+)
 from emloc.linalg.finite import refuse_not_finite
 from emloc.linalg.gram import Moments, Side
 from emloc.linalg.operator import Operator

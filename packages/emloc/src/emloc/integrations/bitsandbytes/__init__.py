@@ -1,0 +1,1 @@
+"""Formats whose kernels bitsandbytes has."""
