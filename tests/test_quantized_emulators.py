@@ -304,3 +304,24 @@ def test_plans_know_the_bytes_of_auto(tmp_path):
     written = sum(info.nbytes for info in Checkpoint.open(str(emulator)).tensors.values())
     planned = plan["stages"]["compress"]["disk_bytes"]["lines"]["emulator"]
     assert planned == pytest.approx(written, rel=0.05)
+
+
+def test_a_plan_that_chooses_knows_bits(tmp_path):
+    """A budget in bits stays as it was asked for; else the plan chooses a share, of auto's forms too."""
+    example = family_named("llm").write_example(tmp_path, seed=0)
+    asked = {"model_name_or_path": example["model_name_or_path"], "max_length": 96}
+    given = emloc.plan(format="auto", bits_per_weight=3.5, memory="1GiB", **asked)
+    assert given["fits"]
+    assert given["sized_by"] == "bits_per_weight 3.5"
+    assert given["bits_per_weight"] == pytest.approx(3.5, rel=0.05)
+    free = emloc.plan(format="auto", memory="1GiB", **asked)
+    assert free["sized_by"] == f"keep_ratio {free['keep_ratio']:g}"
+    assert free["fits"]
+    fixed = emloc.plan(format="quantized", bits=4, memory="1GiB", **asked)
+    assert fixed["sized_by"] == "bits 4"
+    nothing = emloc.plan(format="auto", memory="1MiB", **asked)
+    assert not nothing["fits"]
+    emulator = emloc.compress(
+        output_dir=tmp_path / "e", format="auto", bits_per_weight=3.5, memory="2GiB", **example
+    )
+    assert Manifest.read(emulator).settings["bits_per_weight"] == 3.5

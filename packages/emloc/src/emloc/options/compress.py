@@ -27,6 +27,10 @@ FACTOR_BITS = (4, 8, 16)
 """Bits that a number of a factor may have; 16 stands for the emulator's own dtype."""
 
 
+SIZING = ("keep_ratio", "bits_per_weight", "bits")
+"""Options that say how large an emulator becomes; where one is given, a plan chooses none of them."""
+
+
 class CompressConfig(CalibrationOptions, ModelOptions, MemoryOptions):
     """Stage 1: write an emulator of a model."""
 
@@ -78,3 +82,9 @@ class CompressConfig(CalibrationOptions, ModelOptions, MemoryOptions):
     device: Annotated[Device, WithoutEffect()] = Field(
         "auto", validate_default=True, description=DEVICES
     )
+
+
+def sized_by(config: CompressConfig) -> str:
+    """The option that sizes an emulator, with its value: `keep_ratio 0.4`, `bits_per_weight 3.2`."""
+    given = [name for name in SIZING if getattr(config, name) is not None]
+    return f"{given[-1]} {getattr(config, given[-1]):g}"

@@ -27,6 +27,7 @@ from emloc.linalg.convolution import matrix_shape
 from emloc.machine.memory import format_bytes
 from emloc.machine.memory_limit import can_limit
 from emloc.machine.progress import console
+from emloc.options.compress import SIZING
 from emloc.planning.fitting import changed_for, fit
 from emloc.planning.ledger import Lines, StageMemory, total
 from emloc.planning.memory_plan import MemoryPlan
@@ -146,7 +147,7 @@ def compress_contract(
     setting = Setting(
         Subject.opened(base, family), plan_options(config.device, base, family, config)
     )
-    if "keep_ratio" not in config.model_fields_set:
+    if config.model_fields_set.isdisjoint(SIZING):
         fitted = fit(setting, config.memory, stages)
         require_fit(fitted)
         console.print(f"compress: {' '.join(verdict(fitted.as_json()))}")

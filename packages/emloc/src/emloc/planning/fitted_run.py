@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from emloc.config import build
 from emloc.extend.opening import open_model
 from emloc.machine.progress import console
+from emloc.options.compress import SIZING
 from emloc.planning.contract import plan_options, require_fit
 from emloc.planning.fitting import changed_for, fit
 from emloc.planning.report import verdict
@@ -69,7 +70,8 @@ def fit_run(
     require_fit(fitted)
     console.print(f"run: {' '.join(verdict(fitted.as_json()))}")
     chosen = changed_for(setting, fitted.setting)
-    changed[compress].setdefault("keep_ratio", fitted.setting.options.keep_ratio)
+    if changed[compress].keys().isdisjoint(SIZING):
+        changed[compress]["keep_ratio"] = fitted.setting.options.keep_ratio
     for name in changed.keys() & planned.keys():
         for option in chosen.keys() & planned[name].config.model_fields.keys():
             changed[name].setdefault(option, chosen[option])

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from emloc.config import PlanConfig
 from emloc.errors import ConfigError
+from emloc.options.compress import AUTO, SIZING
 from emloc.options.marks import SampleSize, marked
 from emloc.planning.ledger import total
 from emloc.planning.memory_plan import MemoryPlan, changed_options
@@ -23,6 +24,9 @@ from emloc.planning.setting import Planned, Setting, Stages, with_options
 
 STEPS = 100
 LEAST_RATIO, SMALLEST_RATIO, LARGEST_RATIO = 0.1, 0.25, 0.95
+LEAST_OF_AUTO = 0.14
+"""2.24 of 16 bits: a little more than the smallest forms of `format=auto` take."""
+
 DEFAULT_RATIO: float = PlanConfig.model_fields["keep_ratio"].default
 FEWEST_SAMPLES = 16
 
@@ -40,7 +44,7 @@ def fit(
         asked: options that stay as they are; by default those that were set.
     """
     asked = frozenset(setting.options.model_fields_set) if asked is None else asked
-    free = setting.given is None and "keep_ratio" not in asked
+    free = setting.given is None and not any(name in asked for name in SIZING)
 
     def smallest(tried: Setting, ratio: float) -> Setting:
         return _at(tried, ratio) if free else tried
@@ -92,7 +96,8 @@ def _fits(setting: Setting, budget: int, stages: Stages) -> bool:
 
 
 def _at(setting: Setting, ratio: float) -> Setting:
-    return with_options(setting, keep_ratio=ratio)
+    """The setting with a share of bytes in place of whatever sized the emulator."""
+    return with_options(setting, keep_ratio=ratio, bits_per_weight=None, bits=None)
 
 
 def _largest_ratio(
@@ -152,12 +157,13 @@ def _concessions(setting: Setting) -> Iterator[Concession]:
         samples = max(FEWEST_SAMPLES, samples // 2)
         fewer = {"num_calibration_samples": samples}
         yield Concession(f"num_calibration_samples {samples}", fewer)
-    yield Concession(f"an emulator below keep_ratio {SMALLEST_RATIO:g}", {}, LEAST_RATIO)
+    smallest = LEAST_OF_AUTO if options.format == AUTO else LEAST_RATIO
+    yield Concession(f"an emulator below keep_ratio {SMALLEST_RATIO:g}", {}, smallest)
     for name, mark in marked(type(options), SampleSize).items():
         size: int = getattr(options, name)
         while size // 2 >= mark.least:
             size //= 2
-            yield Concession(f"{name} {size}", {name: size}, LEAST_RATIO)
+            yield Concession(f"{name} {size}", {name: size}, smallest)
 
 
 def changed_for(before: Setting, after: Setting) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from emloc.config import PlanConfig
+from emloc.options.compress import sized_by
 from emloc.options.marks import SampleSize, marked
 from emloc.planning.setting import Setting, Stages
 
@@ -62,6 +63,9 @@ class MemoryPlan:
             "dtype": str(subject.stored).removeprefix("torch."),
             "emulator_parameters": subject.emulator_parameters(self.setting.emulator),
             "keep_ratio": options.keep_ratio,
+            "sized_by": sized_by(options),
+            "format": options.format,
+            "bits_per_weight": subject.bits_per_weight(self.setting.emulator, options.dtype),
             "device": options.device,
             "activations": self.setting.counted_by,
             "memory": self.budget,

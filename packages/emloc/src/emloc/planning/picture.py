@@ -28,7 +28,7 @@ def draw(plan: Mapping[str, Any], path: Path) -> None:
         budget = plan["memory"] / GIB
         axes.axhline(budget, color="black", linestyle="--", label=f"budget {budget:.4g} GiB")
     axes.set_ylabel("GiB")
-    axes.set_title(f"{Path(plan['model']).name}, keep_ratio {plan['keep_ratio']:g}")
+    axes.set_title(f"{Path(plan['model']).name}, {plan['sized_by']}")
     axes.tick_params(axis="x", rotation=30)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()

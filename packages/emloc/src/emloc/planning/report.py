@@ -46,8 +46,9 @@ def rows_of(plan: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
 def _heading(plan: Mapping[str, Any]) -> str:
     return (
         f"{plan['model']}: {plan['parameters'] / 1e9:.2f} B parameters in {plan['dtype']}, emulator "
-        f"{plan['emulator_parameters'] / 1e9:.2f} B (keep_ratio {plan['keep_ratio']:g}); on "
-        f"{plan['device']}; activations by {plan['activations']}"
+        f"{plan['emulator_parameters'] / 1e9:.2f} B ({plan['sized_by']}, {plan['format']}, "
+        f"{plan['bits_per_weight']:.2f} bits per weight); on {plan['device']}; activations by "
+        f"{plan['activations']}"
     )
 
 
@@ -95,7 +96,7 @@ def verdict(plan: Mapping[str, Any]) -> Sequence[str]:
         ]
     given_up = "; ".join(plan["given_up"])
     said = f"Given up for it, in this order: {given_up}." if given_up else "Nothing was given up."
-    lines = [f"Fits in {budget} with keep_ratio {plan['keep_ratio']:g}. {said}"]
+    lines = [f"Fits in {budget} with {plan['sized_by']}. {said}"]
     runs = plan["stages"]["inference"]["device_bytes"]["total"]
     if runs > plan["memory"]:
         lines.append(f"The base itself takes {format_bytes(runs)} to run, more than that.")

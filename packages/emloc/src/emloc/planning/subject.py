@@ -195,6 +195,12 @@ class Subject:
         )
         return self.parameters * itemsize - saved
 
+    def bits_per_weight(self, plan: CompressionPlan, dtype: str) -> float:
+        """Bits that stand for a weight of a compressed layer; 0 where none is."""
+        itemsize = self.itemsize(dtype)
+        held = sum(tensor_bytes(group.shape, group.form, itemsize) for group in plan.groups)
+        return 8 * held / (sum(group.shape.numel for group in plan.groups) or 1)
+
     def itemsize(self, dtype: str) -> int:
         """Bytes of an element; `auto`: as stored."""
         return (self.stored if dtype == "auto" else getattr(torch, dtype)).itemsize
