@@ -111,30 +111,40 @@ FEW_LAYERS = {"diffusion": {"exclude": MOST}}
 """Rounding is many small operations, which take long in many small layers."""
 
 
-@pytest.fixture(scope="module", params=FORMS)
-def other(request, family, example, tmp_path_factory):
+CASES = [
+    *(("llm", form) for form in FORMS),
+    ("vlm", "auto"),
+    *(("diffusion", form) for form in FORMS),  # convolutions
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def other(request, tmp_path_factory):
     """An emulator of another form, and its options."""
-    few = {"num_calibration_samples": 4, **FEW_LAYERS.get(family.name, {})}
-    options = {**example, **few, **FORMS[request.param]}
-    folder = emloc.compress(output_dir=tmp_path_factory.mktemp("other") / "e", **options)
-    return folder, options
+    name, form = request.param
+    root = tmp_path_factory.mktemp("other")
+    few = {"num_calibration_samples": 4, **FEW_LAYERS.get(name, {})}
+    options = {**family_named(name).write_example(root, seed=0), **few, **FORMS[form]}
+    return emloc.compress(output_dir=root / "e", **options), options
 
 
-def test_other_forms_through_all_stages(example, other, tmp_path):
-    test_all_stages(example, other[0], tmp_path)
-
-
-def test_bits_per_weight_are_what_is_stored(family, other, tmp_path):
+def test_other_forms_through_all_stages(other, tmp_path):
     folder, options = other
-    if family.name != "llm":
-        return
+    own = {name for form in FORMS.values() for name in form}
+    own |= {"exclude", "num_calibration_samples"}
+    data = {name: value for name, value in options.items() if name not in own}
+    test_all_stages(data, folder, tmp_path)
+
+
+def test_bits_per_weight_are_what_is_stored(tmp_path):
+    example = family_named("llm").write_example(tmp_path, seed=0)
+    options = {**example, **FORMS["auto"]}
+    folder = emloc.compress(output_dir=tmp_path / "e", **options)
     again = emloc.compress(output_dir=tmp_path / "again", **options)
     assert Manifest.read(again).files == Manifest.read(folder).files
     written, manifest = Checkpoint.open(str(folder)), Manifest.read(folder)
     layers = {name for entry in manifest.layers.values() for name in entry["layers"]}
     layers |= {n for n, why in manifest.kept_dense.items() if why.startswith("its bytes")}
-    if "bits_per_weight" not in options:
-        return
     held = sum(
         info.nbytes
         for name, info in written.tensors.items()
