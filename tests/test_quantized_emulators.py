@@ -250,6 +250,26 @@ def test_on_the_pretended_device(name, tmp_path):
     torch.testing.assert_close(on_card, gradient("cpu"), rtol=1e-4, atol=1e-4)
 
 
+def test_prices_are_kept_until_the_emulator_is_whole(tmp_path, monkeypatch):
+    """Killed behind the last shard, and continued where prices would come out otherwise."""
+    from emloc.compression import menu_choice
+    from emloc.compression.emulator_folder import EmulatorFolder
+
+    example = family_named("llm").write_example(tmp_path, seed=0)
+    options = {**example, "format": "auto", "bits_per_weight": 3.5}
+    whole = emloc.compress(output_dir=tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            EmulatorFolder, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            emloc.compress(output_dir=tmp_path / "again", **options)
+    monkeypatch.setattr(menu_choice, "_lost", lambda *given: 1.0)
+    again = emloc.compress(output_dir=tmp_path / "again", **options)
+    assert Manifest.read(again).files == Manifest.read(whole).files
+    assert (again / "config.json").read_bytes() == (whole / "config.json").read_bytes()
+
+
 @pytest.mark.parametrize("title", ["price", "compress"])
 def test_auto_goes_on_where_it_was_stopped(title, tmp_path, monkeypatch):
     """In either pass, with the same bytes."""
@@ -302,8 +322,10 @@ def test_auto_says_what_cannot_be(tmp_path):
         emloc.compress(bits=3, **auto)
     with pytest.raises(ConfigError, match="leave keep_ratio_allocation out"):
         emloc.compress(keep_ratio_allocation="error", **auto)
-    with pytest.raises(ConfigError, match="keep_ratio and bits_per_weight"):
+    with pytest.raises(ConfigError, match="keep_ratio and bits_per_weight both size"):
         emloc.compress(keep_ratio=0.3, bits_per_weight=3.0, **auto)
+    with pytest.raises(ConfigError, match="keep_ratio and bits both size"):
+        emloc.compress(keep_ratio=0.3, bits=3, **{**auto, "format": "quantized"})
 
 
 def test_plans_know_the_bytes_of_auto(tmp_path):

@@ -5,7 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emloc.correction.adapter_correction import _halves
+from emloc.correction.reads import Reads
 from emloc.correction.ways import UNCORRECTED, Way, best_way
+from emloc.errors import NumericalError
+from emloc.extend.losses import LossSum
 from emloc.linalg.correction import correct_up, data_basis, measure, residual
 from emloc.linalg.operator import Matrix
 
@@ -84,3 +88,39 @@ def test_the_best_on_one_half_must_not_be_worse_than_none_on_the_other():
     assert best_way(ways, [2.0, 1.9, 1.8], [2.0, 1.9, 2.1]) == UNCORRECTED
     assert best_way(ways, [2.0, 2.0, 2.0], [2.0, 1.0, 1.0]) == UNCORRECTED
     assert [way.shown for way in (*ways, Way(None))] == ["0", "1", "data 0.5", "none"]
+
+
+def test_sums_of_a_layer_are_taken_once(tmp_path):
+    """A layer that is called again, as in a model that loops, keeps its own sum, whatever else is closed."""
+    draw = torch.Generator().manual_seed(0)
+    reads = Reads(tmp_path, {"a", "b"}, calls=2)
+    rows = {name: torch.randn(9, 4, generator=draw) for name in "abc"}
+    for name in ("a", "b"):
+        assert reads.wants(name, 0)
+        reads.fold(name, rows[name], rows[name][:, :2])
+        reads.close(name)
+    assert not reads.wants("c", 0)  # it stays as it is
+    assert not reads.wants("a", 0)
+    for name in ("b", "a"):
+        reads.close(name)
+    for name in ("a", "b"):
+        torch.testing.assert_close(reads.crossed(name), rows[name].T @ rows[name][:, :2])
+    assert reads.crossed("c") is None
+    assert Reads(tmp_path, {"a"}, calls=1).wants("a", 0)
+    assert not Reads(tmp_path, {"a"}, calls=1).wants("a", 1)
+
+
+def test_inputs_that_are_no_numbers_are_named(tmp_path):
+    reads = Reads(tmp_path, {"a"}, calls=1)
+    reads.fold("a", torch.full((3, 4), torch.nan), torch.ones(3, 2))
+    with pytest.raises(NumericalError, match="Layer a: its inputs hold NaN"):
+        reads.close("a")
+
+
+def test_a_half_without_labels_does_not_end_the_choice():
+    losses = [LossSum(3.0, 2), LossSum(0.0, 0)]
+    first, other, every = _halves(losses, 1)
+    assert losses[first] == losses[other] == losses[every] == losses
+    losses[1] = LossSum(1.0, 1)
+    assert [losses[part] for part in _halves(losses, 1)] == [losses[:1], losses[1:], losses]
+    assert [losses[:1][part] for part in _halves(losses[:1], 1)] == [losses[:1]] * 3

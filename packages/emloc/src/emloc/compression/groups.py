@@ -23,7 +23,7 @@ from emloc.formats.menu import menu_of
 from emloc.formats.quantized import QUANTIZED
 from emloc.linalg.convolution import matrix_shape
 from emloc.linalg.menu_allocation import Option, allocate_bytes
-from emloc.options.compress import AUTO
+from emloc.options.compress import AUTO, SIZING
 from emloc.options.patterns import match_pattern
 
 OF_FORMATS = ("rank_pattern", "bits", "group_size", "residual_rank", "factor_bits")
@@ -108,8 +108,12 @@ def make_plan(
         ConfigError: options do not go together, or a pattern matches nothing.
         PluginError: the format is not installed.
     """
-    if config.bits_per_weight is not None and "keep_ratio" in config.model_fields_set:
-        raise ConfigError("keep_ratio and bits_per_weight are two budgets; pass one of them.")
+    sizing = [n for n in SIZING if n in config.model_fields_set and getattr(config, n) is not None]
+    if len(sizing) > 1:
+        raise ConfigError(
+            f"{sizing[0]} and {sizing[1]} both size the emulator; pass one of them, and keep_ratio_pattern "
+            f"for single layers."
+        )
     if config.format == AUTO:
         _refuse_options_of_formats(config)
     else:

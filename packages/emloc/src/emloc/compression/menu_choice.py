@@ -25,6 +25,7 @@ from emloc.compression.one_pass import Passed, stream_moments, weights_of
 from emloc.extend.family import Batch
 from emloc.formats.layer_format import Form, tensor_bytes
 from emloc.formats.menu import REFERENCE
+from emloc.linalg.finite import refuse_not_finite
 from emloc.linalg.gram import Moments
 from emloc.linalg.grid import choose_grid, grid_error
 from emloc.linalg.menu_allocation import Option, allocate_bytes
@@ -35,8 +36,9 @@ from emloc.streaming.stream import UnitStream
 DENSE = "its bytes lower the error more when it is dense than elsewhere"
 
 Menus = Mapping[str, Mapping[str, Any]]
-"""A layer's options, by its name: `bytes` and `errors` of its forms, in the order of its menu, and
-`dense_bytes`."""
+"""A layer's options, by its name: `bytes` and relative squared `errors` of its forms, in the order of its
+menu, `dense_bytes`, and its `sensitivity`: what its block's output loses per relative squared error, None
+where the block did not show it (an expert that the tokens of the probe did not choose)."""
 
 
 def price_menus(
@@ -81,20 +83,25 @@ def forget_prices(work: Path) -> None:
 def _priced(
     stream: UnitStream, group: Group, moments: Moments, passed: Passed, itemsize: int
 ) -> Menus:
+    weights = weights_of(stream, group)
+    refuse_not_finite(moments.name, weights)
     feedback, matrix = Feedback.of(moments), moments.matrix
     menus: dict[str, Any] = {}
-    for shape, weight, forms in zip(group.shape.singles(), weights_of(stream, group), group.menu):
+    for shape, weight, forms in zip(group.shape.singles(), weights, group.menu):
         whole = squared_output(weight, matrix)
         grid = choose_grid(weight, matrix.diagonal(), *REFERENCE)
         rounded = grid.values(feedback.round(weight, grid))
         error = squared_output(weight.float() - rounded, matrix)
         minded = passed.probe.sensitivity([shape.owner], [rounded.to(weight.dtype)])
-        unit = minded / error if error > 1e-12 * whole else 0.0
+        share = error / whole if whole > 0 else 0.0
         menus[shape.owner] = {
             "bytes": [tensor_bytes(shape, form, itemsize) for form in forms],
-            "errors": [unit * _lost(weight, feedback.weights, form) for form in forms],
+            "errors": [
+                _lost(weight, feedback.weights, form) / whole if whole > 0 else 0.0
+                for form in forms
+            ],
             "dense_bytes": shape.numel * itemsize,
-            "sensitivity": minded,
+            "sensitivity": minded / share if minded > 0 and share > 1e-12 else None,
         }
     return menus
 
@@ -115,7 +122,10 @@ def with_chosen(
     """
     owner_of = {layer: group.owner for group in plan.groups for layer in group.layers}
     budget = int(sum(shares[owner_of[n]] * menu["dense_bytes"] for n, menu in menus.items()))
-    options = {name: _options(menu) for name, menu in menus.items()}
+    known = [menu["sensitivity"] for menu in menus.values() if menu["sensitivity"] is not None]
+    # Of what was not shown nothing is known, so it counts as others do.
+    typical = sum(known) / len(known) if known else 1.0
+    options = {name: _options(menu, typical) for name, menu in menus.items()}
     places = allocate_bytes(options, budget)
     groups, dense, counts = list[Group](), dict(plan.kept_dense), dict[str, int]()
     for group in plan.groups:
@@ -145,7 +155,12 @@ def with_chosen(
     return made, {"chosen": error, "bits_per_weight": bits}
 
 
-def _options(menu: Mapping[str, Any]) -> list[Option]:
-    """The forms of a layer's menu, the dense weight last."""
-    made = [Option(*pair) for pair in zip(menu["bytes"], menu["errors"])]
+def _options(menu: Mapping[str, Any], typical: float) -> list[Option]:
+    """The forms of a layer's menu, the dense weight last.
+
+    Args:
+        typical: the sensitivity of a layer whose own is not known.
+    """
+    unit = typical if menu["sensitivity"] is None else menu["sensitivity"]
+    made = [Option(size, unit * error) for size, error in zip(menu["bytes"], menu["errors"])]
     return [*made, Option(menu["dense_bytes"], 0.0)]

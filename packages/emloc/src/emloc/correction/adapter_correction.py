@@ -6,6 +6,7 @@ mismatch is wanted; nothing is kept, so memory is one layer's, however deep the 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,8 @@ class AdapterCorrection:
         """The best way by the loss on calibration data, and what to report about the choice.
 
         What the LoRA reads is summed over the first half of the micro-batches; ways are compared on the other
-        half, and the best must not be worse than none on the first. One micro-batch has to serve for both.
+        half, and the best must not be worse than none on the first. Where one half has no labels, all serve
+        for both.
 
         Args:
             stream: the base model with the modules that the adapter trained whole.
@@ -188,18 +190,18 @@ class AdapterCorrection:
         parts: list[list[LossSum]] = []
         size = at_once or len(ways)
         for start in range(0, len(ways), size):
-            run = range(start, min(start + size, len(ways)))
+            some = ways[start : start + size]
             parts += batch_losses(
                 stream,
                 batches,
                 list(layers),
-                lambda name: self._candidates(layers[name], ways),
-                run,
+                partial(self._candidates_of, layers, some),
+                range(len(some)),
                 watched if start == 0 else None,
             )
         first, other, every = (
             [mean_loss(part[place], number) for number, part in enumerate(parts)]
-            for place in (slice(half), slice(half % len(batches), None), slice(None))
+            for place in _halves(parts[0], half)
         )
         chosen = best_way(ways, other, first)
         table = {way.shown: loss for way, loss in zip(ways, every)}
@@ -213,6 +215,11 @@ class AdapterCorrection:
             for way, on, against in zip(ways, other, first)
         }
         return chosen, {"limit": chosen.shown, "calibration_loss": table, "halves": halves}
+
+    def _candidates_of(
+        self, layers: Mapping[str, LoraLayer], ways: Sequence[Way], name: str
+    ) -> CandidateLora:
+        return self._candidates(layers[name], ways)
 
     def _candidates(self, layer: LoraLayer, ways: Sequence[Way]) -> CandidateLora:
         original = self.adapter.matrix(layer.up_key)
@@ -303,3 +310,10 @@ class AdapterCorrection:
             "residual_before": residual(mismatch, mismatch.up),
             "residual_after": residual(mismatch, stored.to(self.device)),
         }
+
+
+def _halves(losses: Sequence[LossSum], half: int) -> tuple[slice, slice, slice]:
+    """The first micro-batches, the others and all; where one half has no labels, all serve for both."""
+    first, other, every = slice(half), slice(half, None), slice(None)
+    terms = [sum(loss.terms for loss in losses[part]) for part in (first, other)]
+    return (first, other, every) if all(terms) else (every, every, every)

@@ -169,7 +169,7 @@ def _hook(
             return output
         candidate, number, batch = call.context
         if candidate == 0:
-            if number < reads.calls:
+            if reads.wants(name, number):
                 mask = token_mask_of(stream.family, batch, name)
                 mask = None if expert and inputs[0].ndim == 2 else mask
                 down = as_matrix(original.down)

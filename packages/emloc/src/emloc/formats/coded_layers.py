@@ -1,23 +1,34 @@
-"""The parts that formats in few bits have in common: tensors of every layer by name, and modules."""
+"""Formats whose layers are fitted, stored and decoded one by one, and a grid within a budget."""
 
-from collections.abc import Callable, Iterable
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
+from typing import Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from emloc.errors import MismatchError
-from emloc.formats.coded_matrix import Kind
+from emloc.errors import MismatchError, NumericalError
+from emloc.formats.coded_matrix import Kind, ReadName
 from emloc.formats.layer_format import (
     DenseLayer,
+    Fitted,
     Form,
     GroupShape,
+    Read,
     StoredTensor,
     budget_bytes,
     keep_ratio_of,
     tensor_bytes,
 )
-from emloc.layers.quantized_layers import Decode, QuantizedConv2d, QuantizedLinear
+from emloc.layers.quantized_layers import QuantizedConv2d, QuantizedLinear
+from emloc.linalg.finite import refuse_not_finite
+from emloc.linalg.gram import Moments, Side
+from emloc.linalg.operator import Operator
+from emloc.linalg.rounding import squared_output
 from emloc.options.compress import BITS, GROUP_SIZES, CompressConfig
+from emloc.options.patterns import match_pattern
 
 GROUP_SIZE = 64
 """Inputs of a group where only bits are given."""
@@ -28,13 +39,16 @@ def grid_within(
 ) -> Form | str:
     """The form of the bits that were asked for, or of the most, in the smallest groups, within the budget.
 
+    A ratio that a pattern gives the layer is its budget, whatever bits the others have.
+
     Args:
         form_of: gives the form of some bits and group size.
 
     Returns:
         The reason to stay dense, if nothing is within the budget or the budget is all.
     """
-    if config.bits is not None:
+    by_pattern = match_pattern(config.keep_ratio_pattern, shape.owner) is not None
+    if config.bits is not None and not by_pattern:
         return form_of(config.bits, config.group_size or GROUP_SIZE)
     if keep_ratio_of(shape.owner, config, itemsize) == 1:
         return "keep_ratio 1"
@@ -47,42 +61,102 @@ def grid_within(
     return f"{min(BITS)} bits are more than its share"
 
 
-def refuse_unknown_grid(layer: str, bits: int, group_size: int) -> None:
+def refuse_unknown_grid(bits: int, group_size: int) -> None:
     """Refuse sizes that no compression writes.
 
     Raises:
-        MismatchError: names the layer.
+        MismatchError: there is no such grid.
     """
     if bits not in BITS or group_size < 1:
         raise MismatchError(
-            f"The emulator's config gives {layer} {bits} bits in groups of {group_size}, which "
-            f"is no format; compress the base model again."
+            f"The emulator's config gives layers {bits} bits in groups of {group_size}, which is no "
+            f"format; compress the base model again."
         )
 
 
-def layer_tensors(
-    shape: GroupShape, stored: Callable[[int], Iterable[tuple[str, Kind]]]
-) -> list[StoredTensor]:
-    """The tensors of a group whose layers share none.
+class Layout(Protocol):
+    """The tensors of one layer."""
 
-    Args:
-        stored: those of a layer with so many outputs.
-    """
-    return [
-        StoredTensor(layer, name, size, dtype)
-        for layer, d_out in zip(shape.layers, shape.d_out)
-        for name, (size, dtype) in stored(d_out)
-    ]
+    def stored(self) -> Iterable[tuple[str, Kind]]:
+        """Shapes and dtypes by name."""
+        ...
+
+    def decoded(self, read: ReadName) -> Operator:
+        """The weight that they stand for, d_out × d_in."""
+        ...
 
 
-def coded_module(
-    layer: DenseLayer, stored: Iterable[tuple[str, Kind]], decode: Decode, form: Form
-) -> nn.Module:
-    """An empty module that holds these tensors and multiplies by the weight that they stand for."""
-    tensors = dict(stored)
-    shown = ", ".join(f"{name}={value}" for name, value in form.sizes.items())
-    if layer.convolution is not None:
-        return QuantizedConv2d(layer.convolution, tensors, decode, shown)
-    return QuantizedLinear(
-        layer.d_in, layer.d_out, layer.bias, tensors, decode, shown, layer.dtype, layer.device
-    )
+class LayerByLayer(ABC):
+    """The part of a `LayerFormat` that is the same wherever the layers of a group share no tensors."""
+
+    def side(self, shape: GroupShape) -> Side:
+        """The input's: rounding goes by it, and the error is told by it."""
+        return "input"
+
+    @abstractmethod
+    def layout(self, d_out: int, d_in: int, form: Form) -> Layout:
+        """The tensors of a layer of that size."""
+
+    @abstractmethod
+    def fit_layer(self, weight: Tensor, moments: Moments, form: Form) -> Mapping[str, Tensor]:
+        """The stored tensors of a finite weight, d_out × d_in."""
+
+    def fit(
+        self, weights: Sequence[Tensor], moments: Moments, shape: GroupShape, form: Form
+    ) -> Fitted:
+        """Each layer by `fit_layer`, with the relative error of their outputs together.
+
+        Raises:
+            NumericalError: a weight holds NaN or infinity, or its outputs are beyond float32.
+        """
+        refuse_not_finite(moments.name, weights)
+        changed = whole = 0.0
+        tensors: dict[tuple[str, str], Tensor] = {}
+        for layer, weight in zip(shape.layers, weights):
+            stored = self.fit_layer(weight, moments, form)
+            stands_for = self.layout(len(weight), shape.d_in, form).decoded(stored.__getitem__)
+            changed += squared_output(
+                weight.float() - stands_for.dense(torch.float32), moments.matrix
+            )
+            whole += squared_output(weight, moments.matrix)
+            tensors.update({(layer, name): tensor for name, tensor in stored.items()})
+        if not (math.isfinite(changed) and math.isfinite(whole)):
+            raise NumericalError(
+                f"Layer {moments.name}: its outputs are too large to be squared in float32; exclude it."
+            )
+        return Fitted(tensors, {"relative_error": (changed / whole) ** 0.5 if whole > 0 else 0.0})
+
+    def stored(self, shape: GroupShape, form: Form) -> Sequence[StoredTensor]:
+        """Each layer's tensors."""
+        return [
+            StoredTensor(layer, name, size, dtype)
+            for layer, d_out in zip(shape.layers, shape.d_out)
+            for name, (size, dtype) in self.layout(d_out, shape.d_in, form).stored()
+        ]
+
+    def operator(self, shape: GroupShape, form: Form, layer: str, read: Read) -> Operator:
+        """The layer's tensors, decoded where they are multiplied."""
+        d_out = shape.d_out[shape.layers.index(layer)]
+        return self.layout(d_out, shape.d_in, form).decoded(lambda name: read(layer, name))
+
+    def modules(self, layers: Sequence[DenseLayer], form: Form) -> Sequence[nn.Module]:
+        """A module for each that decodes its weight.
+
+        Raises:
+            MismatchError: no compression writes such sizes.
+        """
+        return [self._module(layer, form) for layer in layers]
+
+    linear: type[QuantizedLinear] = QuantizedLinear
+    convolution: type[QuantizedConv2d] = QuantizedConv2d
+
+    def _module(self, layer: DenseLayer, form: Form) -> nn.Module:
+        layout = self.layout(layer.d_out, layer.d_in, form)
+        tensors = dict(layout.stored())
+        shown = ", ".join(f"{name}={value}" for name, value in form.sizes.items())
+        if layer.convolution is not None:
+            return self.convolution(layer.convolution, tensors, layout.decoded, shown)
+        return self.linear(
+            layer.d_in, layer.d_out, layer.bias, tensors, layout.decoded, shown, layer.dtype,
+            layer.device,
+        )  # fmt: skip

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from emloc.formats.coded_matrix import CodedMatrix, Kind, ReadName
 from emloc.linalg.gram import Moments
-from emloc.linalg.grid import choose_grid
 from emloc.linalg.lowrank import factorise
 from emloc.linalg.operator import Chain, Matrix, Operator
-from emloc.linalg.refinement import round_and_refine
-from emloc.linalg.rounding import Feedback
+from emloc.linalg.refinement import fitted_grid
+from emloc.linalg.ridged_cholesky import ridged_cholesky
 
 LEFT, RIGHT = "left", "right"
 
@@ -70,8 +69,8 @@ class FactorPair(NamedTuple):
             yield from self.right.stored()
             yield from self.left.stored()
 
-    def operator(self, read: ReadName) -> Chain:
-        """The product."""
+    def decoded(self, read: ReadName) -> Chain:
+        """The product that stored tensors stand for."""
         left, right = self.factors(read)
         return Chain(left, right)
 
@@ -81,11 +80,8 @@ class FactorPair(NamedTuple):
             return Matrix(read(LEFT)), Matrix(read(RIGHT))
         return self.left.decoded(read), self.right.decoded(read)
 
-    def fit(self, weight: Tensor, moments: Moments, feedback: Feedback) -> dict[str, Tensor]:
+    def fit(self, weight: Tensor, moments: Moments) -> dict[str, Tensor]:
         """The stored tensors of factors that are best for a weight, d_out × d_in, under moments of inputs.
-
-        Args:
-            feedback: made from the moments.
 
         Raises:
             NumericalError: the weight holds NaN or infinity.
@@ -93,26 +89,18 @@ class FactorPair(NamedTuple):
         factors = factorise(weight, moments, self.rank)
         if self.plain:
             return {RIGHT: factors.right, LEFT: factors.left}
-        matrix, right = moments.matrix.float(), factors.right.float()
-        grid = choose_grid(right, matrix.diagonal(), self.bits, GROUP_SIZE)
-        grid, codes = round_and_refine(right, matrix, feedback, grid)
+        grid, codes = fitted_grid(factors.right.float(), moments, self.bits, GROUP_SIZE)
         tensors = self.right.encoded(grid, codes)
         right = grid.values(codes)
-        read = matrix @ right.T
+        read = moments.matrix.float() @ right.T
         square = (right @ read).double()
         left = _solved(square, (weight.float() @ read).double()).float()
-        seen = square.float()
-        grid = choose_grid(left, seen.diagonal(), self.bits, GROUP_SIZE)
-        grid, codes = round_and_refine(left, seen, Feedback(seen), grid)
+        seen = Moments.of_matrix("input", moments.name, square.float(), moments.tokens)
+        grid, codes = fitted_grid(left, seen, self.bits, GROUP_SIZE)
         return {**tensors, **self.left.encoded(grid, codes)}
 
 
 def _solved(square: Tensor, sides: Tensor) -> Tensor:
     """`sides @ square⁻¹`, with a ridge that grows until there is an inverse."""
-    ridge = RIDGE * float(square.diagonal().mean()) or 1.0
-    while True:
-        square = square + ridge * torch.eye(len(square), dtype=square.dtype, device=square.device)
-        root, failed = torch.linalg.cholesky_ex(square)
-        if not int(failed):
-            return torch.cholesky_solve(sides.T, root).T
-        ridge *= 10
+    root, _ = ridged_cholesky(square.clone(), RIDGE * float(square.diagonal().mean()) or 1.0)
+    return torch.cholesky_solve(sides.T, root).T

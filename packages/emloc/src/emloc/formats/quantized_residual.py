@@ -8,29 +8,23 @@ the leading directions of W are kept, and what is left is rounded (SRR, arXiv 26
 Rank has its price: 32 in 16 bits are 0.25 bits per weight at a width of 4096, and 1.8 at 576.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from emloc.formats.coded_layers import coded_module, grid_within, layer_tensors, refuse_unknown_grid
+from emloc.errors import ConfigError
+from emloc.formats.coded_layers import LayerByLayer, grid_within, refuse_unknown_grid
 from emloc.formats.coded_matrix import CodedMatrix, Kind, ReadName
 from emloc.formats.factor_pair import PLAIN_BITS, FactorPair
-from emloc.formats.layer_format import (
-    DenseLayer,
-    Fitted,
-    Form,
-    GroupShape,
-    Read,
-    StoredTensor,
-    tensor_bytes,
-)
+from emloc.formats.layer_format import Form, GroupShape, tensor_bytes
 from emloc.formats.low_rank_bytes import factorise_bytes
-from emloc.linalg.finite import refuse_not_finite
-from emloc.linalg.gram import Moments, Side
-from emloc.linalg.grid import choose_grid, group_count
+from emloc.linalg.gram import Moments
+from emloc.linalg.grid import group_count
 from emloc.linalg.operator import Operator, Sum
-from emloc.linalg.refinement import round_and_refine
-from emloc.linalg.rounding import Feedback, squared_output
+from emloc.linalg.refinement import fitted_grid
+from emloc.linalg.rounding import squared_output
 from emloc.options.compress import CompressConfig
 
 BITS, GROUP, RANK, FACTOR_BITS = "bits", "group_size", "residual_rank", "factor_bits"
@@ -42,19 +36,23 @@ ALTERNATIONS = 2
 """Rounds of rounding and factorising anew, after leading directions were kept first."""
 
 
-class QuantizedResidual:
+class QuantizedResidual(LayerByLayer):
     """`LayerFormat`."""
 
     name = "quantized_residual"
     options: tuple[str, ...] = SIZES
     size_names: tuple[str, ...] = SIZES
 
-    def side(self, shape: GroupShape) -> Side:
-        """The input's, as rounding needs."""
-        return "input"
-
     def decide(self, shape: GroupShape, config: CompressConfig, itemsize: int) -> Form | str:
-        """Bits as of `quantized`, with what the rank that was asked for takes."""
+        """Bits as of `quantized`, with what the rank that was asked for takes.
+
+        Raises:
+            ConfigError: a rank of 0, which is `quantized`.
+        """
+        if config.residual_rank == 0:
+            raise ConfigError(
+                f"format={self.name} has a residual; without one (residual_rank=0) pass format=quantized."
+            )
         rank = min(config.residual_rank or DEFAULT_RANK, *shape.d_out, shape.d_in)
         number = config.factor_bits or PLAIN_BITS
 
@@ -63,75 +61,22 @@ class QuantizedResidual:
 
         return grid_within(shape, config, itemsize, form_of)
 
-    def fit(
-        self, weights: Sequence[Tensor], moments: Moments, shape: GroupShape, form: Form
-    ) -> Fitted:
-        """The better of both orders, layer by layer.
-
-        Raises:
-            NumericalError: a weight holds NaN or infinity.
-        """
-        refuse_not_finite(moments.name, weights)
-        feedback, changed, whole = Feedback.of(moments), 0.0, 0.0
-        tensors: dict[tuple[str, str], Tensor] = {}
-        for layer, weight in zip(shape.layers, weights):
-            cost, stored = min(
-                self._attempts(weight, moments, feedback, form), key=lambda attempt: attempt[0]
-            )
-            changed, whole = changed + cost, whole + squared_output(weight, moments.matrix)
-            tensors.update({(layer, name): tensor for name, tensor in stored.items()})
-        return Fitted(tensors, {"relative_error": (changed / whole) ** 0.5 if whole > 0 else 0.0})
-
-    def _attempts(
-        self, weight: Tensor, moments: Moments, feedback: Feedback, form: Form
-    ) -> Iterator[tuple[float, dict[str, Tensor]]]:
-        """Squared changes of the outputs and the tensors: rounding first, then leading directions first."""
-        codes_of, pair = self._parts(weight.shape[0], weight.shape[1], form)
-        weight = weight.float()
-
-        def rounded(target: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-            diagonal = moments.matrix.diagonal()
-            grid = choose_grid(target, diagonal, codes_of.bits, codes_of.group_size)
-            grid, codes = round_and_refine(target, moments.matrix, feedback, grid)
-            return codes_of.encoded(grid, codes), grid.values(codes)
-
-        def factored(target: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-            stored = pair.fit(target, moments, feedback)
-            return stored, pair.operator(stored.__getitem__).dense(weight.dtype)
-
-        for rounds, leading_first in ((1, False), (ALTERNATIONS, True)):
-            added = factored(weight)[1] if leading_first else None
-            for _ in range(rounds):
-                codes, grid_part = rounded(weight if added is None else weight - added)
-                factors, added = factored(weight - grid_part)
-                left = weight - grid_part - added
-                yield squared_output(left, moments.matrix), {**codes, **factors}
-
-    def stored(self, shape: GroupShape, form: Form) -> Sequence[StoredTensor]:
-        """Each layer's codes, scales and zeros, and its factors."""
-        return layer_tensors(shape, lambda d_out: self._tensors(d_out, shape.d_in, form))
-
-    def operator(self, shape: GroupShape, form: Form, layer: str, read: Read) -> Operator:
-        """The sum of both."""
-        codes, pair = self._parts(shape.d_out[shape.layers.index(layer)], shape.d_in, form)
-        return _Both(codes, pair).decoded(lambda name: read(layer, name))
-
-    def modules(self, layers: Sequence[DenseLayer], form: Form) -> Sequence[nn.Module]:
-        """A `QuantizedLinear` or `QuantizedConv2d` for each.
+    def layout(self, d_out: int, d_in: int, form: Form) -> "CodesAndFactors":
+        """Codes, scales and zeros, and the factors.
 
         Raises:
             MismatchError: there is no grid of these sizes.
         """
-        refuse_unknown_grid(layers[0].name, form.sizes[BITS], form.sizes[GROUP])
-        return [
-            coded_module(
-                layer,
-                self._tensors(layer.d_out, layer.d_in, form),
-                _Both(*self._parts(layer.d_out, layer.d_in, form)).decoded,
-                form,
-            )
-            for layer in layers
-        ]
+        bits, group_size, rank, number = (form.sizes[name] for name in SIZES)
+        refuse_unknown_grid(bits, group_size)
+        codes = CodedMatrix(d_out, d_in, bits, group_size)
+        return CodesAndFactors(codes, FactorPair(d_out, d_in, rank, number))
+
+    def fit_layer(self, weight: Tensor, moments: Moments, form: Form) -> Mapping[str, Tensor]:
+        """The better of both orders."""
+        layout = self.layout(weight.shape[0], weight.shape[1], form)
+        attempts = list(_attempts(weight.float(), moments, layout))
+        return min(attempts, key=lambda attempt: attempt[0])[1]
 
     def fitting_bytes(self, shape: GroupShape, form: Form, itemsize: int) -> int:
         """The carried errors, what is left of the largest layer and both of its parts, and the greater of
@@ -148,24 +93,44 @@ class QuantizedResidual:
         groups = max(shape.d_out) * group_count(shape.d_in, form.sizes[GROUP])
         return 2 * max(shape.d_out) * shape.d_in * itemsize + 8 * groups
 
-    def _parts(self, d_out: int, d_in: int, form: Form) -> tuple[CodedMatrix, FactorPair]:
-        bits, group_size, rank, number = (form.sizes[name] for name in SIZES)
-        return CodedMatrix(d_out, d_in, bits, group_size), FactorPair(d_out, d_in, rank, number)
 
-    def _tensors(self, d_out: int, d_in: int, form: Form) -> Iterable[tuple[str, Kind]]:
-        codes, pair = self._parts(d_out, d_in, form)
-        return [*codes.stored(), *pair.stored()]
+class CodesAndFactors(NamedTuple):
+    """The tensors of a sum."""
 
+    codes: CodedMatrix
+    pair: FactorPair
 
-class _Both:
-    """Decodes a sum."""
-
-    def __init__(self, codes: CodedMatrix, pair: FactorPair) -> None:
-        self._codes, self._pair = codes, pair
+    def stored(self) -> Iterator[tuple[str, Kind]]:
+        """Those of the codes, then the factors'."""
+        yield from self.codes.stored()
+        yield from self.pair.stored()
 
     def decoded(self, read: ReadName) -> Operator:
         """The weight."""
-        return Sum(self._codes.decoded(read), self._pair.operator(read))
+        return Sum(self.codes.decoded(read), self.pair.decoded(read))
+
+
+def _attempts(
+    weight: Tensor, moments: Moments, layout: CodesAndFactors
+) -> Iterator[tuple[float, dict[str, Tensor]]]:
+    """Squared changes of the outputs and the tensors: rounding first, then leading directions first."""
+    codes_of, pair = layout
+
+    def rounded(target: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        grid, codes = fitted_grid(target, moments, codes_of.bits, codes_of.group_size)
+        return codes_of.encoded(grid, codes), grid.values(codes)
+
+    def factored(target: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        stored = pair.fit(target, moments)
+        return stored, pair.decoded(stored.__getitem__).dense(target.dtype)
+
+    for rounds, leading_first in ((1, False), (ALTERNATIONS, True)):
+        added = factored(weight)[1] if leading_first else None
+        for _ in range(rounds):
+            codes, on_grid = rounded(weight if added is None else weight - added)
+            factors, added = factored(weight - on_grid)
+            cost = squared_output(weight - on_grid - added, moments.matrix)
+            yield (cost if math.isfinite(cost) else math.inf), {**codes, **factors}
 
 
 QUANTIZED_RESIDUAL = QuantizedResidual()

@@ -50,6 +50,11 @@ class Moments:
     _upper: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     _mirrored: bool = True
 
+    @classmethod
+    def of_matrix(cls, side: Side, name: str, matrix: Tensor, tokens: int) -> "Moments":
+        """A sum that is known, d × d."""
+        return cls(side, name, tokens, _upper=matrix)
+
     def fold(self, values: Float[Tensor, "tokens d"]) -> None:
         """Add tokens, one per row; padding must have been taken out before.
 

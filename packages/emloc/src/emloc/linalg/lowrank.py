@@ -20,6 +20,7 @@ Lanczos (`emloc.linalg.eigen`), whose products err entry by entry, so that a hug
 others by some 1e-9 of it. Outliers among the eigenvalues are found in float64.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,9 +28,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emloc.errors import NumericalError
 from emloc.linalg.eigen import dense_eigenvectors, leading_eigenvectors
 from emloc.linalg.finite import refuse_not_finite
 from emloc.linalg.gram import Moments
+from emloc.linalg.ridged_cholesky import ridged_cholesky
 from emloc.linalg.symmetric import add_gram, between_upper, mirror_upper, times_upper
 
 DENSE_BELOW = 1024
@@ -74,7 +77,7 @@ def factorise(
         weights: one weight, or those of layers that share their input, taken as one stack.
 
     Raises:
-        NumericalError: the weight holds NaN or infinity.
+        NumericalError: the weight holds NaN or infinity, or its outputs are beyond their dtype.
     """
     parts = [weights] if isinstance(weights, Tensor) else list(weights)
     refuse_not_finite(moments.name, parts)
@@ -96,6 +99,10 @@ def factorise(
     if root is None:
         matrix = (matrix + matrix.T) / 2
     total = float(matrix.diagonal().double().sum())
+    if not math.isfinite(total):
+        raise NumericalError(
+            f"Layer {moments.name}: its outputs are too large to be squared in {high}; exclude it."
+        )
     leading = (dense_eigenvectors if small else leading_eigenvectors)(matrix, rank)
     del matrix
     left, right = (
@@ -132,10 +139,4 @@ def _root(weights: Sequence[Tensor]) -> Tensor:
         add_gram(square, weight)
     mirror_upper(square)
     scale = float(square.diagonal().max()) or 1.0
-    ridge = 8 * torch.finfo(square.dtype).eps * scale
-    while True:
-        square.diagonal().add_(ridge)
-        root, failed = torch.linalg.cholesky_ex(square, upper=True)
-        if not int(failed):
-            return root
-        ridge *= 10
+    return ridged_cholesky(square, 8 * torch.finfo(square.dtype).eps * scale, upper=True)[0]

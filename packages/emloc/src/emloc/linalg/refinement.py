@@ -20,33 +20,32 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from emloc.linalg.grid import Grid, encode_scales, nearest_codes
+from emloc.linalg.gram import Moments
+from emloc.linalg.grid import Grid, choose_grid, encode_scales, nearest_codes
 from emloc.linalg.rounding import Feedback, squared_output
 
 BLOCK = 128
 """Inputs whose `e G` is kept up to date together."""
 
 
-def round_and_refine(
-    weight: Float[Tensor, "rows columns"],
-    moments: Float[Tensor, "columns columns"],
-    feedback: Feedback,
-    grid: Grid,
+def fitted_grid(
+    weight: Float[Tensor, "rows columns"], moments: Moments, bits: int, group_size: int
 ) -> tuple[Grid, UInt8[Tensor, "rows columns"]]:
-    """Round with feedback, then improve scales and codes; the nearest to the data of what that made.
+    """A grid and the codes on it: rounded with feedback, then improved; the nearest to the data of all that.
 
     Args:
-        moments: `Σ x xᵀ` of the inputs, from which `feedback` is made.
-        grid: that rounding begins with.
+        moments: of the inputs.
     """
+    matrix, feedback = moments.matrix, Feedback.of(moments)
+    grid = choose_grid(weight, matrix.diagonal(), bits, group_size)
     codes = feedback.round(weight, grid)
-    best = (squared_output(weight.float() - grid.values(codes), moments), grid, codes)
+    best = (squared_output(weight.float() - grid.values(codes), matrix), grid, codes)
     for step in ("scales", "codes"):
         if step == "codes":
-            codes = improve_codes(weight, moments, feedback.ridge, grid, codes)
+            codes = improve_codes(weight, matrix, feedback.ridge, grid, codes)
         else:
-            grid = improve_scales(weight, moments, feedback.ridge, grid, codes)
-        cost = squared_output(weight.float() - grid.values(codes), moments)
+            grid = improve_scales(weight, matrix, feedback.ridge, grid, codes)
+        cost = squared_output(weight.float() - grid.values(codes), matrix)
         if cost < best[0]:
             best = (cost, grid, codes)
     return best[1:]

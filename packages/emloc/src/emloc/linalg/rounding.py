@@ -20,6 +20,7 @@ from torch import Tensor
 
 from emloc.linalg.gram import Moments
 from emloc.linalg.grid import Grid, nearest_codes
+from emloc.linalg.ridged_cholesky import ridged_cholesky
 
 DAMPING = 0.01
 BLOCK = 128
@@ -82,7 +83,8 @@ def squared_output(
     weight: Float[Tensor, "rows columns"], moments: Float[Tensor, "columns columns"]
 ) -> float:
     """`‖W X‖_F²` on inputs with these moments."""
-    return max(0.0, float((weight.float() @ moments.float() * weight).sum()))
+    squared = float((weight.float() @ moments.float() * weight).sum())
+    return 0.0 if squared < 0 else squared  # rounding may make nothing negative; NaN stays NaN
 
 
 def _carried(moments: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
@@ -91,14 +93,7 @@ def _carried(moments: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Te
     """
     backwards = order.flip(0)
     matrix = moments[backwards][:, backwards].double()
-    ridge = step = damping * float(matrix.diagonal().mean()) or 1.0
-    while True:
-        matrix.diagonal().add_(step)
-        root, failed = torch.linalg.cholesky_ex(matrix)
-        if not int(failed):
-            break
-        step *= 10
-        ridge += step
+    root, ridge = ridged_cholesky(matrix, damping * float(matrix.diagonal().mean()) or 1.0)
     del matrix
     upper = root.float().flip(0, 1)
     del root

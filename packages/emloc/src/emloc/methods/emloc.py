@@ -6,6 +6,7 @@ from typing import Any
 from emloc.config import StageConfig
 from emloc.extend.methods import NoOptions, Task
 from emloc.methods.light import train_light
+from emloc.options.compress import SIZING
 from emloc.stages.compress import compress
 from emloc.stages.correct import correct
 
@@ -16,8 +17,9 @@ class Emloc:
     options: type[StageConfig] = NoOptions
 
     def build(self, task: Task, out: Path) -> Path:
-        """See `Method`; `emloc.compress`, with the task's budget unless its options have one in bits."""
-        budget = {} if "bits_per_weight" in task.compress else {"keep_ratio": task.keep_ratio}
+        """See `Method`; `emloc.compress`, with the task's budget unless its options size the emulator."""
+        sized = not task.compress.keys().isdisjoint(SIZING)
+        budget = {} if sized else {"keep_ratio": task.keep_ratio}
         return compress(
             **{**task.compress, "model_name_or_path": task.model_name_or_path, "seed": task.seed},
             **budget,

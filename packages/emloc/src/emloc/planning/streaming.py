@@ -5,7 +5,8 @@ call (`lockstep`): its hidden state and what else the forward holds between two 
 has the call that runs, and host memory those that wait. A hook folds what a layer read or wrote as soon as
 it has run, with the tokens that are padding left out. When all calls are through, the groups are fitted one
 after another, each with a workspace of its own (`fitting_bytes` of its format); a group's moments go with
-it, its tensors stay until the block is written. The block and the moment that take most count.
+it, its tensors stay until the block is written. Where sizes or forms are chosen, one call's input and output
+of the block are kept, and the block is run on it again. The block and the moment that take most count.
 
 **Correct.** To choose a limit, every candidate is one more set of suspended calls, and the head is a unit
 like the blocks. Writing takes one layer at a time.
@@ -26,7 +27,7 @@ from emloc.formats.layer_format import GroupShape, tensor_bytes
 from emloc.linalg.gram import Side
 from emloc.linalg.merging import ROWS
 from emloc.planning.calls import Calls, Matrices, compute_itemsize
-from emloc.planning.ledger import Lines, largest, lines_of
+from emloc.planning.ledger import Lines, largest, lines_of, total
 from emloc.planning.step import Passing
 from emloc.planning.subject import Subject
 from emloc.planning.whole import Shapes
@@ -91,7 +92,8 @@ def compress_lines(
         written: bytes of an element of the emulator.
     """
     itemsize = compute_itemsize(subject)
-    instants: dict[str, list[Lines]] = {"running a block": [], "fitting a layer": [], "writing": []}
+    names = ("running a block", "probing", "fitting a layer", "writing")
+    instants: dict[str, list[Lines]] = {name: [] for name in names}
     for block in blocks_of(subject, plan, calls):
         kept = {
             g.owner: moment_bytes(g.form.format.side(g.shape), g.shape, itemsize)
@@ -109,7 +111,12 @@ def compress_lines(
                 )
             )
         suspended = calls.behind(block.passings) if calls else 0
-        common = {"block_in_float32": weights, "suspended_calls": suspended}
+        probed, again = _probe_bytes(block, itemsize)
+        common = {"block_in_float32": weights, "suspended_calls": suspended, "probed_call": probed}
+        if again:
+            instants["probing"].append(
+                lines_of(**common, moments=sum(kept.values()), working_tensors=again)
+            )
         fitted = converted = 0
         for group in block.groups:
             shape, form = group.shape, group.form
@@ -126,9 +133,22 @@ def compress_lines(
             converted += 0 if written == itemsize else tensor_bytes(shape, form, written)
         converted += 0 if written == subject.stored.itemsize else block.dense * written
         instants["writing"].append(lines_of(**common, fitted_layers=fitted, written=converted))
-    sizes_by_name = {name: largest(parts) for name, parts in instants.items()}
+    sizes_by_name = {name: largest(parts) for name, parts in instants.items() if parts}
     name = max(sizes_by_name, key=lambda name: sum(sizes_by_name[name].values()))
     return sizes_by_name[name], name
+
+
+def _probe_bytes(block: Block, itemsize: int) -> tuple[int, int]:
+    """The call that `BlockProbe` keeps of a block, and what running the block on it again takes besides.
+
+    Nothing of either, where no size or form is chosen.
+    """
+    if not any(group.wide or group.menu for group in block.groups):
+        return 0, 0
+    kept = max(passing.before + passing.after for passing in block.passings)
+    again = max(passing.peak + passing.after for passing in block.passings)
+    replaced = max(max(group.shape.d_out) * group.shape.d_in for group in block.groups)
+    return kept, again + replaced * itemsize
 
 
 def correct_lines(
@@ -173,7 +193,8 @@ def correct_lines(
                     block_in_float32=loaded_bytes(subject, numel, device),
                     suspended_calls=suspended,
                     LoRA_of_every_candidate=beside,
-                    working_tensors=working,
+                    # Candidates that fit the data are made inside a call.
+                    working_tensors=working + total(writing),
                 )
             )
     instants = {"running a block": largest(running), "writing": writing}

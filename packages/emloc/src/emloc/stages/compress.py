@@ -85,7 +85,6 @@ def compress(config: CompressConfig) -> Path:
             plan, errors = _chosen(stream, plan, batches, config, work)
         folder = EmulatorFolder(stream, plan, config.dtype, work)
         compress_blocks(stream, folder, batches)
-        forget_prices(work)
         if config.keep_ratio_allocation == "error":
             errors = allocate_sizes(folder)
         return _written(folder, config, batches, errors)
@@ -165,5 +164,5 @@ def _written(
             "block_seconds": [report["seconds"] for report in reports],
             "device": config.device,
         },
-        forget=folder.forget_reports,
+        forget=lambda: (folder.forget_reports(), forget_prices(folder.work)),
     )

@@ -134,7 +134,7 @@ def correct(config: CorrectConfig) -> Path:
     )
 
     def write(work: Path) -> Written:
-        reads = Reads(work / READS, 0)
+        reads = Reads(work / READS, frozenset(n for group in groups for n in group.layers))
         correction = AdapterCorrection(config, base, emulator, groups, adapted, names, reads)
         stream = None
         if (

@@ -3,23 +3,15 @@
 4.13 bits per weight. Moments serve to tell the error alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from emloc.formats.coded_layers import coded_module, layer_tensors
+from emloc.formats.coded_layers import LayerByLayer
 from emloc.formats.coded_matrix import Kind, ReadName
-from emloc.formats.layer_format import (
-    DenseLayer,
-    Fitted,
-    Form,
-    GroupShape,
-    Read,
-    StoredTensor,
-    budget_bytes,
-    tensor_bytes,
-)
+from emloc.formats.layer_format import Form, GroupShape, budget_bytes, keep_ratio_of, tensor_bytes
 from emloc.integrations.bitsandbytes.nf4_weight import (
     BLOCK,
     SCALES,
@@ -27,78 +19,48 @@ from emloc.integrations.bitsandbytes.nf4_weight import (
     bitsandbytes,
     quantise,
 )
-from emloc.linalg.finite import refuse_not_finite
-from emloc.linalg.gram import Moments, Side
-from emloc.linalg.operator import Operator
-from emloc.linalg.rounding import squared_output
-from emloc.options.compress import CompressConfig
+from emloc.linalg.gram import Moments
+from emloc.options.compress import SIZING, CompressConfig
+from emloc.options.patterns import match_pattern
 
 CODES, ABSMAX, NESTED = "codes", "absmax", "nested"
 
 
-class NF4:
+class NF4(LayerByLayer):
     """`LayerFormat`."""
 
     name = "nf4"
     options: tuple[str, ...] = ()
     size_names: tuple[str, ...] = ()
 
-    def side(self, shape: GroupShape) -> Side:
-        """The input's, which tells the error of a weight."""
-        return "input"
-
     def decide(self, shape: GroupShape, config: CompressConfig, itemsize: int) -> Form | str:
-        """NF4, whatever the budget; where the budget was given and is less, the reason to stay dense.
+        """NF4, or the reason to stay dense where a budget or a pattern was given and is less.
 
         Raises:
             DependencyError: bitsandbytes is not installed.
         """
         bitsandbytes()
         form = Form(self)
-        given = {"keep_ratio", "bits_per_weight"} & config.model_fields_set
-        if given and tensor_bytes(shape, form, itemsize) > budget_bytes(shape, config, itemsize):
-            return "4.13 bits are more than its share"
-        return form
+        by_pattern = match_pattern(config.keep_ratio_pattern, shape.owner) is not None
+        if not by_pattern and config.model_fields_set.isdisjoint(SIZING):
+            return form
+        if keep_ratio_of(shape.owner, config, itemsize) == 1:
+            return "keep_ratio 1"
+        within = tensor_bytes(shape, form, itemsize) <= budget_bytes(shape, config, itemsize)
+        return form if within else "4.13 bits are more than its share"
 
-    def fit(
-        self, weights: Sequence[Tensor], moments: Moments, shape: GroupShape, form: Form
-    ) -> Fitted:
-        """Each weight to its nearest code.
-
-        Raises:
-            NumericalError: a weight holds NaN or infinity.
-        """
-        refuse_not_finite(moments.name, weights)
-        changed = whole = 0.0
-        tensors: dict[tuple[str, str], Tensor] = {}
-        for layer, weight in zip(shape.layers, weights):
-            parts: dict[str, Tensor] = dict(zip((CODES, ABSMAX, NESTED), quantise(weight)))
-            rounded = _decoded(len(weight), shape.d_in, parts.__getitem__).dense(torch.float32)
-            changed += squared_output(weight.float() - rounded, moments.matrix)
-            whole += squared_output(weight, moments.matrix)
-            tensors.update({(layer, name): tensor for name, tensor in parts.items()})
-        return Fitted(tensors, {"relative_error": (changed / whole) ** 0.5 if whole > 0 else 0.0})
-
-    def stored(self, shape: GroupShape, form: Form) -> Sequence[StoredTensor]:
-        """Each layer's codes, and its scales on two levels."""
-        return layer_tensors(shape, lambda d_out: _tensors(d_out * shape.d_in))
-
-    def operator(self, shape: GroupShape, form: Form, layer: str, read: Read) -> Operator:
-        """The codes, decoded whole."""
-        d_out = shape.d_out[shape.layers.index(layer)]
-        return _decoded(d_out, shape.d_in, lambda name: read(layer, name))
-
-    def modules(self, layers: Sequence[DenseLayer], form: Form) -> Sequence[nn.Module]:
-        """A `QuantizedLinear` or `QuantizedConv2d` for each.
+    def layout(self, d_out: int, d_in: int, form: Form) -> "Tensors":
+        """Codes, and scales on two levels.
 
         Raises:
             DependencyError: bitsandbytes is not installed.
         """
         bitsandbytes()
-        return [
-            coded_module(layer, _tensors(layer.d_out * layer.d_in), _Decode(layer), form)
-            for layer in layers
-        ]
+        return Tensors(d_out, d_in)
+
+    def fit_layer(self, weight: Tensor, moments: Moments, form: Form) -> Mapping[str, Tensor]:
+        """Every number to its nearest code."""
+        return dict(zip((CODES, ABSMAX, NESTED), quantise(weight)))
 
     def fitting_bytes(self, shape: GroupShape, form: Form, itemsize: int) -> int:
         """The largest weight and its decoded values in float32, beside the result."""
@@ -110,25 +72,23 @@ class NF4:
         return numel * itemsize + 8 * -(-numel // BLOCK)
 
 
-class _Decode:
-    """Decodes the tensors of one layer."""
+class Tensors(NamedTuple):
+    """The tensors of a layer."""
 
-    def __init__(self, layer: DenseLayer) -> None:
-        self._sizes = layer.d_out, layer.d_in
+    d_out: int
+    d_in: int
 
-    def __call__(self, read: ReadName) -> Operator:
-        return _decoded(*self._sizes, read)
+    def stored(self) -> Iterator[tuple[str, Kind]]:
+        """Codes, codes of scales, and scales of these."""
+        numel = self.d_out * self.d_in
+        blocks = -(-numel // BLOCK)
+        yield CODES, ((-(-numel // 2),), torch.uint8)
+        yield ABSMAX, ((blocks,), torch.uint8)
+        yield NESTED, ((-(-blocks // SCALES) + 1,), torch.int32)
 
-
-def _decoded(d_out: int, d_in: int, read: ReadName) -> NF4Weight:
-    return NF4Weight(read(CODES), read(ABSMAX), read(NESTED), (d_out, d_in))
-
-
-def _tensors(numel: int) -> Iterator[tuple[str, Kind]]:
-    blocks = -(-numel // BLOCK)
-    yield CODES, ((-(-numel // 2),), torch.uint8)
-    yield ABSMAX, ((blocks,), torch.uint8)
-    yield NESTED, ((-(-blocks // SCALES) + 1,), torch.int32)
+    def decoded(self, read: ReadName) -> NF4Weight:
+        """The weight."""
+        return NF4Weight(read(CODES), read(ABSMAX), read(NESTED), (self.d_out, self.d_in))
 
 
 NF4_FORMAT = NF4()

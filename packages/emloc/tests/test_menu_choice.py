@@ -1,0 +1,69 @@
+"""Forms under one budget: what is not known of a layer, and what is refused."""
+
+import pytest
+import torch
+
+from emloc.compression.groups import CompressionPlan, Group
+from emloc.compression.menu_choice import with_chosen
+from emloc.config import CompressConfig
+from emloc.errors import ConfigError, NumericalError
+from emloc.formats.coded_low_rank import CODED_LOW_RANK
+from emloc.formats.layer_format import GroupShape
+from emloc.formats.menu import grid_form, menu_of
+from emloc.formats.quantized import QUANTIZED
+from emloc.formats.quantized_residual import QUANTIZED_RESIDUAL
+from emloc.linalg.gram import Moments
+from emloc.linalg.ridged_cholesky import ridged_cholesky
+from emloc.linalg.rounding import squared_output
+
+SHAPE = GroupShape(("a",), (128,), 256)
+
+
+def config_of(**options):
+    return CompressConfig(model_name_or_path="m", output_dir="o", dataset="d", **options)
+
+
+def test_a_layer_that_the_probe_did_not_show_counts_as_others_do():
+    """An expert that only later micro-batches choose is not taken for one whose error costs nothing."""
+    shapes = [GroupShape((name,), (128,), 256) for name in ("seen", "unseen")]
+    plan = CompressionPlan(
+        tuple(Group(s, grid_form(2, 128), menu=(tuple(menu_of(s, 2)),)) for s in shapes), {}
+    )
+    forms = menu_of(SHAPE, 2)
+    sizes = [2.0 ** (-2 * form.sizes["bits"]) for form in forms]
+    menu = {"bytes": [100 * f.sizes["bits"] + 100 / f.sizes["group_size"] for f in forms],
+            "errors": sizes, "dense_bytes": 1600}  # fmt: skip
+    menus = {"seen": {**menu, "sensitivity": 3.0}, "unseen": {**menu, "sensitivity": None}}
+    chosen, _ = with_chosen(plan, menus, {"seen": 0.27, "unseen": 0.27})
+    assert [group.form.sizes["bits"] for group in chosen.groups] == [4, 4]
+
+
+def test_a_pattern_is_a_layers_own_budget():
+    fixed = {"format": "quantized", "bits": 4}
+    dense = QUANTIZED.decide(SHAPE, config_of(keep_ratio_pattern={"a": 1.0}, **fixed), 2)
+    assert dense == "keep_ratio 1"
+    less = QUANTIZED.decide(SHAPE, config_of(keep_ratio_pattern={"a": 0.2}, **fixed), 2)
+    assert less.sizes["bits"] == 3
+    assert QUANTIZED.decide(SHAPE, config_of(**fixed), 2).sizes["bits"] == 4
+
+
+@pytest.mark.parametrize(("format", "options", "said"), [
+    (CODED_LOW_RANK, {"format": "coded_low_rank", "factor_bits": 16}, "pass format=low_rank"),
+    (QUANTIZED, {"format": "quantized", "factor_bits": 8}, "without a residual_rank"),
+    (QUANTIZED_RESIDUAL, {"format": "quantized_residual", "residual_rank": 0},
+     "pass format=quantized"),
+])  # fmt: skip
+def test_sizes_that_mean_nothing_are_refused(format, options, said):
+    with pytest.raises(ConfigError, match=said):
+        format.decide(SHAPE, config_of(**options), 2)
+
+
+def test_what_is_no_number_is_never_the_best():
+    assert squared_output(torch.full((2, 3), torch.nan), torch.eye(3)) != 0
+    moments = Moments.of_matrix("input", "a", torch.full((8, 8), 1e38), 1)
+    with pytest.raises(NumericalError):
+        QUANTIZED.fit(
+            [torch.full((4, 8), 1e20)], moments, GroupShape(("a",), (4,), 8), grid_form(4, 32)
+        )
+    with pytest.raises(NumericalError, match="hold NaN or infinity"):
+        ridged_cholesky(torch.full((3, 3), torch.nan), 1.0)
