@@ -163,25 +163,25 @@ def tiny_optimizer(tiny):
 
 
 def test_lines_add_up_and_the_slack_is_one_of_them(planned):
-    found = emloc.plan(model_name_or_path=planned.subject.checkpoint.name, max_length=96)
-    assert found["parameters"] == planned.subject.parameters
-    assert found["fits"] is None
-    assert list(found["stages"]) == ["compress", "train", "correct", "merge", "inference"]
-    assert list(found["beside"]) == ["LoRA on the base", "QLoRA on the base",
+    outcome = emloc.plan(model_name_or_path=planned.subject.checkpoint.name, max_length=96)
+    assert outcome["parameters"] == planned.subject.parameters
+    assert outcome["fits"] is None
+    assert list(outcome["stages"]) == ["compress", "train", "correct", "merge", "inference"]
+    assert list(outcome["beside"]) == ["LoRA on the base", "QLoRA on the base",
                                      "inference of the base"]  # fmt: skip
-    for row in (*found["stages"].values(), *found["beside"].values()):
+    for row in (*outcome["stages"].values(), *outcome["beside"].values()):
         for place in ("device_bytes", "host_bytes", "disk_bytes"):
             assert row[place]["total"] == sum(row[place]["lines"].values())
             assert all(isinstance(n, int) and n > 0 for n in row[place]["lines"].values())
         slack = row["device_bytes"]["lines"] or row["host_bytes"]["lines"]
         assert slack["allocator slack"] > 0
-    assert json.loads(json.dumps(found)) == found
+    assert json.loads(json.dumps(outcome)) == outcome
 
 
 def test_on_a_cpu_the_machine_is_the_device(bare):
-    found = emloc.plan(model_name_or_path=bare, device="cpu")
-    assert all(not row["host_bytes"]["lines"] for row in found["stages"].values())
-    assert found["stages"]["merge"]["device_bytes"]["total"] > 0
+    outcome = emloc.plan(model_name_or_path=bare, device="cpu")
+    assert all(not row["host_bytes"]["lines"] for row in outcome["stages"].values())
+    assert outcome["stages"]["merge"]["device_bytes"]["total"] > 0
     gpu = emloc.plan(model_name_or_path=bare, device="cuda")
     assert gpu["stages"]["merge"]["device_bytes"]["total"] == 0
     assert gpu["stages"]["train"]["device_bytes"]["lines"]["CUDA context"] > 0
@@ -189,14 +189,14 @@ def test_on_a_cpu_the_machine_is_the_device(bare):
 
 def test_ways_beside_order_as_they_should(bare):
     """The emulator and QLoRA hold less weight than the base; nothing but the base runs to infer."""
-    found = emloc.plan(model_name_or_path=bare, dtype="bfloat16")
+    outcome = emloc.plan(model_name_or_path=bare, dtype="bfloat16")
     weights = {name: row["device_bytes"]["lines"]["weights"]
-               for name, row in {**found["stages"], **found["beside"]}.items()
+               for name, row in {**outcome["stages"], **outcome["beside"]}.items()
                if "weights" in row["device_bytes"]["lines"]}  # fmt: skip
     assert weights["train"] < weights["LoRA on the base"]
     assert weights["QLoRA on the base"] < weights["LoRA on the base"]
-    assert weights["inference"] == weights["inference of the base"] == found["parameters"] * 2
-    cache = found["beside"]["inference of the base"]["device_bytes"]["lines"]["cache"]
+    assert weights["inference"] == weights["inference of the base"] == outcome["parameters"] * 2
+    cache = outcome["beside"]["inference of the base"]["device_bytes"]["lines"]["cache"]
     assert cache == 2 * 5 * 2 * 16 * 1024 * 2  # keys and values · blocks · heads · width · tokens
 
 
@@ -225,8 +225,8 @@ def test_nothing_is_run_that_grows_with_depth(tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(nn.Module, "__call__", counting)
-            found = emloc.plan(model_name_or_path=str(folder), memory="4GiB")
-        return len(calls), found
+            outcome = emloc.plan(model_name_or_path=str(folder), memory="4GiB")
+        return len(calls), outcome
 
     few, small = count(4)
     many, large = count(12)
@@ -259,21 +259,21 @@ def test_what_fits_and_what_was_given_up(wide, device):
     whole = most(setting)
     ratios = []
     for share in BUDGETS:
-        found = fit(setting, int(share * whole), planned_stages())
-        taken = most(found.setting)
-        if found.fits:
+        outcome = fit(setting, int(share * whole), planned_stages())
+        taken = most(outcome.setting)
+        if outcome.fits:
             assert taken <= share * whole
-            ratios.append(found.setting.options.keep_ratio)
+            ratios.append(outcome.setting.options.keep_ratio)
             assert 0.1 <= ratios[-1] <= 0.95
-            assert (ratios[-1] < 0.25) <= ("an emulator below keep_ratio 0.25" in found.given_up)
+            assert (ratios[-1] < 0.25) <= ("an emulator below keep_ratio 0.25" in outcome.given_up)
         else:
-            assert found.smallest == taken > share * whole
-            stage, line = found.dominating
-            lines = found.setting.stage(planned_stages()[stage]).device
+            assert outcome.smallest == taken > share * whole
+            stage, line = outcome.dominating
+            lines = outcome.setting.stage(planned_stages()[stage]).device
             assert lines[line] == max(lines.values())
         order = ["keep_ratio", "gradient_checkpointing", "per_device_train_batch_size", "optim",
                  "calibration_batch_size", "num_calibration_samples", "an", "max_length"]  # fmt: skip
-        names = [said.split()[0] for said in found.given_up]
+        names = [said.split()[0] for said in outcome.given_up]
         assert names == sorted(names, key=order.index)
         assert ("optim" in names) <= (device == "cuda")
     assert ratios[0] == 0.95
@@ -288,9 +288,9 @@ def test_the_largest_ratio_that_fits_is_found(wide):
                         calibration_batch_size=1)  # fmt: skip
     setting = Setting(wide, options)
     budget = most(fitting.with_options(setting, keep_ratio=0.6))
-    found = fit(setting, budget, planned_stages()).setting
-    assert most(found) <= budget
-    more = fitting.with_options(setting, keep_ratio=found.options.keep_ratio + 0.01)
+    outcome = fit(setting, budget, planned_stages()).setting
+    assert most(outcome) <= budget
+    more = fitting.with_options(setting, keep_ratio=outcome.options.keep_ratio + 0.01)
     assert most(more) > budget
     asked = Setting(wide, options.model_copy(update={"keep_ratio": 0.3}))
     assert fit(asked, budget, planned_stages()).setting.options.keep_ratio == 0.3
@@ -317,17 +317,17 @@ def test_a_family_that_does_not_say_how_it_trains(wide):
 
 def test_dora_is_traced(bare):
     """What the closed forms do not know is run on fake tensors."""
-    found = emloc.plan(model_name_or_path=bare, use_dora=True, max_length=40, device="cpu")
-    assert found["activations"] == "trace"
+    outcome = emloc.plan(model_name_or_path=bare, use_dora=True, max_length=40, device="cpu")
+    assert outcome["activations"] == "trace"
     plain = emloc.plan(model_name_or_path=bare, max_length=40, device="cpu")
     assert plain["activations"] == "closed form"
-    lines = [f["stages"]["train"]["device_bytes"]["lines"]["activations"] for f in (found, plain)]
+    lines = [f["stages"]["train"]["device_bytes"]["lines"]["activations"] for f in (outcome, plain)]
     assert lines[0] > lines[1]
 
 
 def test_written_to_a_folder_once(bare, tmp_path):
-    found = emloc.plan(model_name_or_path=bare, memory="2GiB", output_dir=tmp_path / "plan")
-    assert json.loads((tmp_path / "plan/plan.json").read_text()) == found
+    outcome = emloc.plan(model_name_or_path=bare, memory="2GiB", output_dir=tmp_path / "plan")
+    assert json.loads((tmp_path / "plan/plan.json").read_text()) == outcome
     assert (tmp_path / "plan/plan.png").read_bytes().startswith(b"\x89PNG")
     emloc.plan(model_name_or_path=bare, memory="2GiB", output_dir=tmp_path / "plan")
     with pytest.raises(OutputError, match="holds another plan"):
@@ -392,6 +392,6 @@ def test_compress_holds_what_the_plan_says(tmp_path, monkeypatch, samples, batch
     monkeypatch.setattr(Checkpoint, "read", live.reading(Checkpoint.read))
     with live:
         emloc.compress(output_dir=tmp_path / "emulator", device="cpu", **options)
-    found = emloc.plan(device="cpu", **options)["stages"]["compress"]["device_bytes"]["lines"]
-    planned = sum(count for name, count in found.items() if name != "allocator slack")
+    outcome = emloc.plan(device="cpu", **options)["stages"]["compress"]["device_bytes"]["lines"]
+    planned = sum(count for name, count in outcome.items() if name != "allocator slack")
     assert planned == pytest.approx(live.peak.total, rel=0.03)

@@ -139,8 +139,8 @@ def test_the_same_text_means_the_same_wherever_it_is_typed(tmp_path, option, tex
         "command line": {option: from_command_line(Trained.model_fields[option], text)},
     }
     for where, options in typed.items():
-        found = getattr(build(Trained, {"output_dir": "o", **options}, where), option)
-        assert (found, type(found)) == (value, type(value)), where
+        outcome = getattr(build(Trained, {"output_dir": "o", **options}, where), option)
+        assert (outcome, type(outcome)) == (value, type(value)), where
 
 
 def test_an_empty_name_is_refused_and_not_taken_for_none():

@@ -101,7 +101,7 @@ class CodesAndFactors(NamedTuple):
     pair: FactorPair
 
     def stored(self) -> Iterator[tuple[str, Kind]]:
-        """Those of the codes, then the factors'."""
+        """The tensors of the codes, then the factors'."""
         yield from self.codes.stored()
         yield from self.pair.stored()
 

@@ -3,9 +3,9 @@
 The order of giving up: the keep_ratio asked for or the largest that fits, down to 0.25; then blocks run
 twice (gradient checkpointing); then batches of one sample, accumulated; on a GPU an optimiser of 8 bits;
 then fewer calibration samples; then an emulator of a ratio down to 0.1; then smaller samples
-(`SampleSize`). Each is given up besides those before it, and with each the keep_ratio begins anew at the
-largest that fits. An option that was asked for stays as it is, and so does one that relieves no stage that
-does not fit.
+(`SampleSize`). Each is given up in addition to those before it, and with each the search for the largest
+keep_ratio starts over. An option that was asked for stays as it is, and so does one that relieves no stage
+that does not fit.
 
 Bytes are exact integers of the ratio and grow with it, so the largest is found by bisection in steps of a
 hundredth.

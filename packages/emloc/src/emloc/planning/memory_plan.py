@@ -17,7 +17,7 @@ CHANGEABLE = (
     "num_calibration_samples",
     "calibration_batch_size",
 )
-"""Options that fitting may change, besides those of the size of samples (`SampleSize`)."""
+"""Options that fitting may change, in addition to the sizes of samples (`SampleSize`)."""
 
 
 RUNNING = "inference"
