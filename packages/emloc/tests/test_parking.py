@@ -131,7 +131,7 @@ class Forgetful(Skipping):
     def forward(self, x):
         for block in self.blocks:
             x = block(x)
-            unread = x * 2  # noqa: F841
+            unread = x * 2  # noqa: F841 — a tensor that lives on while the call waits
         return x
 
 
