@@ -1,9 +1,17 @@
 import inspect
+from typing import Literal, get_args, get_origin
 
 import pytest
 
 import emloc
-from emloc.config import CompressConfig, CorrectConfig, TrainConfig, build
+from emloc.config import (
+    CompressConfig,
+    CorrectConfig,
+    EvaluateConfig,
+    PlanConfig,
+    TrainConfig,
+    build,
+)
 from emloc.errors import ConfigError
 from emloc.stages.run import plan_stages
 
@@ -97,3 +105,33 @@ def test_an_override_never_reaches_a_stage_that_does_not_know_it():
 def test_unknown_yaml_keys(change, message):
     with pytest.raises(ConfigError, match=message):
         plan_stages({**PLAN, **change}, "c.yaml")
+
+
+@pytest.mark.parametrize(
+    "config", [CompressConfig, TrainConfig, CorrectConfig, EvaluateConfig, PlanConfig]
+)
+def test_every_choice_can_be_made_in_text(config):
+    """As a command line gives it: one of a few numbers is a number, whatever it was typed as."""
+    required = {name: "x" for name, field in config.model_fields.items() if field.is_required()}
+    choices = {name: _literals(field.annotation) for name, field in config.model_fields.items()}
+    for name, values in choices.items():
+        for value in values:
+            made = build(config, {**required, name: str(value)}, "here")
+            assert getattr(made, name) in (value, [value]), name
+    if config is CompressConfig:
+        assert choices["bits"] == [2, 3, 4, 8]
+        with pytest.raises(ConfigError, match="bits = 5: input should be 2, 3, 4 or 8"):
+            build(config, {**required, "bits": "5"}, "here")
+
+
+def _literals(annotation):
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [value for part in get_args(annotation) for value in _literals(part)]
+
+
+def test_auto_is_no_candidate_of_auto():
+    options = {"adapter": "a", "emulator": "e", "output_dir": "o"}
+    assert build(CorrectConfig, {**options, "limit_candidates": "0,none"}, "here").limit_candidates
+    with pytest.raises(ConfigError, match="limit_candidates"):
+        build(CorrectConfig, {**options, "limit_candidates": "0,auto"}, "here")

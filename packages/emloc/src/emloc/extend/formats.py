@@ -7,7 +7,7 @@ from emloc.config import nearest
 from emloc.errors import CheckpointError, PluginError
 from emloc.extend.plugins import load_plugins
 from emloc.formats.layer_format import CORE_FORMATS, Form, LayerFormat
-from emloc.options.compress import DEFAULT_FORMAT
+from emloc.options.compress import AUTO, DEFAULT_FORMAT
 
 ABOUT_A_GROUP = ("format", "layers")
 """Keys of a group's entry in a config that are no sizes."""
@@ -26,8 +26,8 @@ def format_named(name: str) -> LayerFormat:
     known = plugins.formats
     if name not in known:
         raise PluginError(
-            f"No installed plugin offers the format {name!r} (installed: {', '.join(known)})."
-            f"{nearest(name, list(known))}{plugins.said_broken()}"
+            f"No installed plugin offers the format {name!r} (installed: {', '.join(known)}; {AUTO} "
+            f"chooses for each layer).{nearest(name, [AUTO, *known])}{plugins.said_broken()}"
         )
     return known[name].load()
 

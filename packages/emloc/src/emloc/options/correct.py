@@ -8,7 +8,7 @@ from emloc.machine.device import Device
 from emloc.options.base import DEVICES, MemoryOptions, ModelOptions
 from emloc.options.data import CalibrationOptions
 from emloc.options.marks import UnlessDefault, WithoutEffect
-from emloc.options.types import Limit, Located, OutputDir, split
+from emloc.options.types import GivenLimit, Limit, Located, OutputDir, split
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -26,7 +26,7 @@ class CorrectConfig(CalibrationOptions, ModelOptions, MemoryOptions):
     limit: Limit = Field(
         "auto", description="largest correction per direction, relative to the LoRA; none; auto"
     )
-    limit_candidates: Annotated[list[Limit], BeforeValidator(split)] = Field(
+    limit_candidates: Annotated[list[GivenLimit], BeforeValidator(split)] = Field(
         [0.0, 0.3, 1.0, 3.0, "none"], description="what auto tries; 0 is no correction"
     )
     strength: Annotated[float | None, UnlessDefault()] = Field(

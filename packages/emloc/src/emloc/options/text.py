@@ -30,7 +30,10 @@ def from_file(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, An
 
 
 def whole_numbers(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
-    """`1e3` as 1000 where an option is a whole number; all else as it is."""
+    """Text such as `64` or `1e3` as a number where an option is a whole one; all else as it is.
+
+    One of a few whole numbers (a `Literal`) is compared as it is, so text would be none of them.
+    """
     fields = model.model_fields
     return {
         name: _whole(value) if isinstance(value, str) and _is_whole(fields, name) else value
@@ -47,8 +50,10 @@ def _whole(text: str) -> Any:
         number = float(text)
     except ValueError:
         return text
-    digits = text.strip().lstrip("+-").replace("_", "")
-    return text if digits.isdigit() or not number.is_integer() else int(number)
+    try:
+        return int(text)  # a float would round what is long
+    except ValueError:
+        return int(number) if number.is_integer() else text
 
 
 def _as_typed(annotation: Any, value: Any) -> Any:

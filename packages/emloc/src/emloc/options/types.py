@@ -108,3 +108,6 @@ Scheduler = Literal[
 """transformers' schedules that need nothing but a length and a warm-up."""
 
 Limit = Annotated[Annotated[float, Field(ge=0)] | Literal["auto", "none"], BeforeValidator(_limit)]
+
+GivenLimit = Annotated[Annotated[float, Field(ge=0)] | Literal["none"], BeforeValidator(_limit)]
+"""A limit that is not left to data."""
