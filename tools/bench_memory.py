@@ -7,13 +7,15 @@ own, and compares its peak anonymous memory (over the stage's start) between the
 and with the workspace it cannot do without: one block in float32, its moments, and the hidden states
 [over_workspace]. For the latter, what the same stage takes on a one-block model of width 64 is
 subtracted: libraries that are imported on the way, and the thread pools' buffers. The LoRA is random:
-what it learnt changes no byte of memory. The last line is one JSON object.
+what it learnt changes no byte of memory. correct and merge hold a few MiB, of which the heaps of threads take
+another share each time: they run five times, and the middle one counts. The last line is one JSON object.
 
 Once, by hand, at the size of Llama-2-7B: tools/bench_stages.py and its record tools/records/llama_7b.md.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,6 +33,7 @@ from emloc_llm.example import write_model, write_rows
 
 assert emloc_llm
 SAMPLES, BATCH = 16, 4
+REPEATS = 5
 
 
 def make(root: Path, blocks: int, hidden: int) -> dict[str, Path]:
@@ -51,6 +54,13 @@ def stage(name: str, output: Path, **options: object) -> int:
     return int(json.loads((output / "emloc.json").read_text())["measured"]["peak_bytes"])
 
 
+def middle(name: str, output: Path, **options: object) -> int:
+    """Median of the peaks of `REPEATS` runs."""
+    return int(
+        statistics.median(stage(name, output / str(run), **options) for run in range(REPEATS))
+    )
+
+
 def measure(root: Path, blocks: int, hidden: int) -> dict[str, int]:
     """Peaks of the three stages at one depth."""
     made = make(root, blocks, hidden)
@@ -69,10 +79,11 @@ def measure(root: Path, blocks: int, hidden: int) -> dict[str, int]:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
     model.save_pretrained(root / "adapter")
-    peaks["correct"] = stage(
-        "correct", root / "corrected", adapter=root / "adapter", emulator=emulator, limit="none"
+    corrected = root / "corrected"
+    peaks["correct"] = middle(
+        "correct", corrected, adapter=root / "adapter", emulator=emulator, limit="none"
     )
-    peaks["merge"] = stage("merge", root / "merged", adapter=root / "corrected")
+    peaks["merge"] = middle("merge", root / "merged", adapter=corrected / "0")
     return peaks
 
 

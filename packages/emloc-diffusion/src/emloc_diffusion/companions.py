@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emloc.artefacts.json_files import read_json
+from emloc.integrations.empty_weights import empty_weights
 from emloc.planning.family import OtherModel
 from emloc.planning.live import LiveBytes
 from emloc.planning.trace import materialise
@@ -41,7 +41,7 @@ def _vae(config: Mapping[str, Any], resolution: int) -> OtherModel:
     from diffusers import AutoencoderKL
 
     known = {key: value for key, value in config.items() if not key.startswith("_")}
-    with init_empty_weights(include_buffers=False):
+    with empty_weights():
         model = AutoencoderKL(**known)
     channels = config.get("in_channels", 3)
 
@@ -57,7 +57,7 @@ def _text_encoder(config: Mapping[str, Any]) -> OtherModel:
     content = {key: value for key, value in config.items() if not key.startswith("_")}
     settings = transformers.AutoConfig.for_model(content.pop("model_type"), **content)
     kind: Any = getattr(transformers, config["architectures"][0])
-    with init_empty_weights(include_buffers=False):
+    with empty_weights():
         model = kind._from_config(settings)
     tokens = config.get("max_position_embeddings", T5_TOKENS)
 

@@ -54,15 +54,19 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 LARGE_BYTES = 1 << 20
 STREAMED_BYTES = 1 << 17
 
+_largest_kept = LARGE_BYTES
+
 
 def return_large_blocks() -> None:
     """Have the C library give every freed block of a MiB or more back to the system at once.
 
     By default glibc raises that size to 32 MiB as it sees such blocks freed, and then keeps them in a
-    heap that small allocations fragment. The heap's free end goes back from 128 KiB on, as by default before
-    glibc sees large blocks. Process-wide; elsewhere than glibc nothing happens.
+    heap that small allocations fragment. A hole of that heap serves large blocks from then on, whatever
+    the size is, and nothing gives it back: so a stage says this before it does anything else. The
+    heap's free end goes back from 128 KiB on, as by default before glibc sees large blocks.
+    Process-wide; other C libraries are left alone.
     """
-    _set_allocator(_M_MMAP_THRESHOLD, LARGE_BYTES)
+    _keep_up_to(LARGE_BYTES)
     _set_allocator(_M_TRIM_THRESHOLD, STREAMED_BYTES)
 
 
@@ -76,12 +80,19 @@ def streaming_memory() -> Iterator[None]:
     which goes through them in every step, would take 40 % longer (hidden size 512, two cores), and
     keeps to `return_large_blocks`.
     """
+    before = _largest_kept
     return_large_blocks()
-    _set_allocator(_M_MMAP_THRESHOLD, STREAMED_BYTES)
+    _keep_up_to(STREAMED_BYTES)
     try:
         yield
     finally:
-        return_large_blocks()
+        _keep_up_to(before)
+
+
+def _keep_up_to(size: int) -> None:
+    global _largest_kept
+    _largest_kept = size
+    _set_allocator(_M_MMAP_THRESHOLD, size)
 
 
 def _set_allocator(option: int, value: int) -> None:

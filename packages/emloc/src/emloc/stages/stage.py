@@ -20,6 +20,7 @@ from emloc.artefacts.kinds import BASE, Kind
 from emloc.config import build
 from emloc.extend.family import ModelFamily
 from emloc.extend.plugin_options import with_plugin_options
+from emloc.machine.memory import return_large_blocks
 from emloc.planning.contract import Contract, contract_for
 from emloc.planning.setting import Planned
 
@@ -103,6 +104,7 @@ class Stage(Generic[ConfigT, ResultT]):
 
     def __call__(self, **options: Any) -> ResultT:
         """Validate the options and run the stage."""
+        return_large_blocks()
         return self.function(self.checked(options, self.name))
 
     def checked(self, options: Mapping[str, Any], where: str) -> ConfigT:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.errors import CheckpointError
+from emloc.integrations.empty_weights import empty_weights
 
 Forward = Callable[[Any], object]
 
@@ -26,7 +26,7 @@ def empty_model(checkpoint: Checkpoint, model_class: Any, dtype: torch.dtype) ->
     """
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     try:
-        with init_empty_weights(include_buffers=False):
+        with empty_weights():
             model = model_class.from_config(config)
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
         raise CheckpointError(

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PreTrainedModel
@@ -20,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.errors import CheckpointError
+from emloc.integrations.empty_weights import empty_weights
 
 LIKE_LINEAR = frozenset({"FalconLinear"})
 """Subclasses of nn.Linear with a forward of their own that computes the same."""
@@ -36,7 +36,7 @@ def empty_model(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype) -> 
         # An emulator is described by its dense layers here; the others are core's business.
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with no_init_weights(), init_empty_weights(include_buffers=False):
+        with no_init_weights(), empty_weights():
             model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, KeyError, OSError, ImportError) as problem:
         raise CheckpointError(
