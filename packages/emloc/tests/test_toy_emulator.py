@@ -106,6 +106,31 @@ def test_a_full_rank_emulator_is_the_base(toy, tmp_path):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("other", [{"rank": 1}, {"format": "quantized"}, {"layers": ["elsewhere"]}])
+def test_a_finished_block_in_another_form_is_made_anew(toy, tmp_path, monkeypatch, other):
+    """Forms that are chosen by what was computed may differ on another device: shards and config agree."""
+    real = LowRank.fit
+
+    def fit(self, weights, moments, *others):
+        if "blocks.2" in moments.name:
+            raise KeyboardInterrupt
+        return real(self, weights, moments, *others)
+
+    options = {"output_dir": tmp_path / "e", **RATIO, **toy.example}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LowRank, "fit", fit)
+        emloc.compress(**options)
+    [begun] = tmp_path.iterdir()
+    report = json.loads((begun / "block-00001.json").read_text())
+    next(iter(report["layers"].values())).update(other)
+    (begun / "block-00001.json").write_text(json.dumps(report))
+    shard = next(begun.glob("*-00001-of-*"))
+    shard.write_bytes(b"of the other form")
+    folder = emloc.compress(**options)
+    for path in toy.stages["emulator"].glob("*.safetensors"):
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+
+
 def test_an_interrupted_run_goes_on_after_its_last_block(toy, tmp_path, monkeypatch):
     """To the same bytes, and without fitting a finished block again."""
     real, fitted = LowRank.fit, []

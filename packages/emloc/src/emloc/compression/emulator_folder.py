@@ -70,8 +70,27 @@ class EmulatorFolder:
         return json.loads(self.report_path(block).read_text("utf-8"))
 
     def finished_blocks(self) -> set[str]:
-        """Blocks that an interrupted run completed."""
-        return {block for block in self.stream.blocks if self.report_path(block).is_file()}
+        """Blocks that an interrupted run completed in the forms of the plan.
+
+        Where forms are chosen by what was computed, another device or version may choose others; such a
+        block is made anew.
+        """
+        begun = (block for block in self.stream.blocks if self.report_path(block).is_file())
+        return {block for block in begun if self._is_as_planned(block)}
+
+    def _is_as_planned(self, block: str) -> bool:
+        report = self.read_report(block)
+        made, unreached = report["layers"], set(report["unreached"])
+        planned = {
+            group.owner: {"layers": list(group.layers), "format": None, **group.fitted.as_json()}
+            for group in self.plan.within(block)
+            if not unreached.issuperset(group.layers)
+        }
+        return made.keys() == planned.keys() and all(
+            made[owner].get(key) == value
+            for owner, form in planned.items()
+            for key, value in form.items()
+        )
 
     def write_block(
         self,
