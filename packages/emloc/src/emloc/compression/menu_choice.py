@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from emloc.artefacts.json_files import read_json
@@ -85,31 +84,39 @@ def _priced(
 ) -> Menus:
     weights = weights_of(stream, group)
     refuse_not_finite(moments.name, weights)
-    feedback, matrix = Feedback.of(moments), moments.matrix
     menus: dict[str, Any] = {}
     for shape, weight, forms in zip(group.shape.singles(), weights, group.menu):
-        whole = squared_output(weight, matrix)
-        grid = choose_grid(weight, matrix.diagonal(), *REFERENCE)
-        rounded = grid.values(feedback.round(weight, grid))
-        error = squared_output(weight.float() - rounded, matrix)
+        rounded, share, errors = price_forms(weight, moments, forms)
         minded = passed.probe.sensitivity([shape.owner], [rounded.to(weight.dtype)])
-        share = error / whole if whole > 0 else 0.0
         menus[shape.owner] = {
             "bytes": [tensor_bytes(shape, form, itemsize) for form in forms],
-            "errors": [
-                _lost(weight, feedback.weights, form) / whole if whole > 0 else 0.0
-                for form in forms
-            ],
+            "errors": errors,
             "dense_bytes": shape.numel * itemsize,
             "sensitivity": minded / share if minded > 0 and share > 1e-12 else None,
         }
     return menus
 
 
-def _lost(weight: Tensor, importance: Tensor, form: Form) -> float:
-    """The squared change of the outputs that rounding with feedback leaves."""
-    bits, group_size = form.sizes["bits"], form.sizes["group_size"]
-    return grid_error(weight, importance.to(torch.float32), bits, group_size)
+def price_forms(
+    weight: Tensor, moments: Moments, forms: Sequence[Form]
+) -> tuple[Tensor, float, list[float]]:
+    """A weight rounded to `REFERENCE`, its relative squared error, and those predicted of other forms.
+
+    Args:
+        weight: d_out × d_in.
+        moments: of the inputs.
+    """
+    feedback, matrix = Feedback.of(moments), moments.matrix
+    whole = squared_output(weight, matrix)
+    grid = choose_grid(weight, matrix.diagonal(), *REFERENCE)
+    rounded = grid.values(feedback.round(weight, grid))
+    lost = squared_output(weight.float() - rounded, matrix)
+    predicted = [
+        grid_error(weight, feedback.weights, form.sizes["bits"], form.sizes["group_size"])
+        for form in forms
+    ]
+    shares = [error / whole if whole > 0 else 0.0 for error in (lost, *predicted)]
+    return rounded, shares[0], shares[1:]
 
 
 def with_chosen(

@@ -18,6 +18,11 @@ SCALES = 256
 
 ZERO_BITS = 4
 
+ELEMENTS = {"cpu": 1 << 17}
+"""Weights that are tried on a grid at a time, by the kind of device, so that they stay in the cache."""
+
+ELEMENTS_ELSEWHERE = 1 << 24
+
 SHRINKS = tuple(1 - 0.05 * step for step in range(13))
 """Shares of a group's range that are tried as the grid's; outliers beyond it are clipped."""
 
@@ -57,6 +62,16 @@ class Grid:
         """Zeros in units of a code, float32."""
         return decoded_zeros(self.zero_codes, self.bits)
 
+    @property
+    def units(self) -> Float[Tensor, "rows groups"]:
+        """The scales of code 1, float32."""
+        return decoded_scales(torch.ones_like(self.scale_codes), self.largest)
+
+    def by_group(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Scales, their inverses (of 0: 0), and zeros, each rows × groups, float32."""
+        scales = self.scales
+        return scales, torch.where(scales > 0, 1 / scales, 0.0), self.zeros
+
     def values(self, codes: Tensor) -> Float[Tensor, "rows columns"]:
         """The weight that rows of codes stand for, float32."""
         scales, zeros = (self._by_column(part) for part in (self.scales, self.zeros))
@@ -82,12 +97,6 @@ def decoded_scales(codes: Tensor, largest: Tensor) -> Tensor:
 def decoded_zeros(codes: Tensor, bits: int) -> Tensor:
     """Zeros in units of a code, float32."""
     return codes.float() * (((1 << bits) - 1) / ((1 << ZERO_BITS) - 1))
-
-
-def nearest_codes(target: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
-    """The codes, as floats, whose values are nearest; of a scale of 0, those of no meaning."""
-    safe = torch.where(scale > 0, scale, 1.0)
-    return (target / safe + zero).round_().clamp_(0, levels)
 
 
 def choose_grid(
@@ -126,11 +135,24 @@ def _search(
     shrinks: Sequence[float] = SHRINKS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scales, codes of zeros and squared errors, each rows × groups."""
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     count = group_count(columns, group_size)
     room = count * group_size - columns
-    grouped = torch.nn.functional.pad(weight.float(), (0, room)).view(rows, count, group_size)
-    weights = torch.nn.functional.pad(importance.float(), (0, room)).view(1, count, group_size)
+    weights = torch.nn.functional.pad(importance.float(), (0, room)).view(count, group_size, 1)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    step = max(1, ELEMENTS.get(weight.device.type, ELEMENTS_ELSEWHERE) // columns)
+    for part in weight.split(step):
+        padded = torch.nn.functional.pad(part.float(), (0, room))
+        grouped = padded.view(len(part), count, group_size)
+        found.append(_search_rows(grouped, weights, bits, shrinks))
+    scales, zeros, errors = (torch.cat(parts) for parts in zip(*found))
+    return scales, zeros, errors
+
+
+def _search_rows(
+    grouped: Tensor, weights: Tensor, bits: int, shrinks: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for some rows × groups × inputs of a group."""
     low = grouped.amin(dim=2).clamp(max=0)
     high = grouped.amax(dim=2).clamp(min=0)
     levels = (1 << bits) - 1
@@ -172,7 +194,10 @@ def _squared_error(
     grouped: Tensor, weights: Tensor, scale: Tensor, zero: Tensor, bits: int
 ) -> Tensor:
     """The weighted squared error of each group, rows × groups."""
-    zeros, scales = decoded_zeros(zero, bits)[..., None], scale[..., None]
-    safe = torch.where(scales > 0, scales, 1.0)
-    codes = (grouped / safe + zeros).round_().clamp_(0, (1 << bits) - 1)
-    return codes.sub_(zeros).mul_(scales).sub_(grouped).square_().mul_(weights).sum(dim=2)
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)[..., None]
+    places = (grouped * inverse).add_(decoded_zeros(zero, bits)[..., None])
+    codes = places.round().clamp_(0, (1 << bits) - 1)
+    off = codes.sub_(places).square_()
+    # One small product per group adds up what is off in it.
+    summed = torch.bmm(off.transpose(0, 1), weights)[..., 0].T
+    return summed * scale.square()

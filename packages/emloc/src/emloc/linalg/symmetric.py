@@ -18,6 +18,12 @@ def _starts(size: int) -> range:
     return range(0, size, max(256, -(-size // BLOCKS)))
 
 
+def blocks_of(size: int) -> list[slice]:
+    """Block rows of a triangle."""
+    starts = _starts(size)
+    return [slice(start, min(start + starts.step, size)) for start in starts]
+
+
 def add_gram(total: Float[Tensor, "d d"], rows: Float[Tensor, "n d"]) -> None:
     """Add `rowsᵀ rows` to the upper triangle of `total`, in place; the rest of it is not to be read."""
     starts = _starts(rows.shape[1])
