@@ -1,7 +1,8 @@
 """Correct a whole adapter: each layer's mismatch, the limit by the loss on data, the new tensors.
 
-A layer's weight is read from the base's shards and its stored form from the emulator's, whenever its
-mismatch is wanted; nothing is kept, so memory is one layer's, however deep the model is.
+A layer's weight is read from the base's shards, and what it was while the LoRA was trained is made anew
+(`emloc.adapters.frozen_weights`), whenever its mismatch is wanted; nothing is kept, so memory is one layer's,
+however deep the model is.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,12 +15,12 @@ import torch
 from torch import Tensor
 
 from emloc.adapters.adapted_weights import AdaptedWeights
+from emloc.adapters.frozen_weights import FrozenWeights
 from emloc.artefacts.adapter_config import CONFIG_NAME
 from emloc.artefacts.adapter_tensors import WEIGHTS_NAME, LoraLayer
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import write_json
-from emloc.compression.groups import Group
 from emloc.config import CorrectConfig
 from emloc.correction.limits import CandidateLora, Watched, batch_losses, mean_loss
 from emloc.correction.reads import Reads
@@ -40,7 +41,6 @@ from emloc.linalg.correction import (
 )
 from emloc.linalg.finite import is_finite
 from emloc.linalg.gram import moment_dtype
-from emloc.linalg.operator import Operator
 from emloc.machine.progress import console, progress_bar
 from emloc.streaming.stream import UnitStream
 
@@ -52,31 +52,26 @@ class AdapterCorrection:
     Attributes:
         config: the stage's options.
         base: the original model.
-        emulator: the emulator's tensors.
-        groups: what the emulator compresses.
-        adapted: the adapter as trained on the emulator, and what it changes in the base.
-        weight_names: tensor names of the weights of compressed layers, by layer.
+        frozen: the weights that the adapter was trained beside.
+        adapted: the adapter as it was trained, and what it changes in the base.
         reads: sums of what the LoRAs read, for ways that need them.
     """
 
     config: CorrectConfig
     base: Checkpoint
-    emulator: Checkpoint
-    groups: Sequence[Group]
+    frozen: FrozenWeights
     adapted: AdaptedWeights
-    weight_names: Mapping[str, str]
     reads: Reads | None = None
 
     def __post_init__(self) -> None:
         self.device = torch.device(self.config.device)
         self.adapter, self.weights = self.adapted.adapter, self.adapted.layers
-        self.groups_of = {name: group for group in self.groups for name in group.layers}
         for name in self.adapter.saved:
-            if name.rpartition(".")[0] in self.groups_of:
+            if name.rpartition(".")[0] in self.frozen.layers:
                 raise MismatchError(
-                    f"Adapter {self.adapter.path} trained {name} whole, which the emulator compresses: "
-                    f"what it learnt does not fit the base. Leave it out of modules_to_save, or exclude "
-                    f"the layer when compressing."
+                    f"Adapter {self.adapter.path} trained {name} whole, which {self.frozen.changed_by}: "
+                    f"what it learnt does not fit the base. Leave it out of modules_to_save, or "
+                    f"{self.frozen.exempt}."
                 )
         self.adapter.require_finite(
             lambda key: NumericalError(
@@ -85,23 +80,13 @@ class AdapterCorrection:
             )
         )
 
-    def _emulated(self, layer: str, device: torch.device | None = None) -> Operator:
-        """The emulator's weight of a compressed layer."""
-        group = self.groups_of[layer]
-
-        def read(owner: str, name: str) -> Tensor:
-            stem = self.weight_names[owner].removesuffix("weight")
-            return self.emulator.read(f"{stem}{name}").to(device)
-
-        return group.form.format.operator(group.shape, group.form, layer, read)
-
     def _measure(self, layer: LoraLayer, by_data: bool = False) -> Mismatch | None:
-        """Measure how base and emulator differ where the LoRA reads; None for a dense layer.
+        """Measure how both weights differ where the LoRA reads; None where they are the same.
 
         Args:
             by_data: in the directions that data take there, instead of all alike.
         """
-        if layer.name not in self.groups_of:
+        if layer.name not in self.frozen.layers:
             return None
         weight = self.weights[layer.name].layer_weight(self.base.read)
         down, up = self.adapter.matrix(layer.down_key), self.adapter.matrix(layer.up_key)
@@ -111,7 +96,7 @@ class AdapterCorrection:
 
         mismatch = measure(
             on_device(weight),
-            self._emulated(layer.name, self.device),
+            self.frozen.operator(layer.name, self.device),
             self._basis(layer, on_device(down), by_data),
             on_device(up),
             layer.scaling,
@@ -119,7 +104,7 @@ class AdapterCorrection:
         # NaN and infinity in a weight reach every product with it.
         if not is_finite(mismatch.drift):
             raise NumericalError(
-                f"Layer {layer.name} of {self.base.name}, or of the emulator, holds NaN or infinity; "
+                f"Layer {layer.name} of {self.base.name}, or of {self.frozen.called}, holds NaN or infinity; "
                 f"check both with emloc verify."
             )
         return mismatch
@@ -249,11 +234,11 @@ class AdapterCorrection:
         """DoRA's magnitude for the base beside B = `up`; without correction, the adapter's own."""
         assert layer.magnitude_key is not None
         magnitude = self.adapter.magnitude(layer.magnitude_key)
-        if layer.name not in self.groups_of or way == UNCORRECTED:
+        if layer.name not in self.frozen.layers or way == UNCORRECTED:
             return magnitude
         high = moment_dtype(self.base.tensors[self.weights[layer.name].names[0]].dtype)
         original = self.adapter.matrix(layer.up_key)
-        emulated = self._sum(layer, original, self._emulated(layer.name).dense(high))
+        emulated = self._sum(layer, original, self.frozen.operator(layer.name).dense(high))
         return dora_magnitude(magnitude, self._sum(layer, up), emulated)
 
     def write(self, work: Path, way: Way) -> dict[str, dict[str, Any]]:
@@ -271,7 +256,7 @@ class AdapterCorrection:
         ):
             for key in infos:
                 layer = by_key.get(key)
-                if layer is None or layer.name not in self.groups_of:
+                if layer is None or layer.name not in self.frozen.layers:
                     shard.write(key, self.adapter.read(key))
                     continue
                 if last is None or last[0] != layer.name:

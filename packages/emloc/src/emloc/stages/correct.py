@@ -10,23 +10,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from emloc.adapters.adapted_weights import adapted_weights, part_weights
+from emloc.adapters.adapted_weights import adapted_weights
 from emloc.artefacts.adapter import Adapter
-from emloc.artefacts.adapter_base import folder_named
 from emloc.artefacts.adapter_config import CONFIG_NAME
 from emloc.artefacts.adapter_tensors import WEIGHTS_NAME
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.digest import batches_digest
 from emloc.artefacts.kinds import ADAPTER, CORRECTED_ADAPTER, EMULATOR
-from emloc.artefacts.manifest import Manifest, ModelReference
+from emloc.artefacts.manifest import ModelReference
 from emloc.artefacts.output_place import has_place
 from emloc.artefacts.small_files import copy_file, write_json
-from emloc.compression.groups import dense_shapes, written_groups
 from emloc.config import CorrectConfig
 from emloc.correction.adapter_correction import AdapterCorrection
 from emloc.correction.reads import Reads
+from emloc.correction.trained_on import OnEmulator
 from emloc.errors import ConfigError, MismatchError
 from emloc.extend.capabilities import exported
 from emloc.extend.family import Batch, ModelFamily
@@ -80,15 +78,14 @@ def _compares(config: CorrectConfig) -> bool:
 )
 def correct(config: CorrectConfig) -> Path:
     """Correct an adapter for the original model; returns the new adapter's folder."""
-    emulator_manifest = _emulator_manifest(config.emulator)
     adapter = Adapter.open(config.adapter)
-    _refuse_foreign_adapter(adapter, config.emulator, emulator_manifest)
-    origin = emulator_manifest.base_model
+    trained_on = OnEmulator.of(config.emulator, adapter)
+    origin = trained_on.base
     base, family = open_model(
         config.model_name_or_path or origin.name_or_path,
         config.single_file_config or origin.single_file_config,
         config.family,
-        emulator_manifest.family,
+        trained_on.family,
     )
     config = of_family(config, family)
     if base.digest() != origin.digest:
@@ -97,14 +94,10 @@ def correct(config: CorrectConfig) -> Path:
             f"{origin.name_or_path}); pass that one."
         )
     adapter = adapter.with_parts(base.parts)
-    emulator = Checkpoint.open(config.emulator)
-    _refuse_foreign_parts(adapter, emulator, base)
+    trained_on.require_parts(adapter, base)
     skeleton = family.skeleton(base, torch.float32)
     adapted = adapted_weights(adapter, family, skeleton, base)
-    names = _weight_names(emulator_manifest, family, skeleton, base)
-    groups = written_groups(
-        emulator_manifest.layers, dense_shapes(emulator_manifest.layers, skeleton)
-    )
+    frozen = trained_on.weights(family, skeleton, base)
     del skeleton
     adapter = adapted.adapter
     contract = correct.contract(config, base, family, adapter)
@@ -113,7 +106,7 @@ def correct(config: CorrectConfig) -> Path:
         **own_options(config, PATHS),
         **named_family(base, family),
         "base_digest": origin.digest,
-        "emulator_digest": emulator_manifest.summary["emulator_digest"],
+        **trained_on.settings(),
         "adapter_digest": adapter.digest(),
         "data_digest": batches_digest(batches),
     }
@@ -124,18 +117,15 @@ def correct(config: CorrectConfig) -> Path:
         settings,
         family.name,
         ModelReference.of(base, origin.digest),
-        emulator=ModelReference(
-            name_or_path=str(Path(config.emulator).absolute()),
-            digest=emulator_manifest.summary["emulator_digest"],
-        ),
+        emulator=trained_on.reference(),
         packages=("torch", "safetensors"),
         device=config.device,
         memory=config.memory,
     )
 
     def write(work: Path) -> Written:
-        reads = Reads(work / READS, frozenset(n for group in groups for n in group.layers))
-        correction = AdapterCorrection(config, base, emulator, groups, adapted, names, reads)
+        reads = Reads(work / READS, frozen.layers)
+        correction = AdapterCorrection(config, base, frozen, adapted, reads)
         stream = None
         if (
             batches
@@ -163,83 +153,12 @@ def correct(config: CorrectConfig) -> Path:
     return artefact.write(write, lambda: contract)
 
 
-def _weight_names(
-    manifest: Manifest, family: ModelFamily, skeleton: nn.Module, base: Checkpoint
-) -> dict[str, str]:
-    """Tensor names of the weights that the emulator has in another form, by layer."""
-    names: dict[str, str] = {}
-    for layer in (name for entry in manifest.layers.values() for name in entry["layers"]):
-        stored = family.stored(skeleton, f"{layer}.weight", base)
-        if stored is not None and stored.plain_name is not None:
-            names[layer] = stored.plain_name
-    return names
-
-
-def _refuse_foreign_parts(adapter: Adapter, emulator: Checkpoint, base: Checkpoint) -> None:
-    """A part is not compressed, so what it was trained beside must be the base's own."""
-    for name, part in adapter.parts.items():
-        trained_on, original = emulator.part(name), base.part(name)
-        part_weights(part, original)
-        if trained_on.digest() != original.digest():
-            raise MismatchError(
-                f"Adapter {part.path} was trained on the {name} of {emulator.name}, and that of "
-                f"{base.name} holds other weights; pass the model that the emulator was made from."
-            )
-
-
 def _carry_over(part: Adapter, base: Checkpoint, folder: Path) -> None:
     """There is no mismatch to correct: only the name of the base changes."""
     copy_file(part.path / WEIGHTS_NAME, folder / WEIGHTS_NAME)
     write_json(
         folder / CONFIG_NAME, {**part.config, "base_model_name_or_path": base.reference_name()}
     )
-
-
-def _emulator_manifest(emulator: str) -> Manifest:
-    manifest = Manifest.read(Path(emulator))
-    if manifest.kind != "emulator":
-        raise MismatchError(f"{emulator} is no emulator; its manifest says {manifest.kind}.")
-    if manifest.method is not None:
-        raise MismatchError(
-            f"{emulator} is the light model of the method {manifest.method}, whose adapters go back to "
-            f"the original in their own way and not by correction; use Method.recover, or emloc bench."
-        )
-    return manifest
-
-
-def _refuse_foreign_adapter(adapter: Adapter, emulator: str, manifest: Manifest) -> None:
-    origin = Manifest.find(adapter.path)
-    if origin is None:
-        _refuse_foreign_folder(adapter, emulator, manifest)
-        return
-    if origin.kind == "corrected_adapter":
-        raise MismatchError(
-            f"Adapter {adapter.path} is corrected already; correct the one that training wrote."
-        )
-    digest = origin.emulator.digest if origin.emulator else None
-    if digest != manifest.summary["emulator_digest"]:
-        trained_on = origin.emulator.name_or_path if origin.emulator else "the base model itself"
-        raise MismatchError(
-            f"Adapter {adapter.path} was trained on {trained_on}, not on {emulator}; pass the "
-            f"emulator that it was trained on."
-        )
-
-
-def _refuse_foreign_folder(adapter: Adapter, emulator: str, manifest: Manifest) -> None:
-    """Trained by somebody else's trainer: PEFT's config may still name what it was trained on."""
-    folder = folder_named(adapter)
-    if folder is None or folder.resolve() == Path(emulator).resolve():
-        return
-    named = Manifest.find(folder)
-    same = (
-        named is not None
-        and named.summary.get("emulator_digest") == (manifest.summary["emulator_digest"])
-    )
-    if not same:
-        raise MismatchError(
-            f"Adapter {adapter.path} was trained on {folder} by its adapter_config.json, not on "
-            f"{emulator}; pass the emulator that it was trained on."
-        )
 
 
 def _batches(config: CorrectConfig, family: ModelFamily, base: Checkpoint) -> Sequence[Batch]:
