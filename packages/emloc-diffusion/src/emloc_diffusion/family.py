@@ -17,6 +17,7 @@ from emloc.config import (
     TrainConfig,
 )
 from emloc.extend.family import Batch, EmulatorLayers, StoredParameter
+from emloc.integrations.diffusers.few_bits import layers_in_few_bits
 from emloc.integrations.diffusers.quantizer import emulator_config
 from emloc.integrations.diffusers.skeleton import Trace, empty_model, is_layer, trace, units
 from emloc_diffusion.denoisers import DENOISERS, denoiser_of
@@ -90,6 +91,10 @@ class DiffusionFamily(PlannedDiffusion):
             )
             object.__setattr__(model, "_emloc_trace", known)
         return known
+
+    def layers_in_few_bits(self, model: nn.Module, skip: Sequence[str] | None) -> Sequence[str]:
+        """See `LoadsInFewBits`; `emloc.integrations.diffusers.few_bits`."""
+        return layers_in_few_bits(model, skip)
 
     def calibration_batches(
         self, checkpoint: Checkpoint, options: CalibrationOptions

@@ -21,17 +21,17 @@ class FrozenWeights(Protocol):
 
     @property
     def called(self) -> str:
-        """What they are of, in messages."""
+        """The model that they are of, in messages."""
         ...
 
     @property
     def changed_by(self) -> str:
-        """What changed them, in messages."""
+        """The cause of their change, in messages: `which …`."""
         ...
 
     @property
     def exempt(self) -> str:
-        """How a layer can be left as it is, in messages."""
+        """A way to leave a layer as it is, in messages."""
         ...
 
     def operator(self, layer: str, device: torch.device | None = None) -> Operator:

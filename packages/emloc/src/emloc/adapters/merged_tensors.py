@@ -1,10 +1,11 @@
 """The origin of each tensor of a merged model.
 
-Most are the base's own; a few have a LoRA added, or are replaced by what was trained whole. Where parameters
-are tied, the base stores one tensor for several, and base + adapter often holds them apart: PEFT trains
-`lm_head` or `embed_tokens` as a copy of its own, and a LoRA on one of them leaves the other alone. The merged
-model then stores a tensor for each, under a config that ties nothing; that it is read back so is checked on
-the skeleton of that config, and a model that cannot be stored so is refused.
+Most are the base's own; a few have a LoRA added, or are replaced by what was trained whole. If the adapter
+runs on dequantised weights, all layers that were in few bits have those. Where parameters are tied, the base
+stores one tensor for several, and base + adapter often holds them apart: PEFT trains `lm_head` or
+`embed_tokens` as a copy of its own, and a LoRA on one of them leaves the other alone. The merged model then
+stores a tensor for each, under a config that ties nothing; that it is read back so is checked on the skeleton
+of that config, and a model that cannot be stored so is refused.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from emloc.adapters.adapted_weights import AdaptedWeights, part_weights
+from emloc.adapters.rounding import RoundedBase
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_tensors import LoraLayer
 from emloc.artefacts.checkpoint import Checkpoint
@@ -34,11 +36,13 @@ class Source:
         place: how the base stores it.
         layer: the LoRA that is added, or None.
         whole: the adapter's tensor that takes its place, or None.
+        rounded: the layer whose dequantised weight it is made of, instead of the base's; or None.
     """
 
     place: StoredParameter
     layer: LoraLayer | None = None
     whole: str | None = None
+    rounded: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class MergedModel:
         sources: of the tensors that are not the base's as they are.
         added: tensors that the base does not have, each in the file of what it is made of.
         config: of the merged model, where it is not the base's.
+        frozen: the dequantised weights that the adapter runs on, if it does not run on the base's.
     """
 
     base: Checkpoint
@@ -56,6 +61,7 @@ class MergedModel:
     sources: Mapping[str, Source]
     added: Mapping[str, TensorInfo] = field(default_factory=dict[str, TensorInfo])
     config: dict[str, Any] | None = None
+    frozen: RoundedBase | None = None
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -69,14 +75,24 @@ class MergedModel:
             return self.base.read(name)
         if source.whole is not None:
             return self.adapter.read(source.whole).to(info.dtype)
-        if source.layer is None:
+        if source.layer is None and source.rounded is None:
             return self.base.read(source.place.names[0])
-        layer, adapter = source.layer, self.adapter
-        weight = source.place.layer_weight(self.base.read)
+        merged = self._weight(source)
+        if source.layer is not None:
+            merged = self._with_lora(merged, source.layer)
+        return (merged.T if source.place.transposed else merged).to(info.dtype).reshape(info.shape)
+
+    def _weight(self, source: Source) -> Tensor:
+        if source.rounded is None:
+            return source.place.layer_weight(self.base.read)
+        assert self.frozen is not None
+        return self.frozen.weight(source.rounded)
+
+    def _with_lora(self, weight: Tensor, layer: LoraLayer) -> Tensor:
+        adapter = self.adapter
         magnitude = adapter.magnitude(layer.magnitude_key) if layer.magnitude_key else None
         down, up = adapter.matrix(layer.down_key), adapter.matrix(layer.up_key)
-        merged = merged_weight(weight, down, up, layer.scaling, magnitude)
-        return (merged.T if source.place.transposed else merged).reshape(info.shape)
+        return merged_weight(weight, down, up, layer.scaling, magnitude)
 
     def _info(self, name: str) -> TensorInfo:
         return self.added[name] if name in self.added else self.base.tensors[name]
@@ -96,18 +112,23 @@ def merged_part(part: Adapter, base: Checkpoint) -> MergedModel:
 
 
 def merged_model(
-    adapted: AdaptedWeights, family: ModelFamily, model: nn.Module, base: Checkpoint
+    adapted: AdaptedWeights,
+    family: ModelFamily,
+    model: nn.Module,
+    base: Checkpoint,
+    frozen: RoundedBase | None = None,
 ) -> MergedModel:
     """The base with its adapter.
 
     Args:
         model: the base's skeleton.
+        frozen: its dequantised weights, if the adapter runs on those.
 
     Raises:
         MismatchError: a weight lies in a tensor with others, or is tied to one that the adapter leaves
             alone and cannot be stored apart from it.
     """
-    changed = _changed(adapted, base)
+    changed = _changed(adapted, base, frozen)
     known = {
         name: stored
         for name, _ in model.named_parameters(remove_duplicate=False)
@@ -116,19 +137,28 @@ def merged_model(
     apart = _come_apart(changed, known, model, adapted.adapter)
     if not apart:
         sources = {source.place.names[0]: source for source in changed.values()}
-        return MergedModel(base, adapted.adapter, sources)
+        return MergedModel(base, adapted.adapter, sources, frozen=frozen)
     config, added = _untied(apart, known, family, model, base)
     sources = {
         (name if name in added else source.place.names[0]): source
         for name, source in changed.items()
     }
     sources |= {name: Source(known[name]) for name in added if name not in changed}
-    return MergedModel(base, adapted.adapter, sources, added, config)
+    return MergedModel(base, adapted.adapter, sources, added, config, frozen)
 
 
-def _changed(adapted: AdaptedWeights, base: Checkpoint) -> dict[str, Source]:
-    """The new values of the parameters that the adapter changes, by parameter."""
+def _changed(
+    adapted: AdaptedWeights, base: Checkpoint, frozen: RoundedBase | None
+) -> dict[str, Source]:
+    """The new values of the parameters that the adapter or its dequantised weights change, by parameter."""
     changed: dict[str, Source] = {}
+    for name, place in frozen.places.items() if frozen is not None else ():
+        if place.plain_name is None:
+            raise MismatchError(
+                f"{name} is part of the fused tensor {place.names[0]} in {base.name}, where its "
+                f"dequantised weight cannot be stored; correct the adapter for the original (limit=none)."
+            )
+        changed[f"{name}.weight"] = Source(place, rounded=name)
     for layer in adapted.adapter.layers:
         place = adapted.layers[layer.name]
         if place.plain_name is None:
@@ -136,7 +166,9 @@ def _changed(adapted: AdaptedWeights, base: Checkpoint) -> dict[str, Source]:
                 f"{layer.name} is part of the fused tensor {place.names[0]} in "
                 f"{base.name}, into which it cannot be merged; run the adapter beside the model."
             )
-        changed[f"{layer.name}.weight"] = Source(place, layer)
+        parameter = f"{layer.name}.weight"
+        rounded = layer.name if parameter in changed else None
+        changed[parameter] = Source(place, layer, rounded=rounded)
     for name, place in adapted.whole.items():
         if place.plain_name is None or name in changed:
             raise MismatchError(

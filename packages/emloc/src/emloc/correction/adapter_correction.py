@@ -16,6 +16,7 @@ from torch import Tensor
 
 from emloc.adapters.adapted_weights import AdaptedWeights
 from emloc.adapters.frozen_weights import FrozenWeights
+from emloc.adapters.rounding import DEQUANTISED, RoundedBase
 from emloc.artefacts.adapter_config import CONFIG_NAME
 from emloc.artefacts.adapter_tensors import WEIGHTS_NAME, LoraLayer
 from emloc.artefacts.checkpoint import Checkpoint
@@ -23,6 +24,7 @@ from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import write_json
 from emloc.config import CorrectConfig
 from emloc.correction.limits import CandidateLora, Watched, batch_losses, mean_loss
+from emloc.correction.other_weights import OtherWeights
 from emloc.correction.reads import Reads
 from emloc.correction.ways import UNCORRECTED, Way, best_way, candidates, given_way
 from emloc.errors import MismatchError, NumericalError
@@ -147,7 +149,7 @@ class AdapterCorrection:
                 self.reads, lambda name: self._candidates(layers[name], [UNCORRECTED])
             )
             batch_losses(stream, batches, list(layers), watched.original, [0], watched)
-        return way, {"limit": way.shown}
+        return way, {"limit": way.shown, **self._runs_on(way)}
 
     def choose(
         self, stream: UnitStream, batches: Sequence[Batch], at_once: int | None = None
@@ -183,6 +185,7 @@ class AdapterCorrection:
                 partial(self._candidates_of, layers, some),
                 range(len(some)),
                 watched if start == 0 else None,
+                self._dequantised(some),
             )
         first, other, every = (
             [mean_loss(part[place], number) for number, part in enumerate(parts)]
@@ -199,7 +202,31 @@ class AdapterCorrection:
             way.shown: {"chosen_on": on, "checked_on": against}
             for way, on, against in zip(ways, other, first)
         }
-        return chosen, {"limit": chosen.shown, "calibration_loss": table, "halves": halves}
+        return chosen, {
+            "limit": chosen.shown,
+            "calibration_loss": table,
+            "halves": halves,
+            **self._runs_on(chosen),
+        }
+
+    def _runs_on(self, way: Way) -> dict[str, Any]:
+        """The entry for `Rounding.runs_on`, if the adapter runs on dequantised weights."""
+        if not way.dequantised:
+            return {}
+        assert isinstance(self.frozen, RoundedBase)
+        console.print(
+            f"correct: the adapter stays as it is and runs on the dequantised weights of {self.base.name}, "
+            f"which emloc merge writes with it"
+        )
+        return {DEQUANTISED: self.frozen.rounding.as_json()}
+
+    def _dequantised(self, ways: Sequence[Way]) -> OtherWeights | None:
+        """The way among `ways` that runs on dequantised weights, if one does."""
+        for place, way in enumerate(ways):
+            if way.dequantised:
+                assert isinstance(self.frozen, RoundedBase)
+                return OtherWeights(place, list(self.frozen.layers), self.frozen.parameter)
+        return None
 
     def _candidates_of(
         self, layers: Mapping[str, LoraLayer], ways: Sequence[Way], name: str
@@ -212,13 +239,14 @@ class AdapterCorrection:
         ups: list[Tensor] = []
         for way in ways:
             corrected = None
-            if way != UNCORRECTED:
+            if way.corrects:
                 corrected = self._corrected_up(mismatches, layer, way)
             ups.append(original if corrected is None else corrected.up.to(original.dtype).cpu())
         gains = None
         if layer.magnitude_key is not None:
             gains = [
-                self._magnitude(layer, up, way) / self._sum(layer, up).norm(dim=1)
+                self._magnitude(layer, up, way)
+                / self._sum(layer, up, self._beside(layer, way)).norm(dim=1)
                 for up, way in zip(ups, ways)
             ]
         return CandidateLora(self.adapter.read(layer.down_key), ups, layer.scaling, gains)
@@ -230,11 +258,18 @@ class AdapterCorrection:
         down = self.adapter.matrix(layer.down_key).to(high)
         return torch.addmm(weight.to(high), up.to(high), down, alpha=layer.scaling)
 
+    def _beside(self, layer: LoraLayer, way: Way) -> Tensor | None:
+        """The weight that a layer's LoRA is added to, where it is not the base's own."""
+        if not way.dequantised or layer.name not in self.frozen.layers:
+            return None
+        dtype = self.base.tensors[self.weights[layer.name].names[0]].dtype
+        return self.frozen.operator(layer.name).dense(moment_dtype(dtype))
+
     def _magnitude(self, layer: LoraLayer, up: Tensor, way: Way) -> Tensor:
         """DoRA's magnitude for the base beside B = `up`; without correction, the adapter's own."""
         assert layer.magnitude_key is not None
         magnitude = self.adapter.magnitude(layer.magnitude_key)
-        if layer.name not in self.frozen.layers or way == UNCORRECTED:
+        if layer.name not in self.frozen.layers or not way.corrects:
             return magnitude
         high = moment_dtype(self.base.tensors[self.weights[layer.name].names[0]].dtype)
         original = self.adapter.matrix(layer.up_key)
@@ -256,7 +291,7 @@ class AdapterCorrection:
         ):
             for key in infos:
                 layer = by_key.get(key)
-                if layer is None or layer.name not in self.frozen.layers:
+                if layer is None or way.dequantised or layer.name not in self.frozen.layers:
                     shard.write(key, self.adapter.read(key))
                     continue
                 if last is None or last[0] != layer.name:

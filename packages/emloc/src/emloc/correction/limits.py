@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emloc.correction.other_weights import OtherWeights
 from emloc.correction.reads import Reads
 from emloc.extend.capabilities import token_mask_of
 from emloc.extend.family import Batch
@@ -99,6 +100,7 @@ def batch_losses(
     lora_of: Callable[[str], CandidateLora],
     candidates: Sequence[int],
     watched: Watched | None = None,
+    other: OtherWeights | None = None,
 ) -> list[list[LossSum]]:
     """Calibration losses of each candidate on each micro-batch.
 
@@ -107,6 +109,7 @@ def batch_losses(
         lora_of: makes a layer's LoRA under every candidate, when its unit's turn has come.
         candidates: places in `CandidateLora.ups` that are run; with `watched` the first is 0.
         watched: sums to be made, on which `lora_of` may depend.
+        other: the candidate that runs on other weights, if one does.
     """
     device = stream.device
 
@@ -135,6 +138,10 @@ def batch_losses(
                     )
                     for name in inside
                 ]
+                for name in other.layers if other is not None else ():
+                    if stream.model.get_submodule(name) in held:
+                        assert other is not None
+                        handles += other.hooked(stream, name)
                 try:
                     yield
                 finally:

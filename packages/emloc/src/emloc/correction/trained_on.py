@@ -26,13 +26,33 @@ class TrainedOn(Protocol):
     """The model that an adapter was trained on."""
 
     @property
-    def base(self) -> ModelReference | None:
-        """The original, where that is recorded; its digest then is what it has to be."""
+    def base_name(self) -> str:
+        """The original, as far as is known.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        ...
+
+    @property
+    def single_file_config(self) -> str | None:
+        """The place of its configuration if it is one file (`ModelReference`)."""
         ...
 
     @property
     def family(self) -> str | None:
         """The family that is recorded."""
+        ...
+
+    def require_base(self, base: Checkpoint, digest: str) -> None:
+        """Refuse a base that is not the original.
+
+        Args:
+            digest: of its weights.
+
+        Raises:
+            MismatchError: it is another model, or not in full precision.
+        """
         ...
 
     def require_parts(self, adapter: Adapter, base: Checkpoint) -> None:
@@ -52,11 +72,11 @@ class TrainedOn(Protocol):
         ...
 
     def settings(self) -> Mapping[str, Any]:
-        """Its identity, for the settings of what is made."""
+        """The entries of settings that identify it."""
         ...
 
     def reference(self) -> ModelReference | None:
-        """Its entry in the manifest of what is made; None for the base itself."""
+        """The entry of manifests that names it; None for the base itself."""
         ...
 
 
@@ -84,14 +104,27 @@ class OnEmulator:
         return cls(folder, manifest)
 
     @property
-    def base(self) -> ModelReference:
+    def base_name(self) -> str:
         """See `TrainedOn`."""
-        return self.manifest.base_model
+        return self.manifest.base_model.name_or_path
+
+    @property
+    def single_file_config(self) -> str | None:
+        """See `TrainedOn`."""
+        return self.manifest.base_model.single_file_config
 
     @property
     def family(self) -> str:
         """See `TrainedOn`."""
         return self.manifest.family
+
+    def require_base(self, base: Checkpoint, digest: str) -> None:
+        """See `TrainedOn`."""
+        if digest != self.manifest.base_model.digest:
+            raise MismatchError(
+                f"Emulator {self.folder} was built from another model than {base.name} (it names "
+                f"{self.base_name}); pass that one."
+            )
 
     def require_parts(self, adapter: Adapter, base: Checkpoint) -> None:
         """A part is not compressed, so what it was trained beside must be the base's own."""

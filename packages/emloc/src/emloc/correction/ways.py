@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from emloc.config import CorrectConfig
+from emloc.options.types import DEQUANTISED
 
 
 @dataclass(frozen=True)
@@ -14,10 +15,17 @@ class Way:
     Attributes:
         limit: of the paper's form, a factor; None: no limit.
         share: of the fit to the data, in place of the paper's form.
+        dequantised: no correction, but the weights that the adapter was trained beside.
     """
 
     limit: float | None = None
     share: float | None = None
+    dequantised: bool = False
+
+    @property
+    def corrects(self) -> bool:
+        """Return whether it changes the adapter."""
+        return self.limit != 0
 
     @property
     def by_data(self) -> bool:
@@ -26,13 +34,16 @@ class Way:
 
     @property
     def shown(self) -> str:
-        """The name in tables and manifests: `3`, `none` (no limit), `data 0.5`."""
+        """The name in tables and manifests: `3`, `none` (no limit), `data 0.5`, `dequantised`."""
+        if self.dequantised:
+            return DEQUANTISED
         if self.share is not None:
             return f"data {self.share:g}"
         return "none" if self.limit is None else f"{self.limit:g}"
 
 
 UNCORRECTED = Way(0.0)
+ON_DEQUANTISED = Way(0.0, None, dequantised=True)
 
 
 def given_way(config: CorrectConfig) -> Way:
@@ -40,6 +51,16 @@ def given_way(config: CorrectConfig) -> Way:
     if config.strength is not None:
         return Way(None, config.strength)
     return _limited(config.limit)
+
+
+def with_dequantised(config: CorrectConfig) -> CorrectConfig:
+    """The options for an adapter of a base in few bits: the dequantised weights are one more candidate,
+    unless candidates are given.
+    """
+    if "limit_candidates" in config.model_fields_set:
+        return config
+    more = [*config.limit_candidates, DEQUANTISED]
+    return config.model_copy(update={"limit_candidates": more})
 
 
 def candidates(config: CorrectConfig) -> list[Way]:
@@ -61,4 +82,6 @@ def best_way(ways: Sequence[Way], chosen_on: Sequence[float], checked_on: Sequen
 
 
 def _limited(limit: Any) -> Way:
+    if limit == DEQUANTISED:
+        return ON_DEQUANTISED
     return Way(None if limit == "none" else float(limit))

@@ -209,3 +209,24 @@ def untied_config_of(
 ) -> dict[str, Any] | None:
     """The config under which the model ties nothing; None, as by default, where there is none."""
     return family.untied_config(checkpoint, model) if isinstance(family, UntiesWeights) else None
+
+
+@runtime_checkable
+class LoadsInFewBits(Protocol):
+    """A family whose library can load its models through bitsandbytes."""
+
+    def layers_in_few_bits(self, model: nn.Module, skip: Sequence[str] | None) -> Sequence[str]:
+        """The layers whose weights bitsandbytes quantises.
+
+        Args:
+            model: the skeleton.
+            skip: `llm_int8_skip_modules`; None: those that the library leaves by itself.
+        """
+        ...
+
+
+def layers_in_few_bits(
+    family: ModelFamily, model: nn.Module, skip: Sequence[str] | None
+) -> Sequence[str]:
+    """The layers whose weights bitsandbytes quantises, by the rules of the library; none by default."""
+    return family.layers_in_few_bits(model, skip) if isinstance(family, LoadsInFewBits) else ()

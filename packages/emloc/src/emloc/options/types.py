@@ -107,7 +107,14 @@ Scheduler = Literal[
 ]  # fmt: skip
 """transformers' schedules that need nothing but a length and a warm-up."""
 
-Limit = Annotated[Annotated[float, Field(ge=0)] | Literal["auto", "none"], BeforeValidator(_limit)]
+DEQUANTISED = "dequantised"
+"""A word in place of a limit: no correction, but the weights that the LoRA was trained beside in few bits."""
 
-GivenLimit = Annotated[Annotated[float, Field(ge=0)] | Literal["none"], BeforeValidator(_limit)]
+Limit = Annotated[
+    Annotated[float, Field(ge=0)] | Literal["auto", "none", "dequantised"], BeforeValidator(_limit)
+]
+
+GivenLimit = Annotated[
+    Annotated[float, Field(ge=0)] | Literal["none", "dequantised"], BeforeValidator(_limit)
+]
 """A limit that is not left to data."""

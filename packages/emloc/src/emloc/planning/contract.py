@@ -183,6 +183,7 @@ def contract_for(
     more = {} if adapter is None else _existing(adapter)
     if isinstance(config, CorrectConfig):
         more["candidates"] = _runs(config)
+        more["in_few_bits"] = config.emulator is None
         more["correction_samples"] = config.num_calibration_samples
         given["num_calibration_samples"] = config.num_calibration_samples
     device: str = getattr(config, "device", "cpu")

@@ -63,6 +63,7 @@ class Setting:
         adapter_whole: the parameters that it has whole.
         candidates: ways that correct runs on data at once; 0: none is.
         correction_samples: on which it does.
+        in_few_bits: whether the LoRA was trained on the base in few bits, which correct makes anew.
     """
 
     subject: Subject
@@ -73,6 +74,7 @@ class Setting:
     adapter_whole: Shapes = field(default_factory=dict[str, tuple[int, ...]])
     candidates: int = CANDIDATES
     correction_samples: int = CORRECTION_SAMPLES
+    in_few_bits: bool = False
     _made: "dict[Planned, StageMemory]" = field(
         default_factory=dict["Planned", StageMemory], init=False
     )
@@ -198,7 +200,7 @@ class Setting:
         count = self.candidates
         calls = self._calls(options, count) if count else None
         lines, moment = correct_lines(
-            self.subject, calls, self._lora, count, self._head, options.device
+            self.subject, calls, self._lora, count, self._head, options.device, self.in_few_bits
         )
         given = calls.count // count * calls.batch if calls and self.on_gpu else 0
         disk = lines_of(adapter=self.learnt)

@@ -9,7 +9,8 @@ it, its tensors stay until the block is written. Where sizes or forms are chosen
 of the block are kept, and the block is run on it again. The block and the moment that take most count.
 
 **Correct.** To choose a limit, every candidate is one more set of suspended calls, and the head is a unit
-like the blocks. Writing takes one layer at a time.
+like the blocks. One of them may run on other weights than the base's, which are held beside a block's.
+Writing takes one layer at a time.
 
 **Merge.** The tensor being merged and the one being written.
 
@@ -158,6 +159,7 @@ def correct_lines(
     candidates: int,
     head: tuple[int, int] | None,
     device: str,
+    in_few_bits: bool = False,
 ) -> tuple[Lines, str]:
     """The device's lines at correct's largest moment.
 
@@ -165,12 +167,15 @@ def correct_lines(
         calls: those of all candidates; None without `limit="auto"`.
         lora: of the adapted layers.
         head: d_out × d_in of the layer that makes the logits.
+        in_few_bits: whether the base's weights in few bits are made anew: a layer's beside its own and,
+            for the candidate that runs on them, a block's.
     """
     itemsize = compute_itemsize(subject)
     stored = subject.stored.itemsize
     widest = max((d_out * d_in for _, d_out, d_in in lora.values()), default=0)
     writing = lines_of(
         layer=widest * stored,
+        the_same_in_few_bits=widest * (stored + 1) if in_few_bits else 0,
         working_tensors=max(
             ((4 * r * d_in + 5 * d_out * r) * DOUBLE for r, d_out, d_in in lora.values()), default=0
         )
@@ -192,6 +197,7 @@ def correct_lines(
                 lines_of(
                     block_in_float32=loaded_bytes(subject, numel, device),
                     suspended_calls=suspended,
+                    dequantised_block=numel * itemsize if in_few_bits else 0,
                     LoRA_of_every_candidate=beside,
                     # Candidates that fit the data are made inside a call.
                     working_tensors=working + total(writing),

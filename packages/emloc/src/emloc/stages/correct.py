@@ -1,6 +1,8 @@
 """Stage 3: fit a LoRA trained on an emulator to the original model, one layer at a time.
 
-Reads a layer's weight from the base's shards and its stored form from the emulator's, never a model.
+Reads a layer's weight from the base's shards and its stored form from the emulator's, never a model. Without
+an emulator the LoRA was trained on the base in few bits (QLoRA), which are made anew from its weights; then
+the dequantised weights are one more end, on which the adapter stays as it is.
 With `limit="auto"` one streamed pass over the base compares ways to correct on calibration samples; a fit to
 the data (`strength`) needs one to see what the LoRA reads.
 """
@@ -24,12 +26,16 @@ from emloc.artefacts.small_files import copy_file, write_json
 from emloc.config import CorrectConfig
 from emloc.correction.adapter_correction import AdapterCorrection
 from emloc.correction.reads import Reads
-from emloc.correction.trained_on import OnEmulator
-from emloc.errors import ConfigError, MismatchError
+from emloc.correction.trained_on import OnEmulator, TrainedOn
+from emloc.correction.trained_on_base import OnRoundedBase
+from emloc.correction.ways import with_dequantised
+from emloc.errors import ConfigError
 from emloc.extend.capabilities import exported
 from emloc.extend.family import Batch, ModelFamily
 from emloc.extend.opening import named_family, open_model
 from emloc.extend.plugin_options import of_family, own_options
+from emloc.options.few_bits import FEW_BITS
+from emloc.options.types import DEQUANTISED
 from emloc.planning.setting import Setting
 from emloc.stages.frame import Artefact, Written, digests
 from emloc.stages.stage import stage
@@ -45,11 +51,23 @@ PATHS = {
     "model_name_or_path",
     "single_file_config",
     "dataset",
+    *FEW_BITS,
 }
 """Options whose meaning is in a digest instead."""
 
 
 def _can_correct(config: CorrectConfig) -> None:
+    given = [option for option in FEW_BITS if getattr(config, option) not in (None, False)]
+    if config.emulator is not None and given:
+        raise ConfigError(
+            f"correct: {given[0]} is about a base in few bits, on which an adapter of an emulator was not "
+            f"trained; pass one of them."
+        )
+    if config.emulator is not None and DEQUANTISED in (config.limit, *config.limit_candidates):
+        raise ConfigError(
+            f"correct: {DEQUANTISED} is for adapters of a base in few bits; leave it out where there is an "
+            f"emulator."
+        )
     if config.strength is not None and "limit" in config.model_fields_set:
         raise ConfigError(
             "correct: limit and strength are two ways to correct; pass one of them, or neither to compare "
@@ -79,20 +97,17 @@ def _compares(config: CorrectConfig) -> bool:
 def correct(config: CorrectConfig) -> Path:
     """Correct an adapter for the original model; returns the new adapter's folder."""
     adapter = Adapter.open(config.adapter)
-    trained_on = OnEmulator.of(config.emulator, adapter)
-    origin = trained_on.base
+    trained_on = _trained_on(config, adapter)
     base, family = open_model(
-        config.model_name_or_path or origin.name_or_path,
-        config.single_file_config or origin.single_file_config,
+        config.model_name_or_path or trained_on.base_name,
+        config.single_file_config or trained_on.single_file_config,
         config.family,
         trained_on.family,
     )
     config = of_family(config, family)
-    if base.digest() != origin.digest:
-        raise MismatchError(
-            f"Emulator {config.emulator} was built from another model than {base.name} (it names "
-            f"{origin.name_or_path}); pass that one."
-        )
+    config = with_dequantised(config) if config.emulator is None else config
+    digest = base.digest()
+    trained_on.require_base(base, digest)
     adapter = adapter.with_parts(base.parts)
     trained_on.require_parts(adapter, base)
     skeleton = family.skeleton(base, torch.float32)
@@ -105,7 +120,7 @@ def correct(config: CorrectConfig) -> Path:
     settings = {
         **own_options(config, PATHS),
         **named_family(base, family),
-        "base_digest": origin.digest,
+        "base_digest": digest,
         **trained_on.settings(),
         "adapter_digest": adapter.digest(),
         "data_digest": batches_digest(batches),
@@ -116,7 +131,7 @@ def correct(config: CorrectConfig) -> Path:
         config.output_dir,
         settings,
         family.name,
-        ModelReference.of(base, origin.digest),
+        ModelReference.of(base, digest),
         emulator=trained_on.reference(),
         packages=("torch", "safetensors"),
         device=config.device,
@@ -151,6 +166,12 @@ def correct(config: CorrectConfig) -> Path:
         )
 
     return artefact.write(write, lambda: contract)
+
+
+def _trained_on(config: CorrectConfig, adapter: Adapter) -> TrainedOn:
+    if config.emulator is not None:
+        return OnEmulator.of(config.emulator, adapter)
+    return OnRoundedBase.of(config, adapter)
 
 
 def _carry_over(part: Adapter, base: Checkpoint, folder: Path) -> None:

@@ -1,8 +1,12 @@
-"""Score a model, with or without an adapter, on examples with known answers."""
+"""Score a model, with or without an adapter, on examples with known answers.
+
+An adapter that runs on dequantised weights is scored on those.
+"""
 
 from pathlib import Path
 from typing import Any
 
+from emloc.adapters.rounding import DEQUANTISED, Rounding
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.companions import say_other_template
@@ -66,6 +70,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def _settings(config: EvaluateConfig, model: Checkpoint, family: ModelFamily) -> dict[str, Any]:
     """The options, and the identity of what their paths hold now."""
     named = named_digests(config)
+    rounding = Rounding.runs_on(Manifest.find(Path(config.adapter)) if config.adapter else None)
     return {
         **own_options(config, {"output_dir"}),
         **named_family(model, family),
@@ -76,6 +81,7 @@ def _settings(config: EvaluateConfig, model: Checkpoint, family: ModelFamily) ->
         "companions_digest": model.companions_digest(),
         **data_digests(config, family),
         **({"named_digests": named} if named else {}),
+        **({} if rounding is None else {DEQUANTISED: rounding.as_json()}),
     }
 
 

@@ -1,4 +1,7 @@
-"""Write base + adapter as a full checkpoint, tensor by tensor, in the base's own shards and dtypes."""
+"""Write base + adapter as a full checkpoint, tensor by tensor, in the base's own shards and dtypes.
+
+An adapter whose manifest says that it runs on dequantised weights is merged into those.
+"""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -7,6 +10,7 @@ import torch
 
 from emloc.adapters.adapted_weights import adapted_weights
 from emloc.adapters.merged_tensors import MergedModel, merged_model, merged_part
+from emloc.adapters.rounding import DEQUANTISED, RoundedBase, Rounding
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_base import folder_named, require_base
 from emloc.artefacts.companions import say_other_template
@@ -61,13 +65,16 @@ def merge(config: MergeConfig) -> Path:
     adapted = adapted_weights(adapter, family, model, base)
     adapter = adapted.adapter
     say_other_template(adapter.path, base.path)
-    merged = merged_model(adapted, family, model, base)
+    rounding = Rounding.runs_on(origin)
+    frozen = None if rounding is None else RoundedBase.of(rounding, family, model, base)
+    merged = merged_model(adapted, family, model, base, frozen)
     parts = {name: merged_part(part, base.part(name)) for name, part in adapter.parts.items()}
     settings = {
         **named_family(base, family),
         "base_digest": digest,
         "companions_digest": base.companions_digest(),
         "adapter_digest": adapter.digest(),
+        **({} if rounding is None else {DEQUANTISED: rounding.as_json()}),
     }
     artefact = Artefact(
         "merge",

@@ -12,16 +12,18 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from emloc.adapters.adapted_weights import adapted_weights, differs, is_copy, under_current_names
+from emloc.adapters.rounding import RoundedBase, Rounding
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_config import exact_patterns
 from emloc.artefacts.adapter_tensors import PREFIX
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import Manifest
 from emloc.errors import MismatchError
 from emloc.extend.family import ModelFamily
 
 
 def attach(model: Any, adapter: str, checkpoint: Checkpoint, family: ModelFamily) -> Any:
-    """The model with the adapter, in eval mode.
+    """The model with the adapter, in eval mode, and with dequantised weights if the adapter runs on those.
 
     Args:
         checkpoint: what the model was loaded from, in the family's layout.
@@ -35,6 +37,9 @@ def attach(model: Any, adapter: str, checkpoint: Checkpoint, family: ModelFamily
         _require_places(lora, model, checkpoint.name)
     else:
         skeleton = family.skeleton(checkpoint, torch.float32)
+        rounding = Rounding.runs_on(Manifest.find(opened.path))
+        if rounding is not None:
+            _dequantise(model, RoundedBase.of(rounding, family, skeleton, checkpoint))
         lora = adapted_weights(opened, family, skeleton, checkpoint).adapter
     modules = dict(model.named_modules())
     for layer in lora.layers:
@@ -46,6 +51,13 @@ def attach(model: Any, adapter: str, checkpoint: Checkpoint, family: ModelFamily
     adapted = _loaded(model, lora)
     _require_loaded(adapted, lora)
     return adapted.eval()
+
+
+def _dequantise(model: Any, frozen: RoundedBase) -> None:
+    """Give the layers that were in few bits their weights as they were then."""
+    for layer in frozen.layers:
+        weight = model.get_submodule(layer).weight
+        weight.data.copy_(frozen.parameter(layer))
 
 
 def _loaded(model: Any, lora: Adapter) -> Any:

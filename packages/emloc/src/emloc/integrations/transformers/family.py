@@ -20,6 +20,7 @@ from emloc.errors import ConfigError
 from emloc.extend.capabilities import native_of
 from emloc.extend.family import Batch, EmulatorLayers, ModelFamily, StoredParameter
 from emloc.integrations.transformers.conversion import module_name, stored_parameter
+from emloc.integrations.transformers.few_bits import layers_in_few_bits
 from emloc.integrations.transformers.loading import load_model
 from emloc.integrations.transformers.planned import PlannedTransformer
 from emloc.integrations.transformers.quantizer import emulator_config
@@ -97,6 +98,10 @@ class TransformersFamily(PlannedTransformer):
     def kept_dense(self, model: nn.Module) -> Mapping[str, str]:
         """See `KeepsLayersDense`: linear layers of blocks are compressed where their weight is their own."""
         return shared_linears(model, self.blocks(model))
+
+    def layers_in_few_bits(self, model: nn.Module, skip: Sequence[str] | None) -> Sequence[str]:
+        """See `LoadsInFewBits`; `emloc.integrations.transformers.few_bits`."""
+        return layers_in_few_bits(model, skip)
 
     def token_mask(self, batch: Batch, layer: str | None = None) -> Tensor | None:
         """See `MasksPadding`; by `attention_mask`, where there is one."""
