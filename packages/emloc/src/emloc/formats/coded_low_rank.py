@@ -15,6 +15,7 @@ from emloc.formats.layer_format import Form, GroupShape, budget_bytes, keep_rati
 from emloc.formats.low_rank_bytes import factorise_bytes
 from emloc.layers.coded_low_rank import CodedLowRankConv2d, CodedLowRankLinear
 from emloc.linalg.gram import Moments
+from emloc.linalg.refinement import fitted_bytes
 from emloc.options.compress import FACTOR_BITS, CompressConfig
 from emloc.options.patterns import match_pattern
 
@@ -69,12 +70,12 @@ class CodedLowRank(LayerByLayer):
         return layout.fit(weight.float(), moments)
 
     def fitting_bytes(self, shape: GroupShape, form: Form, itemsize: int) -> int:
-        """The carried errors, both factors, and the greater of factorising and rounding the larger one."""
+        """Shares that are carried on, both factors, and factorising or rounding the larger one."""
         square, rank, rows = shape.d_in**2, form.sizes[RANK], max(shape.d_out)
         one = GroupShape(shape.layers[:1], (rows,), shape.d_in, shape.kernel)
         factors = 4 * rank * (rows + shape.d_in)
         held = 4 * square + 2 * factors + 8 * rows * shape.d_in
-        rounding = max(16 * square, 26 * rank * max(rows, shape.d_in))
+        rounding = max(fitted_bytes(rank, shape.d_in) - 4 * square, fitted_bytes(rows, rank))
         factorising = factorise_bytes("input", one, rank, 4)
         return held + max(rounding, factorising) + tensor_bytes(shape, form, itemsize)
 

@@ -15,7 +15,7 @@ from emloc.formats.layer_format import Form, GroupShape, tensor_bytes
 from emloc.formats.quantized_residual import QUANTIZED_RESIDUAL
 from emloc.linalg.gram import Moments
 from emloc.linalg.grid import group_count
-from emloc.linalg.refinement import fitted_grid
+from emloc.linalg.refinement import fitted_bytes, fitted_grid
 from emloc.options.compress import CompressConfig
 
 SIZES: tuple[str, ...] = ("bits", "group_size")
@@ -59,9 +59,8 @@ class Quantized(LayerByLayer):
         return layout.encoded(grid, codes)
 
     def fitting_bytes(self, shape: GroupShape, form: Form, itemsize: int) -> int:
-        """The factorisation in float64, or the rounding of the largest layer beside its result in float32."""
-        square, largest = shape.d_in**2, max(shape.d_out) * shape.d_in
-        return max(20 * square, 4 * square + 22 * largest) + tensor_bytes(shape, form, itemsize)
+        """See `fitted_bytes`, of the largest layer."""
+        return fitted_bytes(max(shape.d_out), shape.d_in) + tensor_bytes(shape, form, itemsize)
 
     def running_bytes(self, shape: GroupShape, form: Form, itemsize: int) -> int:
         """One dense weight, and its scales and zeros."""

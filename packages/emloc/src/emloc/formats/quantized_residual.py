@@ -23,7 +23,7 @@ from emloc.formats.low_rank_bytes import factorise_bytes
 from emloc.linalg.gram import Moments
 from emloc.linalg.grid import group_count
 from emloc.linalg.operator import Operator, Sum
-from emloc.linalg.refinement import fitted_grid
+from emloc.linalg.refinement import fitted_bytes, fitted_grid
 from emloc.linalg.rounding import squared_output
 from emloc.options.compress import CompressConfig
 
@@ -79,14 +79,14 @@ class QuantizedResidual(LayerByLayer):
         return min(attempts, key=lambda attempt: attempt[0])[1]
 
     def fitting_bytes(self, shape: GroupShape, form: Form, itemsize: int) -> int:
-        """The carried errors, what is left of the largest layer and both of its parts, and the greater of
-        rounding and factorising.
+        """Shares that are carried on, what is left of the largest layer and both of its parts, and the
+        greater of rounding and factorising.
         """
-        square, largest = shape.d_in**2, max(shape.d_out) * shape.d_in
+        square, rows = shape.d_in**2, max(shape.d_out)
         one = GroupShape(shape.layers[:1], (max(shape.d_out),), shape.d_in, shape.kernel)
         factorising = factorise_bytes("input", one, form.sizes[RANK], 4)
-        held = 4 * square + 16 * largest + tensor_bytes(shape, form, itemsize)
-        return held + max(16 * square, 26 * largest, factorising)
+        held = 4 * square + 16 * rows * shape.d_in + tensor_bytes(shape, form, itemsize)
+        return held + max(fitted_bytes(rows, shape.d_in) - 4 * square, factorising)
 
     def running_bytes(self, shape: GroupShape, form: Form, itemsize: int) -> int:
         """Two dense weights, and scales and zeros."""

@@ -74,8 +74,8 @@ class Grid:
 
     def values(self, codes: Tensor) -> Float[Tensor, "rows columns"]:
         """The weight that rows of codes stand for, float32."""
-        scales, zeros = (self._by_column(part) for part in (self.scales, self.zeros))
-        return (codes.float() - zeros) * scales
+        values = codes.to(torch.float32, copy=True).sub_(self._by_column(self.zeros))
+        return values.mul_(self._by_column(self.scales))
 
     def _by_column(self, part: Tensor) -> Tensor:
         return part.repeat_interleave(self.group_size, dim=1)[:, : self.columns]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from emloc.linalg.gram import Moments
 from emloc.linalg.grid import Grid, choose_grid
-from emloc.linalg.rounding import BLOCK, STRIP, Feedback
+from emloc.linalg.rounding import BLOCK, DOUBLE_BELOW, STRIP, Feedback
 
 
 def fitted_grid(
@@ -37,6 +37,13 @@ def fitted_grid(
     matrix, feedback = moments.matrix, Feedback.of(moments)
     grid = choose_grid(weight, matrix.diagonal(), bits, group_size)
     return improved(weight, matrix, feedback.ridge, grid, feedback.round(weight, grid))
+
+
+def fitted_bytes(rows: int, columns: int) -> int:
+    """The most that `fitted_grid` holds beside weight and moments, with the shares that are carried on."""
+    square = columns**2
+    factorising = (20 if columns < DOUBLE_BELOW else 8) * square
+    return max(factorising, 4 * square + 17 * rows * columns)
 
 
 def improved(
