@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.quantizers.bitsandbytes.utils import replace_with_bnb_linear
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 import emloc
@@ -25,6 +25,8 @@ from emloc.extend.plugin_options import of_family
 from emloc.integrations.bitsandbytes.rounded_weight import PART, rounded
 from emloc_diffusion.example import write_example
 from emloc_llm.example import write_model, write_rows
+from emloc_vlm.example import write_model as write_vlm
+from emloc_vlm.example import write_rows as write_vlm_rows
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 COMPUTE = {"bnb_4bit_compute_dtype": torch.float32}
@@ -375,3 +377,32 @@ def test_a_pipelines_layers_are_those_of_diffusers(tmp_path):
             delta = 2 * b.weight.flatten(1) @ a.weight.flatten(1)
             weight = weight + delta.view(weight.shape)
         torch.testing.assert_close(merged.read(name), weight, rtol=1e-5, atol=1e-6)
+
+
+def test_a_vision_language_model_in_few_bits(tmp_path):
+    """Both towers and the projector, as transformers rounds them; to all ends."""
+    base = write_vlm(tmp_path / "base")
+    data = write_vlm_rows(tmp_path / "train.jsonl", 4, seed=1)
+    config = BitsAndBytesConfig(**NF4, **COMPUTE)
+    model = AutoModelForImageTextToText.from_pretrained(base, quantization_config=config).train()
+    checkpoint, family = open_model(base)
+    skeleton = family.skeleton(checkpoint, torch.float32)
+    held = RoundedBase.of(Rounding(), family, skeleton, checkpoint)
+    weights = stock_weights(model)
+    assert list(held.layers) == list(weights)
+    for name, weight in weights.items():
+        assert torch.equal(held.weight(name), weight), name
+    lora = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "fc1"]))
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    lora.save_pretrained(tmp_path / "a")
+    given = {"adapter": str(tmp_path / "a"), "model_name_or_path": str(base)}
+    scored = {"dataset": str(data), "max_length": 96}
+    auto = emloc.correct(output_dir=tmp_path / "auto", **given, **scored)
+    end = emloc.correct(output_dir=tmp_path / "end", limit="dequantised", **given)
+    merged = emloc.merge(adapter=str(end), output_dir=tmp_path / "m")
+    loss = emloc.evaluate(model_name_or_path=str(merged), max_new_tokens=0, **scored)["loss"]
+    table = Manifest.read(auto).summary["calibration_loss"]
+    assert table["dequantised"] == pytest.approx(loss, rel=1e-5)
+    assert abs(table["0"] - loss) > 1e-3 * loss

@@ -134,6 +134,18 @@ def test_its_adapter_is_not_corrected(made, tmp_path, tiny):
         Qlora().recover(task, light, other, tmp_path / "y")
 
 
+def test_its_adapter_is_taken_to_the_ends_of_a_base_in_few_bits(made, tiny, tmp_path):
+    """Without an emulator: the light model says how it was held, and what it was made from."""
+    _, adapter, *_ = made
+    folder = emloc.correct(
+        adapter=str(adapter), output_dir=tmp_path / "c", dataset=str(tiny.data), max_length=96
+    )
+    manifest = Manifest.read(folder)
+    assert manifest.base_model.name_or_path == str(tiny.base)
+    assert manifest.settings["rounding"]["bits"] == 4
+    assert "dequantised" in manifest.summary["calibration_loss"]
+
+
 def test_bfloat16_and_doubly_quantised_scales(tiny):
     weight = torch.randn(48, 80, dtype=torch.bfloat16)
     parts = quantise(weight)

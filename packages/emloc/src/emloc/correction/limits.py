@@ -132,16 +132,16 @@ def batch_losses(
                 # By module: two units may hold the same one.
                 held = set(stream.model.get_submodule(unit).modules())
                 inside = [n for n in layers if stream.model.get_submodule(n) in held]
-                handles = [
+                handles: list[Any] = []
+                if other is not None:
+                    changed = [n for n in other.layers if stream.model.get_submodule(n) in held]
+                    handles += [other.hooked(stream, name) for name in changed]
+                handles += [
                     stream.model.get_submodule(name).register_forward_hook(
                         _hook(stream, unit, name, lora_of, watched)
                     )
                     for name in inside
                 ]
-                for name in other.layers if other is not None else ():
-                    if stream.model.get_submodule(name) in held:
-                        assert other is not None
-                        handles += other.hooked(stream, name)
                 try:
                     yield
                 finally:

@@ -1,7 +1,8 @@
 """A candidate that runs on other weights than the model's own, such as the base's as they were in few bits.
 
-A layer has the other weight while one of the candidate's calls runs through it. Calls change turns between
-units alone, so no other call meets it; it is made when the first of them comes, and goes with the unit.
+Where one of the candidate's calls has run a layer, the layer runs once more with the other weight, and that
+is its output. (A hook before it would come too late for a layer that is a unit by itself, in which calls wait
+already.) The weight is made when the first of them comes, and goes with the unit.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,27 +29,26 @@ class OtherWeights:
     layers: Sequence[str]
     weight: Callable[[str], Tensor]
 
-    def hooked(self, stream: UnitStream, name: str) -> list[Any]:
-        """Give a layer its other weight while the candidate's calls run through it; the hooks' handles."""
-        module, held = stream.model.get_submodule(name), dict[str, nn.Parameter]()
-        parameters = module._parameters  # pyright: ignore[reportPrivateUsage]
+    def hooked(self, stream: UnitStream, name: str) -> Any:
+        """Have a layer compute the candidate's calls with its other weight; returns the hook's handle.
 
-        def before(_: nn.Module, inputs: object) -> None:
+        To be registered before hooks that add to the output.
+        """
+        module = stream.model.get_submodule(name)
+        parameters = module._parameters  # pyright: ignore[reportPrivateUsage]
+        made: list[nn.Parameter] = []
+
+        def instead(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             call = current_call()
             if call is None or call.context[0] != self.candidate:
-                return
-            if "other" not in held:
+                return output
+            if not made:
                 weight = self.weight(name).to(stream.device, stream.dtype)
-                held["other"] = nn.Parameter(weight, requires_grad=False)
-            own = parameters["weight"]
-            assert own is not None
-            held["own"], parameters["weight"] = own, held["other"]
+                made.append(nn.Parameter(weight, requires_grad=False))
+            own, parameters["weight"] = parameters["weight"], made[0]
+            try:
+                return module.forward(*inputs)
+            finally:
+                parameters["weight"] = own
 
-        def after(_: nn.Module, inputs: object, output: object) -> None:
-            if "own" in held:
-                parameters["weight"] = held.pop("own")
-
-        return [
-            module.register_forward_pre_hook(before),
-            module.register_forward_hook(after),
-        ]
+        return module.register_forward_hook(instead)
