@@ -264,7 +264,7 @@ def test_prices_are_kept_until_the_emulator_is_whole(tmp_path, monkeypatch):
         )
         with pytest.raises(KeyboardInterrupt):
             emloc.compress(output_dir=tmp_path / "again", **options)
-    monkeypatch.setattr(menu_choice, "_lost", lambda *given: 1.0)
+    monkeypatch.setattr(menu_choice, "grid_error", lambda *given: 1.0)
     again = emloc.compress(output_dir=tmp_path / "again", **options)
     assert Manifest.read(again).files == Manifest.read(whole).files
     assert (again / "config.json").read_bytes() == (whole / "config.json").read_bytes()
