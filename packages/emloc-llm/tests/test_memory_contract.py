@@ -36,7 +36,7 @@ def run_options(wide, out, **sections):
 def test_every_stage_of_a_run_is_planned_measured_and_kept_to(wide, tmp_path, capsys):
     emloc.run(run_options(wide, tmp_path / "run", memory="200MiB"))
     said = " ".join(capsys.readouterr().err.split())
-    assert "run: Fits in 200.0 MiB with keep_ratio 0.95. Nothing was given up." in said
+    assert "run: Fits in 200.0 MiB with format auto, keep_ratio 0.95. Nothing was given up." in said
     for stage, folder in (("compress", "emulator"), ("train", "adapter"),
                           ("correct", "corrected"), ("merge", "merged")):  # fmt: skip
         manifest = Manifest.read(tmp_path / "run" / folder)

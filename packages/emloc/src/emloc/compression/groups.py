@@ -42,6 +42,7 @@ class Group:
         wide: a larger form that they are fitted in first, if the size is found after the pass.
         menu: for each layer the forms among which is chosen; until then `form` is a guess.
         reads_with: another layer of the same input, by whose moments it is fitted; none: its own.
+        guessed_dense: whether the guess is that its layers stay dense.
     """
 
     shape: GroupShape
@@ -49,6 +50,7 @@ class Group:
     wide: Form | None = None
     menu: tuple[tuple[Form, ...], ...] = ()
     reads_with: str = ""
+    guessed_dense: bool = False
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -85,6 +87,11 @@ class CompressionPlan:
     def within(self, block: str) -> list[Group]:
         """The groups of one block."""
         return [group for group in self.groups if f"{group.owner}.".startswith(f"{block}.")]
+
+    @property
+    def guessed(self) -> "CompressionPlan":
+        """The plan without groups that are guessed to stay dense: what an emulator will hold."""
+        return replace(self, groups=tuple(g for g in self.groups if not g.guessed_dense))
 
     def with_forms(self, forms: Mapping[str, Form]) -> "CompressionPlan":
         """The same groups in other forms, by owner."""
@@ -180,7 +187,10 @@ def _guessed(
     for owner, group in open_groups.items():
         itemsize, numel = itemsize_of(owner), group.shape.numel
         sizes = [tensor_bytes(group.shape, form, itemsize) for form in group.menu[0]]
-        options[owner] = [Option(size, numel * 4.0 ** (-8 * size / numel)) for size in sizes]
+        options[owner] = [
+            *(Option(size, numel * 4.0 ** (-8 * size / numel)) for size in sizes),
+            Option(numel * itemsize, 0.0),
+        ]
         budget += budget_bytes(group.shape, config, itemsize)
     least = sum(min(option.bytes for option in one) for one in options.values())
     if least > budget:
@@ -190,10 +200,13 @@ def _guessed(
             f"is {8 * budget / numel:.2f}; raise bits_per_weight or keep_ratio."
         )
     places = allocate_bytes(options, budget)
-    return [
-        replace(group, form=group.menu[0][places[group.owner]]) if group.menu else group
-        for group in groups
-    ]
+    return [_placed(group, places[group.owner]) if group.menu else group for group in groups]
+
+
+def _placed(group: Group, place: int) -> Group:
+    forms = group.menu[0]
+    dense = place == len(forms)
+    return replace(group, form=forms[-1 if dense else place], guessed_dense=dense)
 
 
 def group_shape(layers: Sequence[str], shape_of: Callable[[str], Shape]) -> GroupShape:

@@ -28,7 +28,8 @@ from emloc.machine.memory import format_bytes
 from emloc.machine.memory_limit import can_limit
 from emloc.machine.progress import console
 from emloc.options.compress import SIZING
-from emloc.planning.fitting import changed_for, fit
+from emloc.planning.choices import choose
+from emloc.planning.fitting import changed_for
 from emloc.planning.ledger import Lines, StageMemory, total
 from emloc.planning.memory_plan import MemoryPlan
 from emloc.planning.report import ordered, verdict
@@ -116,7 +117,7 @@ class Contract:
         return format_bytes(self.memory)
 
     def _way_out(self) -> str:
-        fitted = fit(self.setting, self.memory, {self.stage: self.lines}, asked=())
+        fitted = choose(self.setting, self.memory, {self.stage: self.lines}, asked=())
         if fitted.fits:
             options = changed_for(self.setting, fitted.setting)
             said = ", ".join(f"{name}={value}" for name, value in options.items())
@@ -148,7 +149,7 @@ def compress_contract(
         Subject.opened(base, family), plan_options(config.device, base, family, config)
     )
     if config.model_fields_set.isdisjoint(SIZING):
-        fitted = fit(setting, config.memory, stages)
+        fitted = choose(setting, config.memory, stages)
         require_fit(fitted)
         console.print(f"compress: {' '.join(verdict(fitted.as_json()))}")
         options = fitted.setting.options

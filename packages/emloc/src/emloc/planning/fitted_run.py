@@ -9,8 +9,9 @@ from emloc.config import build
 from emloc.extend.opening import open_model
 from emloc.machine.progress import console
 from emloc.options.compress import SIZING
+from emloc.planning.choices import choose
 from emloc.planning.contract import plan_options, require_fit
-from emloc.planning.fitting import changed_for, fit
+from emloc.planning.fitting import changed_for
 from emloc.planning.report import verdict
 from emloc.planning.setting import Planned, Setting
 from emloc.planning.subject import Subject
@@ -66,7 +67,7 @@ def fit_run(
         Subject.opened(base, family), plan_options(configs[-1].device, base, family, *configs)
     )
     needed = {name: lines for lines, name in first.items()}
-    fitted = fit(setting, configs[0].memory, needed)
+    fitted = choose(setting, configs[0].memory, needed)
     require_fit(fitted)
     console.print(f"run: {' '.join(verdict(fitted.as_json()))}")
     chosen = changed_for(setting, fitted.setting)

@@ -1,17 +1,18 @@
 """Choose what fits a budget: the largest keep_ratio, and what has to be given up for it.
 
-The order of giving up: the keep_ratio asked for or the largest that fits, down to 0.25; then blocks run
-twice (gradient checkpointing); then batches of one sample, accumulated; on a GPU an optimiser of 8 bits;
-then fewer calibration samples; then an emulator of a ratio down to 0.1; then smaller samples
-(`SampleSize`). Each is given up in addition to those before it, and with each the search for the largest
-keep_ratio starts over. An option that was asked for stays as it is, and so does one that relieves no stage
-that does not fit.
+The order of giving up: the keep_ratio asked for or the largest that fits, down to 0.25 (with `format=auto` to
+3.2 bits per weight); then blocks run twice (gradient checkpointing); then batches of one
+sample, accumulated; on a GPU an optimiser of 8 bits; then fewer calibration samples; then an emulator of the
+smallest ratio; then smaller samples (`SampleSize`). Each is given up in addition to those before it, and with
+each the search for the largest keep_ratio starts over. An option that was asked for stays as it is, and so
+does one that relieves no stage that does not fit.
 
 Bytes are exact integers of the ratio and grow with it, so the largest is found by bisection in steps of a
 hundredth.
 """
 
 from collections.abc import Container, Iterator, Mapping
+from math import ceil
 from typing import Any, NamedTuple
 
 from emloc.config import PlanConfig
@@ -23,9 +24,12 @@ from emloc.planning.memory_plan import MemoryPlan, changed_options
 from emloc.planning.setting import Planned, Setting, Stages, with_options
 
 STEPS = 100
-LEAST_RATIO, SMALLEST_RATIO, LARGEST_RATIO = 0.1, 0.25, 0.95
-LEAST_OF_AUTO = 0.14
-"""2.24 of 16 bits: a little more than the smallest forms of `format=auto` take."""
+LARGEST_RATIO = 0.95
+SMALL_RATIO, LEAST_RATIO = 0.25, 0.1
+"""The ratio below which an emulator goes only when other things were given up, and the smallest."""
+
+SMALL_BITS, LEAST_BITS = 3.2, 2.24
+"""The same of `format=auto`, in bits per weight; the smallest forms take a little less."""
 
 DEFAULT_RATIO: float = PlanConfig.model_fields["keep_ratio"].default
 FEWEST_SAMPLES = 16
@@ -50,13 +54,13 @@ def fit(
         return _at(tried, ratio) if free else tried
 
     given_up: list[str] = []
-    least = smallest(setting, SMALLEST_RATIO)
+    least = smallest(setting, _small(setting))
     fitting = _largest_ratio(setting, least, budget, stages, free)
     for step in _concessions(setting) if fitting is None else ():
         if any(name in asked for name in step.changed):
             continue
         changed = with_options(setting, **step.changed)
-        lesser = smallest(changed, step.smallest_ratio)
+        lesser = smallest(changed, step.smallest_ratio or _small(setting))
         try:
             if not _relieves(lesser, least, budget, stages):
                 continue
@@ -128,12 +132,23 @@ class Concession(NamedTuple):
     Attributes:
         said: how it is called.
         changed: options and their new values.
-        smallest_ratio: of the emulators that are tried with it.
+        smallest_ratio: of the emulators that are tried with it, where it is less than before.
     """
 
     said: str
     changed: Mapping[str, Any]
-    smallest_ratio: float = SMALLEST_RATIO
+    smallest_ratio: float | None = None
+
+
+def _small(setting: Setting) -> float:
+    return _ratio(setting, SMALL_RATIO, SMALL_BITS)
+
+
+def _ratio(setting: Setting, ratio: float, bits: float) -> float:
+    options = setting.options
+    if options.format != AUTO:
+        return ratio
+    return ceil(STEPS * bits / (8 * setting.subject.itemsize(options.dtype))) / STEPS
 
 
 def _concessions(setting: Setting) -> Iterator[Concession]:
@@ -157,8 +172,8 @@ def _concessions(setting: Setting) -> Iterator[Concession]:
         samples = max(FEWEST_SAMPLES, samples // 2)
         fewer = {"num_calibration_samples": samples}
         yield Concession(f"num_calibration_samples {samples}", fewer)
-    smallest = LEAST_OF_AUTO if options.format == AUTO else LEAST_RATIO
-    yield Concession(f"an emulator below keep_ratio {SMALLEST_RATIO:g}", {}, smallest)
+    smallest = _ratio(setting, LEAST_RATIO, LEAST_BITS)
+    yield Concession(f"an emulator below keep_ratio {_small(setting):g}", {}, smallest)
     for name, mark in marked(type(options), SampleSize).items():
         size: int = getattr(options, name)
         while size // 2 >= mark.least:

@@ -9,6 +9,7 @@ from emloc.options.marks import SampleSize, marked
 from emloc.planning.setting import Setting, Stages
 
 CHANGEABLE = (
+    "format",
     "keep_ratio",
     "gradient_checkpointing",
     "per_device_train_batch_size",
@@ -41,6 +42,7 @@ class MemoryPlan:
         given_up: what was changed to fit, in order.
         smallest: bytes that the least demanding setting takes, where nothing fits.
         dominating: the stage and the line that take most, where nothing fits.
+        choices: the formats that were tried, as JSON.
     """
 
     setting: Setting
@@ -50,6 +52,7 @@ class MemoryPlan:
     given_up: list[str] = field(default_factory=list[str])
     smallest: int | None = None
     dominating: tuple[str, str] | None = None
+    choices: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
     def as_json(self) -> dict[str, Any]:
         """`parameters`, `fits`, `keep_ratio`, `stages`, and what else there is to say."""
@@ -65,7 +68,7 @@ class MemoryPlan:
             "keep_ratio": options.keep_ratio,
             "sized_by": sized_by(options),
             "format": options.format,
-            "bits_per_weight": subject.bits_per_weight(self.setting.emulator, options.dtype),
+            "bits_per_weight": self.setting.bits_per_weight,
             "device": options.device,
             "activations": self.setting.counted_by,
             "memory": self.budget,
@@ -73,6 +76,7 @@ class MemoryPlan:
             "given_up": self.given_up,
             "smallest": self.smallest,
             "dominating": list(self.dominating) if self.dominating else None,
+            "choices": self.choices,
             "options": changed_options(options),
             "stages": stages,
             "beside": {name: memory.as_json() for name, memory in self.setting.beside.items()},

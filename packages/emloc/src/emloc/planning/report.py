@@ -34,6 +34,8 @@ LAST = ("allocator slack", "CUDA context")
 def report(plan: Mapping[str, Any]) -> Renderables:
     """The whole plan, for a console."""
     parts: list[Any] = [Text(_heading(plan)), _table(plan)]
+    if len(plan["choices"]) > 1:
+        parts.append(_choices(plan["choices"]))
     parts += [Text(line) for line in verdict(plan)]
     return Renderables(*parts)
 
@@ -67,6 +69,33 @@ def _table(plan: Mapping[str, Any]) -> Table:
     return table
 
 
+def _choices(choices: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(padding=(0, 1))
+    names = (
+        "format",
+        "bits per weight",
+        "device",
+        "products",
+        "error of outputs",
+        "given up for it",
+    )
+    for name in names:
+        table.add_column(name, justify="left" if name in (names[0], names[-1]) else "right")
+    for choice in choices:
+        error = choice["typical_error"]
+        table.add_row(
+            choice["format"], f"{choice['bits_per_weight']:.2f}",
+            format_bytes(choice["device_bytes"]) if choice["fits"] else "does not fit",
+            f"{choice['products']:.2f}", "" if error is None else f"{error:.3f}",
+            "; ".join(choice["given_up"]),
+        )  # fmt: skip
+    table.caption = (
+        "products: multiplications of a forward over the base's; error of outputs: as measured on "
+        "SmolLM2-135M at so many bits"
+    )
+    return table
+
+
 def summed(lines: Mapping[str, int]) -> str:
     """`weights 5.24 + LoRA 0.03 + …`, in GiB."""
     return " + ".join(f"{name} {lines[name] / GIB:.2f}" for name in ordered(lines))
@@ -96,7 +125,8 @@ def verdict(plan: Mapping[str, Any]) -> Sequence[str]:
         ]
     given_up = "; ".join(plan["given_up"])
     said = f"Given up for it, in this order: {given_up}." if given_up else "Nothing was given up."
-    lines = [f"Fits in {budget} with {plan['sized_by']}. {said}"]
+    how = f"format {plan['format']}, {plan['sized_by']}" if plan["choices"] else plan["sized_by"]
+    lines = [f"Fits in {budget} with {how}. {said}"]
     runs = plan["stages"]["inference"]["device_bytes"]["total"]
     if runs > plan["memory"]:
         lines.append(f"The base itself takes {format_bytes(runs)} to run, more than that.")

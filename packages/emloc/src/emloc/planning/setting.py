@@ -83,6 +83,16 @@ class Setting:
     @cached_property
     def emulator(self) -> CompressionPlan:
         """The layers that are emulated."""
+        return self._compressed.guessed
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that stand for a weight of the layers that compress looks at."""
+        return self.subject.bits_per_weight(self._compressed, self.options.dtype)
+
+    @cached_property
+    def _compressed(self) -> CompressionPlan:
+        """The layers that compress looks at."""
         if self.given is not None:
             return self.given
         return self.subject.emulator(self.options)
@@ -152,13 +162,14 @@ class Setting:
         calls = self._calls(options)
         written = self.subject.itemsize(options.dtype)
         # Where sizes are allocated after the pass, it writes the largest that they may become.
-        wide = self.emulator.with_forms({g.owner: g.fitted for g in self.emulator.groups})
+        wide = self._compressed.with_forms({g.owner: g.fitted for g in self._compressed.groups})
         lines, moment = compress_lines(self.subject, wide, calls, written, options.device)
         given = calls.count * calls.batch if calls and self.on_gpu else 0  # else the calls' own
         emulator = self.subject.emulator_bytes(self.emulator, options.dtype)
         disk = lines_of(
             emulator=emulator,
-            until_layers_are_cut=self.subject.emulator_bytes(wide, options.dtype) - emulator,
+            until_layers_are_cut=self.subject.emulator_bytes(wide.guessed, options.dtype)
+            - emulator,
             other_models=self._companions,
         )
         host = lines_of(calibration_batches=given, suspended_calls=calls.waiting if calls else 0)
@@ -210,13 +221,13 @@ class Setting:
     def _calls(self, options: PlanConfig, candidates: int | None = None) -> Calls | None:
         """The suspended calls of correct's candidates, or of compress, which folds moments.
 
-        They depend on the options of data and of calibration alone.
+        They depend on the options of data and of calibration alone, and on what a format folds.
         """
-        names = set(with_plugin_options(CalibrationOptions).model_fields)
+        names = {*with_plugin_options(CalibrationOptions).model_fields, "format"}
         key = candidates, options.model_dump_json(include=names)
         if key not in self._known:
             if candidates is None:
-                watched = folding_elements(self.subject.model, self.emulator)
+                watched = folding_elements(self.subject.model, self._compressed)
             else:
                 watched = adding_elements(self._lora)
             self._known[key] = calibration_calls(self.subject, options, watched, candidates or 1)

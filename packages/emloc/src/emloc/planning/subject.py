@@ -198,7 +198,12 @@ class Subject:
     def bits_per_weight(self, plan: CompressionPlan, dtype: str) -> float:
         """Bits that stand for a weight of a compressed layer; 0 where none is."""
         itemsize = self.itemsize(dtype)
-        held = sum(tensor_bytes(group.shape, group.form, itemsize) for group in plan.groups)
+        held = sum(
+            group.shape.numel * itemsize
+            if group.guessed_dense
+            else tensor_bytes(group.shape, group.form, itemsize)
+            for group in plan.groups
+        )
         return 8 * held / (sum(group.shape.numel for group in plan.groups) or 1)
 
     def itemsize(self, dtype: str) -> int:

@@ -11,7 +11,7 @@ from emloc.artefacts.write_errors import writing
 from emloc.config import PlanConfig
 from emloc.errors import OutputError
 from emloc.extend.plugin_options import of_family
-from emloc.planning.fitting import fit
+from emloc.planning.choices import choose
 from emloc.planning.memory_plan import MemoryPlan
 from emloc.planning.setting import Setting
 from emloc.planning.subject import Subject
@@ -36,12 +36,12 @@ def plan(config: PlanConfig) -> dict[str, Any]:
 
 
 def make_memory_plan(config: PlanConfig) -> MemoryPlan:
-    """The plan of the options, fitted to `memory` where that is given."""
+    """The plan of the options, chosen for `memory` where that is given."""
     subject = Subject.of(config.model_name_or_path, config.dtype, config.family)
     setting, stages = Setting(subject, of_family(config, subject.family)), planned_stages()
     if config.memory is None:
         return MemoryPlan(setting, stages)
-    return fit(setting, config.memory, stages)
+    return choose(setting, config.memory, stages)
 
 
 def _write(folder: Path, planned: dict[str, Any]) -> None:

@@ -1,0 +1,129 @@
+"""Choose a format for a budget: the same search (`emloc.planning.fitting`) for each, side by side.
+
+Of those that fit, the one for which least data is given up wins (calibration samples, lengths), and among
+equals the one whose typical error is least; what costs time alone does not count. A format that was asked for
+stays, and so does the default one where an option of a format's own was.
+"""
+
+from collections.abc import Container, Mapping
+from dataclasses import replace
+from itertools import pairwise
+from math import exp, inf, log
+from typing import Any
+
+from emloc.formats.abilities import TwoProducts
+from emloc.options.compress import AUTO, DEFAULT_FORMAT, SIZING
+from emloc.planning.fitting import device_bytes, fit
+from emloc.planning.memory_plan import MemoryPlan
+from emloc.planning.setting import Setting, Stages, with_options
+
+OWN = (
+    "format",
+    "group_size",
+    "residual_rank",
+    "factor_bits",
+    "rank_pattern",
+    "keep_ratio_pattern",
+    "keep_ratio_allocation",
+    "share_factors",
+)
+"""Options that mean something to some formats, or choose one."""
+
+COSTS_NO_DATA = (
+    "keep_ratio",
+    "gradient_checkpointing",
+    "per_device_train_batch_size",
+    "optim",
+    "calibration_batch_size",
+    "an emulator",
+)
+"""Beginnings of concessions that are made in time, or show in the error."""
+
+CHOICES = (AUTO, DEFAULT_FORMAT)
+"""Formats that come in any size. An auto that only rounds and a low rank stand for what bits and rank buy."""
+
+KNOWN_ERRORS: Mapping[str, Mapping[float, float]] = {
+    AUTO: {2.23: 0.163, 3.23: 0.090, 4.23: 0.046},
+    DEFAULT_FORMAT: {3.99: 0.308, 6.39: 0.234, 9.59: 0.166},
+}
+"""By format and bits per weight, the relative error of layers' outputs on SmolLM2-135M moved off its grid
+(`tools/records/formats.md`)."""
+
+
+def choose(
+    setting: Setting,
+    budget: int,
+    stages: Stages,
+    asked: Container[str] | None = None,
+) -> MemoryPlan:
+    """The plan for a device of `budget` bytes, in the format that suits it best.
+
+    Args:
+        stages: that have to fit.
+        asked: options that stay as they are; by default those that were set.
+
+    Returns:
+        The plan, with all formats that were tried in its `choices`.
+    """
+    asked = frozenset(setting.options.model_fields_set) if asked is None else asked
+    free = setting.given is None and not any(name in asked for name in (*OWN, *SIZING))
+    formats = CHOICES if free else (setting.options.format,)
+    plans = [
+        fit(with_options(setting, format=name), budget, stages, asked) if free
+        else fit(setting, budget, stages, asked)
+        for name in formats
+    ]  # fmt: skip
+    return replace(min(plans, key=_loss), choices=[_described(plan) for plan in plans])
+
+
+def typical_error(format: str, bits_per_weight: float) -> float | None:
+    """Relative error of layers' outputs, between the sizes that were measured; None for other formats.
+
+    Beyond the measured sizes it stays at the nearest one's: it orders choices, and promises nothing.
+    """
+    known = KNOWN_ERRORS.get(format)
+    if known is None:
+        return None
+    sizes = sorted(known)
+    at = min(max(bits_per_weight, sizes[0]), sizes[-1])
+    for low, high in pairwise(sizes):
+        if at <= high:
+            share = (at - low) / (high - low)
+            return exp((1 - share) * log(known[low]) + share * log(known[high]))
+    return known[sizes[-1]]
+
+
+def products_share(setting: Setting) -> float:
+    """Multiplications of a forward through the emulated layers, over those of the base's layers."""
+    made = dense = 0
+    for group in setting.emulator.groups:
+        shape, form = group.shape, group.form
+        dense += shape.numel
+        two = isinstance(form.format, TwoProducts)
+        made += form.format.inner(form) * (shape.d_in + shape.rows) if two else shape.numel
+    return made / dense if dense else 1.0
+
+
+def _error(plan: MemoryPlan) -> float | None:
+    return typical_error(plan.setting.options.format, plan.setting.bits_per_weight)
+
+
+def _loss(plan: MemoryPlan) -> tuple[int, int, float]:
+    """Key by which plans are in order, the best first: where none fits, the one that takes least."""
+    error = _error(plan)
+    given_up = [said for said in plan.given_up if not said.startswith(COSTS_NO_DATA)]
+    return plan.smallest or 0, len(given_up), inf if error is None else error
+
+
+def _described(plan: MemoryPlan) -> dict[str, Any]:
+    setting = plan.setting
+    return {
+        "format": setting.options.format,
+        "fits": bool(plan.fits),
+        "keep_ratio": setting.options.keep_ratio,
+        "bits_per_weight": setting.bits_per_weight,
+        "device_bytes": max(device_bytes(setting, stage) for stage in plan.stages.values()),
+        "products": products_share(setting),
+        "typical_error": _error(plan),
+        "given_up": list(plan.given_up),
+    }
