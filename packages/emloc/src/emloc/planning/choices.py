@@ -99,8 +99,10 @@ def products_share(setting: Setting) -> float:
     for group in setting.emulator.groups:
         shape, form = group.shape, group.form
         dense += shape.numel
-        two = isinstance(form.format, TwoProducts)
-        made += form.format.inner(form) * (shape.d_in + shape.rows) if two else shape.numel
+        if isinstance(form.format, TwoProducts):
+            made += form.format.inner(form) * (shape.d_in + shape.rows)
+        else:
+            made += shape.numel
     return made / dense if dense else 1.0
 
 
