@@ -37,7 +37,7 @@ COSTS_NO_DATA = (
     "calibration_batch_size",
     "an emulator",
 )
-"""Beginnings of concessions that are made in time, or show in the error."""
+"""The beginnings of concessions that are made in time, or show in the error."""
 
 CHOICES = (AUTO, DEFAULT_FORMAT)
 """Formats that come in any size. An auto that only rounds and a low rank stand for what bits and rank buy."""
@@ -46,7 +46,7 @@ KNOWN_ERRORS: Mapping[str, Mapping[float, float]] = {
     AUTO: {2.23: 0.163, 3.23: 0.090, 4.23: 0.046},
     DEFAULT_FORMAT: {3.99: 0.308, 6.39: 0.234, 9.59: 0.166},
 }
-"""By format and bits per weight, the relative error of layers' outputs on SmolLM2-135M moved off its grid
+"""Relative errors of layers' outputs on SmolLM2-135M moved off its grid, by format and bits per weight
 (`tools/records/formats.md`)."""
 
 
