@@ -139,13 +139,13 @@ def _search(
     count = group_count(columns, group_size)
     room = count * group_size - columns
     weights = torch.nn.functional.pad(importance.float(), (0, room)).view(count, group_size, 1)
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    searched: list[tuple[Tensor, Tensor, Tensor]] = []
     step = max(1, ELEMENTS.get(weight.device.type, ELEMENTS_ELSEWHERE) // columns)
     for part in weight.split(step):
         padded = torch.nn.functional.pad(part.float(), (0, room))
         grouped = padded.view(len(part), count, group_size)
-        found.append(_search_rows(grouped, weights, bits, shrinks))
-    scales, zeros, errors = (torch.cat(parts) for parts in zip(*found))
+        searched.append(_search_rows(grouped, weights, bits, shrinks))
+    scales, zeros, errors = (torch.cat(parts) for parts in zip(*searched))
     return scales, zeros, errors
 
 
