@@ -161,7 +161,8 @@ def ends_of(base: Path, options: argparse.Namespace, folder: Path) -> list[dict[
     key_of = dict(zip(ends, keys))
     gained = untouched - rows[-1]["loss"]
     for row in rows:
-        row["gain"] = (untouched - row["loss"]) / gained
+        # Where rounding has taken more than the LoRA brought, there is no gain to have a share of.
+        row["gain"] = (untouched - row["loss"]) / gained if gained > 0 else None
         row["chosen"] = summary["limit"] == key_of.get(str(row["end"]))
     rounding, learnt = sizes(base, adapter)
     return [*rows, {"rounding": rounding, "lora": learnt, "all": summary["calibration_loss"]}]
@@ -175,7 +176,8 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         calibration = "" if row["calibration"] is None else f"{row['calibration']:.4f}"
         table.add_row(
-            row["end"], f"{row['loss']:.4f}", f"{row['gain']:.1%}", calibration,
+            row["end"], f"{row['loss']:.4f}", "" if row["gain"] is None else f"{row['gain']:.1%}",
+            calibration,
             "chosen" if row["chosen"] else "",
         )  # fmt: skip
     Console(width=110).print(table)
