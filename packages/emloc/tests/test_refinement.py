@@ -50,11 +50,13 @@ def plain(weight, moments, grid, codes):
 @pytest.mark.parametrize(("columns", "bits", "size"), [(70, 2, 32), (150, 3, 64), (40, 4, 8)])
 def test_every_step_is_the_best_of_all_that_can_be_stored(columns, bits, size):
     weight, moments, grid, codes = drawn(6, columns, bits, size)
-    better, given = improved(weight, moments, 0.0, grid, codes)
+    better, given, left = improved(weight, moments, 0.0, grid, codes)
     scales, expected = plain(weight, moments, grid, codes)
     assert float((given == expected).double().mean()) > 0.99  # ties, in float32
     assert float((better.scale_codes == scales).double().mean()) > 0.99
-    assert (cost(weight, moments, better, given) < cost(weight, moments, grid, codes)).all()
+    costs = cost(weight, moments, better, given)
+    assert (costs < cost(weight, moments, grid, codes)).all()
+    assert left == pytest.approx(float(costs.sum()), rel=1e-5)
 
 
 def test_a_ridge_counts_as_moments():
@@ -62,13 +64,15 @@ def test_a_ridge_counts_as_moments():
     ridge = float(moments.diagonal().mean())
     ridged = moments + ridge * torch.eye(96)
     ours, theirs = (improved(weight, m, r, grid, codes) for m, r in ((moments, ridge), (ridged, 0)))
-    assert float((ours[1] == theirs[1]).double().mean()) > 0.99
+    assert float((ours.codes == theirs.codes).double().mean()) > 0.99
+    expected = float(cost(weight, moments, ours.grid, ours.codes).sum())
+    assert ours.cost == pytest.approx(expected, rel=1e-5)
 
 
 def test_groups_of_zeros_stay_zero():
     weight, moments, _, codes = drawn(4, 64, 4, 32)
     weight[1], weight[2, 32:] = 0, 0
     grid = choose_grid(weight, moments.diagonal(), 4, 32)
-    better, given = improved(weight, moments, 0.0, grid, codes)
+    better, given, _ = improved(weight, moments, 0.0, grid, codes)
     assert torch.equal(better.scale_codes == 0, grid.scale_codes == 0)
     assert torch.equal(better.values(given)[weight == 0], torch.zeros(64 + 32))

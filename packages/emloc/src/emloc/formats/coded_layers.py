@@ -98,8 +98,10 @@ class LayerByLayer(ABC):
         """The tensors of a layer of that size."""
 
     @abstractmethod
-    def fit_layer(self, weight: Tensor, moments: Moments, form: Form) -> Mapping[str, Tensor]:
-        """The stored tensors of a finite weight, d_out × d_in."""
+    def fit_layer(
+        self, weight: Tensor, moments: Moments, form: Form
+    ) -> tuple[Mapping[str, Tensor], float]:
+        """The stored tensors of a finite weight, d_out × d_in, and the squared change of its outputs."""
 
     def fit(
         self, weights: Sequence[Tensor], moments: Moments, shape: GroupShape, form: Form
@@ -113,11 +115,8 @@ class LayerByLayer(ABC):
         changed = whole = 0.0
         tensors: dict[tuple[str, str], Tensor] = {}
         for layer, weight in zip(shape.layers, weights):
-            stored = self.fit_layer(weight, moments, form)
-            stands_for = self.layout(len(weight), shape.d_in, form).decoded(stored.__getitem__)
-            changed += squared_output(
-                weight.float() - stands_for.dense(torch.float32), moments.matrix
-            )
+            stored, cost = self.fit_layer(weight, moments, form)
+            changed += cost
             whole += squared_output(weight, moments.matrix)
             tensors.update({(layer, name): tensor for name, tensor in stored.items()})
         if not (math.isfinite(changed) and math.isfinite(whole)):
@@ -125,6 +124,14 @@ class LayerByLayer(ABC):
                 f"Layer {moments.name}: its outputs are too large to be squared in float32; exclude it."
             )
         return Fitted(tensors, {"relative_error": (changed / whole) ** 0.5 if whole > 0 else 0.0})
+
+    def with_cost(
+        self, weight: Tensor, moments: Moments, form: Form, stored: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Tensor], float]:
+        """Stored tensors with the squared change of the outputs, for `fit_layer`."""
+        stands_for = self.layout(*weight.shape, form).decoded(stored.__getitem__)
+        lost = weight.float() - stands_for.dense(torch.float32)
+        return stored, squared_output(lost, moments.matrix)
 
     def stored(self, shape: GroupShape, form: Form) -> Sequence[StoredTensor]:
         """Each layer's tensors."""

@@ -64,10 +64,12 @@ class CodedLowRank(LayerByLayer):
         """Codes, scales and zeros of both factors."""
         return FactorPair(d_out, d_in, form.sizes[RANK], form.sizes[BITS])
 
-    def fit_layer(self, weight: Tensor, moments: Moments, form: Form) -> Mapping[str, Tensor]:
+    def fit_layer(
+        self, weight: Tensor, moments: Moments, form: Form
+    ) -> tuple[Mapping[str, Tensor], float]:
         """See `FactorPair.fit`."""
         layout = self.layout(weight.shape[0], weight.shape[1], form)
-        return layout.fit(weight.float(), moments)
+        return self.with_cost(weight, moments, form, layout.fit(weight.float(), moments))
 
     def fitting_bytes(self, shape: GroupShape, form: Form, itemsize: int) -> int:
         """Shares that are carried on, both factors, and factorising or rounding the larger one."""

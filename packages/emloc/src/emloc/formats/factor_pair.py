@@ -89,14 +89,14 @@ class FactorPair(NamedTuple):
         factors = factorise(weight, moments, self.rank)
         if self.plain:
             return {RIGHT: factors.right, LEFT: factors.left}
-        grid, codes = fitted_grid(factors.right.float(), moments, self.bits, GROUP_SIZE)
+        grid, codes, _ = fitted_grid(factors.right.float(), moments, self.bits, GROUP_SIZE)
         tensors = self.right.encoded(grid, codes)
         right = grid.values(codes)
         read = moments.matrix.float() @ right.T
         square = (right @ read).double()
         left = _solved(square, (weight.float() @ read).double()).float()
         seen = Moments.of_matrix("input", moments.name, square.float(), moments.tokens)
-        grid, codes = fitted_grid(left, seen, self.bits, GROUP_SIZE)
+        grid, codes, _ = fitted_grid(left, seen, self.bits, GROUP_SIZE)
         return {**tensors, **self.left.encoded(grid, codes)}
 
 

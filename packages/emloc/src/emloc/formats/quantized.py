@@ -52,11 +52,13 @@ class Quantized(LayerByLayer):
         refuse_unknown_grid(bits, group_size)
         return CodedMatrix(d_out, d_in, bits, group_size)
 
-    def fit_layer(self, weight: Tensor, moments: Moments, form: Form) -> Mapping[str, Tensor]:
+    def fit_layer(
+        self, weight: Tensor, moments: Moments, form: Form
+    ) -> tuple[Mapping[str, Tensor], float]:
         """See `emloc.linalg.refinement`."""
         layout = self.layout(weight.shape[0], weight.shape[1], form)
-        grid, codes = fitted_grid(weight, moments, layout.bits, layout.group_size)
-        return layout.encoded(grid, codes)
+        grid, codes, cost = fitted_grid(weight, moments, layout.bits, layout.group_size)
+        return layout.encoded(grid, codes), cost
 
     def fitting_bytes(self, shape: GroupShape, form: Form, itemsize: int) -> int:
         """See `fitted_bytes`, of the largest layer."""

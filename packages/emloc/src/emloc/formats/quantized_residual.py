@@ -72,11 +72,13 @@ class QuantizedResidual(LayerByLayer):
         codes = CodedMatrix(d_out, d_in, bits, group_size)
         return CodesAndFactors(codes, FactorPair(d_out, d_in, rank, number))
 
-    def fit_layer(self, weight: Tensor, moments: Moments, form: Form) -> Mapping[str, Tensor]:
+    def fit_layer(
+        self, weight: Tensor, moments: Moments, form: Form
+    ) -> tuple[Mapping[str, Tensor], float]:
         """The better of both orders."""
         layout = self.layout(weight.shape[0], weight.shape[1], form)
         attempts = list(_attempts(weight.float(), moments, layout))
-        return min(attempts, key=lambda attempt: attempt[0])[1]
+        return min(attempts, key=lambda attempt: attempt[1])
 
     def fitting_bytes(self, shape: GroupShape, form: Form, itemsize: int) -> int:
         """Shares that are carried on, what is left of the largest layer and both of its parts, and the
@@ -112,12 +114,12 @@ class CodesAndFactors(NamedTuple):
 
 def _attempts(
     weight: Tensor, moments: Moments, layout: CodesAndFactors
-) -> Iterator[tuple[float, dict[str, Tensor]]]:
-    """Squared changes of the outputs and the tensors: rounding first, then leading directions first."""
+) -> Iterator[tuple[dict[str, Tensor], float]]:
+    """Tensors and squared changes of the outputs: rounding first, then leading directions first."""
     codes_of, pair = layout
 
     def rounded(target: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        grid, codes = fitted_grid(target, moments, codes_of.bits, codes_of.group_size)
+        grid, codes, _ = fitted_grid(target, moments, codes_of.bits, codes_of.group_size)
         return codes_of.encoded(grid, codes), grid.values(codes)
 
     def factored(target: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -130,7 +132,7 @@ def _attempts(
             codes, on_grid = rounded(weight if added is None else weight - added)
             factors, added = factored(weight - on_grid)
             cost = squared_output(weight - on_grid - added, moments.matrix)
-            yield (cost if math.isfinite(cost) else math.inf), {**codes, **factors}
+            yield {**codes, **factors}, (cost if math.isfinite(cost) else math.inf)
 
 
 QUANTIZED_RESIDUAL = QuantizedResidual()

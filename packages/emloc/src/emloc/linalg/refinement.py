@@ -16,6 +16,7 @@ Precision: float32.
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, UInt8
@@ -26,9 +27,21 @@ from emloc.linalg.grid import Grid, choose_grid
 from emloc.linalg.rounding import BLOCK, DOUBLE_BELOW, STRIP, Feedback
 
 
+class Rounded(NamedTuple):
+    """A weight on a grid.
+
+    Attributes:
+        cost: `‖(W − W_e) X‖_F²` on the inputs of the moments, without the ridge.
+    """
+
+    grid: Grid
+    codes: UInt8[Tensor, "rows columns"]
+    cost: float
+
+
 def fitted_grid(
     weight: Float[Tensor, "rows columns"], moments: Moments, bits: int, group_size: int
-) -> tuple[Grid, UInt8[Tensor, "rows columns"]]:
+) -> "Rounded":
     """A grid and the codes on it: rounded with feedback, then improved.
 
     Args:
@@ -52,7 +65,7 @@ def improved(
     ridge: float,
     grid: Grid,
     codes: UInt8[Tensor, "rows columns"],
-) -> tuple[Grid, UInt8[Tensor, "rows columns"]]:
+) -> Rounded:
     """The grid and the codes after one pass of steps under `moments + ridge`."""
     size, columns = grid.group_size, grid.columns
     scale_codes, zeros = grid.scale_codes.T.contiguous().float(), grid.zeros.T.contiguous()
@@ -60,10 +73,12 @@ def improved(
     errors = (weight.float() - grid.values(codes)).T.contiguous()
     # Columns × rows: each step works on one contiguous row.
     turned = codes.T.contiguous().float()
-    block = size * max(1, BLOCK // size)
+    block, cost = size * max(1, BLOCK // size), 0.0
     for start in range(0, columns, block):
         stop = min(start + block, columns)
-        slopes = (moments[start:stop].float() @ errors).add_(errors[start:stop], alpha=ridge)
+        rows, now = moments[start:stop].float(), errors[start:stop]
+        final = rows[:, :start] @ errors[:start]  # by inputs that do not change any more
+        slopes = torch.addmm(final, rows[:, start:], errors[start:]).add_(now, alpha=ridge)
         within = moments[start:stop, start:stop].to(torch.float32, copy=True)
         within.diagonal().add_(ridge)
         for first in range(start, stop, size):
@@ -84,8 +99,11 @@ def improved(
                 )
                 errors[part].sub_(shifts)
                 slopes[strip.stop :].addmm_(within[strip.stop :, strip], shifts, alpha=-1)
+        cost += float(final.mul_(2).addmm_(rows[:, start:stop], now).mul_(now).sum())
+    cost = 0.0 if cost < 0 else cost  # rounding may make nothing negative; NaN stays NaN
     coded = scale_codes.T.to(torch.uint8).contiguous()
-    return replace(grid, scale_codes=coded), turned.to(torch.uint8).T.contiguous()
+    made = turned.to(torch.uint8).T.contiguous()
+    return Rounded(replace(grid, scale_codes=coded), made, cost)
 
 
 def _move_scale(

@@ -58,9 +58,12 @@ class NF4(LayerByLayer):
         bitsandbytes()
         return Tensors(d_out, d_in)
 
-    def fit_layer(self, weight: Tensor, moments: Moments, form: Form) -> Mapping[str, Tensor]:
+    def fit_layer(
+        self, weight: Tensor, moments: Moments, form: Form
+    ) -> tuple[Mapping[str, Tensor], float]:
         """Every number to its nearest code."""
-        return dict(zip((CODES, ABSMAX, NESTED), quantise(weight)))
+        stored = dict(zip((CODES, ABSMAX, NESTED), quantise(weight)))
+        return self.with_cost(weight, moments, form, stored)
 
     def fitting_bytes(self, shape: GroupShape, form: Form, itemsize: int) -> int:
         """The largest weight and its decoded values in float32, beside the result."""
