@@ -129,7 +129,7 @@ class LayerByLayer(ABC):
         self, weight: Tensor, moments: Moments, form: Form, stored: Mapping[str, Tensor]
     ) -> tuple[Mapping[str, Tensor], float]:
         """Stored tensors with the squared change of the outputs, for `fit_layer`."""
-        stands_for = self.layout(*weight.shape, form).decoded(stored.__getitem__)
+        stands_for = self.layout(weight.shape[0], weight.shape[1], form).decoded(stored.__getitem__)
         lost = weight.float() - stands_for.dense(torch.float32)
         return stored, squared_output(lost, moments.matrix)
 

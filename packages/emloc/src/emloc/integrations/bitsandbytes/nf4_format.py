@@ -62,7 +62,7 @@ class NF4(LayerByLayer):
         self, weight: Tensor, moments: Moments, form: Form
     ) -> tuple[Mapping[str, Tensor], float]:
         """Every number to its nearest code."""
-        stored = dict(zip((CODES, ABSMAX, NESTED), quantise(weight)))
+        stored: dict[str, Tensor] = dict(zip((CODES, ABSMAX, NESTED), quantise(weight)))
         return self.with_cost(weight, moments, form, stored)
 
     def fitting_bytes(self, shape: GroupShape, form: Form, itemsize: int) -> int:
