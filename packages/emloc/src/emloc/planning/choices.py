@@ -6,11 +6,13 @@ stays, and so does the default one where an option of a format's own was.
 """
 
 from collections.abc import Container, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from math import exp, inf, log
 from typing import Any
 
+from emloc.errors import ConfigError
 from emloc.formats.abilities import TwoProducts
 from emloc.options.compress import AUTO, DEFAULT_FORMAT, SIZING
 from emloc.planning.fitting import device_bytes, fit
@@ -39,9 +41,6 @@ COSTS_NO_DATA = (
 )
 """The beginnings of concessions that are made in time, or show in the error."""
 
-CHOICES = (AUTO, DEFAULT_FORMAT)
-"""Formats that come in any size. An auto that only rounds and a low rank stand for what bits and rank buy."""
-
 KNOWN_ERRORS: Mapping[str, Mapping[float, float]] = {
     AUTO: {2.23: 0.163, 3.23: 0.090, 4.23: 0.046},
     DEFAULT_FORMAT: {3.99: 0.308, 6.39: 0.234, 9.59: 0.166, 12.80: 0.114},
@@ -67,12 +66,13 @@ def choose(
     """
     asked = frozenset(setting.options.model_fields_set) if asked is None else asked
     free = setting.given is None and not any(name in asked for name in (*OWN, *SIZING))
-    formats = CHOICES if free else (setting.options.format,)
-    plans = [
-        fit(with_options(setting, format=name), budget, stages, asked) if free
-        else fit(setting, budget, stages, asked)
-        for name in formats
-    ]  # fmt: skip
+    if not free:
+        plan = fit(setting, budget, stages, asked)
+        return replace(plan, choices=[_described(plan)])
+    plans = [fit(setting, budget, stages, asked)]
+    # Layers may be too small for any form of auto.
+    with suppress(ConfigError):
+        plans.insert(0, fit(with_options(setting, format=AUTO), budget, stages, asked))
     return replace(min(plans, key=_loss), choices=[_described(plan) for plan in plans])
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from emloc.config import PlanConfig
 from emloc.errors import ConfigError
+from emloc.formats.layer_format import tensor_bytes
 from emloc.options.compress import AUTO, SIZING
 from emloc.options.marks import SampleSize, marked
 from emloc.planning.ledger import total
@@ -148,7 +149,23 @@ def _ratio(setting: Setting, ratio: float, bits: float) -> float:
     options = setting.options
     if options.format != AUTO:
         return ratio
-    return ceil(STEPS * bits / (8 * setting.subject.itemsize(options.dtype))) / STEPS
+    bits = max(bits, _least_bits(setting))
+    ratio = ceil(STEPS * bits / (8 * setting.subject.itemsize(options.dtype))) / STEPS
+    return min(ratio, LARGEST_RATIO)
+
+
+def _least_bits(setting: Setting) -> float:
+    """Bits per weight of the smallest forms among which auto chooses: many, where layers are tiny.
+
+    Raises:
+        ConfigError: they are no smaller than the weights.
+    """
+    itemsize = setting.subject.itemsize(setting.options.dtype)
+    groups = [each for each in _at(setting, LARGEST_RATIO).compressed.groups if each.menu]
+    held = sum(
+        min(tensor_bytes(each.shape, form, itemsize) for form in each.menu[0]) for each in groups
+    )
+    return 8 * held / (sum(each.shape.numel for each in groups) or 1)
 
 
 def _concessions(setting: Setting) -> Iterator[Concession]:

@@ -83,15 +83,15 @@ class Setting:
     @cached_property
     def emulator(self) -> CompressionPlan:
         """The layers that are emulated."""
-        return self._compressed.guessed
+        return self.compressed.guessed
 
     @property
     def bits_per_weight(self) -> float:
         """Bits that stand for a weight of the layers that compress looks at."""
-        return self.subject.bits_per_weight(self._compressed, self.options.dtype)
+        return self.subject.bits_per_weight(self.compressed, self.options.dtype)
 
     @cached_property
-    def _compressed(self) -> CompressionPlan:
+    def compressed(self) -> CompressionPlan:
         """The layers that compress looks at."""
         if self.given is not None:
             return self.given
@@ -162,7 +162,7 @@ class Setting:
         calls = self._calls(options)
         written = self.subject.itemsize(options.dtype)
         # Where sizes are allocated after the pass, it writes the largest that they may become.
-        wide = self._compressed.with_forms({g.owner: g.fitted for g in self._compressed.groups})
+        wide = self.compressed.with_forms({g.owner: g.fitted for g in self.compressed.groups})
         lines, moment = compress_lines(self.subject, wide, calls, written, options.device)
         given = calls.count * calls.batch if calls and self.on_gpu else 0  # else the calls' own
         emulator = self.subject.emulator_bytes(self.emulator, options.dtype)
@@ -227,7 +227,7 @@ class Setting:
         key = candidates, options.model_dump_json(include=names)
         if key not in self._known:
             if candidates is None:
-                watched = folding_elements(self.subject.model, self._compressed)
+                watched = folding_elements(self.subject.model, self.compressed)
             else:
                 watched = adding_elements(self._lora)
             self._known[key] = calibration_calls(self.subject, options, watched, candidates or 1)
