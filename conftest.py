@@ -5,6 +5,13 @@ import json
 import os
 import sys
 
+from hypothesis import settings
+
+# A change is judged by the same examples each time; `--hypothesis-profile=random` looks for others.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("random", deadline=None)
+settings.load_profile("same")
+
 # Stages compute on a GPU where there is one; what tests compare are numbers of the CPU.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 

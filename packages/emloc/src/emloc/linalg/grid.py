@@ -27,6 +27,10 @@ SHRINKS = tuple(1 - 0.05 * step for step in range(13))
 """Shares of a group's range that are tried as the grid's; outliers beyond it are clipped."""
 
 
+SMALLEST_SCALE = 1e-36
+"""Scales below it are zero; a 255th of it, the least scale beside it, still has an inverse in float32."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """The grid of every group, in the form that is stored.
@@ -134,11 +138,14 @@ def _search(
     group_size: int,
     shrinks: Sequence[float] = SHRINKS,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scales, codes of zeros and squared errors, each rows × groups."""
+    """Scales, codes of zeros and squared errors (float64), each rows × groups."""
     columns = weight.shape[1]
     count = group_count(columns, group_size)
     room = count * group_size - columns
-    weights = torch.nn.functional.pad(importance.float(), (0, room)).view(count, group_size, 1)
+    # Squares of tiny or huge numbers leave float32's range: errors are compared in units of their own.
+    unit = importance.double().amax().clamp(min=torch.finfo(torch.float64).tiny)
+    weights = torch.nn.functional.pad((importance.double() / unit).float(), (0, room))
+    weights = weights.view(count, group_size, 1)
     searched: list[tuple[Tensor, Tensor, Tensor]] = []
     step = max(1, ELEMENTS.get(weight.device.type, ELEMENTS_ELSEWHERE) // columns)
     for part in weight.split(step):
@@ -146,7 +153,7 @@ def _search(
         grouped = padded.view(len(part), count, group_size)
         searched.append(_search_rows(grouped, weights, bits, shrinks))
     scales, zeros, errors = (torch.cat(parts) for parts in zip(*searched))
-    return scales, zeros, errors
+    return scales, zeros, errors * unit
 
 
 def _search_rows(
@@ -156,18 +163,20 @@ def _search_rows(
     low = grouped.amin(dim=2).clamp(max=0)
     high = grouped.amax(dim=2).clamp(min=0)
     levels = (1 << bits) - 1
+    widest = high / levels - low / levels
+    widest = torch.where(widest < SMALLEST_SCALE, 0.0, widest)
     best: Tensor | None = None
     scales = zeros = low
     for shrink in shrinks:
-        scale = (high - low) * (shrink / levels)
+        scale = widest * shrink
         zero = _zero_codes(low * shrink, scale, bits)
-        error = _squared_error(grouped, weights, scale, zero, bits)
+        error = _squared_error(grouped, weights, scale, zero, bits).mul_(shrink**2)
         better = None if best is None else error < best
         best = error if best is None else torch.minimum(best, error)
         scales = scale if better is None else torch.where(better, scale, scales)
         zeros = zero if better is None else torch.where(better, zero, zeros)
     assert best is not None
-    return scales, zeros, best
+    return scales, zeros, best * widest.double().square()
 
 
 def encode_scales(scales: Float[Tensor, "rows groups"]) -> tuple[Tensor, Tensor]:
@@ -193,11 +202,10 @@ def _zero_codes(low: Tensor, scale: Tensor, bits: int) -> Tensor:
 def _squared_error(
     grouped: Tensor, weights: Tensor, scale: Tensor, zero: Tensor, bits: int
 ) -> Tensor:
-    """The weighted squared error of each group, rows × groups."""
+    """The weighted squared error of each group in units of its scale squared, rows × groups."""
     inverse = torch.where(scale > 0, 1 / scale, 0.0)[..., None]
     places = (grouped * inverse).add_(decoded_zeros(zero, bits)[..., None])
     codes = places.round().clamp_(0, (1 << bits) - 1)
     off = codes.sub_(places).square_()
     # One small product per group adds up what is off in it.
-    summed = torch.bmm(off.transpose(0, 1), weights)[..., 0].T
-    return summed * scale.square()
+    return torch.bmm(off.transpose(0, 1), weights)[..., 0].T
