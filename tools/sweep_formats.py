@@ -208,12 +208,14 @@ def fitted(subject: Subject, form: str, options: argparse.Namespace) -> Iterator
             outcome = chosen.format.fit(weights, subject.moments[shape.owner], shape, chosen)
             yield (
                 shape,
-                _decoded(shape, chosen, outcome.tensors),
+                decoded(shape, chosen, outcome.tensors),
                 tensor_bytes(shape, chosen, ITEMSIZE),
             )
 
 
-def _decoded(shape: GroupShape, form: Form, tensors: Tensors) -> list[Tensor]:
+def decoded(shape: GroupShape, form: Form, tensors: Tensors) -> list[Tensor]:
+    """The dense weights that a group's tensors stand for, d_out × d_in each, float32."""
+
     def read(layer: str, name: str) -> Tensor:
         return tensors[layer, name]
 
