@@ -3,7 +3,7 @@
     python tools/sweep_shapes.py [--shapes 4096x4096 11008x4096] [--forms quantized:bits=2,group_size=64 ...]
         [--threads 1] [--out shapes.jsonl]
 
-No model of 7 B parameters runs here, so weights and inputs are made up, d_out x d_in each, and every form gets
+No model of 7 B parameters runs here, so weights and inputs are made up, d_out x d_in each; every form gets
 the same. Second moments of the inputs have eigenvalues that fall like 1/i (i: their place), as far as the
 width reaches, in directions drawn at random; channels differ by exp(0.5 normal), and one in 500 is 20 to 100
 times as large as the others, like the outlier features of language models (LLM.int8(), arXiv 2208.07339).
