@@ -2,26 +2,28 @@
 
 Forward, all micro-batches go through the model in lockstep (`emloc.streaming.lockstep`), without a graph
 inside blocks; what enters each block is kept. Between blocks (residual glue, a projector, the head)
-autograd records as usual, from a block's output, made a leaf, to the inputs of the next. Backward, from the
-last block that ran to the first, a block's weights are loaded again, it is run once more with a graph on
-what entered it, and the gradient of its output becomes those of its weights and of its inputs, which the
-glue carries to the leaves before it. This is gradient checkpointing whose checkpoints are blocks and whose
-weights come from disk.
+autograd records as usual, from a block's output, where it lands, to the inputs of the next. Backward, from
+the last block that ran to the first, a block's weights are loaded again, it is run once more with a graph
+on what entered it, and the gradient of its output becomes those of its weights and of its inputs, which the
+glue carries to where they landed before. This is gradient checkpointing whose checkpoints are blocks and
+whose weights come from disk. Dropout draws the same numbers both times.
 
-Memory: one block with its gradients, and per micro-batch the inputs of every block and the glue's graph.
+Memory: one block with its gradients, and per micro-batch the inputs of every block, where `KeptInputs` keeps
+them, and the glue's graph.
 
 Products of a bfloat16 checkpoint are in bfloat16, as in training; gradients of weights and masks add up in
 float32.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from emloc.errors import NumericalError
@@ -29,6 +31,7 @@ from emloc.extend.family import Batch
 from emloc.extend.losses import LossSum, summed
 from emloc.linalg.finite import is_finite
 from emloc.machine.progress import progress_bar
+from emloc.streaming.kept_inputs import InMemory, KeptInputs, Random
 from emloc.streaming.lockstep import Call, current_call, lockstep, refuse_again
 from emloc.streaming.stream import UnitStream
 
@@ -36,12 +39,55 @@ Visit = Callable[[str, nn.Module], AbstractContextManager[None]]
 """Entered with a block's weights loaded, left when all micro-batches went back through it."""
 
 
+Fill = Callable[[str, str | None], AbstractContextManager[None]]
+"""Hold a unit's weights; the second name is the unit that is needed next, as far as is known."""
+
+Made = TypeVar("Made")
+
+
+class _Landed:
+    """A place where a block's output went on, and the gradient that comes back to it."""
+
+    def __init__(self) -> None:
+        self.gradient: Tensor | None = None
+
+    def add(self, gradient: Tensor) -> None:
+        """Add to what came back before."""
+        self.gradient = gradient if self.gradient is None else self.gradient + gradient
+
+
+class _Landing(torch.autograd.Function):
+    """A block's output to those who read it; its node in the graph does not hold the numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, anchor: Tensor, landed: _Landed) -> Tensor:
+        """The value; `anchor` requires a gradient, so that the graph begins here."""
+        ctx.landed = landed
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Keep the gradient."""
+        ctx.landed.add(gradient)
+        return None, None, None
+
+
+@dataclass
+class _Entered:
+    """All that entered a block: tensors as they are kept, and the places in the graph that they came from."""
+
+    parts: list[Any]
+    edges: list[GradientEdge | None]
+    form: Any
+    random: Random | None
+
+
 @dataclass
 class _Passage:
-    """One micro-batch on its way: what entered every block, and the leaves that left it."""
+    """One micro-batch on its way: what entered every block, and where what left it went on."""
 
-    entered: dict[str, tuple[Any, Any]] = field(default_factory=dict[str, tuple[Any, Any]])
-    left: dict[str, list[Tensor]] = field(default_factory=dict[str, list[Tensor]])
+    entered: dict[str, _Entered] = field(default_factory=dict[str, _Entered])
+    left: dict[str, list[_Landed]] = field(default_factory=dict[str, list[_Landed]])
 
 
 def backward_by_block(stream: UnitStream, batches: Sequence[Batch], visit: Visit) -> float:
@@ -56,11 +102,89 @@ def backward_by_block(stream: UnitStream, batches: Sequence[Batch], visit: Visit
         NumericalError: the loss or a gradient is NaN or infinite; names the block.
         ConfigError: a block runs more than once in a forward.
     """
-    passages = [_Passage() for _ in batches]
+
+    def loss_of(batch: Batch) -> tuple[Tensor, LossSum]:
+        here = {name: tensor.to(stream.device) for name, tensor in batch.items()}
+        loss, terms = stream.family.loss(stream.model, here)
+        return loss, LossSum(float(loss.detach()), terms)
+
+    def fill(unit: str, following: str | None) -> AbstractContextManager[None]:
+        return stream.filled(unit)
+
+    passes = BlockPasses(stream, fill, InMemory(stream.device))
     with _precision(stream):
-        mean = summed(_forward(stream, batches, passages)).mean("The calibration samples")
-        _backward(stream, passages, visit)
+        parts = passes.forward([partial(loss_of, batch) for batch in batches])
+        mean = summed(parts).mean("The calibration samples")
+        passes.backward(visit)
     return mean
+
+
+class BlockPasses:
+    """The two passes through the blocks that several losses need, one per micro-batch.
+
+    Args:
+        fill: by which units get their weights: every one once in the forward, blocks once more.
+        kept: where the inputs of blocks are kept in between.
+    """
+
+    def __init__(self, stream: UnitStream, fill: Fill, kept: KeptInputs) -> None:
+        self._stream, self._fill, self._kept = stream, fill, kept
+        self._passages: list[_Passage] = []
+
+    def forward(self, losses: Sequence[Callable[[], tuple[Tensor, Made]]]) -> list[Made]:
+        """Run all micro-batches to their loss, and its gradient to where the last outputs landed.
+
+        Args:
+            losses: each runs the model once; returns a scalar loss, and what is to be known of it.
+
+        Raises:
+            ConfigError: a block runs more than once in a forward.
+        """
+
+        def run(loss_of: Callable[[], tuple[Tensor, Made]]) -> Made:
+            torch.set_grad_enabled(True)  # each call sets it whenever it goes on
+            loss, made = loss_of()
+            if loss.requires_grad:
+                loss.backward()
+            return made
+
+        stream = self._stream
+        self._passages = [_Passage() for _ in losses]
+        calls = [
+            Call(partial(run, one), context=passage) for one, passage in zip(losses, self._passages)
+        ]
+        following = dict(zip(stream.blocks, stream.blocks[1:]))
+        with progress_bar("forward", len(stream.units)) as advance:
+
+            @contextmanager
+            def visit(unit: str) -> Iterator[None]:
+                with self._fill(unit, following.get(unit)):
+                    yield
+                advance(note=unit)
+
+            with _hooks(stream, self._kept):
+                return lockstep(stream.model, stream.units, calls, visit, device=stream.device)
+
+    def backward(self, visit: Visit) -> None:
+        """Add the gradients of all losses; see `backward_by_block`.
+
+        Raises:
+            NumericalError: the gradient of a block's output is NaN or infinite; names the block.
+        """
+        stream, passages = self._stream, self._passages
+        # As the forward came by them, which need not be as they are listed; others have no gradient.
+        reached = list(dict.fromkeys(block for passage in passages for block in passage.entered))
+        others = [block for block in stream.blocks if block not in reached]
+        order = [*reversed(reached), *others]
+        with progress_bar("gradients", len(order)) as advance:
+            for block, following in zip(order, [*order[1:], None]):
+                module = stream.model.get_submodule(block)
+                with self._fill(block, following), torch.enable_grad(), visit(block, module):
+                    for passage in passages:
+                        _back_through(module, block, passage, self._kept)
+                advance(note=block)
+        self._kept.forget()
+        self._passages = []
 
 
 def _precision(stream: UnitStream) -> AbstractContextManager[Any]:
@@ -74,59 +198,19 @@ def _precision(stream: UnitStream) -> AbstractContextManager[Any]:
     )
 
 
-def _backward(stream: UnitStream, passages: Sequence[_Passage], visit: Visit) -> None:
-    # As the forward came by them, which need not be as they are listed; the others have no gradient.
-    reached = list(dict.fromkeys(block for passage in passages for block in passage.entered))
-    others = [block for block in stream.blocks if block not in reached]
-    with progress_bar("gradients", len(stream.blocks)) as advance:
-        for block in [*reversed(reached), *others]:
-            module = stream.model.get_submodule(block)
-            with stream.filled(block), torch.enable_grad(), visit(block, module):
-                for passage in passages:
-                    _back_through(module, block, passage)
-            advance(note=block)
-
-
-def _forward(
-    stream: UnitStream, batches: Sequence[Batch], passages: Sequence[_Passage]
-) -> list[LossSum]:
-    """Run all micro-batches to their loss, and its gradient to the last leaves."""
-
-    def run(batch: Batch) -> LossSum:
-        here = {name: tensor.to(stream.device) for name, tensor in batch.items()}
-        loss, terms = stream.family.loss(stream.model, here)
-        if loss.requires_grad:
-            loss.backward()
-        return LossSum(float(loss.detach()), terms)
-
-    calls = [
-        Call(partial(run, batch), context=passage) for batch, passage in zip(batches, passages)
-    ]
-    with _hooks(stream), _stray_units(stream) as visit:
-        return lockstep(stream.model, stream.units, calls, visit, device=stream.device)
-
-
 @contextmanager
-def _stray_units(stream: UnitStream) -> Iterator[Callable[[str], AbstractContextManager[None]]]:
-    with progress_bar("forward", len(stream.units)) as advance:
-
-        @contextmanager
-        def visit(unit: str) -> Iterator[None]:
-            with stream.filled(unit):
-                yield
-            advance(note=unit)
-
-        yield visit
-
-
-@contextmanager
-def _hooks(stream: UnitStream) -> Iterator[None]:
-    """Record what enters blocks; a graph outside of them only, and leaves where they end."""
+def _hooks(stream: UnitStream, kept: KeptInputs) -> Iterator[None]:
+    """Record what enters blocks; a graph outside of them only, which begins where they end."""
+    anchor = torch.zeros((), device=stream.device, requires_grad=True)
 
     def enter(block: str) -> Any:
-        def before(_: nn.Module, inputs: Any, named: Any) -> None:
+        def before(module: nn.Module, inputs: Any, named: Any) -> None:
             refuse_again(block, _passage().entered)
-            _passage().entered[block] = (inputs, named)
+            parts, form = tree_flatten((inputs, named))
+            edges = [_edge(part) for part in parts]
+            held = [part if edge is None else kept.put(part) for part, edge in zip(parts, edges)]
+            random = Random.now(stream.device) if module.training else None
+            _passage().entered[block] = _Entered(held, edges, form, random)
             torch.set_grad_enabled(False)
 
         return before
@@ -135,9 +219,13 @@ def _hooks(stream: UnitStream) -> Iterator[None]:
         def after(_: nn.Module, __: Any, ___: Any, output: Any) -> Any:
             torch.set_grad_enabled(True)
             parts, form = tree_flatten(output)
-            leaves = [_as_leaf(part) for part in parts]
-            _passage().left[block] = [part for part in leaves if _is_float(part)]
-            return tree_unflatten(leaves, form)
+            landed = [_Landed() if _is_float(part) else None for part in parts]
+            _passage().left[block] = [place for place in landed if place is not None]
+            gone = [
+                part if place is None else _Landing.apply(part, anchor, place)
+                for part, place in zip(parts, landed)
+            ]
+            return tree_unflatten(gone, form)
 
         return after
 
@@ -165,44 +253,44 @@ def _is_float(part: Any) -> bool:
     return isinstance(part, Tensor) and part.is_floating_point()
 
 
-def _as_leaf(part: Any) -> Any:
-    return part.detach().requires_grad_() if _is_float(part) else part
+def _edge(part: Any) -> GradientEdge | None:
+    return get_gradient_edge(part) if _is_float(part) and part.requires_grad else None
 
 
-def _back_through(module: nn.Module, block: str, passage: _Passage) -> None:
+def _back_through(module: nn.Module, block: str, passage: _Passage, kept: KeptInputs) -> None:
     """Once more forward with a graph, then back; gradients of the inputs go on through the glue."""
     if block not in passage.entered:  # an image tower that this micro-batch did not need
         return
-    entered, leaves = passage.entered.pop(block), passage.left.pop(block)
-    gradients = [leaf.grad for leaf in leaves]
+    entered, landed = passage.entered.pop(block), passage.left.pop(block)
+    gradients = [place.gradient for place in landed]
     if all(gradient is None for gradient in gradients):
         return
     if not all(gradient is None or is_finite(gradient) for gradient in gradients):
         raise NumericalError(
-            f"The gradient of what block {block} writes holds NaN or infinity on the calibration data; "
-            f"check the base model's weights (emloc verify)."
+            f"The gradient of what block {block} writes holds NaN or infinity; check the base model's "
+            f"weights (emloc verify), and in training use a lower learning_rate."
         )
-    parts, form = tree_flatten(entered)
     # A block that stands before all others reads nothing that has a graph, and needs one all the same
     # if something inside requires a gradient; autograd sees to that.
     fresh = [
-        part.detach().requires_grad_() if _is_float(part) and part.requires_grad else part
-        for part in parts
+        part if edge is None else kept.get(part).requires_grad_()
+        for part, edge in zip(entered.parts, entered.edges)
     ]
-    inputs, named = tree_unflatten(fresh, form)
-    output = module(*inputs, **named)
+    inputs, named = tree_unflatten(fresh, entered.form)
+    with nullcontext() if entered.random is None else entered.random.again():
+        output = module(*inputs, **named)
     outputs = [part for part in tree_flatten(output)[0] if _is_float(part)]
     torch.autograd.backward(
         [part for part, g in zip(outputs, gradients) if g is not None and part.requires_grad],
         [g for part, g in zip(outputs, gradients) if g is not None and part.requires_grad],
     )
     glued = [
-        (part, new.grad)
-        for part, new in zip(parts, fresh)
-        if new is not part and new.grad is not None
+        (edge, new.grad)
+        for edge, new in zip(entered.edges, fresh)
+        if edge is not None and new.grad is not None
     ]
     if glued:
         # Kept: what one block read may have been read by others as well.
         torch.autograd.backward(
-            [part for part, _ in glued], [gradient for _, gradient in glued], retain_graph=True
+            [edge for edge, _ in glued], [gradient for _, gradient in glued], retain_graph=True
         )

@@ -5,12 +5,13 @@ Single weights of a module that holds blocks (a token that separates images) are
 Embedding tables are neither loaded nor converted: rows are looked up in the memory-mapped file, where
 they cost no anonymous memory, and the result is converted.
 
-Precision: units run in float32 (float64 for a float64 checkpoint), whatever the checkpoint stores.
+Precision: units run in float32 (float64 for a float64 checkpoint), whatever the checkpoint stores, unless
+another dtype is asked for.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,22 @@ from emloc.linalg.convolution import as_matrix
 from emloc.linalg.gram import moment_dtype
 
 
+class Place(NamedTuple):
+    """A parameter of a unit.
+
+    Attributes:
+        owner: the module that holds it; it stays the same where others are put around it.
+        leaf: its name there.
+        name: the parameter's name in the skeleton.
+        shape: as the config implies.
+    """
+
+    owner: nn.Module
+    leaf: str
+    name: str
+    shape: torch.Size
+
+
 class UnitStream:
     """A family's skeleton whose units can be filled from a checkpoint and emptied again.
 
@@ -31,6 +48,7 @@ class UnitStream:
         units: all names to rendezvous at, blocks included.
         dtype: what units compute in.
         instead: parameters that replace the checkpoint's.
+        places: the parameters of every unit, but for tables on file.
     """
 
     def __init__(
@@ -39,18 +57,22 @@ class UnitStream:
         checkpoint: Checkpoint,
         device: str = "cpu",
         instead: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.instead = instead or {}
         stored = {
             info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point
         }
-        self.dtype = moment_dtype(torch.float64 if torch.float64 in stored else torch.float32)
+        precise = moment_dtype(torch.float64 if torch.float64 in stored else torch.float32)
+        self.dtype = dtype or precise
         self.device = torch.device(device)
         self.checkpoint = checkpoint
         self.family = family
         self.model = family.skeleton(checkpoint, self.dtype)
         self.blocks = list(family.blocks(self.model))
+        self._entries: dict[str, StoredParameter] = {}
         self.units = [*self.blocks, *self._strays()]
+        self.places = {unit: self._places_of(unit) for unit in self.units}
         for module in self.model.modules():
             if isinstance(module, nn.Embedding):  # stays on the CPU with its table
                 continue
@@ -63,12 +85,14 @@ class UnitStream:
         Raises:
             CheckpointError: it holds no such tensor.
         """
-        entry = self.family.stored(self.model, parameter, self.checkpoint)
+        entry = self._entries.get(parameter)
+        entry = entry or self.family.stored(self.model, parameter, self.checkpoint)
         if entry is None:
             raise CheckpointError(
                 f"Checkpoint {self.checkpoint.name} holds no tensor for {parameter}: its config.json "
                 f"and shards do not belong together."
             )
+        self._entries[parameter] = entry
         return entry
 
     def layer_shape(self, layer: str) -> tuple[int, ...] | None:
@@ -93,7 +117,7 @@ class UnitStream:
         weight = as_matrix(self.model.get_parameter(f"{layer}.weight").detach())
         return weight.T if self.stored(f"{layer}.weight").transposed else weight
 
-    def tensor(self, parameter: str) -> Tensor:
+    def tensor(self, parameter: str, expected: torch.Size) -> Tensor:
         """A parameter as the checkpoint stores it.
 
         Raises:
@@ -103,7 +127,6 @@ class UnitStream:
         if parameter in self.instead:
             return self.instead[parameter]
         tensor = stored.read(self.checkpoint.read)
-        expected = self.model.get_parameter(parameter).shape
         if tensor.shape != expected:
             raise CheckpointError(
                 f"Tensor {stored.names[0]} of {self.checkpoint.name} is {tuple(tensor.shape)}, its "
@@ -111,35 +134,50 @@ class UnitStream:
             )
         return tensor
 
+    def read(self, unit: str) -> list[Tensor]:
+        """The parameters of a unit, in the order of `places`, as they compute."""
+        return [
+            self.tensor(place.name, place.shape).to(self.device, self.dtype)
+            for place in self.places[unit]
+        ]
+
     def prefetch(self, unit: str) -> None:
         """Have the system read a unit's weights while something else is computed."""
-        module = self.model.get_submodule(unit)
         self.checkpoint.prefetch(
-            name
-            for path, _ in module.named_parameters()
-            for name in self.stored(f"{unit}.{path}").names
+            name for place in self.places[unit] for name in self.stored(place.name).names
         )
 
     @contextmanager
     def filled(self, unit: str) -> Iterator[None]:
         """Hold the unit's weights inside the block; the block that follows is read ahead."""
-        module = self.model.get_submodule(unit)
-        emptied: list[tuple[nn.Module, str, nn.Parameter]] = []
-        try:
-            for path, parameter in list(module.named_parameters(remove_duplicate=False)):
-                owner, leaf = _owner(module, path)
-                if isinstance(owner, nn.Embedding) and unit not in self.blocks:
-                    continue  # on file
-                value = self.tensor(f"{unit}.{path}").to(self.device, self.dtype)
-                emptied.append((owner, leaf, parameter))
-                owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)  # pyright: ignore[reportPrivateUsage]
-            self._fill_buffers(module, unit)
+        with self.holding(unit, self.read(unit)):
             if unit in self.blocks[:-1]:
                 self.prefetch(self.blocks[self.blocks.index(unit) + 1])
+            yield
+
+    @contextmanager
+    def holding(self, unit: str, values: list[Tensor]) -> Iterator[None]:
+        """Hold these weights in a unit; the list is emptied, so that nothing else holds them."""
+        emptied: list[tuple[nn.Module, str, nn.Parameter | None]] = []
+        try:
+            for place in reversed(self.places[unit]):
+                parameters = place.owner._parameters  # pyright: ignore[reportPrivateUsage]
+                emptied.append((place.owner, place.leaf, parameters[place.leaf]))
+                parameters[place.leaf] = nn.Parameter(values.pop(), requires_grad=False)
+            self._fill_buffers(self.model.get_submodule(unit), unit)
             yield
         finally:
             for owner, leaf, parameter in emptied:
                 owner._parameters[leaf] = parameter  # pyright: ignore[reportPrivateUsage]
+
+    def _places_of(self, unit: str) -> list[Place]:
+        module = self.model.get_submodule(unit)
+        return [
+            Place(owner, leaf, f"{unit}.{path}", parameter.shape)
+            for path, parameter in module.named_parameters(remove_duplicate=False)
+            for owner, leaf in [_owner(module, path)]
+            if unit in self.blocks or not isinstance(owner, nn.Embedding)  # those are on file
+        ]
 
     def _fill_buffers(self, module: nn.Module, unit: str) -> None:
         """Buffers that the checkpoint stores (few and small) are read and stay."""
@@ -168,12 +206,13 @@ class UnitStream:
         return strays
 
     def _keep_loaded(self, name: str, module: nn.Module) -> None:
-        for leaf, _ in list(module.named_parameters(recurse=False)):
-            value = self.tensor(f"{name}.{leaf}" if name else leaf).to(self.device, self.dtype)
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            value = self.tensor(f"{name}.{leaf}" if name else leaf, parameter.shape)
+            value = value.to(self.device, self.dtype)
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)  # pyright: ignore[reportPrivateUsage]
 
     def _keep_on_file(self, name: str, module: nn.Embedding) -> None:
-        table = self.tensor(f"{name}.weight")
+        table = self.tensor(f"{name}.weight", module.weight.shape)
         module.weight = nn.Parameter(table, requires_grad=False)
 
         # Embeddings of positions may take lengths or shapes, by position or by name.
