@@ -16,7 +16,8 @@ from emloc.integrations.transformers.loss import (
     next_token_loss,
     summed_cross_entropy,
 )
-from emloc.streaming.lockstep import Call, lockstep
+from emloc.streaming.call import Call
+from emloc.streaming.lockstep import lockstep
 from emloc_llm.family import LLMFamily
 from emloc_llm.training import Trainer
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from emloc.correction.limits import CandidateLora, _adding
-from emloc.streaming.lockstep import Call, lockstep
+from emloc.streaming.call import Call
+from emloc.streaming.lockstep import lockstep
 from emloc.testing import pretend_device
 
 

@@ -18,7 +18,8 @@ from emloc.errors import ConfigError
 from emloc.extend.family import StoredParameter
 from emloc.formats.layer_format import GroupShape
 from emloc.formats.low_rank import low_rank
-from emloc.streaming.lockstep import Call, lockstep
+from emloc.streaming.call import Call
+from emloc.streaming.lockstep import lockstep
 from emloc.streaming.stream import UnitStream
 
 WIDTH = 6

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from emloc.streaming.lockstep import Call, LockstepError, current_call, lockstep
+from emloc.streaming.call import Call, current_call
+from emloc.streaming.lockstep import LockstepError, lockstep
 
 
 class Skipping(nn.Module):

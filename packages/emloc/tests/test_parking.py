@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from emloc.streaming.lockstep import Call, current_call, lockstep
+from emloc.streaming.call import Call, current_call
+from emloc.streaming.lockstep import lockstep
 from emloc.streaming.parking import Parking
 from emloc.testing import pretend_device
 

@@ -124,6 +124,30 @@ class EmulatorFolder:
                 shard.write(name, tensors[name])
         write_json(self.report_path(block), {**report, "sha256": {file: shard.sha256}})
 
+    def emulated(self, block: str) -> dict[str, Tensor]:
+        """The weights that a finished block's tensors on disk stand for.
+
+        Returns:
+            By the names of the parameters that they replace, in their shapes and in the stream's dtype.
+        """
+        file = self.shards[self.stream.blocks.index(block)]
+        shard = Checkpoint.from_files(str(self.work), self.work, {}, {file: None})
+        made = self.read_report(block)["layers"]
+        weights: dict[str, Tensor] = {}
+        for group in (group for group in self.plan.within(block) if group.owner in made):
+            shape, form = group.shape, group.fitted
+
+            def read(layer: str, name: str) -> Tensor:
+                return shard.read(self._tensor_name(layer, name)).to(self.stream.device)
+
+            for layer in group.layers:
+                dense = form.format.operator(shape, form, layer, read).dense(self.stream.dtype)
+                if self.stream.stored(f"{layer}.weight").transposed:
+                    dense = dense.T
+                expected = self.stream.model.get_parameter(f"{layer}.weight").shape
+                weights[f"{layer}.weight"] = dense.reshape(expected)
+        return weights
+
     def finish(self) -> tuple[list[dict[str, Any]], dict[str, str], Checkpoint]:
         """Write what is in no block, the index, the config and the tokenizer's files.
 

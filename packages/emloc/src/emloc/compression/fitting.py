@@ -23,8 +23,16 @@ from emloc.linalg.gram import Moments
 from emloc.streaming.stream import UnitStream
 
 
-def compress_blocks(stream: UnitStream, folder: EmulatorFolder, batches: Sequence[Batch]) -> None:
+def compress_blocks(
+    stream: UnitStream,
+    folder: EmulatorFolder,
+    batches: Sequence[Batch],
+    propagate_errors: bool = False,
+) -> None:
     """Run the micro-batches through the base once and write every block's shard into `folder`.
+
+    Args:
+        propagate_errors: whether a block is fitted on what it reads in the emulator, not in the base.
 
     Raises:
         NumericalError: a weight or an activation is NaN; names the layer.
@@ -49,7 +57,9 @@ def compress_blocks(stream: UnitStream, folder: EmulatorFolder, batches: Sequenc
         report = {"layers": layers, "unreached": unreached, "seconds": seconds if layers else 0.0}
         folder.write_block(passed.block, fitted, report)
 
-    stream_moments(stream, folder.plan, batches, folder.finished_blocks(), "compress", finish)
+    done = folder.finished_blocks()
+    emulated = folder.emulated if propagate_errors else None
+    stream_moments(stream, folder.plan, batches, done, "compress", finish, emulated)
 
 
 def _fit(

@@ -125,6 +125,11 @@ def make_plan(
         _refuse_options_of_formats(config)
     else:
         _refuse_foreign_options(format_named(config.format), config)
+    if config.propagate_errors and config.keep_ratio_allocation == "error":
+        raise ConfigError(
+            "propagate_errors needs sizes that are known before a block is fitted, and "
+            "keep_ratio_allocation=error finds them afterwards; pass one of them."
+        )
     excluded = dict.fromkeys(config.exclude, True)
     names = [name for group in layer_groups for name in group]
     refuse_idle_patterns(names, config, ("exclude", "keep_ratio_pattern", "rank_pattern"))

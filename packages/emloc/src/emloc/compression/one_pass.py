@@ -4,10 +4,14 @@ All micro-batches advance in lockstep. At a block its weights are loaded, hooks 
 group's side, and when all are through, the block is handed over: to be fitted and written
 (`emloc.compression.fitting`), or for its layers' forms to be priced (`emloc.compression.menu_choice`).
 Peak memory is one block in float32, its moments, what is done with them, and the hidden states.
+
+Where errors are propagated, a block runs twice on the same inputs: with the base's weights, for the moments,
+and with those that were fitted, for what the next block reads. So each block is fitted for the inputs that
+it will have in the emulator.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +27,9 @@ from emloc.extend.family import Batch
 from emloc.extend.losses import LossSum, loss_sum
 from emloc.linalg.gram import Moments
 from emloc.machine.progress import progress_bar
+from emloc.streaming.call import Call, current_call, wait_before
 from emloc.streaming.input_rows import input_rows
-from emloc.streaming.lockstep import Call, current_call, lockstep, refuse_again
+from emloc.streaming.lockstep import lockstep, refuse_again
 from emloc.streaming.real_rows import is_expert, real_rows
 from emloc.streaming.stream import UnitStream
 
@@ -32,6 +37,13 @@ SMALL = 0.25
 """A share of the largest block. A module behind the last block that is smaller is run, to see whether
 blocks come again, as in models that loop; a head is larger, and too dear to run for that.
 """
+
+
+AGAIN = " again"
+"""Stands after a block's name where calls wait for its fitted weights."""
+
+Emulated = Callable[[str], Mapping[str, Tensor]]
+"""A finished block's fitted weights by the names of the parameters that they replace, in their shapes."""
 
 
 @dataclass
@@ -59,6 +71,7 @@ def stream_moments(
     done: Set[str],
     title: str,
     finish: Callable[[Passed], None],
+    emulated: Emulated | None = None,
 ) -> None:
     """Run the micro-batches through the base once, and hand every block's moments to `finish`.
 
@@ -68,6 +81,7 @@ def stream_moments(
         plan: its groups' moments are summed.
         done: blocks that are only run.
         title: of the progress bar.
+        emulated: gives the weights with which a block runs again before the next one; none: it does not.
 
     Raises:
         NumericalError: an activation is NaN; names the layer.
@@ -81,19 +95,25 @@ def stream_moments(
     calls = [_call(stream, batch) for batch in batches]
     probe = BlockProbe(stream)
     probed = [b for b in blocks if any(group.wide or group.menu for group in plan.within(b))]
+    folded: dict[str, Callable[..., None]] = {}
     small = SMALL * max(_numel(stream, block) for block in blocks)
     with progress_bar(title, len(blocks)) as advance:
 
         @contextmanager
         def visit(unit: str) -> Iterator[None]:
+            if unit.endswith(AGAIN) and emulated is not None:
+                block = unit.removesuffix(AGAIN)
+                with stream.filled(block, emulated(block)):
+                    yield
+                return
             if unit in blocks:
                 refuse_again(unit, seen)
                 seen.add(unit)
-            with stream.filled(unit):
+            with stream.filled(unit, emulated(unit) if emulated and unit in done else None):
                 if unit in blocks and unit not in done:
                     started = time.monotonic()
                     with probe.of(unit):
-                        with _folding_block(stream, plan, unit) as moments:
+                        with _folding_block(stream, plan, unit, folded) as moments:
                             yield
                         finish(Passed(unit, moments, probe, started))
                 else:
@@ -105,14 +125,50 @@ def stream_moments(
             """Once all blocks are through, and none of them comes again as far as can be seen cheaply."""
             if not seen.issuperset(blocks) or not waiting.isdisjoint(blocks):
                 return False
+            if any(unit is not None and unit.endswith(AGAIN) for unit in waiting):
+                return False
             return len(waiting) > 1 or any(_numel(stream, str(unit)) > small for unit in waiting)
 
-        with probe.watching(probed):
+        twice = [block for block in blocks if block not in done] if emulated else []
+        with probe.watching(probed), _running_twice(stream.model, twice, folded):
             lockstep(stream.model, stream.units, calls, visit, enough, stream.device)
         for block in blocks:
             if block not in seen | done:  # a tower that no sample needs
                 finish(Passed(block, {}, probe, time.monotonic()))
                 advance(note=block)
+
+
+@contextmanager
+def _running_twice(
+    model: nn.Module, blocks: Sequence[str], folded: Mapping[str, Callable[..., None]]
+) -> Iterator[None]:
+    """Have blocks wait after a run until they have other weights, and go on with what they give then.
+
+    Args:
+        folded: hooks of blocks that are a layer themselves, whose own hooks see the second run alone.
+    """
+
+    def twice(block: str, module: nn.Module) -> Callable[..., Any]:
+        run = module.forward
+
+        def forward(*inputs: Any, **named: Any) -> Any:
+            output = run(*inputs, **named)
+            if block in folded:
+                folded[block](module, inputs, output)
+            del output
+            wait_before(block + AGAIN, (inputs, named))
+            return run(*inputs, **named)
+
+        return forward
+
+    modules = [model.get_submodule(block) for block in blocks]
+    for block, module in zip(blocks, modules):
+        module.forward = twice(block, module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
 
 
 def _numel(stream: UnitStream, unit: str) -> int:
@@ -148,25 +204,34 @@ def _call(stream: UnitStream, batch: Batch) -> Call:
 
 @contextmanager
 def _folding_block(
-    stream: UnitStream, plan: CompressionPlan, block: str
+    stream: UnitStream,
+    plan: CompressionPlan,
+    block: str,
+    folded: dict[str, Callable[..., None]],
 ) -> Iterator[dict[str, Moments]]:
-    """Fold the moments of a block's groups while it runs."""
+    """Fold the moments of a block's groups while it runs.
+
+    Args:
+        folded: gets the hook of a block that is a layer itself, where blocks run twice.
+    """
     sources = {group.source: group for group in plan.within(block)}
     moments = {
         name: Moments(group.form.format.side(group.shape), name) for name, group in sources.items()
     }
-    handles = [
-        stream.model.get_submodule(name).register_forward_hook(
-            _folding(stream, block, group, moments[name])
-        )
-        for name, group in sources.items()
-    ]
+    handles: list[Any] = []
+    for name, group in sources.items():
+        fold = _folding(stream, block, group, moments[name])
+        if name == block and "forward" in vars(stream.model.get_submodule(block)):
+            folded[name] = fold
+        else:
+            handles.append(stream.model.get_submodule(name).register_forward_hook(fold))
     handles += [
         handle for group in sources.values() for handle in _watch_shared_input(stream, group)
     ]
     try:
         yield moments
     finally:
+        folded.clear()
         for handle in handles:
             handle.remove()
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from emloc.extend.capabilities import token_mask_of
-from emloc.streaming.lockstep import current_call
+from emloc.streaming.call import current_call
 from emloc.streaming.real_rows import real_rows
 from emloc.streaming.stream import UnitStream
 

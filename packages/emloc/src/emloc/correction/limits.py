@@ -26,8 +26,9 @@ from emloc.extend.family import Batch
 from emloc.extend.losses import LossSum, loss_sum, summed
 from emloc.linalg.convolution import as_matrix
 from emloc.machine.progress import progress_bar
+from emloc.streaming.call import Call, current_call
 from emloc.streaming.input_rows import input_rows
-from emloc.streaming.lockstep import Call, current_call, lockstep
+from emloc.streaming.lockstep import lockstep
 from emloc.streaming.real_rows import is_expert
 from emloc.streaming.stream import UnitStream
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from emloc.streaming.lockstep import current_call
+from emloc.streaming.call import current_call
 from emloc.streaming.stream import UnitStream
 
 

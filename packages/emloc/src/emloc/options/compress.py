@@ -73,6 +73,10 @@ class CompressConfig(CalibrationOptions, ModelOptions, MemoryOptions):
         "uniform",
         description="uniform: the same ratio for all; error: where it lowers the error most",
     )
+    propagate_errors: Annotated[bool, UnlessDefault()] = Field(
+        False,
+        description="fit each block to what it reads in the emulator, where earlier ones are compressed",
+    )
     share_factors: bool = Field(True, description="one right factor for layers of one input")
     exclude: Names = Field([], description="regular expressions of layers to keep dense")
     include: Names = Field(

@@ -84,7 +84,7 @@ def compress(config: CompressConfig) -> Path:
         if any(group.menu for group in plan.groups):
             plan, errors = _chosen(stream, plan, batches, config, work)
         folder = EmulatorFolder(stream, plan, config.dtype, work)
-        compress_blocks(stream, folder, batches)
+        compress_blocks(stream, folder, batches, config.propagate_errors)
         if config.keep_ratio_allocation == "error":
             errors = allocate_sizes(folder)
         return _written(folder, config, batches, errors)

@@ -31,8 +31,9 @@ from emloc.extend.family import Batch
 from emloc.extend.losses import LossSum, summed
 from emloc.linalg.finite import is_finite
 from emloc.machine.progress import progress_bar
+from emloc.streaming.call import Call, current_call
 from emloc.streaming.kept_inputs import InMemory, KeptInputs, Random
-from emloc.streaming.lockstep import Call, current_call, lockstep, refuse_again
+from emloc.streaming.lockstep import lockstep, refuse_again
 from emloc.streaming.stream import UnitStream
 
 Visit = Callable[[str, nn.Module], AbstractContextManager[None]]

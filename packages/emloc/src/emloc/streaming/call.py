@@ -7,12 +7,18 @@ from greenlet import getcurrent, greenlet
 
 
 class Call(greenlet):
-    """One forward call: `run()` returns its result; `context` is free for the hooks that it meets."""
+    """One forward call: `run()` returns its result; `context` is free for the hooks that it meets.
+
+    Attributes:
+        waiting_for: the unit that it stands before; None: it has returned.
+        use: brings tensors back to the device that had to leave it while the call waited; None: none had.
+    """
 
     def __init__(self, run: Callable[[], Any], context: Any = None) -> None:
         super().__init__(run)
         self.context = context
         self.waiting_for: str | None = None
+        self.use: Callable[[Any], None] | None = None
         self.result: Any = None
 
     def advance(self) -> None:
@@ -22,6 +28,19 @@ class Call(greenlet):
             self.waiting_for, self.result = None, outcome
         else:
             self.waiting_for = outcome
+
+
+def wait_before(unit: str, given: Any) -> None:
+    """Suspend the call that runs, if one does, until the unit's turn comes.
+
+    Args:
+        given: all that the unit gets, on the device again afterwards.
+    """
+    call = current_call()
+    if call is not None and call.parent is not None:
+        call.parent.switch(unit)
+        if call.use is not None:
+            call.use(given)
 
 
 def current_call() -> Call | None:

@@ -23,7 +23,7 @@ from greenlet import GreenletExit
 from torch import nn
 
 from emloc.errors import ConfigError, EmlocError
-from emloc.streaming.call import Call, current_call
+from emloc.streaming.call import Call, wait_before
 from emloc.streaming.parking import Parking
 
 
@@ -45,14 +45,10 @@ def refuse_again(block: str, seen: Container[str]) -> None:
 
 
 @contextmanager
-def _rendezvous(model: nn.Module, units: Sequence[str], parking: Parking | None) -> Iterator[None]:
+def _rendezvous(model: nn.Module, units: Sequence[str]) -> Iterator[None]:
     def pause_before(name: str) -> Callable[..., None]:
         def pause(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            call = current_call()
-            if call is not None and call.parent is not None:
-                call.parent.switch(name)
-                if parking is not None:
-                    parking.use((inputs, named))
+            wait_before(name, (inputs, named))
 
         return pause
 
@@ -90,7 +86,9 @@ def lockstep(
         LockstepError: the calls stand before different units.
     """
     parking = None if device is None or device.type == "cpu" else Parking(device)
-    with _rendezvous(model, units, parking), torch.no_grad(), parking or nullcontext():
+    for call in calls:
+        call.use = None if parking is None else parking.use
+    with _rendezvous(model, units), torch.no_grad(), parking or nullcontext():
         try:
             _advance(calls, parking)
             while True:

@@ -134,10 +134,17 @@ class UnitStream:
             )
         return tensor
 
-    def read(self, unit: str) -> list[Tensor]:
-        """The parameters of a unit, in the order of `places`, as they compute."""
+    def read(self, unit: str, instead: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+        """The parameters of a unit, in the order of `places`, as they compute.
+
+        Args:
+            instead: parameters that replace the checkpoint's, in the shapes of theirs.
+        """
+        others = instead or {}
         return [
-            self.tensor(place.name, place.shape).to(self.device, self.dtype)
+            (
+                others[place.name] if place.name in others else self.tensor(place.name, place.shape)
+            ).to(self.device, self.dtype)
             for place in self.places[unit]
         ]
 
@@ -148,9 +155,13 @@ class UnitStream:
         )
 
     @contextmanager
-    def filled(self, unit: str) -> Iterator[None]:
-        """Hold the unit's weights inside the block; the block that follows is read ahead."""
-        with self.holding(unit, self.read(unit)):
+    def filled(self, unit: str, instead: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Hold the unit's weights inside the block; the block that follows is read ahead.
+
+        Args:
+            instead: see `read`.
+        """
+        with self.holding(unit, self.read(unit, instead)):
             if unit in self.blocks[:-1]:
                 self.prefetch(self.blocks[self.blocks.index(unit) + 1])
             yield

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from emloc.extend.family import Batch
-from emloc.streaming.lockstep import current_call
+from emloc.streaming.call import current_call
 
 IGNORED = -100
 """The label of a token without loss."""

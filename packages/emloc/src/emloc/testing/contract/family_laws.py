@@ -29,7 +29,8 @@ from emloc.extend.family import Batch, ModelFamily
 from emloc.extend.losses import LossSum, loss_sum
 from emloc.extend.opening import family_of
 from emloc.layers.emulated_layer import EmulatedLayer
-from emloc.streaming.lockstep import Call, lockstep
+from emloc.streaming.call import Call
+from emloc.streaming.lockstep import lockstep
 from emloc.streaming.stream import UnitStream
 from emloc.testing.contract.fixtures import SubjectFixture
 from emloc.testing.contract.subject import Subject
