@@ -5,7 +5,7 @@ done; the manifest takes the reports up at the end.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,27 +125,41 @@ class EmulatorFolder:
         write_json(self.report_path(block), {**report, "sha256": {file: shard.sha256}})
 
     def emulated(self, block: str) -> dict[str, Tensor]:
-        """The weights that a finished block's tensors on disk stand for.
-
-        Returns:
-            By the names of the parameters that they replace, in their shapes and in the stream's dtype.
-        """
+        """The weights that a finished block's tensors on disk stand for; see `dense_of`."""
         file = self.shards[self.stream.blocks.index(block)]
         shard = Checkpoint.from_files(str(self.work), self.work, {}, {file: None})
         made = self.read_report(block)["layers"]
         weights: dict[str, Tensor] = {}
         for group in (group for group in self.plan.within(block) if group.owner in made):
-            shape, form = group.shape, group.fitted
+            weights |= self._dense(group, lambda at, name: shard.read(self._tensor_name(at, name)))
+        return weights
 
-            def read(layer: str, name: str) -> Tensor:
-                return shard.read(self._tensor_name(layer, name)).to(self.stream.device)
+    def dense_of(self, group: Group, fitted: Tensors) -> dict[str, Tensor]:
+        """The weights that a group's tensors stand for once they are stored.
 
-            for layer in group.layers:
-                dense = form.format.operator(shape, form, layer, read).dense(self.stream.dtype)
-                if self.stream.stored(f"{layer}.weight").transposed:
-                    dense = dense.T
-                expected = self.stream.model.get_parameter(f"{layer}.weight").shape
-                weights[f"{layer}.weight"] = dense.reshape(expected)
+        Returns:
+            By the names of the parameters that they replace, in their shapes and in the stream's dtype.
+        """
+        stored = {(s.layer, s.name): s for s in self.stored(group, group.fitted).values()}
+        return self._dense(
+            group,
+            lambda at, name: (
+                fitted[at, name].to(stored[at, name].dtype).reshape(stored[at, name].shape)
+            ),
+        )
+
+    def _dense(self, group: Group, read: Callable[[str, str], Tensor]) -> dict[str, Tensor]:
+        stream, form = self.stream, group.fitted
+        weights: dict[str, Tensor] = {}
+        for layer in group.layers:
+            operator = form.format.operator(
+                group.shape, form, layer, lambda at, name: read(at, name).to(stream.device)
+            )
+            dense = operator.dense(stream.dtype)
+            if stream.stored(f"{layer}.weight").transposed:
+                dense = dense.T
+            expected = stream.model.get_parameter(f"{layer}.weight").shape
+            weights[f"{layer}.weight"] = dense.reshape(expected)
         return weights
 
     def finish(self) -> tuple[list[dict[str, Any]], dict[str, str], Checkpoint]:

@@ -11,10 +11,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from emloc.compression.emulator_folder import SPECTRUM, EmulatorFolder
 from emloc.compression.groups import Group
 from emloc.compression.one_pass import Passed, stream_moments, weights_of
-from emloc.compression.sensitivity import BlockProbe
+from emloc.compression.propagation import compress_propagating
 from emloc.compression.truncation import uniform_weights
 from emloc.extend.family import Batch
 from emloc.formats.abilities import Cuttable
@@ -32,12 +34,16 @@ def compress_blocks(
     """Run the micro-batches through the base once and write every block's shard into `folder`.
 
     Args:
-        propagate_errors: whether a block is fitted on what it reads in the emulator, not in the base.
+        propagate_errors: whether a layer is fitted to give on what it reads in the emulator what it gives in
+            the base (`emloc.compression.propagation`); else, on what it reads in the base.
 
     Raises:
         NumericalError: a weight or an activation is NaN; names the layer.
         ConfigError: see `stream_moments`.
     """
+    if propagate_errors:
+        compress_propagating(stream, folder, batches, fit_group)
+        return
 
     def finish(passed: Passed) -> None:
         fitted: dict[str, Tensors] = {}
@@ -50,23 +56,34 @@ def compress_blocks(
             if moments is None or moments.tokens == 0:
                 unreached += group.layers
                 continue
-            fitted[group.owner], layers[group.owner] = _fit(stream, group, moments, passed.probe)
+            tensors, entry = fit_group(group, weights_of(stream, group), moments)
+            if group.wide is not None:
+                entry["sensitivity"] = passed.probe.sensitivity(
+                    group.layers, uniform_weights(group, tensors)
+                )
+            fitted[group.owner], layers[group.owner] = tensors, entry
             if last[group.source] == group.owner:
                 del passed.moments[group.source]
         seconds = round(time.monotonic() - passed.started, 3)
         report = {"layers": layers, "unreached": unreached, "seconds": seconds if layers else 0.0}
         folder.write_block(passed.block, fitted, report)
 
-    done = folder.finished_blocks()
-    emulated = folder.emulated if propagate_errors else None
-    stream_moments(stream, folder.plan, batches, done, "compress", finish, emulated)
+    stream_moments(stream, folder.plan, batches, folder.finished_blocks(), "compress", finish)
 
 
-def _fit(
-    stream: UnitStream, group: Group, moments: Moments, probe: BlockProbe
+def fit_group(
+    group: Group, weights: Sequence[Tensor], moments: Moments
 ) -> tuple[Tensors, dict[str, Any]]:
+    """The stored tensors of a group in its form, and its entry in the block's report.
+
+    Args:
+        weights: of its layers, d_out × d_in each.
+
+    Raises:
+        NumericalError: a weight is NaN; names the layer.
+    """
     shape, form = group.shape, group.fitted
-    fitted = form.format.fit(weights_of(stream, group), moments, shape, form)
+    fitted = form.format.fit(weights, moments, shape, form)
     report: dict[str, Any] = {
         "layers": list(shape.layers),
         **form.as_json(),
@@ -81,8 +98,5 @@ def _fit(
         assert fitted.spectrum is not None
         unit = form.format.unit
         report[f"uniform_{unit}"] = group.form.sizes[unit]
-        report["sensitivity"] = probe.sensitivity(
-            shape.layers, uniform_weights(group, fitted.tensors)
-        )
         report[SPECTRUM] = {"values": fitted.spectrum.values, "total": fitted.spectrum.total}
     return fitted.tensors, report

@@ -4,14 +4,10 @@ All micro-batches advance in lockstep. At a block its weights are loaded, hooks 
 group's side, and when all are through, the block is handed over: to be fitted and written
 (`emloc.compression.fitting`), or for its layers' forms to be priced (`emloc.compression.menu_choice`).
 Peak memory is one block in float32, its moments, what is done with them, and the hidden states.
-
-Where errors are propagated, a block runs twice on the same inputs: with the base's weights, for the moments,
-and with those that were fitted, for what the next block reads. So each block is fitted for the inputs that
-it will have in the emulator.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +23,7 @@ from emloc.extend.family import Batch
 from emloc.extend.losses import LossSum, loss_sum
 from emloc.linalg.gram import Moments
 from emloc.machine.progress import progress_bar
-from emloc.streaming.call import Call, current_call, wait_before
+from emloc.streaming.call import Call, current_call
 from emloc.streaming.input_rows import input_rows
 from emloc.streaming.lockstep import lockstep, refuse_again
 from emloc.streaming.real_rows import is_expert, real_rows
@@ -37,13 +33,6 @@ SMALL = 0.25
 """A share of the largest block. A module behind the last block that is smaller is run, to see whether
 blocks come again, as in models that loop; a head is larger, and too dear to run for that.
 """
-
-
-AGAIN = " again"
-"""Stands after a block's name where calls wait for its fitted weights."""
-
-Emulated = Callable[[str], Mapping[str, Tensor]]
-"""A finished block's fitted weights by the names of the parameters that they replace, in their shapes."""
 
 
 @dataclass
@@ -71,7 +60,6 @@ def stream_moments(
     done: Set[str],
     title: str,
     finish: Callable[[Passed], None],
-    emulated: Emulated | None = None,
 ) -> None:
     """Run the micro-batches through the base once, and hand every block's moments to `finish`.
 
@@ -81,39 +69,31 @@ def stream_moments(
         plan: its groups' moments are summed.
         done: blocks that are only run.
         title: of the progress bar.
-        emulated: gives the weights with which a block runs again before the next one; none: it does not.
 
     Raises:
         NumericalError: an activation is NaN; names the layer.
         ConfigError: a block runs more than once in a forward, layers share a weight, or it is not known
             which of the rows that a layer reads are padding.
     """
-    _refuse_shared(stream, plan)
+    refuse_shared(stream, plan)
     blocks, seen = stream.blocks, set[str]()
     if done >= set(blocks):
         return
-    calls = [_call(stream, batch) for batch in batches]
+    calls = [Call(running(stream, batch)) for batch in batches]
     probe = BlockProbe(stream)
     probed = [b for b in blocks if any(group.wide or group.menu for group in plan.within(b))]
-    folded: dict[str, Callable[..., None]] = {}
-    small = SMALL * max(_numel(stream, block) for block in blocks)
     with progress_bar(title, len(blocks)) as advance:
 
         @contextmanager
         def visit(unit: str) -> Iterator[None]:
-            if unit.endswith(AGAIN) and emulated is not None:
-                block = unit.removesuffix(AGAIN)
-                with stream.filled(block, emulated(block)):
-                    yield
-                return
             if unit in blocks:
                 refuse_again(unit, seen)
                 seen.add(unit)
-            with stream.filled(unit, emulated(unit) if emulated and unit in done else None):
+            with stream.filled(unit):
                 if unit in blocks and unit not in done:
                     started = time.monotonic()
                     with probe.of(unit):
-                        with _folding_block(stream, plan, unit, folded) as moments:
+                        with _folding_block(stream, plan, unit) as moments:
                             yield
                         finish(Passed(unit, moments, probe, started))
                 else:
@@ -122,15 +102,9 @@ def stream_moments(
                 advance(note=unit)
 
         def enough(waiting: Set[str | None]) -> bool:
-            """Once all blocks are through, and none of them comes again as far as can be seen cheaply."""
-            if not seen.issuperset(blocks) or not waiting.isdisjoint(blocks):
-                return False
-            if any(unit is not None and unit.endswith(AGAIN) for unit in waiting):
-                return False
-            return len(waiting) > 1 or any(_numel(stream, str(unit)) > small for unit in waiting)
+            return seen.issuperset(blocks) and none_comes_again(stream, waiting)
 
-        twice = [block for block in blocks if block not in done] if emulated else []
-        with probe.watching(probed), _running_twice(stream.model, twice, folded):
+        with probe.watching(probed):
             lockstep(stream.model, stream.units, calls, visit, enough, stream.device)
         for block in blocks:
             if block not in seen | done:  # a tower that no sample needs
@@ -138,44 +112,23 @@ def stream_moments(
                 advance(note=block)
 
 
-@contextmanager
-def _running_twice(
-    model: nn.Module, blocks: Sequence[str], folded: Mapping[str, Callable[..., None]]
-) -> Iterator[None]:
-    """Have blocks wait after a run until they have other weights, and go on with what they give then.
+def none_comes_again(stream: UnitStream, waiting: Set[str | None]) -> bool:
+    """Return whether calls that are through all blocks need none again, as far as can be seen cheaply.
 
     Args:
-        folded: hooks of blocks that are a layer themselves, whose own hooks see the second run alone.
+        waiting: the units that they stand before; None: a call has returned.
     """
-
-    def twice(block: str, module: nn.Module) -> Callable[..., Any]:
-        run = module.forward
-
-        def forward(*inputs: Any, **named: Any) -> Any:
-            output = run(*inputs, **named)
-            if block in folded:
-                folded[block](module, inputs, output)
-            del output
-            wait_before(block + AGAIN, (inputs, named))
-            return run(*inputs, **named)
-
-        return forward
-
-    modules = [model.get_submodule(block) for block in blocks]
-    for block, module in zip(blocks, modules):
-        module.forward = twice(block, module)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
+    if not waiting.isdisjoint(stream.blocks):
+        return False
+    small = SMALL * max(_numel(stream, block) for block in stream.blocks)
+    return len(waiting) > 1 or any(_numel(stream, str(unit)) > small for unit in waiting)
 
 
 def _numel(stream: UnitStream, unit: str) -> int:
     return sum(p.numel() for p in stream.model.get_submodule(unit).parameters())
 
 
-def _refuse_shared(stream: UnitStream, plan: CompressionPlan) -> None:
+def refuse_shared(stream: UnitStream, plan: CompressionPlan) -> None:
     """A weight that several layers have in common reads more than one of them shows."""
     names: dict[int, list[str]] = {}
     for name, module in stream.model.named_modules(remove_duplicate=False):
@@ -192,46 +145,39 @@ def _refuse_shared(stream: UnitStream, plan: CompressionPlan) -> None:
             )
 
 
-def _call(stream: UnitStream, batch: Batch) -> Call:
+def running(stream: UnitStream, batch: Batch) -> Callable[[], LossSum]:
+    """A call's work: a micro-batch's forward to its loss, with the micro-batch as the call's context."""
+
     def run() -> LossSum:
         call = current_call()
         assert call is not None
         call.context = {name: tensor.to(stream.device) for name, tensor in batch.items()}
         return loss_sum(stream.family, stream.model, call.context)
 
-    return Call(run)
+    return run
 
 
 @contextmanager
 def _folding_block(
-    stream: UnitStream,
-    plan: CompressionPlan,
-    block: str,
-    folded: dict[str, Callable[..., None]],
+    stream: UnitStream, plan: CompressionPlan, block: str
 ) -> Iterator[dict[str, Moments]]:
-    """Fold the moments of a block's groups while it runs.
-
-    Args:
-        folded: gets the hook of a block that is a layer itself, where blocks run twice.
-    """
+    """Fold the moments of a block's groups while it runs."""
     sources = {group.source: group for group in plan.within(block)}
     moments = {
         name: Moments(group.form.format.side(group.shape), name) for name, group in sources.items()
     }
-    handles: list[Any] = []
-    for name, group in sources.items():
-        fold = _folding(stream, block, group, moments[name])
-        if name == block and "forward" in vars(stream.model.get_submodule(block)):
-            folded[name] = fold
-        else:
-            handles.append(stream.model.get_submodule(name).register_forward_hook(fold))
+    handles = [
+        stream.model.get_submodule(name).register_forward_hook(
+            _folding(stream, block, group, moments[name])
+        )
+        for name, group in sources.items()
+    ]
     handles += [
         handle for group in sources.values() for handle in _watch_shared_input(stream, group)
     ]
     try:
         yield moments
     finally:
-        folded.clear()
         for handle in handles:
             handle.remove()
 

@@ -75,7 +75,7 @@ class CompressConfig(CalibrationOptions, ModelOptions, MemoryOptions):
     )
     propagate_errors: Annotated[bool, UnlessDefault()] = Field(
         False,
-        description="fit each block to what it reads in the emulator, where earlier ones are compressed",
+        description="make up for the errors of earlier layers: fit on what each reads in the emulator",
     )
     share_factors: bool = Field(True, description="one right factor for layers of one input")
     exclude: Names = Field([], description="regular expressions of layers to keep dense")
