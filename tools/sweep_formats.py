@@ -18,7 +18,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
 from emloc.compression.choice import choose_groups
+from emloc.compression.groups import dense_shapes, written_groups
 from emloc.config import CompressConfig
 from emloc.extend.capabilities import kept_dense_of, token_mask_of
 from emloc.extend.formats import format_named
@@ -44,7 +44,6 @@ from emloc.streaming.input_rows import patches
 from emloc.streaming.real_rows import real_rows
 
 ITEMSIZE = 2
-CODES = (torch.uint8, torch.int32)
 NF4 = "nf4"
 EMULATOR = "emulator:"
 NF4_BITS = 4.127  # 4, 8 per group of 64, 32 per 256 groups
@@ -146,12 +145,14 @@ class Subject:
         manifest, base = Manifest.read(Path(folder)), self.model
         self.model = self.family.load(Checkpoint.open(folder), "float32", "cpu")
         compared, self.model = self.compare(), base
-        stored = Checkpoint.open(folder).tensors
-        layers = {name for shape in self.shapes for name in shape.layers}
-        held = sum(
-            prod(info.shape) * (info.dtype.itemsize if info.dtype in CODES else ITEMSIZE)
-            for name, info in stored.items()
-            if name.rpartition(".")[0] in layers and not name.endswith(".bias")
+        groups = written_groups(manifest.layers, dense_shapes(manifest.layers, base))
+        held = sum(tensor_bytes(group.shape, group.form, ITEMSIZE) for group in groups)
+        emulated = {name for group in groups for name in group.layers}
+        held += sum(
+            one.numel * ITEMSIZE
+            for shape in self.shapes
+            for one in shape.singles()
+            if one.owner not in emulated
         )
         weights = sum(shape.numel for shape in self.shapes)
         errors = [entry["relative_error"] for entry in manifest.layers.values()]
