@@ -21,7 +21,7 @@ data = {"instance_data_dir": pictures, "instance_prompt": prompt, "resolution": 
 emulator = emloc.compress(
     model_name_or_path=model,
     output_dir=folder / "emulator",
-    keep_ratio=0.5,
+    bits_per_weight=4.2,
     num_calibration_samples=64,  # noises and timesteps, over the pictures in turn
     calibration_batch_size=4,
     **data,

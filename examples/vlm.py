@@ -20,7 +20,7 @@ emulator = emloc.compress(
     model_name_or_path=model,
     dataset=train_data,
     output_dir=folder / "emulator",
-    keep_ratio=0.5,
+    bits_per_weight=4.2,
     num_calibration_samples=64,
     max_length=4096,
 )

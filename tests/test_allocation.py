@@ -10,7 +10,11 @@ from emloc.artefacts.manifest import Manifest
 def emulator(family, example, tmp_path_factory):
     root = tmp_path_factory.mktemp(f"{family.name}-allocated")
     return emloc.compress(
-        output_dir=root / "emulator", keep_ratio=0.5, keep_ratio_allocation="error", **example
+        output_dir=root / "emulator",
+        format="low_rank",
+        keep_ratio=0.5,
+        keep_ratio_allocation="error",
+        **example,
     )
 
 

@@ -292,7 +292,11 @@ def test_what_cannot_be_is_refused(made, dequantised, tmp_path, monkeypatch):
 
     common = {"dataset": str(made.data), "max_length": 96}
     emulator = emloc.compress(
-        model_name_or_path=str(made.base), output_dir=tmp_path / "e", keep_ratio=0.5, **common
+        model_name_or_path=str(made.base),
+        output_dir=tmp_path / "e",
+        format="low_rank",
+        keep_ratio=0.5,
+        **common,
     )
     train = {"max_steps": 1, "lora_r": 2, **common}
     with pytest.raises(ConfigError, match="load_in_4bit is about a base in few bits"):

@@ -14,8 +14,9 @@ from torch import nn
 import emloc
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
+from emloc.artefacts.settings import same
 from emloc.config import CompressConfig, TrainConfig
-from emloc.errors import CheckpointError, ConfigError, DependencyError, PluginError
+from emloc.errors import CheckpointError, ConfigError, DependencyError, OutputError, PluginError
 from emloc.extend.formats import Forms, format_named
 from emloc.extend.plugin_options import with_plugin_options
 from emloc.extend.plugins import load_plugins
@@ -314,9 +315,14 @@ def test_an_emulator_without_a_tensor_is_refused(llm, tmp_path):
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
-    emulator = emloc.compress(output_dir=tmp_path / "e", **llm)
-    assert "format" not in Manifest.read(emulator).settings
-    assert emloc.compress(output_dir=tmp_path / "e", **llm) == emulator  # complete already
+    low_rank = {"output_dir": tmp_path / "e", "format": "low_rank", **llm}
+    emulator = emloc.compress(**low_rank)
+    settings = Manifest.read(emulator).settings
+    assert "format" not in settings  # as in emulators of before there were others
+    assert settings["keep_ratio"] == 0.4
+    assert emloc.compress(**low_rank, keep_ratio=0.4) == emulator  # complete already
+    with pytest.raises(OutputError, match="format not given, now auto"):
+        emloc.compress(**{**low_rank, "format": "auto"})
     [path] = [p for p in emulator.glob("*.safetensors") if "00001" in p.name]
     tensors = load_file(path)
     lost = next(name for name in tensors if name.endswith(".left"))
@@ -328,6 +334,25 @@ def test_an_emulator_without_a_tensor_is_refused(llm, tmp_path):
     index.write_text(json.dumps(named))
     with pytest.raises(CheckpointError, match=lost):
         AutoModelForCausalLM.from_pretrained(emulator)
+
+
+def test_the_default_chooses_bits_and_says_its_budget(llm, tmp_path):
+    emulator = emloc.compress(output_dir=tmp_path / "e", **llm)
+    manifest = Manifest.read(emulator)
+    assert (manifest.settings["format"], manifest.settings["bits_per_weight"]) == ("auto", 4.2)
+    assert "keep_ratio" not in manifest.settings
+    assert {entry["format"] for entry in manifest.layers.values()} == {"quantized"}
+    assert 4.0 < manifest.summary["predicted_error"]["bits_per_weight"] <= 4.2
+    plan = emloc.plan(model_name_or_path=llm["model_name_or_path"], max_length=96)
+    assert (plan["format"], plan["sized_by"], plan["keep_ratio"]) == (
+        "auto", "bits_per_weight 4.2", None)  # fmt: skip
+    assert plan["bits_per_weight"] == pytest.approx(4.2, rel=0.05)
+
+
+def test_settings_of_before_that_others_decided_are_the_same():
+    before = {"format": "quantized", "bits": 4, "keep_ratio": 0.4}
+    assert same(before, {"format": "quantized", "bits": 4})
+    assert not same({**before, "keep_ratio": 0.3}, {"format": "quantized", "bits": 4})
 
 
 def test_nf4_is_bitsandbytes_own_layer():

@@ -29,7 +29,11 @@ def measure_llm(root: Path) -> dict:
     base = write_model(root / "base", dtype=torch.float64, seed=7)
     data = {"dataset": str(write_rows(root / "train.jsonl", 16, seed=7)), "max_length": 96}
     folder = emloc.compress(
-        model_name_or_path=str(base), output_dir=root / "e", keep_ratio=0.45, **data
+        model_name_or_path=str(base),
+        output_dir=root / "e",
+        format="low_rank",
+        keep_ratio=0.45,
+        **data,
     )
     layers = Manifest.read(folder).layers
     checkpoint = Checkpoint.open(base)
@@ -57,7 +61,11 @@ def measure_vlm(root: Path) -> dict:
     base = write_model(root / "base", dtype=torch.float64, seed=7)
     data = {"dataset": str(write_rows(root / "train.jsonl", 16, seed=7)), "max_length": 96}
     folder = emloc.compress(
-        model_name_or_path=str(base), output_dir=root / "e", keep_ratio=0.45, **data
+        model_name_or_path=str(base),
+        output_dir=root / "e",
+        format="low_rank",
+        keep_ratio=0.45,
+        **data,
     )
     layers = Manifest.read(folder).layers
     family = load_plugins().families["vlm"].load()
@@ -89,7 +97,11 @@ def measure_diffusion(root: Path) -> dict:
         "instance_prompt": "a sks square", "num_calibration_samples": 6,
     }  # fmt: skip
     folder = emloc.compress(
-        model_name_or_path=str(base), output_dir=root / "e", keep_ratio=0.45, **data
+        model_name_or_path=str(base),
+        output_dir=root / "e",
+        format="low_rank",
+        keep_ratio=0.45,
+        **data,
     )
     layers = Manifest.read(folder).layers
     family = load_plugins().families["diffusion"].load()

@@ -41,9 +41,9 @@ CARD = {"allocator slack", "CUDA context"}
 """Lines of a plan that nothing here can take."""
 
 
-def test_compress_and_correct_and_merge(example, data, stages, card, tmp_path):
+def test_compress_and_correct_and_merge(subject, example, data, stages, card, tmp_path):
     emulator = emloc.compress(
-        output_dir=tmp_path / "emulator", keep_ratio=0.5, device="cuda", **example
+        output_dir=tmp_path / "emulator", device="cuda", **subject.compressed_to, **example
     )
     same_weights(stages["emulator"], emulator)
     corrected = emloc.correct(
@@ -55,7 +55,7 @@ def test_compress_and_correct_and_merge(example, data, stages, card, tmp_path):
     same_weights(stages["merged"], merged)
     assert card.live_bytes == 0
     assert card.unfinished == 0
-    plan = emloc.plan(keep_ratio=0.5, device="cuda", **example)["stages"]["compress"]
+    plan = emloc.plan(device="cuda", **subject.compressed_to, **example)["stages"]["compress"]
     planned = sum(n for line, n in plan["device_bytes"]["lines"].items() if line not in CARD)
     measured = Manifest.read(emulator).measured["peak_bytes"]
     assert planned / 5 < measured <= planned  # the plan is of the longest samples allowed

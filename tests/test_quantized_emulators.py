@@ -69,7 +69,9 @@ def native(family, folder):
 def test_fewer_bytes_and_a_smaller_error_than_low_rank(example, emulator, tmp_path):
     quantized = Manifest.read(emulator)
     share = quantized.summary["emulator_bytes"] / quantized.summary["base_bytes"]
-    low_rank = Manifest.read(emloc.compress(output_dir=tmp_path / "low", keep_ratio=0.6, **example))
+    low_rank = Manifest.read(
+        emloc.compress(output_dir=tmp_path / "low", format="low_rank", keep_ratio=0.6, **example)
+    )
     assert share < low_rank.summary["emulator_bytes"] / low_rank.summary["base_bytes"]
 
     def mean(manifest):
@@ -199,7 +201,7 @@ def test_plans_know_the_bytes(tmp_path):
 def test_bits_of_another_format_are_refused(tmp_path):
     example = family_named("llm").write_example(tmp_path, seed=0)
     with pytest.raises(ConfigError, match="bits means nothing to format=low_rank"):
-        emloc.compress(output_dir=tmp_path / "e", bits=4, **example)
+        emloc.compress(output_dir=tmp_path / "e", format="low_rank", bits=4, **example)
     with pytest.raises(ConfigError, match="rank_pattern means nothing to format=quantized"):
         emloc.compress(
             output_dir=tmp_path / "e", format="quantized", rank_pattern={"q_proj": 3}, **example
@@ -318,8 +320,12 @@ def test_auto_says_what_cannot_be(tmp_path):
     auto = {**example, "output_dir": tmp_path / "e", "format": "auto"}
     with pytest.raises(ConfigError, match="smallest forms take 2.* and the budget is 1.50; raise"):
         emloc.compress(bits_per_weight=1.5, **auto)
-    with pytest.raises(ConfigError, match="bits means nothing to format=auto"):
+    with pytest.raises(
+        ConfigError, match="bits means nothing to format=auto, .* pass format=quantized"
+    ):
         emloc.compress(bits=3, **auto)
+    with pytest.raises(ConfigError, match="rank_pattern means .* pass format=low_rank"):
+        emloc.compress(rank_pattern={"q_proj": 3}, **example, output_dir=tmp_path / "e")
     with pytest.raises(ConfigError, match="leave keep_ratio_allocation out"):
         emloc.compress(keep_ratio_allocation="error", **auto)
     with pytest.raises(ConfigError, match="keep_ratio and bits_per_weight both size"):

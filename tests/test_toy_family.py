@@ -20,7 +20,9 @@ def test_stock_peft_trains_the_same_adapter_and_reads_it(tmp_path):
     family = ToyFamily()
     example = example_of(family, tmp_path)
     with plugin_installed("emloc.testing.toy_plugin"):
-        emulator = emloc.compress(output_dir=tmp_path / "e", keep_ratio=0.5, **example)
+        emulator = emloc.compress(
+            output_dir=tmp_path / "e", format="low_rank", keep_ratio=0.5, **example
+        )
         adapter = emloc.train(
             emulator=str(emulator), dataset=example["dataset"], output_dir=tmp_path / "a",
             max_steps=3, per_device_train_batch_size=24, learning_rate=1e-2, lora_r=3, lora_alpha=5,

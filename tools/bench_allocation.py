@@ -57,6 +57,7 @@ def measure(folder: Path, options: argparse.Namespace, ratio: float, weighting: 
             model_name_or_path=options.model_name_or_path,
             dataset=str(options.data),
             output_dir=folder / f"{ratio}-{weighting}",
+            format="low_rank",
             keep_ratio=ratio,
             keep_ratio_allocation="uniform" if weighting is None else "error",
             num_calibration_samples=options.samples,

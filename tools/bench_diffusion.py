@@ -137,7 +137,8 @@ def main() -> None:
             "instance_prompt": "a photo of sks square", "resolution": options.resolution,
         }  # fmt: skip
         made = stage(
-            "compress", root / "emulator", model_name_or_path=base, keep_ratio=options.keep_ratio,
+            "compress", root / "emulator", model_name_or_path=base, format="low_rank",
+            keep_ratio=options.keep_ratio,
             num_calibration_samples=options.samples, calibration_batch_size=1, **data,
         )  # fmt: skip
         train = {

@@ -90,7 +90,9 @@ def measure(
         train_data=str(data / subject),
         test_data=str(data / subject),
         data={"instance_prompt": prompt, "resolution": PIXELS, "seed": seed},
-        compress={"keep_ratio": options.keep_ratio, "num_calibration_samples": 64},
+        compress={
+            "format": "low_rank", "keep_ratio": options.keep_ratio, "num_calibration_samples": 64,
+        },
         train={
             "max_train_steps": options.max_steps, "train_batch_size": 5, "lora_r": 8,
             "lora_alpha": 16, "lora_conv": True, "learning_rate": 2e-3, "logging_steps": 10,

@@ -70,7 +70,11 @@ def measure(root: Path, blocks: int, hidden: int) -> dict[str, int]:
         "calibration_batch_size": BATCH,
     }
     emulator = root / "emulator"
-    peaks = {"compress": stage("compress", emulator, model_name_or_path=made["base"], **data)}
+    peaks = {
+        "compress": stage(
+            "compress", emulator, model_name_or_path=made["base"], format="low_rank", **data
+        )
+    }
     torch.manual_seed(0)
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(emulator), LoraConfig(r=8, target_modules="all-linear")

@@ -43,6 +43,9 @@ STEPS = {"max_steps": 2, "logging_steps": 1, "learning_rate": 1e-4}
 """Two steps: in the second, the optimiser's state is there."""
 
 BATCH = 2
+LOW_RANK = {"format": "low_rank"}
+"""The paper's form, whose bytes a plan knows exactly."""
+
 STREAMED = {"compress": (8, 8), "correct": (4, 2)}
 """Samples and samples per micro-batch; correct runs each five times."""
 
@@ -207,7 +210,9 @@ def settings() -> list[Setting]:
 def planned(setting: Setting, base: Path, options: Mapping[str, Any]) -> Mapping[str, int]:
     """The plan's lines."""
     dtype = "float32" if setting.stage == "train" else "bfloat16"
-    plan = emloc.plan(model_name_or_path=str(base), device="cpu", dtype=dtype, **options)
+    plan = emloc.plan(
+        model_name_or_path=str(base), device="cpu", dtype=dtype, **LOW_RANK, **options
+    )
     row = (
         plan["beside"]["LoRA on the base"]
         if setting.on == "base"
@@ -231,7 +236,7 @@ def stage_options(
     """With the folders that the stage reads and writes."""
     base, emulator = str(root / "base"), str(root / "emulator")
     reads = {
-        "compress": {"model_name_or_path": base},
+        "compress": {"model_name_or_path": base, **LOW_RANK},
         "train": {"emulator": emulator} if setting.on == "emulator" else {"model_name_or_path": base},
         "correct": {"emulator": emulator, "adapter": str(root / "adapter")},
     }  # fmt: skip
@@ -401,8 +406,8 @@ def seconds(made: Sequence[str]) -> float:
     return user + system
 
 
-VLM = {"lora_r": 8, "per_device_train_batch_size": 1, "max_length": 2048}
-FLUX = {"lora_r": 16, "per_device_train_batch_size": 1, "resolution": 512}
+VLM = {**LOW_RANK, "lora_r": 8, "per_device_train_batch_size": 1, "max_length": 2048}
+FLUX = {**LOW_RANK, "lora_r": 16, "per_device_train_batch_size": 1, "resolution": 512}
 TWICE = {"gradient_checkpointing": True}
 ATTENTION = {"lora_target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
 MODULATION = {"include": [r".*norm.*\.linear", "norm_out.linear", "time_text_embed.*"]}

@@ -97,7 +97,7 @@ def measure(depth: int, width: int, samples: int, keep_ratio: float) -> tuple[fl
         command = [sys.executable, "-m", "emloc", "compress", "--output_dir", str(root / "e")]
         named = {
             "model_name_or_path": base, "dataset": data, "num_calibration_samples": samples,
-            "keep_ratio": keep_ratio,
+            "format": "low_rank", "keep_ratio": keep_ratio,
         }  # fmt: skip
         command += [str(part) for key, value in named.items() for part in (f"--{key}", value)]
         subprocess.run(command, check=True, capture_output=True)

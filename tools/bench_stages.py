@@ -156,7 +156,7 @@ def main() -> None:
         found = {
             "compress": stage(
                 "compress", emulator, weights(base), model_name_or_path=base, dataset=data,
-                num_calibration_samples=64, keep_ratio=0.4,
+                num_calibration_samples=64, format="low_rank", keep_ratio=0.4,
             )
         }  # fmt: skip
         adapter = write_adapter(root / "adapter", emulator)

@@ -108,8 +108,8 @@ def main() -> None:
         )  # fmt: skip
         emulator = emloc.compress(
             model_name_or_path=str(base), output_dir=root / "emulator",
-            dataset=str(write_rows(root / "train.jsonl", 32, seed=0)), keep_ratio=options.keep_ratio,
-            num_calibration_samples=32,
+            dataset=str(write_rows(root / "train.jsonl", 32, seed=0)), format="low_rank",
+            keep_ratio=options.keep_ratio, num_calibration_samples=32,
         )  # fmt: skip
         rounds: dict[str, list[dict[str, float]]] = {}
         sides = [("base", base, "stock"), ("emulator", emulator, "fused"),

@@ -101,7 +101,7 @@ def compress(
     named = {
         "model_name_or_path": base, "dataset": write_data(root, options.samples),
         "num_calibration_samples": options.samples, "calibration_batch_size": 4,
-        "keep_ratio": options.keep_ratio, "output_dir": root / "emulator",
+        "format": "low_rank", "keep_ratio": options.keep_ratio, "output_dir": root / "emulator",
     }  # fmt: skip
     command = [sys.executable, "-m", "emloc", "compress"]
     command += [str(part) for key, value in named.items() for part in (f"--{key}", value)]

@@ -31,7 +31,9 @@ def measure(data: Path, out: Path, seed: int, steps: int, keep_ratio: float) -> 
         train_data=str(data / "train.jsonl"),
         test_data=str(data / "test.jsonl"),
         data={"seed": seed},
-        compress={"keep_ratio": keep_ratio, "num_calibration_samples": 64},
+        compress={
+            "format": "low_rank", "keep_ratio": keep_ratio, "num_calibration_samples": 64,
+        },
         train={
             "max_steps": steps, "per_device_train_batch_size": 16, "lora_r": 8, "lora_alpha": 16,
             "learning_rate": 2e-3, "logging_steps": 10,

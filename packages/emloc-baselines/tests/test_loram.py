@@ -48,7 +48,12 @@ def task_of(base, data, keep_ratio=0.75, seed=0, options=OWN, **train):
     common = {"dataset": str(data), "max_length": 96}
     training = {**common, "max_steps": 3, "lora_r": 3, "lora_alpha": 12, "learning_rate": 1e-2,
                 "logging_steps": 1, **train}  # fmt: skip
-    compress = {**common, "num_calibration_samples": 8, "calibration_batch_size": 3}
+    compress = {
+        **common,
+        "format": "low_rank",
+        "num_calibration_samples": 8,
+        "calibration_batch_size": 3,
+    }
     return Task(str(base), keep_ratio, seed, compress, training, {}, options)
 
 
@@ -236,7 +241,10 @@ def test_the_budget_is_what_emloc_holds(base, tiny, tmp_path):
     task = task_of(base, tiny.data, 0.4)
     source = source_of(task)
     emulator = emloc.compress(
-        model_name_or_path=str(base), output_dir=tmp_path / "e", keep_ratio=0.4, **task.compress
+        model_name_or_path=str(base),
+        output_dir=tmp_path / "e",
+        keep_ratio=0.4,
+        **task.compress,
     )
     emloc_baselines  # noqa: B018 (imports the formats)
     held = sum(p.numel() * 4 for p in load(emulator).parameters())

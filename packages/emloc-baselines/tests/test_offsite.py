@@ -44,7 +44,8 @@ def task_of(base, data, keep_ratio=0.75, options=None, **train):
     common = {"dataset": str(data), "max_length": 96}
     training = {**common, "max_steps": 3, "lora_r": 3, "learning_rate": 1e-2, "logging_steps": 1,
                 **train}  # fmt: skip
-    return Task(str(base), keep_ratio, 0, common, training, {}, options or {"trained_blocks": 1})
+    compress = {**common, "format": "low_rank"}
+    return Task(str(base), keep_ratio, 0, compress, training, {}, options or {"trained_blocks": 1})
 
 
 @pytest.fixture(scope="module")

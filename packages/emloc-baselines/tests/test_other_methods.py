@@ -23,7 +23,8 @@ from emloc_llm.example import write_model
 def task_of(base, data, keep_ratio=0.5, **options):
     common = {"dataset": str(data), "max_length": 96}
     train = {**common, "max_steps": 3, "lora_r": 3, "learning_rate": 1e-2, "logging_steps": 1}
-    return Task(str(base), keep_ratio, 0, common, train, {**common, "limit": "none"}, options)
+    compress = {**common, "format": "low_rank"}
+    return Task(str(base), keep_ratio, 0, compress, train, {**common, "limit": "none"}, options)
 
 
 def test_every_registered_method_is_one():

@@ -40,7 +40,12 @@ def task_of(base, data, keep_ratio=0.6, **train):
     common = {"dataset": str(data), "max_length": 96}
     training = {**common, "max_steps": 3, "lora_r": 3, "lora_alpha": 12, "learning_rate": 1e-2,
                 "logging_steps": 1, **train}  # fmt: skip
-    compress = {**common, "num_calibration_samples": 8, "calibration_batch_size": 3}
+    compress = {
+        **common,
+        "format": "low_rank",
+        "num_calibration_samples": 8,
+        "calibration_batch_size": 3,
+    }
     return Task(str(base), keep_ratio, 0, compress, training, {}, {"search_steps": 4})
 
 

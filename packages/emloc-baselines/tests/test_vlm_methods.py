@@ -42,7 +42,12 @@ def task_of(vlm, name, keep_ratio=0.85):
     common = {"dataset": str(data), "max_length": 96}
     train = {**common, "max_steps": 2, "lora_r": 3, "learning_rate": 1e-2, "logging_steps": 1,
              "per_device_train_batch_size": 4}  # fmt: skip
-    compress = {**common, "num_calibration_samples": 4, "calibration_batch_size": 2}
+    compress = {
+        **common,
+        "format": "low_rank",
+        "num_calibration_samples": 4,
+        "calibration_batch_size": 2,
+    }
     return Task(str(base), keep_ratio, 0, compress, train, {}, OWN[name])
 
 

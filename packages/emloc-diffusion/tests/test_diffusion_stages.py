@@ -47,7 +47,11 @@ def made(request, tmp_path_factory):
         "resolution": RESOLUTION, "calibration_batch_size": 4, "num_calibration_samples": 8,
     }  # fmt: skip
     emulator = emloc.compress(
-        model_name_or_path=str(base), output_dir=root / "emulator", keep_ratio=0.5, **data
+        model_name_or_path=str(base),
+        output_dir=root / "emulator",
+        format="low_rank",
+        keep_ratio=0.5,
+        **data,
     )
     pictures = {name: data[name] for name in ("dataset", "instance_prompt", "resolution")}
     train = {

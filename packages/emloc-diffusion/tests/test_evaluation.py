@@ -307,7 +307,7 @@ def stages(made):
     root = made.root / "stages"
     calibration = {"num_calibration_samples": 4, "calibration_batch_size": 4}
     emulator = emloc.compress(
-        model_name_or_path=str(made.base), output_dir=root / "emulator", keep_ratio=0.5,
+        model_name_or_path=str(made.base), output_dir=root / "emulator", format="low_rank", keep_ratio=0.5,
         **data, **calibration,
     )  # fmt: skip
     adapter = emloc.train(

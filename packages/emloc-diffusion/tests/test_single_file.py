@@ -102,8 +102,8 @@ def test_all_stages_give_the_bytes_of_the_native_folder(sd, tmp_path, cache):
         config = {"single_file_config": str(sd.configuration)} if name == "file" else {}
         root = tmp_path / name
         emulator = emloc.compress(
-            output_dir=root / "emulator", keep_ratio=0.5, num_calibration_samples=4, **pictures,
-            **named, **config,
+            output_dir=root / "emulator", format="low_rank", keep_ratio=0.5,
+            num_calibration_samples=4, **pictures, **named, **config,
         )  # fmt: skip
         train = {"max_train_steps": 1, "learning_rate": 1e-2, "lora_r": 3}
         adapter = emloc.train(

@@ -45,7 +45,7 @@ def made(request, tmp_path_factory):
         "resolution": RESOLUTION,
     }  # fmt: skip
     emulator = emloc.compress(
-        model_name_or_path=str(base), output_dir=root / "emulator", keep_ratio=0.5,
+        model_name_or_path=str(base), output_dir=root / "emulator", format="low_rank", keep_ratio=0.5,
         num_calibration_samples=4, **data,
     )  # fmt: skip
     train = {

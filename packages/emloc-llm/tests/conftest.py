@@ -29,7 +29,11 @@ def tiny(tmp_path_factory):
     )
     common = {"dataset": str(made.data), "max_length": 96}
     made.emulator = emloc.compress(
-        model_name_or_path=str(made.base), output_dir=root / "emulator", keep_ratio=0.5, **common
+        model_name_or_path=str(made.base),
+        output_dir=root / "emulator",
+        format="low_rank",
+        keep_ratio=0.5,
+        **common,
     )
     made.train_options = {
         "emulator": str(made.emulator), "max_steps": 6, "save_steps": 2, "logging_steps": 1,

@@ -188,7 +188,11 @@ def test_nan_is_never_written(tiny, tmp_path):
     said = r"model\.norm\.weight of .*broken.* is NaN or infinite in float32"
     with pytest.raises(NumericalError, match=said):
         emloc.compress(
-            model_name_or_path=str(broken), output_dir=tmp_path / "e", keep_ratio=0.5, **data
+            model_name_or_path=str(broken),
+            output_dir=tmp_path / "e",
+            format="low_rank",
+            keep_ratio=0.5,
+            **data,
         )
     adapter = saved(tiny.base, tmp_path / "a", modules_to_save=["lm_head"])
     with pytest.raises(NumericalError, match=said):

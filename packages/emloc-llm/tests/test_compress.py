@@ -31,9 +31,11 @@ VARIANTS = {
 
 
 def compress(base, data, output, **options):
+    """In low rank: what these tests look at besides is the same for every format."""
     return emloc.compress(
-        model_name_or_path=str(base), dataset=str(data), output_dir=output, max_length=96, **options
-    )
+        model_name_or_path=str(base), dataset=str(data), output_dir=output, max_length=96,
+        format="low_rank", **options,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

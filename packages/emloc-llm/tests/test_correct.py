@@ -213,7 +213,7 @@ def test_refusals(tiny, tmp_path):
     with pytest.raises(MismatchError, match="was built from another model"):
         correct(model_name_or_path=str(other))
     emulator = emloc.compress(
-        model_name_or_path=str(tiny.base), output_dir=tmp_path / "e", keep_ratio=0.3,
+        model_name_or_path=str(tiny.base), output_dir=tmp_path / "e", format="low_rank", keep_ratio=0.3,
         dataset=str(tiny.data), max_length=96,
     )  # fmt: skip
     with pytest.raises(MismatchError, match="was trained on"):

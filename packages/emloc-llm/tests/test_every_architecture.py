@@ -121,6 +121,7 @@ def round_trip(root, model_type, dtype=torch.float32, **saving):
     full = emloc.compress(
         model_name_or_path=str(base),
         output_dir=root / "full",
+        format="low_rank",
         rank_pattern={".*": 10_000},
         **options,
     )
@@ -129,7 +130,11 @@ def round_trip(root, model_type, dtype=torch.float32, **saving):
     assert (found - expected).abs().max() <= 1e-3 * rough * expected.abs().max()
 
     half = emloc.compress(
-        model_name_or_path=str(base), output_dir=root / "half", keep_ratio=0.5, **options
+        model_name_or_path=str(base),
+        output_dir=root / "half",
+        format="low_rank",
+        keep_ratio=0.5,
+        **options,
     )
     assert Manifest.read(half).layers
     adapter = train_a_step(half, root / "adapter", batch)

@@ -36,7 +36,7 @@ def run(kill_at, stage, options):
 @pytest.mark.parametrize("case", ["compress", "allocate", "train", "correct", "merge"])
 def test_killed_and_run_again(case, tiny, tmp_path):
     common = {"dataset": tiny.data, "max_length": 96}
-    ratio = {"model_name_or_path": tiny.base, "keep_ratio": 0.5, **common}
+    ratio = {"model_name_or_path": tiny.base, "format": "low_rank", "keep_ratio": 0.5, **common}
     options, expected = {
         "compress": (ratio, tiny.emulator),
         "allocate": ({**ratio, "keep_ratio_allocation": "error"}, None),
@@ -75,7 +75,7 @@ def test_finished_blocks_are_not_factorised_again(tiny, tmp_path, monkeypatch):
     from emloc.formats.low_rank import LowRank
 
     options = {"model_name_or_path": str(tiny.base), "dataset": str(tiny.data), "max_length": 96,
-               "keep_ratio": 0.5, "output_dir": tmp_path / "e"}  # fmt: skip
+               "format": "low_rank", "keep_ratio": 0.5, "output_dir": tmp_path / "e"}  # fmt: skip
     real, done = LowRank.fit, []
 
     def stop_in_the_second_block(self, weights, moments, *others):

@@ -63,8 +63,8 @@ def test_real_tokens_are_folded_and_no_others(kind, tmp_path):
     data = write_rows(tmp_path / "train.jsonl", 6, seed=1)
     options = {"dataset": str(data), "max_length": 64, "calibration_batch_size": 3}
     folder = emloc.compress(
-        model_name_or_path=str(tmp_path / "base"), output_dir=tmp_path / "e", keep_ratio=0.7,
-        share_factors=False, **options,
+        model_name_or_path=str(tmp_path / "base"), output_dir=tmp_path / "e", format="low_rank",
+        keep_ratio=0.7, share_factors=False, **options,
     )  # fmt: skip
     config = with_plugin_options(CompressConfig)(
         model_name_or_path=str(tmp_path / "base"), output_dir=tmp_path / "x", **options
@@ -128,7 +128,7 @@ def test_layers_that_share_a_weight_stay_dense(tmp_path, monkeypatch):
     data = write_rows(tmp_path / "train.jsonl", 6, seed=1)
     folder = emloc.compress(
         model_name_or_path=str(tmp_path / "base"), dataset=str(data), output_dir=tmp_path / "e",
-        rank_pattern={".*": 10_000}, max_length=64,
+        format="low_rank", rank_pattern={".*": 10_000}, max_length=64,
     )  # fmt: skip
     manifest = Manifest.read(folder)
     shared = [name for name in manifest.kept_dense if "shared_transformer" in name]

@@ -150,7 +150,7 @@ def test_templates_and_settings_travel(tiny, tmp_path):
     for name in others:
         (folder / name).write_text("{}")
     emulator = emloc.compress(
-        model_name_or_path=str(folder), output_dir=tmp_path / "emulator", keep_ratio=0.5,
+        model_name_or_path=str(folder), output_dir=tmp_path / "emulator", format="low_rank", keep_ratio=0.5,
         dataset=str(tiny.data), max_length=96,
     )  # fmt: skip
     merged = emloc.merge(

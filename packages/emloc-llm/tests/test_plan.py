@@ -30,7 +30,7 @@ OPTIONS = with_plugin_options(PlanConfig)
 
 
 def config_of(**options):
-    return build(OPTIONS, {"max_length": 96, **options}, "plan")
+    return build(OPTIONS, {"max_length": 96, "format": "low_rank", **options}, "plan")
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,11 @@ def test_allocated_ranks_are_written_wide_and_end_as_small(tiny, tmp_path):
         make_memory_plan(config_of(**options, **given)).setting for given in ({}, error)
     )
     made = emloc.compress(
-        dataset=str(tiny.data), output_dir=tmp_path / "emulator", **options, **error
+        dataset=str(tiny.data),
+        output_dir=tmp_path / "emulator",
+        format="low_rank",
+        **options,
+        **error,
     )
     lines = allocated.compress().disk
     assert lines["emulator"] == uniform.compress().disk["emulator"]
@@ -386,6 +390,7 @@ def test_compress_holds_what_the_plan_says(tmp_path, monkeypatch, samples, batch
     lines = [json.dumps({"text": "a" * (255 - index)}) for index in range(samples)]
     data.write_text("\n".join(lines) + "\n")
     options = {"model_name_or_path": str(base), "dataset": str(data), "max_length": 256,
+               "format": "low_rank",
                "num_calibration_samples": samples, "calibration_batch_size": batch}  # fmt: skip
     live = Anonymous()
     monkeypatch.setattr(Checkpoint, "read", live.reading(Checkpoint.read))

@@ -62,12 +62,12 @@ def test_products_are_those_of_the_factors(wide):
 
 @pytest.mark.parametrize(
     "asked",
-    [{"format": "low_rank"}, {"keep_ratio": 0.4}, {"share_factors": False}, {"rank_pattern": {"q_proj": 8}},
-     {"format": "quantized", "bits": 3}],
+    [{"format": "low_rank"}, {"keep_ratio": 0.4}, {"share_factors": False},
+     {"format": "low_rank", "rank_pattern": {"q_proj": 8}}, {"format": "quantized", "bits": 3}],
 )  # fmt: skip
 def test_what_was_asked_for_stays(wide, asked):
     plan = choose(setting_of(wide, **asked), 4 << 30, planned_stages())
-    assert [choice["format"] for choice in plan.choices] == [asked.get("format", "low_rank")]
+    assert [choice["format"] for choice in plan.choices] == [asked.get("format", "auto")]
     for name, value in asked.items():
         assert getattr(plan.setting.options, name) == value
 

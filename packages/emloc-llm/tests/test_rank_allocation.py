@@ -19,7 +19,7 @@ from emloc_llm.family import LLMFamily
 def compress(base, data, output, **options):
     return emloc.compress(
         model_name_or_path=str(base), dataset=str(data), output_dir=output, max_length=96,
-        keep_ratio_allocation="error", **options,
+        format="low_rank", keep_ratio_allocation="error", **options,
     )  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def test_where_all_ranks_are_given_there_is_nothing_to_allocate(tiny, tmp_path):
     folder = compress(tiny.base, tiny.data, tmp_path / "e", **named)
     plain = emloc.compress(
         model_name_or_path=str(tiny.base), dataset=str(tiny.data), output_dir=tmp_path / "plain",
-        max_length=96, **named,
+        max_length=96, format="low_rank", **named,
     )  # fmt: skip
     for shard in plain.glob("*.safetensors"):
         assert (folder / shard.name).read_bytes() == shard.read_bytes()

@@ -154,7 +154,11 @@ def test_a_forward_that_asks_for_the_option_cannot_do_without():
 def test_the_limit_is_chosen_by_the_loss_that_stock_peft_has(tied, tiny, tmp_path, modules, batch):
     data = {"dataset": str(tiny.data), "max_length": 96}
     emulator = emloc.compress(
-        model_name_or_path=str(tied), output_dir=tmp_path / "e", keep_ratio=0.5, **data
+        model_name_or_path=str(tied),
+        output_dir=tmp_path / "e",
+        format="low_rank",
+        keep_ratio=0.5,
+        **data,
     )
     adapter = emloc.train(
         emulator=str(emulator), output_dir=tmp_path / "a", max_steps=3, lora_r=3,

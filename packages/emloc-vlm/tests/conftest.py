@@ -29,7 +29,7 @@ def tiny(tmp_path_factory):
     )
     made.common = {"dataset": str(made.data), "max_length": 96}
     made.emulator = emloc.compress(
-        model_name_or_path=str(made.base), output_dir=root / "emulator", keep_ratio=0.5,
+        model_name_or_path=str(made.base), output_dir=root / "emulator", format="low_rank", keep_ratio=0.5,
         **made.common,
     )  # fmt: skip
     made.train_options = {

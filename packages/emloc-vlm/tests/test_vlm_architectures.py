@@ -127,14 +127,15 @@ def test_round_trip(tiny, tmp_path, build):
     inputs = [{k: v for k, v in batch.items() if not k.startswith("emloc")} for batch in batches]
     model = load(base)
     full = emloc.compress(
-        model_name_or_path=str(base), output_dir=tmp_path / "full", rank_pattern={".*": 1000},
+        model_name_or_path=str(base), output_dir=tmp_path / "full", format="low_rank",
+        rank_pattern={".*": 1000},
         **data,
     )  # fmt: skip
     torch.testing.assert_close(
         logits(load(full), inputs[0]), logits(model, inputs[0]), rtol=1e-3, atol=1e-3
     )
     emulator = emloc.compress(
-        model_name_or_path=str(base), output_dir=tmp_path / "e", keep_ratio=0.5,
+        model_name_or_path=str(base), output_dir=tmp_path / "e", format="low_rank", keep_ratio=0.5,
         share_factors=False, **data,
     )  # fmt: skip
     layers = Manifest.read(emulator).layers
@@ -183,7 +184,7 @@ def test_padded_patches_are_no_calibration_tokens(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(calibration, "collate", with_borders)
     emulator = emloc.compress(
-        model_name_or_path=str(base), output_dir=tmp_path / "e", keep_ratio=0.5,
+        model_name_or_path=str(base), output_dir=tmp_path / "e", format="low_rank", keep_ratio=0.5,
         dataset=str(tiny.data), max_length=300, calibration_batch_size=8,
     )  # fmt: skip
     layers = Manifest.read(emulator).layers

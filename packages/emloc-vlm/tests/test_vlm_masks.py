@@ -32,7 +32,7 @@ def test_both_towers_fold_what_is_real(tiny, tmp_path):
     """Vision tokens are all real where images are not padded; of text, padding is left out."""
     options = {**tiny.common, "calibration_batch_size": 5}
     folder = emloc.compress(
-        model_name_or_path=str(tiny.base), output_dir=tmp_path / "e", keep_ratio=0.5,
+        model_name_or_path=str(tiny.base), output_dir=tmp_path / "e", format="low_rank", keep_ratio=0.5,
         share_factors=False, **options,
     )  # fmt: skip
     batches = batches_of(tiny.base, **options)

@@ -45,7 +45,7 @@ def test_both_towers_are_the_optimum(tiny, tmp_path, text_type, vision, dtype, s
         tmp_path / "base", text_type, dtype, seed=3, max_shard_size=shard, vision=vision
     )
     emulator = emloc.compress(
-        model_name_or_path=str(base), output_dir=tmp_path / "e", keep_ratio=0.5,
+        model_name_or_path=str(base), output_dir=tmp_path / "e", format="low_rank", keep_ratio=0.5,
         calibration_batch_size=4, share_factors=False, **tiny.common,
     )  # fmt: skip
     layers = Manifest.read(emulator).layers
@@ -66,7 +66,8 @@ def test_both_towers_are_the_optimum(tiny, tmp_path, text_type, vision, dtype, s
 def test_full_rank_is_the_base(tiny, tmp_path):
     ranks = {".*": 1000}
     emulator = emloc.compress(
-        model_name_or_path=str(tiny.base), output_dir=tmp_path / "e", rank_pattern=ranks,
+        model_name_or_path=str(tiny.base), output_dir=tmp_path / "e", format="low_rank",
+        rank_pattern=ranks,
         **tiny.common,
     )  # fmt: skip
     [batch, *_] = batches_of(tiny.base, tiny.common)
@@ -184,7 +185,7 @@ def test_training_resumes_exactly(tiny, tmp_path, monkeypatch):
 
 def test_the_same_bytes_twice(tiny, tmp_path):
     again = emloc.compress(
-        model_name_or_path=str(tiny.base), output_dir=tmp_path / "e", keep_ratio=0.5,
+        model_name_or_path=str(tiny.base), output_dir=tmp_path / "e", format="low_rank", keep_ratio=0.5,
         **tiny.common,
     )  # fmt: skip
     assert Manifest.read(again).files == Manifest.read(tiny.emulator).files
@@ -234,8 +235,8 @@ def test_opengvlab_layout_through_all_stages(tiny, tmp_path, language):
     made = {}
     for name, base in (("native", native), ("original", original)):
         emulator = emloc.compress(
-            model_name_or_path=str(base), output_dir=tmp_path / f"{name}-e", keep_ratio=0.6,
-            **tiny.common,
+            model_name_or_path=str(base), output_dir=tmp_path / f"{name}-e", format="low_rank",
+            keep_ratio=0.6, **tiny.common,
         )  # fmt: skip
         adapter = emloc.train(
             output_dir=tmp_path / f"{name}-a", max_steps=2, lora_r=3, learning_rate=1e-2,

@@ -9,6 +9,7 @@ from emloc.testing import plugin_installed
 from emloc.testing.contract import Subject
 
 PLUGIN = "emloc.testing.toy_plugin"
+LOW_RANK = {"format": "low_rank", "keep_ratio": 0.5}
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,8 @@ def _made(tmp_path_factory):
     root = tmp_path_factory.mktemp("toy")
     with alone(), plugin_installed(PLUGIN):
         (root / "example").mkdir()
-        made = Subject("toy", root / "stages", example_of(family_named("toy"), root / "example"))
+        example = example_of(family_named("toy"), root / "example")
+        made = Subject("toy", root / "stages", example, {"compress": LOW_RANK})
         assert made.stages
     return made
 

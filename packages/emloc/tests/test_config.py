@@ -58,7 +58,8 @@ def test_limit(given, parsed):
 
 def test_stage_functions_show_their_keywords():
     parameters = inspect.signature(emloc.compress).parameters
-    assert parameters["keep_ratio"].default == 0.4
+    assert parameters["format"].default == "auto"
+    assert parameters["keep_ratio"].default is None
     assert "share of each layer" in emloc.compress.__doc__
 
 

@@ -14,7 +14,7 @@ from emloc.formats.low_rank import LowRank
 from emloc.testing.toy_family import write_toy
 from emloc.testing.toy_model import ToySizes
 
-RATIO = {"keep_ratio": 0.5}
+RATIO = {"format": "low_rank", "keep_ratio": 0.5}
 
 
 def matrices(model, names):
@@ -96,7 +96,9 @@ def test_the_manifest_says_what_it_holds(toy):
 
 
 def test_a_full_rank_emulator_is_the_base(toy, tmp_path):
-    folder = emloc.compress(output_dir=tmp_path / "e", rank_pattern={".*": 10_000}, **toy.example)
+    folder = emloc.compress(
+        output_dir=tmp_path / "e", format="low_rank", rank_pattern={".*": 10_000}, **toy.example
+    )
     pictures = toy.batches[0]["pictures"]
     with torch.no_grad():
         ours, theirs = (

@@ -86,7 +86,9 @@ def test_the_best_of_all_limits_is_chosen_on_data(toy, tmp_path):
 
 
 def test_what_does_not_belong_together_is_refused(toy, tmp_path):
-    emulator = emloc.compress(output_dir=tmp_path / "e", keep_ratio=0.4, **toy.example)
+    emulator = emloc.compress(
+        output_dir=tmp_path / "e", format="low_rank", keep_ratio=0.4, **toy.example
+    )
     with pytest.raises(MismatchError, match="was trained on"):
         corrected(toy, tmp_path / "c", limit="none", emulator=str(emulator))
     with pytest.raises(MismatchError, match="corrected already"):
@@ -124,7 +126,7 @@ def test_a_run_of_all_stages_is_each_by_itself(toy, tmp_path):
         {
             **toy.example,
             "output_dir": str(tmp_path / "run"),
-            "compress": {"keep_ratio": 0.5},
+            "compress": {"format": "low_rank", "keep_ratio": 0.5},
             "train": {"max_steps": 2, "learning_rate": 1e-2, "lora_r": 3},
             "correct": {"limit": "none"},
             "merge": None,
@@ -151,7 +153,13 @@ def test_what_does_not_fit_is_refused_before_the_work(toy, tmp_path, monkeypatch
         monkeypatch.setattr(contracts.psutil, "virtual_memory", lambda: low)
         said = "compress needs .* of the machine's memory, of which 1.0 MiB are free"
     with pytest.raises(MemoryLimitError, match=said):
-        emloc.compress(output_dir=tmp_path / "e", keep_ratio=0.5, memory=memory, **toy.example)
+        emloc.compress(
+            output_dir=tmp_path / "e",
+            format="low_rank",
+            keep_ratio=0.5,
+            memory=memory,
+            **toy.example,
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -159,7 +167,11 @@ def test_a_device_changes_nothing(toy, tmp_path):
     """All stages on a pretended CUDA device write the bytes that they write on the CPU."""
     with pretend_device() as card:
         emulator = emloc.compress(
-            output_dir=tmp_path / "emulator", keep_ratio=0.5, device="cuda", **toy.example
+            output_dir=tmp_path / "emulator",
+            format="low_rank",
+            keep_ratio=0.5,
+            device="cuda",
+            **toy.example,
         )
         adapter = shutil.copytree(toy.stages["adapter"], tmp_path / "adapter")
         there = corrected(

@@ -1,7 +1,8 @@
 """The bytes that a light model may hold: as many as EMLoC's emulator of the same `keep_ratio`.
 
 `bytes = Σ base parameters − Σ compressed layers' weights + Σ their stored form`, in the dtype that the
-checkpoint stores, sizes as `emloc compress` would choose them. Known from shapes alone.
+checkpoint stores, sizes as `emloc compress` would choose them; with `format=auto`, which chooses by data,
+those of a guess that spends the same bytes. Known from shapes alone.
 """
 
 from emloc.compression.choice import streamed_itemsize
@@ -28,7 +29,7 @@ def emulator_bytes(source: Source, stream: UnitStream) -> int:
     groups = source.family.layer_groups(stream.model)
     plan = make_plan(groups, stream.layer_shape, config, itemsize_of)
     total = held_bytes(stream)
-    for group in plan.groups:
+    for group in plan.guessed.groups:
         itemsize = itemsize_of(group.owner)
         total += tensor_bytes(group.shape, group.form, itemsize) - group.shape.numel * itemsize
     return total

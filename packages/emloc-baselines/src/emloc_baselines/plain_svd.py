@@ -1,11 +1,12 @@
 """EMLoC with an emulator that has not seen data: the best low-rank weights in Frobenius' norm.
 
 `W_e = U Uᵀ W` with U the leading left singular vectors of W, which is `emloc.linalg.lowrank` for `G = I`:
-every input direction counts alike. Ranks, groups and format are those of EMLoC's emulator of the same
+every input direction counts alike. Ranks and groups are those of EMLoC's low-rank emulator of the same
 `keep_ratio`, so that what differs is what calibration gives. For the ablation of the correction.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from emloc.extend.methods import NoOptions, Task
 from emloc.formats.layer_format import StoredTensor, Tensors
 from emloc.linalg.gram import Moments
 from emloc.methods.emloc import Emloc, EmlocUncorrected
+from emloc.options.compress import LOW_RANK_FORMAT
 from emloc.streaming.stream import UnitStream
 from emloc_baselines.light import LightModel, Piece, Source, build_light
 
@@ -32,7 +34,8 @@ class PlainSvd(Emloc):
     options: type[StageConfig] = NoOptions
 
     def build(self, task: Task, out: Path) -> Path:
-        """See `Method`; an emulator of EMLoC's own format."""
+        """See `Method`; an emulator in low rank, whatever other rows have."""
+        task = replace(task, compress={**task.compress, "format": LOW_RANK_FORMAT})
         return build_light(NAME, task, out, NoOptions(), svd_emulator, False, own_format=False)
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emloc.config import EvaluateConfig
-from emloc.extend.methods import MethodEntry, Task
+from emloc.extend.methods import MethodEntry, Options, Task
 from emloc.extend.opening import open_model
 from emloc.extend.plugin_options import with_family_options
+from emloc.options.compress import AUTO, LOW_RANK_FORMAT
 from emloc.options.marks import loss_alone
 from emloc_baselines.bench.config import BASE, BenchConfig, Section, task_stages
 from emloc_baselines.bench.split import split_rows
@@ -171,7 +172,7 @@ def _steps(
         "method": entry.trains_as or entry.name,
         "options": content_of(task.options),
         "keep_ratio": task.keep_ratio if entry.uses_budget else None,
-        "compress": content_of(task.compress),
+        "compress": content_of(_with_format(task.compress)),
         "seed": task.seed,
     }
     adapter: Section = {**light, "train": content_of(task.train)}
@@ -179,6 +180,12 @@ def _steps(
     score: Section = {**recovered, "evaluate": content_of(evaluate)}
     inputs_by_step = {"light": light, "adapter": adapter, "recovered": recovered, "score": score}
     return {name: digest(inputs) for name, inputs in inputs_by_step.items()}, score
+
+
+def _with_format(compress: Options) -> Section:
+    """The options with the format that is meant; low rank goes without saying, as in records of before."""
+    named = {"format": AUTO, **compress}
+    return {k: v for k, v in named.items() if (k, v) != ("format", LOW_RANK_FORMAT)}
 
 
 def measured_cells(

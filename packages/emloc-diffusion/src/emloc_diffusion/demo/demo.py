@@ -55,6 +55,7 @@ def run_demo(config: DemoConfig) -> Path:
             "device": config.device,
         },
         compress={
+            "format": "low_rank",
             "keep_ratio": config.keep_ratio or KEEP_RATIO,
             "num_calibration_samples": 64,
         },

@@ -32,6 +32,7 @@ def run_demo(config: DemoConfig) -> Path:
         test_data=str(write_orders(out / "test.jsonl", count, config.seed, test=True)),
         data={"seed": config.seed, "device": config.device},
         compress={
+            "format": "low_rank",
             "keep_ratio": config.keep_ratio or KEEP_RATIO,
             "num_calibration_samples": 32,
         },

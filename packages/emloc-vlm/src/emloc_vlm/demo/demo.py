@@ -45,6 +45,7 @@ def run_demo(config: DemoConfig) -> Path:
         test_data=str(write_table(out / "test.jsonl", unseen, images)),
         data={"seed": config.seed, "image_folder": str(images), "device": config.device},
         compress={
+            "format": "low_rank",
             "keep_ratio": config.keep_ratio or KEEP_RATIO,
             "num_calibration_samples": 64,
         },

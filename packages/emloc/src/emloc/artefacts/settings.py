@@ -30,6 +30,9 @@ FORMERLY_OF_ALL_FAMILIES = {
 }
 """Options of text with their defaults, which older artefacts of every family have among their settings."""
 
+FORMERLY_WITHOUT_EFFECT = {"keep_ratio": 0.4}
+"""Options with the value at which older artefacts have them among their settings though others decided."""
+
 FORMERLY_IGNORED = frozenset({"max_new_tokens"})
 """An option of text which other families took at any value, and did nothing with."""
 
@@ -74,7 +77,7 @@ def _different(
     recorded: Mapping[str, Any], now: Mapping[str, Any], beside: Collection[str]
 ) -> list[str]:
     ignored = FORMERLY_RECORDED.union(beside)
-    missing, former = object(), FORMERLY_OF_ALL_FAMILIES
+    missing, former = object(), {**FORMERLY_OF_ALL_FAMILIES, **FORMERLY_WITHOUT_EFFECT}
     before, after = _as_json(recorded), _as_json(now)
     # Recorded only where several installed families recognise the model: plugins come and go.
     if not ("family" in before and "family" in after):

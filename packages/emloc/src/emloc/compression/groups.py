@@ -23,11 +23,17 @@ from emloc.formats.menu import menu_of
 from emloc.formats.quantized import QUANTIZED
 from emloc.linalg.convolution import matrix_shape
 from emloc.linalg.menu_allocation import Option, allocate_bytes
-from emloc.options.compress import AUTO, SIZING
+from emloc.options.compress import AUTO, LOW_RANK_FORMAT, SIZING
 from emloc.options.patterns import match_pattern
 
-OF_FORMATS = ("rank_pattern", "bits", "group_size", "residual_rank", "factor_bits")
-"""Options that mean something to some formats."""
+OF_FORMATS = {
+    "rank_pattern": LOW_RANK_FORMAT,
+    "bits": QUANTIZED.name,
+    "group_size": QUANTIZED.name,
+    "residual_rank": QUANTIZED.name,
+    "factor_bits": LOW_RANK_FORMAT,
+}
+"""Options that mean something to some formats, and one that each means something to."""
 
 Shape = Sequence[int]
 """The shape of a dense weight: d_out, inputs or channels, and the axes of a kernel."""
@@ -202,7 +208,8 @@ def _guessed(
         numel = sum(group.shape.numel for group in open_groups.values())
         raise ConfigError(
             f"format={AUTO}: the smallest forms take {8 * least / numel:.2f} bits per weight, and the budget "
-            f"is {8 * budget / numel:.2f}; raise bits_per_weight or keep_ratio."
+            f"is {8 * budget / numel:.2f}; raise bits_per_weight or keep_ratio, or pass "
+            f"format={LOW_RANK_FORMAT}."
         )
     places = allocate_bytes(options, budget)
     return [_placed(group, places[group.owner]) if group.menu else group for group in groups]
@@ -292,15 +299,16 @@ def _refuse_foreign_options(format: LayerFormat, config: CompressConfig) -> None
 
 
 def _refuse_options_of_formats(config: CompressConfig) -> None:
-    for name in OF_FORMATS:
+    for name, format in OF_FORMATS.items():
         if getattr(config, name):
             raise ConfigError(
-                f"{name} means nothing to format={AUTO}, which chooses it; leave it out, or pass a format."
+                f"{name} means nothing to format={AUTO}, the default, which chooses for each layer; leave it "
+                f"out, or pass format={format}."
             )
     if config.keep_ratio_allocation != "uniform":
         raise ConfigError(
-            f"format={AUTO} spends bytes where they lower the error most already; leave "
-            f"keep_ratio_allocation out."
+            f"format={AUTO}, the default, spends bytes where they lower the error most already; leave "
+            f"keep_ratio_allocation out, or pass format={LOW_RANK_FORMAT}."
         )
 
 

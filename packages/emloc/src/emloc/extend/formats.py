@@ -7,7 +7,7 @@ from emloc.config import nearest
 from emloc.errors import CheckpointError, PluginError
 from emloc.extend.plugins import load_plugins
 from emloc.formats.layer_format import CORE_FORMATS, Form, LayerFormat
-from emloc.options.compress import AUTO, DEFAULT_FORMAT
+from emloc.options.compress import AUTO, LOW_RANK_FORMAT
 
 ABOUT_A_GROUP = ("format", "layers")
 """Keys of a group's entry in a config that are no sizes."""
@@ -45,7 +45,7 @@ class Forms:
             PluginError: the format is not installed.
         """
         sizes = {key: value for key, value in entry.items() if key not in ABOUT_A_GROUP}
-        return Form(self._named(str(entry.get("format", DEFAULT_FORMAT))), sizes)
+        return Form(self._named(str(entry.get("format", LOW_RANK_FORMAT))), sizes)
 
     def of_manifest(self, entry: Mapping[str, Any]) -> Form:
         """The form of a group in a manifest, whose sizes lie among other figures.
@@ -54,7 +54,7 @@ class Forms:
             PluginError: the format is not installed.
             CheckpointError: a size is missing.
         """
-        name = str(entry.get("format", DEFAULT_FORMAT))
+        name = str(entry.get("format", LOW_RANK_FORMAT))
         format = self._named(name)
         lost = [key for key in format.size_names if key not in entry]
         if lost:

@@ -23,7 +23,12 @@ from torch import Tensor, nn
 from emloc.linalg.gram import Moments, Side
 from emloc.linalg.operator import Operator
 from emloc.machine.targets import imported
-from emloc.options.compress import DEFAULT_FORMAT, CompressConfig
+from emloc.options.compress import (
+    DEFAULT_KEEP_RATIO,
+    LOW_RANK_FORMAT,
+    CompressConfig,
+    with_size,
+)
 from emloc.options.patterns import match_pattern
 
 
@@ -88,8 +93,8 @@ class Form:
         return replace(self, sizes={**self.sizes, name: value})
 
     def as_json(self) -> dict[str, Any]:
-        """The sizes, and the format's name unless it is the default one."""
-        named = {} if self.format.name == DEFAULT_FORMAT else {"format": self.format.name}
+        """The sizes, and the format's name unless it is low rank."""
+        named = {} if self.format.name == LOW_RANK_FORMAT else {"format": self.format.name}
         return {**named, **self.sizes}
 
 
@@ -263,9 +268,12 @@ def keep_ratio_of(layer: str, config: CompressConfig, itemsize: int) -> float:
         itemsize: bytes of an element of the emulator's own dtype, which turns `bits_per_weight` into a share.
     """
     ratio = match_pattern(config.keep_ratio_pattern, layer)
-    if ratio is None and config.bits_per_weight is not None:
-        return min(1.0, config.bits_per_weight / (8 * itemsize))
-    return config.keep_ratio if ratio is None else ratio
+    if ratio is not None:
+        return ratio
+    sized = with_size(config)
+    if sized.bits_per_weight is not None:
+        return min(1.0, sized.bits_per_weight / (8 * itemsize))
+    return DEFAULT_KEEP_RATIO if sized.keep_ratio is None else sized.keep_ratio
 
 
 @dataclass(frozen=True)
@@ -295,7 +303,7 @@ class FormatEntry:
 
 CORE_FORMATS = (
     FormatEntry(
-        DEFAULT_FORMAT, "the product of two factors", "emloc.formats.low_rank:LOW_RANK", "emloc"
+        LOW_RANK_FORMAT, "the product of two factors", "emloc.formats.low_rank:LOW_RANK", "emloc"
     ),
     FormatEntry(
         "quantized",

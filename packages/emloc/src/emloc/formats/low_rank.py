@@ -28,7 +28,7 @@ from emloc.linalg.convolution import as_matrix, left_shape, right_shape
 from emloc.linalg.gram import Moments, Side, smaller_side
 from emloc.linalg.lowrank import factorise
 from emloc.linalg.operator import Operator, Product
-from emloc.options.compress import DEFAULT_FORMAT, CompressConfig
+from emloc.options.compress import LOW_RANK_FORMAT, CompressConfig
 
 RANK = "rank"
 LEFT, RIGHT = "left", "right"
@@ -37,7 +37,7 @@ LEFT, RIGHT = "left", "right"
 class LowRank:
     """`LayerFormat`, and `Cuttable` and `TwoProducts`."""
 
-    name = DEFAULT_FORMAT
+    name = LOW_RANK_FORMAT
     options: tuple[str, ...] = ("rank_pattern", "factor_bits")
     size_names: tuple[str, ...] = (RANK,)
     unit = RANK

@@ -1,4 +1,4 @@
-"""EMLoC as a method: low-rank emulator, LoRA, correction."""
+"""EMLoC as a method: emulator, LoRA, correction."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from emloc.stages.correct import correct
 
 
 class Emloc:
-    """Low-rank emulator, LoRA, correction: the stages of this package."""
+    """Emulator, LoRA, correction: the stages of this package, in the format that the options say."""
 
     options: type[StageConfig] = NoOptions
 

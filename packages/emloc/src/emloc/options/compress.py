@@ -1,6 +1,6 @@
 """Options of compress."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -10,12 +10,11 @@ from emloc.options.data import CalibrationOptions
 from emloc.options.marks import UnlessDefault, WithoutEffect
 from emloc.options.types import CountMap, Dtype, Located, Names, OutputDir, RatioMap
 
-DEFAULT_FORMAT = "low_rank"
-"""The format of a group whose entry in a config names none."""
-
-
 AUTO = "auto"
 """The name for a choice among formats: each layer gets the form that lowers the error most for its bytes."""
+
+LOW_RANK_FORMAT = "low_rank"
+"""The format of two factors, and of a group whose entry in a config or a manifest names none."""
 
 BITS = (2, 3, 4, 8)
 """Bits that a code may have."""
@@ -30,6 +29,12 @@ FACTOR_BITS = (4, 8, 16)
 SIZING = ("keep_ratio", "bits_per_weight", "bits")
 """Options that say how large an emulator becomes; where one is given, a plan chooses none of them."""
 
+DEFAULT_BITS_PER_WEIGHT = 4.2
+"""The budget of `format=auto` where none is given: about what QLoRA's NF4 takes."""
+
+DEFAULT_KEEP_RATIO = 0.4
+"""The budget of every other format where none is given."""
+
 
 class CompressConfig(CalibrationOptions, ModelOptions, MemoryOptions):
     """Stage 1: write an emulator of a model."""
@@ -38,15 +43,16 @@ class CompressConfig(CalibrationOptions, ModelOptions, MemoryOptions):
         description="local folder or hub id of the base model, or its one file"
     )
     output_dir: OutputDir = Field(description="where the emulator goes; must not exist")
-    format: Annotated[str, UnlessDefault()] = Field(
-        DEFAULT_FORMAT,
-        description="what layers become: an installed format, or auto, per layer",
+    format: Annotated[str, UnlessDefault(formerly=LOW_RANK_FORMAT)] = Field(
+        AUTO,
+        description="what layers become: an installed format, such as low_rank, or auto, for each its bits",
     )
-    keep_ratio: float = Field(
-        0.4,
+    keep_ratio: Annotated[float | None, UnlessDefault()] = Field(
+        None,
         gt=0,
         le=1,
-        description="share of each layer's bytes kept; with memory, what fits by default",
+        description="share of each layer's bytes kept; by default what memory allows, if that is given, or "
+        f"{DEFAULT_BITS_PER_WEIGHT} bits per weight, or {DEFAULT_KEEP_RATIO} of a format other than auto",
     )
     bits: Annotated[Literal[2, 3, 4, 8] | None, UnlessDefault()] = Field(
         None, description="of format=quantized; by default the most that keep_ratio allows"
@@ -88,7 +94,25 @@ class CompressConfig(CalibrationOptions, ModelOptions, MemoryOptions):
     )
 
 
+ConfigT = TypeVar("ConfigT", bound=CompressConfig)
+
+
+def with_size(config: ConfigT) -> ConfigT:
+    """The options with the default budget spelt out, where they have none."""
+    if any(getattr(config, name) is not None for name in SIZING):
+        return config
+    return config.model_copy(update=default_size(config.format))
+
+
+def default_size(format: str) -> dict[str, Any]:
+    """The default budget of a format, as an option."""
+    if format == AUTO:
+        return {"bits_per_weight": DEFAULT_BITS_PER_WEIGHT}
+    return {"keep_ratio": DEFAULT_KEEP_RATIO}
+
+
 def sized_by(config: CompressConfig) -> str:
     """The option that sizes an emulator, with its value: `keep_ratio 0.4`, `bits_per_weight 3.2`."""
-    given = [name for name in SIZING if getattr(config, name) is not None]
-    return f"{given[-1]} {getattr(config, given[-1]):g}"
+    sized = with_size(config)
+    given = [name for name in SIZING if getattr(sized, name) is not None]
+    return f"{given[-1]} {getattr(sized, given[-1]):g}"

@@ -121,7 +121,12 @@ class UnlessDefault(Mark):
     """Marks an option that settings record only where it is not at its default.
 
     An option that came later: artefacts from before it are those of its default.
+
+    Attributes:
+        formerly: the value that they are of, where the default has become another one.
     """
+
+    formerly: Any = None
 
 
 def at_default(config: BaseModel) -> set[str]:
@@ -129,6 +134,7 @@ def at_default(config: BaseModel) -> set[str]:
     fields = type(config).model_fields
     return {
         name
-        for name in marked(type(config), UnlessDefault)
-        if getattr(config, name) == fields[name].default
+        for name, mark in marked(type(config), UnlessDefault).items()
+        if getattr(config, name)
+        == (fields[name].default if mark.formerly is None else mark.formerly)
     }

@@ -2,7 +2,7 @@
 
 Of those that fit, the one for which least data is given up wins (calibration samples, lengths), and among
 equals the one whose typical error is least; what costs time alone does not count. A format that was asked for
-stays, and so does the default one where an option of a format's own was.
+stays, and so does the default one where an option was that formats understand differently.
 """
 
 from collections.abc import Container, Mapping
@@ -14,7 +14,7 @@ from typing import Any
 
 from emloc.errors import ConfigError
 from emloc.formats.abilities import TwoProducts
-from emloc.options.compress import AUTO, DEFAULT_FORMAT, SIZING
+from emloc.options.compress import AUTO, LOW_RANK_FORMAT, SIZING, with_size
 from emloc.planning.fitting import device_bytes, fit
 from emloc.planning.memory_plan import MemoryPlan
 from emloc.planning.setting import Setting, Stages, with_options
@@ -43,7 +43,7 @@ COSTS_NO_DATA = (
 
 KNOWN_ERRORS: Mapping[str, Mapping[float, float]] = {
     AUTO: {2.23: 0.163, 3.23: 0.090, 4.23: 0.046},
-    DEFAULT_FORMAT: {3.99: 0.308, 6.39: 0.234, 9.59: 0.166, 12.80: 0.114},
+    LOW_RANK_FORMAT: {3.99: 0.308, 6.39: 0.234, 9.59: 0.166, 12.80: 0.114},
 }
 """Relative errors of layers' outputs on SmolLM2-135M moved off its grid, by format and bits per weight
 (`tools/records/formats.md`)."""
@@ -69,7 +69,8 @@ def choose(
     if not free:
         plan = fit(setting, budget, stages, asked)
         return replace(plan, choices=[_described(plan)])
-    plans = [fit(setting, budget, stages, asked)]
+    low_rank = with_options(setting, format=LOW_RANK_FORMAT)
+    plans = [fit(low_rank, budget, stages, asked)]
     # Layers may be too small for any form of auto.
     with suppress(ConfigError):
         plans.insert(0, fit(with_options(setting, format=AUTO), budget, stages, asked))
@@ -122,7 +123,7 @@ def _described(plan: MemoryPlan) -> dict[str, Any]:
     return {
         "format": setting.options.format,
         "fits": bool(plan.fits),
-        "keep_ratio": setting.options.keep_ratio,
+        "keep_ratio": with_size(setting.options).keep_ratio,
         "bits_per_weight": setting.bits_per_weight,
         "device_bytes": max(device_bytes(setting, stage) for stage in plan.stages.values()),
         "products": products_share(setting),

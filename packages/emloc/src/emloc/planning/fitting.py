@@ -15,10 +15,9 @@ from collections.abc import Container, Iterator, Mapping
 from math import ceil
 from typing import Any, NamedTuple
 
-from emloc.config import PlanConfig
 from emloc.errors import ConfigError
 from emloc.formats.layer_format import tensor_bytes
-from emloc.options.compress import AUTO, SIZING
+from emloc.options.compress import AUTO, SIZING, default_size
 from emloc.options.marks import SampleSize, marked
 from emloc.planning.ledger import total
 from emloc.planning.memory_plan import MemoryPlan, changed_options
@@ -32,7 +31,6 @@ SMALL_RATIO, LEAST_RATIO = 0.25, 0.1
 SMALL_BITS, LEAST_BITS = 3.2, 2.24
 """The same of `format=auto`, in bits per weight; the smallest forms take a little less."""
 
-DEFAULT_RATIO: float = PlanConfig.model_fields["keep_ratio"].default
 FEWEST_SAMPLES = 16
 
 
@@ -73,8 +71,8 @@ def fit(
         if fitting is not None:
             break
     if fitting is not None:
-        if free and fitting.options.keep_ratio < DEFAULT_RATIO:
-            given_up = [f"keep_ratio {fitting.options.keep_ratio:g}", *given_up]
+        if free and _ratio_of(fitting) < _default_ratio(fitting):
+            given_up = [f"keep_ratio {_ratio_of(fitting):g}", *given_up]
         return MemoryPlan(fitting, stages, budget, True, given_up)
     stage, needed = max(
         ((name, device_bytes(least, each)) for name, each in stages.items()),
@@ -116,7 +114,7 @@ def _largest_ratio(
     if not free:
         return least
     best = least
-    low, high = round(least.options.keep_ratio * STEPS), round(LARGEST_RATIO * STEPS)
+    low, high = round(_ratio_of(least) * STEPS), round(LARGEST_RATIO * STEPS)
     while low <= high:
         middle = (low + high) // 2
         tried = _at(setting, middle / STEPS)
@@ -141,6 +139,24 @@ class Concession(NamedTuple):
     smallest_ratio: float | None = None
 
 
+def _ratio_of(setting: Setting) -> float:
+    """The share that `_at` gave it."""
+    ratio = setting.options.keep_ratio
+    assert ratio is not None
+    return ratio
+
+
+def _default_ratio(setting: Setting) -> float:
+    """The share of bytes that compress keeps where it is told nothing."""
+    size = default_size(setting.options.format)
+    bits = size.get("bits_per_weight")
+    return size["keep_ratio"] if bits is None else bits / (8 * _itemsize(setting))
+
+
+def _itemsize(setting: Setting) -> int:
+    return setting.subject.itemsize(setting.options.dtype)
+
+
 def _small(setting: Setting) -> float:
     return _ratio(setting, SMALL_RATIO, SMALL_BITS)
 
@@ -150,7 +166,7 @@ def _ratio(setting: Setting, ratio: float, bits: float) -> float:
     if options.format != AUTO:
         return ratio
     bits = max(bits, _least_bits(setting))
-    ratio = ceil(STEPS * bits / (8 * setting.subject.itemsize(options.dtype))) / STEPS
+    ratio = ceil(STEPS * bits / (8 * _itemsize(setting))) / STEPS
     return min(ratio, LARGEST_RATIO)
 
 
@@ -160,7 +176,7 @@ def _least_bits(setting: Setting) -> float:
     Raises:
         ConfigError: they are no smaller than the weights.
     """
-    itemsize = setting.subject.itemsize(setting.options.dtype)
+    itemsize = _itemsize(setting)
     groups = [each for each in _at(setting, LARGEST_RATIO).compressed.groups if each.menu]
     held = sum(
         min(tensor_bytes(each.shape, form, itemsize) for form in each.menu[0]) for each in groups

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from emloc.config import PlanConfig
-from emloc.options.compress import sized_by
+from emloc.options.compress import sized_by, with_size
 from emloc.options.marks import SampleSize, marked
 from emloc.planning.setting import Setting, Stages
 
@@ -55,7 +55,7 @@ class MemoryPlan:
     choices: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
     def as_json(self) -> dict[str, Any]:
-        """`parameters`, `fits`, `keep_ratio`, `stages`, and what else there is to say."""
+        """`parameters`, `fits`, `keep_ratio` (null where bits size it), `stages`, and what else there is."""
         subject, options = self.setting.subject, self.setting.options
         described: Stages = {**self.stages, RUNNING: Setting.inference}
         stages = {name: self.setting.stage(each).as_json() for name, each in described.items()}
@@ -65,7 +65,7 @@ class MemoryPlan:
             "parameters": subject.parameters,
             "dtype": str(subject.stored).removeprefix("torch."),
             "emulator_parameters": subject.emulator_parameters(self.setting.emulator),
-            "keep_ratio": options.keep_ratio,
+            "keep_ratio": with_size(options).keep_ratio,
             "sized_by": sized_by(options),
             "format": options.format,
             "bits_per_weight": self.setting.bits_per_weight,

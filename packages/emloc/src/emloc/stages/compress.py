@@ -23,6 +23,7 @@ from emloc.extend.opening import named_family, open_model
 from emloc.extend.plugin_options import of_family, own_options
 from emloc.formats.layer_format import keep_ratio_of
 from emloc.machine.progress import console
+from emloc.options.compress import with_size
 from emloc.planning.contract import compress_contract
 from emloc.planning.setting import Setting
 from emloc.stages.frame import Artefact, Written
@@ -57,7 +58,7 @@ def compress(config: CompressConfig) -> Path:
         config, contract = compress_contract(config, base, family, planned_stages())
     batches = family.calibration_batches(base, config)
     settings = {
-        **own_options(config, PATHS),
+        **own_options(with_size(config), PATHS),
         **named_family(base, family),
         "base_digest": base.digest(),
         "companions_digest": base.companions_digest(),

@@ -12,6 +12,7 @@ from emloc.extend.capabilities import native_of
 from emloc.extend.family import Batch, ModelFamily
 from emloc.extend.plugin_options import of_family, with_family_options, with_plugin_options
 from emloc.extend.plugins import family_named
+from emloc.options.compress import AUTO, SIZING, default_size
 from emloc.options.marks import loss_alone
 
 StageOptions = Mapping[str, Mapping[str, Any]]
@@ -64,6 +65,16 @@ class Subject:
         """Micro-batches of the example's data, as compress draws them by default."""
         return self.calibration()
 
+    @property
+    def compressed_to(self) -> dict[str, Any]:
+        """Options of compress, the default budget unless the further ones have another.
+
+        It is said, since a plan for a memory would choose it otherwise.
+        """
+        given = self.options("compress")
+        sized = not given.keys().isdisjoint(SIZING)
+        return given if sized else {**default_size(given.get("format", AUTO)), **given}
+
     @cached_property
     def stages(self) -> Mapping[str, Path]:
         """The folders of all stages, run through the public functions and held to a GiB.
@@ -72,8 +83,7 @@ class Subject:
         """
         memory, root = {"memory": "1GiB"}, self.folder
         emulator = emloc.compress(
-            **{"output_dir": root / "emulator", "keep_ratio": 0.5, **self.example, **memory},
-            **self.options("compress"),
+            **{"output_dir": root / "emulator", **self.example, **memory}, **self.compressed_to
         )
         train = {
             "max_steps": 2, "logging_steps": 1, "save_steps": 1, "learning_rate": 1e-2, "lora_r": 3,
