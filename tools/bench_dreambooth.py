@@ -5,7 +5,7 @@
 
 FOLDER is the DreamBooth data set (github.com/google/dreambooth, `dataset`): one folder of pictures per
 subject, and `prompts_and_classes.txt`. The base is the one of `emloc demo --family diffusion`, 32 x 32
-pixels, which has seen plain shapes and no photograph: so the scores say how the four compare and nothing
+pixels, which has seen plain shapes and no photograph: so the scores say how the rows compare and nothing
 about subjects. `loss` is the denoising loss on the subject's pictures under noise that training did not
 see. With `--dino` and `--clip`, names or folders of encoders, the DreamBooth prompts are drawn and scored;
 without, the instance prompt is drawn and scored by `colours`, which needs no download:
@@ -29,7 +29,7 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
 
-from emloc.demos.four_ways import FourWays
+from emloc.demos.comparison import Comparison
 from emloc_diffusion.data.folder import is_picture
 from emloc_diffusion.data.images import read_upright
 from emloc_diffusion.demo.base import trained_base
@@ -74,7 +74,7 @@ def colour_fidelity(drawn: list[Image.Image], real: list[Image.Image]) -> float:
 def measure(
     data: Path, subject: str, noun: str, seed: int, options: argparse.Namespace, out: Path
 ) -> dict:
-    """Scores of the four rows for one subject and seed."""
+    """Scores of the rows for one subject and seed."""
     prompt = f"a {TOKEN} {noun}"
     encoders = {"dino_model": options.dino, "clip_model": options.clip}
     encoders = {name: value for name, value in encoders.items() if value}
@@ -84,7 +84,7 @@ def measure(
         "num_images_per_prompt": options.num_images_per_prompt, "drawing_seed": seed,
         "num_inference_steps": options.num_inference_steps, "guidance_scale": GUIDANCE,
     }  # fmt: skip
-    ways = FourWays(
+    ways = Comparison(
         base=options.base,
         out=out,
         train_data=str(data / subject),

@@ -4,7 +4,7 @@
 
 FOLDER holds `train.jsonl` and `test.jsonl` with `image`, `question`, `answer` and `answer_type`. The
 model is the one of `emloc demo --family vlm`, small and never shown a radiograph, so the scores say how
-the four compare and nothing about medicine. The last line is one JSON object with, per row, mean and
+the rows compare and nothing about medicine. The last line is one JSON object with, per row, mean and
 spread (largest minus smallest) over the seeds of loss, closed accuracy and open recall.
 """
 
@@ -17,15 +17,15 @@ from statistics import mean
 from rich.console import Console
 from rich.table import Table
 
-from emloc.demos.four_ways import FourWays
+from emloc.demos.comparison import Comparison
 from emloc_vlm.demo.base import trained_base
 
 KEYS = ("loss", "closed_accuracy", "open_recall")
 
 
 def measure(data: Path, out: Path, seed: int, steps: int, keep_ratio: float) -> dict:
-    """Scores of the four rows for one seed."""
-    ways = FourWays(
+    """Scores of the rows for one seed."""
+    ways = Comparison(
         base=str(trained_base()),
         out=out,
         train_data=str(data / "train.jsonl"),

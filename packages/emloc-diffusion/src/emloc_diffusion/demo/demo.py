@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from emloc.config import DemoConfig
-from emloc.demos.four_ways import FourWays
+from emloc.demos.comparison import Comparison, size_of
 from emloc.demos.report import plot, print_table, write_summary
 from emloc_diffusion.data.images import read_upright
 from emloc_diffusion.demo.base import trained_base
@@ -15,7 +15,6 @@ from emloc_diffusion.demo.small_stable_diffusion import PIXELS
 from emloc_diffusion.demo.subject import MEASURE, draw_subject, fidelity
 from emloc_diffusion.drawing import contact_sheet, draw, load_pipeline, with_lora
 
-KEEP_RATIO = 0.5
 MAX_STEPS = 400
 BATCH = 5
 DRAWN = 16
@@ -43,7 +42,7 @@ def run_demo(config: DemoConfig) -> Path:
     steps, count = config.max_steps or MAX_STEPS, config.num_samples or DRAWN
     instances = draw_subject(out / "subject", 5, config.seed)
     held_out = draw_subject(out / "held_out", 5, config.seed + 1000)
-    ways = FourWays(
+    ways = Comparison(
         base=base,
         out=out,
         train_data=str(instances),
@@ -54,11 +53,7 @@ def run_demo(config: DemoConfig) -> Path:
             "seed": config.seed,
             "device": config.device,
         },
-        compress={
-            "format": "low_rank",
-            "keep_ratio": config.keep_ratio or KEEP_RATIO,
-            "num_calibration_samples": 64,
-        },
+        compress={**size_of(config), "num_calibration_samples": 64},
         train={**LORA, "max_steps": steps, "per_device_train_batch_size": BATCH},
         correct={"num_calibration_samples": 64},
         evaluate={"num_noise_samples": 128, "per_device_eval_batch_size": 32},

@@ -4,14 +4,13 @@ import time
 from pathlib import Path
 
 from emloc.config import DemoConfig
-from emloc.demos.four_ways import FourWays
+from emloc.demos.comparison import Comparison, size_of
 from emloc.demos.report import plot, print_table, write_summary
 from emloc_llm.demo.model import smollm2
 from emloc_llm.demo.orders import write_orders
 
-KEEP_RATIO = 0.6
-MAX_STEPS = 32
-NUM_SAMPLES = 40
+MAX_STEPS = 24
+NUM_SAMPLES = 32
 BATCH = 4
 
 LORA = {"lora_r": 8, "lora_alpha": 16, "learning_rate": 1e-3, "logging_steps": 2, "save_steps": 10}
@@ -25,20 +24,16 @@ def run_demo(config: DemoConfig) -> Path:
     base = config.model_name_or_path or str(smollm2())
     steps = config.max_steps or MAX_STEPS
     count = config.num_samples or NUM_SAMPLES
-    ways = FourWays(
+    ways = Comparison(
         base=base,
         out=out,
         train_data=str(write_orders(out / "train.jsonl", steps * BATCH, config.seed, test=False)),
         test_data=str(write_orders(out / "test.jsonl", count, config.seed, test=True)),
         data={"seed": config.seed, "device": config.device},
-        compress={
-            "format": "low_rank",
-            "keep_ratio": config.keep_ratio or KEEP_RATIO,
-            "num_calibration_samples": 32,
-        },
+        compress={**size_of(config), "num_calibration_samples": 24},
         train={**LORA, "max_steps": steps, "per_device_train_batch_size": BATCH},
-        correct={"num_calibration_samples": 16},
-        evaluate={"max_new_tokens": 64, "per_device_eval_batch_size": 40},
+        correct={"num_calibration_samples": 12},
+        evaluate={"max_new_tokens": 64, "per_device_eval_batch_size": 32},
     )
     ways.make()
     rows = ways.rows(ways.score())

@@ -6,14 +6,13 @@ from typing import Any
 
 import emloc
 from emloc.config import DemoConfig
+from emloc.demos.comparison import Comparison, size_of
 from emloc.demos.easy_vqa import draw, easy_vqa, questions, write_table
-from emloc.demos.four_ways import FourWays
 from emloc.demos.report import plot, print_table, write_summary
 from emloc_vlm.demo.base import trained_base
 from emloc_vlm.demo.picture import draw_samples
 
-KEEP_RATIO = 0.6
-MAX_STEPS = 200
+MAX_STEPS = 150
 NUM_SAMPLES = 300
 BATCH = 16
 
@@ -38,17 +37,13 @@ def run_demo(config: DemoConfig) -> Path:
     fresh = draw([q for q in train if q.names_a_color], steps * BATCH, config.seed)
     unseen = draw([q for q in test if q.names_a_color], count, config.seed)
     own = draw([q for q in test if q.about_shape], count, config.seed)
-    ways = FourWays(
+    ways = Comparison(
         base=base,
         out=out,
         train_data=str(write_table(out / "train.jsonl", fresh, images)),
         test_data=str(write_table(out / "test.jsonl", unseen, images)),
         data={"seed": config.seed, "image_folder": str(images), "device": config.device},
-        compress={
-            "format": "low_rank",
-            "keep_ratio": config.keep_ratio or KEEP_RATIO,
-            "num_calibration_samples": 64,
-        },
+        compress={**size_of(config), "num_calibration_samples": 64},
         train={**LORA, "max_steps": steps, "per_device_train_batch_size": BATCH},
         correct={"num_calibration_samples": 64},
         evaluate={"max_new_tokens": 4, "per_device_eval_batch_size": 50},

@@ -1,4 +1,4 @@
-"""One picture of sample questions: the image, and what each of the four answers."""
+"""One picture of sample questions: the image, and what each row answers."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +32,7 @@ def draw_samples(
         for line, (name, scored) in enumerate(answers.items()):
             right = scored[index]["scores"]["exact_match"] == 1
             axis.text(
-                0.0, -0.12 - 0.13 * line, f"{name}: {scored[index]['prediction'] or '–'}",
+                0.0, -0.12 - 0.11 * line, f"{name}: {scored[index]['prediction'] or '–'}",
                 transform=axis.transAxes, fontsize=8, color="#188038" if right else "#c5221f",
             )  # fmt: skip
     figure.tight_layout(rect=(0, 0.22, 1, 1))

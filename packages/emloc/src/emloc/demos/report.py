@@ -12,9 +12,26 @@ from rich.table import Table
 from emloc.artefacts.small_files import write_json
 from emloc.machine.memory import format_bytes
 
+COLORS = {
+    "base": "#9aa0a6",
+    "lora": "#4285f4",
+    "qlora": "#a142f4",
+    "uncorrected": "#fbbc04",
+    "emloc": "#34a853",
+}
+
+BARS = {
+    "base": "base",
+    "lora": "LoRA\non base",
+    "qlora": "QLoRA",
+    "uncorrected": "EMLoC\nuncorrected",
+    "emloc": "EMLoC",
+}
+
 TITLES = {
     "base": "base model",
     "lora": "LoRA trained on the base",
+    "qlora": "QLoRA (the base in NF4)",
     "uncorrected": "EMLoC without correction",
     "emloc": "EMLoC",
 }
@@ -94,9 +111,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         ("peak memory (MiB)", [row.peak_bytes / 2**20 for row in rows]),
         ("seconds per step", [row.seconds_per_step or 0 for row in rows]),
     )
-    colors = ["#9aa0a6", "#4285f4", "#fbbc04", "#34a853"]
+    colors = [COLORS[row.name] for row in rows]
     figure, axes = plt.subplots(1, len(panels), figsize=(16, 4))
-    labels = ["base", "LoRA\non base", "EMLoC\nuncorrected", "EMLoC"]
+    labels = [BARS[row.name] for row in rows]
     for axis, (title, values) in zip(axes, panels):
         bars = axis.bar(labels, values, color=colors)
         axis.bar_label(bars, fmt="%.3g", fontsize=8)

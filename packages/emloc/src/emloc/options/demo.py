@@ -17,7 +17,12 @@ class DemoConfig(StageConfig):
     model_name_or_path: Located | None = Field(
         None, description="another model than the demo's own"
     )
-    keep_ratio: float | None = Field(None, gt=0, le=1, description="by default the demo's own")
+    keep_ratio: float | None = Field(
+        None, gt=0, le=1, description="of compress; by default its budget in bits"
+    )
+    bits_per_weight: float | None = Field(
+        None, gt=0, le=64, description="of compress; by default its own"
+    )
     max_steps: int | None = Field(None, ge=1, description="by default the demo's own")
     num_samples: int | None = Field(None, ge=1, description="unseen examples to evaluate on")
     seed: int = Field(0, ge=0)
