@@ -12,7 +12,7 @@ from reproduce_tools import load
 import emloc
 from emloc.errors import ConfigError, DataError, EmlocError, NumericalError
 from emloc_baselines.bench import cell as cell_module
-from emloc_baselines.bench.cells import prepare_data
+from emloc_baselines.bench.cells import method_cell, prepare_data
 from emloc_baselines.bench.config import read_config
 from emloc_baselines.bench.harness import run_bench
 from emloc_baselines.bench.split import split_rows
@@ -27,7 +27,7 @@ def options(tiny):
         "keep_ratio": [0.4, 0.7],
         "max_length": 96,
         "validation_samples": 8,
-        "compress": {"num_calibration_samples": 8},
+        "compress": {"format": "low_rank", "num_calibration_samples": 8},
         "train": {"max_steps": 3, "lora_r": 2, "learning_rate": [1e-4, 1e-2],
                   "per_device_train_batch_size": 4},
         "correct": {"num_calibration_samples": 8},
@@ -184,6 +184,22 @@ def test_a_changed_option_runs_only_what_it_changes(whole, options, run):
     assert len(run.cells) == 6
 
 
+def test_a_cell_is_known_by_its_format_and_low_rank_by_having_none(options, tmp_path):
+    """So records from before there were formats are still those of low rank."""
+
+    def light(compress):
+        config = read_config({**options, "compress": compress, "output_dir": str(tmp_path)})
+        data = prepare_data(config, "words")
+        return method_cell(config, data, "words", "emloc", 0.4, 0, 1e-3).inputs["compress"]
+
+    assert "format" not in light({"format": "low_rank"})
+    assert (
+        light({})
+        == light({"format": "auto"})
+        == {**light({"format": "low_rank"}), "format": "auto"}
+    )
+
+
 def test_tables_and_plots(whole):
     out, _ = whole
     text = (out / "tables.md").read_text()
@@ -331,7 +347,8 @@ def test_diffusion_pipelines_are_compared_too(tmp_path):
     out = run_bench(
         {
             "model_name_or_path": base, "output_dir": str(tmp_path / "out"), **example,
-            "keep_ratio": 0.5, "train": {"max_steps": 2, "lora_r": 2, "learning_rate": 1e-3},
+            "keep_ratio": 0.5, "compress": {"format": "low_rank"},
+            "train": {"max_steps": 2, "lora_r": 2, "learning_rate": 1e-3},
             "evaluate": {"num_noise_samples": 8}, "correct": {"limit": "none"},
             "datasets": {"squares": {"instance_data_dir": pictures}},
             "methods": ["lora", "emloc", "emloc-uncorrected"],
