@@ -50,6 +50,29 @@ def test_every_stage_of_a_run_is_planned_measured_and_kept_to(wide, tmp_path, ca
     assert set(again) == {"compress", "train", "correct", "merge"}
 
 
+def test_compressing_beside_the_emulator_is_planned(wide, tmp_path):
+    """The emulator's calls, and what layers read in the base: what is planned for them is what they take."""
+    options = {
+        "model_name_or_path": str(wide.base), "dataset": str(wide.data), "max_length": 96,
+        "num_calibration_samples": 24, "format": "quantized", "bits": 3,
+    }  # fmt: skip
+    emloc.compress(output_dir=tmp_path / "before", **options)
+    planned, measured = [], []
+    for propagate in (False, True):
+        made = emloc.compress(
+            output_dir=tmp_path / f"{propagate}",
+            memory="400MiB",
+            propagate_errors=propagate,
+            **options,
+        )
+        figures = Manifest.read(made).measured
+        planned.append(figures["planned_bytes"])
+        measured.append(figures["peak_bytes"])
+    assert all(peak <= plan for peak, plan in zip(measured, planned))
+    more = measured[1] - measured[0]
+    assert 0.8 * more <= planned[1] - planned[0] <= 2 * more
+
+
 def test_what_was_asked_for_stays_and_the_rest_is_chosen(wide, tmp_path, capsys):
     """Less memory than the defaults take: what was not set is given up, what was set is not."""
     options = run_options(wide, tmp_path / "run")

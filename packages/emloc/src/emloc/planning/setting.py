@@ -27,6 +27,7 @@ from emloc.planning.family import OtherModel
 from emloc.planning.inference import inference_lines
 from emloc.planning.ledger import Lines, StageMemory, largest, lines_of
 from emloc.planning.operations import Layer
+from emloc.planning.propagation import kept_inputs, propagating_lines
 from emloc.planning.qlora import quantised_model
 from emloc.planning.slack import slack
 from emloc.planning.step import StepSizes
@@ -160,10 +161,12 @@ class Setting:
         """Stream the base once."""
         options = self.options
         calls = self._calls(options)
+        propagated = options.propagate_errors
         written = self.subject.itemsize(options.dtype)
         # Where sizes are allocated after the pass, it writes the largest that they may become.
         wide = self.compressed.with_forms({g.owner: g.fitted for g in self.compressed.groups})
-        lines, moment = compress_lines(self.subject, wide, calls, written, options.device)
+        lines_of_pass = propagating_lines if propagated else compress_lines
+        lines, moment = lines_of_pass(self.subject, wide, calls, written, options.device)
         given = calls.count * calls.batch if calls and self.on_gpu else 0  # else the calls' own
         emulator = self.subject.emulator_bytes(self.emulator, options.dtype)
         disk = lines_of(
@@ -172,7 +175,11 @@ class Setting:
             - emulator,
             other_models=self._companions,
         )
-        host = lines_of(calibration_batches=given, suspended_calls=calls.waiting if calls else 0)
+        host = lines_of(
+            calibration_batches=given,
+            suspended_calls=calls.waiting if calls else 0,
+            inputs_of_layers=kept_inputs(self.subject, wide, calls) * (propagated and self.on_gpu),
+        )
         return self._after_encoding(lines, host, disk, moment)
 
     def train(self) -> StageMemory:
@@ -223,14 +230,19 @@ class Setting:
 
         They depend on the options of data and of calibration alone, and on what a format folds.
         """
-        names = {*with_plugin_options(CalibrationOptions).model_fields, "format"}
+        names = {
+            *with_plugin_options(CalibrationOptions).model_fields,
+            "format",
+            "propagate_errors",
+        }
         key = candidates, options.model_dump_json(include=names)
         if key not in self._known:
             if candidates is None:
                 watched = folding_elements(self.subject.model, self.compressed)
             else:
                 watched = adding_elements(self._lora)
-            self._known[key] = calibration_calls(self.subject, options, watched, candidates or 1)
+            count = candidates or (2 if options.propagate_errors else 1)  # base and emulator
+            self._known[key] = calibration_calls(self.subject, options, watched, count)
         return self._known[key]
 
     def merge(self) -> StageMemory:
