@@ -14,6 +14,7 @@ from torch import nn
 from emloc.extend.family import Batch
 from emloc.integrations.transformers.decoder_sizes import Decoder, decoder_of, decoder_stack
 from emloc.integrations.transformers.skeleton import repeated_blocks
+from emloc.integrations.transformers.vocabulary import head_of
 from emloc.planning.blocks import by_block
 from emloc.planning.operations import Forward, Layer
 from emloc.planning.step import FLOAT32, StepOptions, StepSizes, StepTape
@@ -44,7 +45,8 @@ def step_sizes(
         forward, decoder, by_block(layers, names), x, "attention_mask" in batch, options
     )
     tape.reach_head()
-    loss = fused_loss(forward, decoder, x, config.vocab_size, options.on_gpu)
+    coded = any(layer.working for name, layer in layers.items() if name == head_of(model))
+    loss = fused_loss(forward, decoder, x, config.vocab_size, options.on_gpu, coded)
     del x
     sizes = tape.finish(loss)
     del given
@@ -52,9 +54,13 @@ def step_sizes(
 
 
 def fused_loss(
-    forward: Forward, decoder: Decoder, x: Sized, vocabulary: int, on_gpu: bool
+    forward: Forward, decoder: Decoder, x: Sized, vocabulary: int, on_gpu: bool, coded: bool = False
 ) -> Sized:
-    """Hidden states to the loss of the next token, tile by tile."""
+    """Hidden states to the loss of the next token, tile by tile.
+
+    Args:
+        coded: whether a tile's rows of the head are made when they are multiplied.
+    """
     tape, rows = forward.tape, decoder.samples * (decoder.tokens - 1)
     hidden = forward.slice(x, rows * decoder.width)
     if decoder.samples > 1 or on_gpu:
@@ -64,6 +70,8 @@ def fused_loss(
     tile, flags = tokens * columns * FLOAT32, tokens * columns
     width = 0 if on_gpu or hidden.itemsize == FLOAT32 else columns * decoder.width * FLOAT32
     sums = tape.new(rows * 9, FLOAT32)  # running sums and targets
+    if coded:
+        buffer += columns * decoder.width * forward.precision.weights
     tape.work(buffer + (0 if on_gpu else FORWARD_COPIES * tile + flags))
     out = tape.new(rows, FLOAT32)
 

@@ -15,6 +15,7 @@ from torch import nn
 from emloc.extend.family import Batch
 from emloc.integrations.transformers.decoder_sizes import decoder_of, decoder_stack
 from emloc.integrations.transformers.skeleton import repeated_blocks
+from emloc.integrations.transformers.vocabulary import head_of
 from emloc.planning.blocks import BlockLayers, by_block, stack
 from emloc.planning.operations import Forward, Layer
 from emloc.planning.step import FLOAT32, StepOptions, StepSizes, StepTape
@@ -76,7 +77,9 @@ def step_sizes(
     )
     del last  # held by the model's forward, as the features are by its output
     tape.reach_head()
-    loss = logits_loss(forward, x, decoder.width, text.vocab_size)
+    head = layers.get(head_of(model))
+    work = head.working if head else 0
+    loss = logits_loss(forward, x, decoder.width, text.vocab_size, work)
     del x, features
     sizes = tape.finish(loss)
     del given, pixels
@@ -160,10 +163,14 @@ def _scatter(forward: Forward, x: Sized, features: Sized, mask: Sized) -> Sized:
     return forward.tape.operation([x, features], out, [mask])
 
 
-def logits_loss(forward: Forward, x: Sized, width: int, vocabulary: int) -> Sized:
-    """Logits of all tokens, and their cross-entropy in float32."""
+def logits_loss(forward: Forward, x: Sized, width: int, vocabulary: int, work: int = 0) -> Sized:
+    """Logits of all tokens, and their cross-entropy in float32.
+
+    Args:
+        work: bytes of the head's rows that are made when they are multiplied.
+    """
     tape, rows = forward.tape, x.numel // width
-    logits = forward.dense(forward.product_input(x), width, vocabulary)
+    logits = forward.dense(forward.product_input(x), width, vocabulary, work)
     wide = forward.cast(logits, FLOAT32)
     log_probs = tape.operation([wide], made := tape.new(rows * vocabulary, FLOAT32), [made])
     del wide, made

@@ -58,6 +58,7 @@ class Manifest(BaseModel):
         emulator: the emulator that a LoRA was trained on; None for a LoRA trained on the base.
         settings: the options that shaped the result.
         layers: per layer or group what the stage did to it.
+        tables: of an emulator, embeddings and heads in few bits (`emloc.formats.vocabulary`).
         kept_dense: layers left as they are, with the reason.
         summary: figures of the whole that follow from the inputs.
         files: SHA-256 of the files written.
@@ -76,6 +77,7 @@ class Manifest(BaseModel):
     emulator: ModelReference | None = None
     settings: dict[str, Any] = {}
     layers: dict[str, dict[str, Any]] = {}
+    tables: list[dict[str, Any]] | None = None
     kept_dense: dict[str, str] = {}
     summary: dict[str, Any] = {}
     files: dict[str, str] = {}

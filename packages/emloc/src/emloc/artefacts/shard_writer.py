@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -68,12 +68,27 @@ class ShardWriter:
         Raises:
             NumericalError: it holds NaN or infinity.
         """
+        self._require_next(name, tensor.dtype, tuple(tensor.shape))
+        self._append(name, tensor)
+
+    def write_parts(self, name: str, parts: Iterable[Tensor]) -> None:
+        """Append a tensor, some rows after others, as `write`."""
+        rows, (dtype, shape) = 0, self._pending[-1][1]
+        for part in parts:
+            if part.dtype != dtype or tuple(part.shape[1:]) != shape[1:]:
+                raise ValueError(f"{self.path}: {name} is of {dtype} {shape}, a part is not")
+            rows += len(part)
+            self._append(name, part)
+        self._require_next(name, dtype, (rows, *shape[1:]))
+
+    def _require_next(self, name: str, kind: torch.dtype, size: tuple[int, ...]) -> None:
         expected, (dtype, shape) = self._pending.pop()
-        if (name, tensor.dtype, tuple(tensor.shape)) != (expected, dtype, shape):
+        if (name, kind, size) != (expected, dtype, shape):
             raise ValueError(
-                f"{self.path}: expected {expected} {dtype} {shape}, got {name} "
-                f"{tensor.dtype} {tuple(tensor.shape)}"
+                f"{self.path}: expected {expected} {dtype} {shape}, got {name} {kind} {size}"
             )
+
+    def _append(self, name: str, tensor: Tensor) -> None:
         require_writable(name, tensor.detach(), self._source)
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():

@@ -1,11 +1,13 @@
 """The layers of a model that become something else: one decision for compress and for the planner."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from emloc.compression.groups import CompressionPlan, Shape, make_plan, refuse_idle_patterns
+from emloc.compression.vocabulary import tables_in
 from emloc.config import CompressConfig
 from emloc.errors import ConfigError
 from emloc.extend.capabilities import kept_dense_of
@@ -49,8 +51,9 @@ def choose_groups(
 
 
 def choose_streamed(stream: UnitStream, config: CompressConfig) -> CompressionPlan:
-    """`choose_groups` for a streamed model."""
-    return choose_groups(
+    """`choose_groups` and `choose_tables` for a streamed model."""
+    tables = tables_in(stream, config.embedding_bits)
+    plan = choose_groups(
         stream.checkpoint.name,
         stream.model,
         stream.blocks,
@@ -60,6 +63,7 @@ def choose_streamed(stream: UnitStream, config: CompressConfig) -> CompressionPl
         stream.layer_shape,
         streamed_itemsize(stream, config.dtype),
     )
+    return replace(plan, tables=tables)
 
 
 def streamed_itemsize(stream: UnitStream, dtype: Dtype) -> Callable[[str], int]:

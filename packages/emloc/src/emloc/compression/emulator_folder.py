@@ -19,6 +19,7 @@ from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import copy_file, write_json
 from emloc.compression.choice import emulator_dtype
 from emloc.compression.groups import CompressionPlan, Group
+from emloc.compression.vocabulary import replaced_by, write_table
 from emloc.extend.family import EmulatorLayers
 from emloc.formats.layer_format import Form, StoredTensor, Tensors
 from emloc.options.types import Dtype
@@ -183,6 +184,7 @@ class EmulatorFolder:
         layers = EmulatorLayers(
             [group.as_json() for group in self.plan.groups if group.owner in compressed],
             None if self.dtype == "auto" else self.dtype,
+            [table.as_json() for table in self.plan.tables],
         )
         config = self.stream.family.emulator_config(self.base, layers)
         write_json(self.work / self.layout.config, config)
@@ -200,14 +202,20 @@ class EmulatorFolder:
 
     def _write_rest(self) -> str:
         inside = {name for block in self.stream.blocks for name in self._block_tensors(block)}
+        tables = [(replaced_by(self.stream, table), table) for table in self.plan.tables]
+        inside |= {name for names, _ in tables for name in names}
         declared: Declared = {
             name: (self._target_dtype(info.dtype), info.shape)
             for name, info in self.base.tensors.items()
             if name not in inside
         }
-        with ShardWriter(self.work / self.shards[-1], declared, self.base.name) as shard:
+        coded = {name: size for _, table in tables for name, size in table.sizes.items()}
+        file = self.work / self.shards[-1]
+        with ShardWriter(file, {**declared, **coded}, self.base.name) as shard:
             for name, (dtype, _) in declared.items():
                 shard.write(name, self.base.read(name).to(dtype))
+            for names, table in tables:
+                write_table(shard, table, self.base.read(names[0]))
         return shard.sha256
 
     def _block_tensors(self, block: str) -> list[str]:

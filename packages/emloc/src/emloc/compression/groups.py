@@ -21,6 +21,7 @@ from emloc.formats.layer_format import (
 )
 from emloc.formats.menu import menu_of
 from emloc.formats.quantized import QUANTIZED
+from emloc.formats.vocabulary import VocabularyTable
 from emloc.linalg.convolution import matrix_shape
 from emloc.linalg.menu_allocation import Option, allocate_bytes
 from emloc.options.compress import AUTO, LOW_RANK_FORMAT, SIZING
@@ -85,10 +86,11 @@ class Group:
 
 @dataclass(frozen=True)
 class CompressionPlan:
-    """The groups to compress and what stays dense."""
+    """The groups to compress, what stays dense, and tables of the vocabulary in few bits."""
 
     groups: tuple[Group, ...]
     kept_dense: dict[str, str]
+    tables: tuple[VocabularyTable, ...] = ()
 
     def within(self, block: str) -> list[Group]:
         """The groups of one block."""

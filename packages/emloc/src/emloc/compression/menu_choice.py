@@ -158,7 +158,7 @@ def with_chosen(
         f"compress: layers: {said}; {bits:.2f} bits per weight; predicted error of the hidden state "
         f"{error:.4f}"
     )
-    made = CompressionPlan(tuple(groups), dense)
+    made = CompressionPlan(tuple(groups), dense, plan.tables)
     return made, {"chosen": error, "bits_per_weight": bits}
 
 

@@ -11,6 +11,7 @@ from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
 from emloc.compression.groups import Group, dense_shapes, written_groups
 from emloc.extend.family import ModelFamily
+from emloc.formats.vocabulary import VocabularyTable, tables_of
 from emloc.linalg.operator import Operator
 
 
@@ -22,11 +23,13 @@ class EmulatorWeights:
         emulator: its tensors.
         groups: the layers that it has in another form.
         weight_names: tensor names of their weights in the base.
+        tables: embeddings and heads in few bits.
     """
 
     emulator: Checkpoint
     groups: Sequence[Group]
     weight_names: Mapping[str, str]
+    tables: Sequence[VocabularyTable] = ()
     called: str = "the emulator"
     changed_by: str = "the emulator compresses"
     exempt: str = "exclude the layer when compressing"
@@ -52,19 +55,28 @@ class EmulatorWeights:
             stored = family.stored(model, f"{layer}.weight", base)
             if stored is not None and stored.plain_name is not None:
                 names[layer] = stored.plain_name
-        return cls(Checkpoint.open(folder), groups, names)
+        return cls(Checkpoint.open(folder), groups, names, tables_of(manifest.tables))
 
     @cached_property
     def _group_of(self) -> Mapping[str, Group]:
         return {name: group for group in self.groups for name in group.layers}
 
+    @cached_property
+    def _table_of(self) -> Mapping[str, VocabularyTable]:
+        return {name: table for table in self.tables for name in table.layers}
+
     @property
     def layers(self) -> Collection[str]:
         """See `FrozenWeights`."""
-        return self._group_of.keys()
+        return {*self._group_of, *self._table_of}
 
     def operator(self, layer: str, device: torch.device | None = None) -> Operator:
         """See `FrozenWeights`; made of the stored tensors of the layer's group."""
+        if layer in self._table_of:
+            table = self._table_of[layer]
+            return table.matrix.decoded(
+                lambda name: self.emulator.read(f"{table.stored_as}{name}").to(device)
+            )
         group = self._group_of[layer]
 
         def read(owner: str, name: str) -> Tensor:

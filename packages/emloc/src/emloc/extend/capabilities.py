@@ -61,6 +61,20 @@ def kept_dense_of(family: ModelFamily, model: nn.Module) -> Mapping[str, str]:
 
 
 @runtime_checkable
+class HasVocabulary(Protocol):
+    """A family whose models look tokens up in a table, and loads emulators that have it in few bits."""
+
+    def vocabulary(self, model: nn.Module) -> Sequence[Sequence[str]]:
+        """The input embeddings and the output head; tied, they are one entry, the embeddings first."""
+        ...
+
+
+def vocabulary_of(family: ModelFamily, model: nn.Module) -> Sequence[Sequence[str]]:
+    """The input embeddings and the output head by what they share; none by default."""
+    return family.vocabulary(model) if isinstance(family, HasVocabulary) else ()
+
+
+@runtime_checkable
 class MasksPadding(Protocol):
     """A family whose micro-batches hold padding."""
 

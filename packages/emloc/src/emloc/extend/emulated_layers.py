@@ -24,25 +24,32 @@ class GroupsConfig:
 
     Args:
         groups: `{"layers": [module names], "format": name, …sizes}`; without a format, low rank.
+        tables: embeddings and heads in few bits, as `VocabularyTable` writes them.
     """
 
     quant_method: Any = METHOD
 
-    def __init__(self, groups: list[dict[str, Any]] | None = None, **kwargs: Any) -> None:
-        self.groups = groups or []
+    def __init__(
+        self,
+        groups: list[dict[str, Any]] | None = None,
+        tables: list[dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.groups, self.tables = groups or [], tables or []
         self.modules_to_not_convert = kwargs.pop("modules_to_not_convert", None)
 
     def to_dict(self) -> dict[str, Any]:
         """The entry in `config.json`."""
-        return quantization_config(self.groups)
+        return quantization_config(self.groups, self.tables)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.groups)} groups)"
 
 
-def quantization_config(groups: Groups) -> dict[str, Any]:
+def quantization_config(groups: Groups, tables: Groups = ()) -> dict[str, Any]:
     """The entry `quantization_config` of an emulator's config."""
-    return {"quant_method": METHOD, "groups": [dict(group) for group in groups]}
+    more = {"tables": [dict(table) for table in tables]} if tables else {}
+    return {"quant_method": METHOD, "groups": [dict(group) for group in groups], **more}
 
 
 def replace_layers(

@@ -59,10 +59,12 @@ class EmulatorLayers(NamedTuple):
     Attributes:
         groups: `{"layers": [names], …}` with the sizes of their form, as a loader reads it (`Form`).
         dtype: what all weights were converted to, for example `bfloat16`; None: kept.
+        tables: embeddings and heads in few bits (`VocabularyTable`), of families that have a vocabulary.
     """
 
     groups: Sequence[Mapping[str, Any]]
     dtype: str | None
+    tables: Sequence[Mapping[str, Any]] = ()
 
 
 @runtime_checkable

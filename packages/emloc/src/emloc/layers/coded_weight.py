@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from emloc.linalg.bit_packing import padded, unpack, unpacked_parts
-from emloc.linalg.grid import ZERO_BITS, decoded_scales, decoded_zeros
+from emloc.linalg.grid import SCALES, ZERO_BITS, decoded_scales, decoded_zeros
 
 ELEMENTS = {"cpu": 1 << 18}
 """Weights that are decoded at a time, by the kind of device."""
@@ -54,17 +54,43 @@ class CodedWeight:
         """The product with columns, d_in × n, in their dtype."""
         return torch.cat([part.to(columns.dtype) @ columns for _, part in self._parts()])
 
+    def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Some rows of the weight, and nothing decoded of the others.
+
+        Args:
+            index: whole numbers, one axis, on the weight's device.
+
+        Returns:
+            Rows × d_in, equal to those of `dense`.
+        """
+        chosen = self.scale_codes[index]
+        groups = chosen.shape[1]
+        places = index[:, None] * groups + torch.arange(groups, device=index.device)
+        largest = self.largest.view(torch.float32)[places // SCALES]
+        scales = chosen.float() * (largest / 255)
+        zeros = decoded_zeros(unpack(self.zero_codes[index], groups, ZERO_BITS), self.bits)
+        made = torch.empty(len(index), self.columns, dtype=dtype, device=self.packed.device)
+        for start, part in self._decoded(self.packed[index], scales, zeros):
+            made[start : start + len(part)] = part
+        return made
+
     def _parts(self) -> Iterator[tuple[int, Tensor]]:
         """Some rows after others, float32; each part is gone when the next is asked for."""
-        rows, device = self.packed.shape[0], self.packed.device
         scales = decoded_scales(self.scale_codes, self.largest.view(torch.float32))
         zeros = decoded_zeros(unpack(self.zero_codes, scales.shape[1], ZERO_BITS), self.bits)
+        yield from self._decoded(self.packed, scales, zeros)
+
+    def _decoded(
+        self, packed: Tensor, scales: Tensor, zeros: Tensor
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The parts of rows that are packed so."""
+        rows, device = packed.shape[0], packed.device
         step = ELEMENTS.get(device.type, ELEMENTS_ELSEWHERE) // self.columns or 1
         values = torch.empty(min(step, rows), padded(self.columns), device=device)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             part = values[: stop - start]
-            for place, codes in unpacked_parts(self.packed[start:stop], self.columns, self.bits):
+            for place, codes in unpacked_parts(packed[start:stop], self.columns, self.bits):
                 part[:, place] = codes
             self._place(part, scales[start:stop], zeros[start:stop])
             yield start, part[:, : self.columns]

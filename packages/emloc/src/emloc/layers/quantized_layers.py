@@ -18,7 +18,7 @@ Decode = Callable[[Callable[[str], Tensor]], Operator]
 """Gives the weight, d_out × d_in, of stored tensors that it reads by name."""
 
 
-class _Quantized(EmulatedLayer, nn.Module):
+class StoredWeight(EmulatedLayer, nn.Module):
     """The stored tensors of a layer, as frozen parameters, and the weight that they stand for."""
 
     made_in: torch.dtype
@@ -26,7 +26,15 @@ class _Quantized(EmulatedLayer, nn.Module):
     _decode: Decode
     _shown: str
 
-    def _hold(self, stored: Stored, decode: Decode, shown: str, like: tuple[Any, Any]) -> None:
+    def hold(self, stored: Stored, decode: Decode, shown: str, like: tuple[Any, Any]) -> None:
+        """Take empty tensors in.
+
+        Args:
+            stored: the tensors to hold.
+            decode: gives their weight.
+            shown: sizes of the format, for `repr`.
+            like: the dtype that the weight is decoded in, and the device.
+        """
         (self.made_in, device), self._names = like, tuple(stored)
         self._decode, self._shown = decode, shown
         for name, (shape, kind) in stored.items():
@@ -57,7 +65,7 @@ class _Quantized(EmulatedLayer, nn.Module):
         """Nothing to draw: codes always come from a checkpoint."""
 
 
-class QuantizedLinear(_Quantized, nn.Linear):
+class QuantizedLinear(StoredWeight, nn.Linear):
     """`y = x @ Wᵀ + bias` for a weight that is decoded while it is multiplied.
 
     Args:
@@ -82,7 +90,7 @@ class QuantizedLinear(_Quantized, nn.Linear):
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
         self.in_features, self.out_features = d_in, d_out
-        self._hold(stored, decode, shown, (dtype, device))
+        self.hold(stored, decode, shown, (dtype, device))
         made = nn.Parameter(torch.empty(d_out, dtype=dtype, device=device), requires_grad=False)
         self.bias = made if bias else None
 
@@ -105,7 +113,7 @@ class QuantizedLinear(_Quantized, nn.Linear):
         return f"{super().extra_repr()}, {self._shown}"
 
 
-class QuantizedConv2d(_Quantized, nn.Conv2d):
+class QuantizedConv2d(StoredWeight, nn.Conv2d):
     """A convolution whose kernel, as a matrix, is decoded; see `QuantizedLinear`.
 
     Args:
@@ -124,7 +132,7 @@ class QuantizedConv2d(_Quantized, nn.Conv2d):
         own = vars(self)
         self.__dict__.update({k: v for k, v in vars(dense).items() if k not in own})
         dtype, device = dense.weight.dtype, dense.weight.device
-        self._hold(stored, decode, shown, (dtype, device))
+        self.hold(stored, decode, shown, (dtype, device))
         made = nn.Parameter(
             torch.empty(self.out_channels, dtype=dtype, device=device), requires_grad=False
         )

@@ -18,6 +18,12 @@ READ_ONLY = (
 )
 
 
+def _is_of_rows(given: Sequence[Any]) -> bool:
+    """Return whether a slice's arguments (axis, start, stop, step) mean neighbouring rows."""
+    axis, step = [*given, 0][0], [*given, *(None,) * 4][3]
+    return axis == 0 and step in (None, 1)
+
+
 class ReadOnlyWeight(torch.Tensor):
     """A weight with shape, dtype and device, whose values are made when an operation needs them.
 
@@ -26,6 +32,7 @@ class ReadOnlyWeight(torch.Tensor):
     """
 
     make: Callable[[], Tensor]
+    rows: "Callable[[Tensor], Tensor] | None"
 
     @staticmethod
     def __new__(
@@ -34,16 +41,19 @@ class ReadOnlyWeight(torch.Tensor):
         shape: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
+        rows: "Callable[[Tensor], Tensor] | None" = None,
     ) -> "ReadOnlyWeight":
         """A tensor without values.
 
         Args:
             make: gives the values, in as many elements as `shape` has.
+            rows: gives the values of some rows (one axis of whole numbers), of a matrix in which they are
+                looked up, or that is read in tiles of neighbouring rows.
         """
         made: ReadOnlyWeight = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=dtype, device=device
         )
-        made.make = make
+        made.make, made.rows = make, rows
         # By this transformers knows, also in the parent's initialisation, not to draw values.
         made._is_hf_initialized = True  # pyright: ignore
         return made
@@ -73,8 +83,30 @@ class ReadOnlyWeight(torch.Tensor):
             return value.product() if isinstance(value, cls) else value
 
         if func is torch.ops.aten.detach.default:
-            return cls(args[0].make, args[0].shape, args[0].dtype, args[0].device)
+            held = args[0]
+            return cls(held.make, held.shape, held.dtype, held.device, held.rows)
+        if isinstance(args[0], cls) and args[0].rows is not None:
+            if func is torch.ops.aten.embedding.default:
+                return args[0].rows(args[1].reshape(-1)).view(*args[1].shape, args[0].shape[1])
+            if func is torch.ops.aten.slice.Tensor and not kwargs and _is_of_rows(args[1:]):
+                return args[0].between(*args[2:4])
         return func(*tree_map(product, args), **tree_map(product, kwargs or {}))
+
+    def between(self, start: int | None = None, stop: int | None = None) -> "ReadOnlyWeight":
+        """The weight of neighbouring rows, of which alone the values are made; as Python slices."""
+        rows = self.rows
+        assert rows is not None
+        first, last, _ = slice(start, stop).indices(self.shape[0])
+        last, device = max(first, last), self.device
+
+        def make() -> Tensor:
+            return rows(torch.arange(first, last, device=device))
+
+        def some(index: Tensor) -> Tensor:
+            return rows(index + first)
+
+        shape = (last - first, *self.shape[1:])
+        return ReadOnlyWeight(make, shape, self.dtype, device, some)
 
     def product(self) -> Tensor:
         """The values, as a plain tensor of this shape."""

@@ -73,6 +73,10 @@ class CompressConfig(CalibrationOptions, ModelOptions, MemoryOptions):
         None,
         description="of a number in the factors of low_rank or of the residual; 16: the emulator's dtype",
     )
+    embedding_bits: Annotated[Literal[4, 8] | None, UnlessDefault()] = Field(
+        None,
+        description="of a number in input embeddings and output head; by default they stay as they are",
+    )
     keep_ratio_pattern: RatioMap = Field({}, description="regular expression=ratio, per layer")
     rank_pattern: CountMap = Field({}, description="regular expression=rank, per layer")
     keep_ratio_allocation: Literal["uniform", "error"] = Field(

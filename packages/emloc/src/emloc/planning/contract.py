@@ -23,6 +23,7 @@ from emloc.correction.ways import candidates
 from emloc.errors import MemoryLimitError
 from emloc.extend.family import ModelFamily
 from emloc.extend.plugin_options import of_family, with_plugin_options
+from emloc.formats.vocabulary import VocabularyTable, tables_of
 from emloc.linalg.convolution import matrix_shape
 from emloc.machine.memory import format_bytes
 from emloc.machine.memory_limit import can_limit
@@ -187,9 +188,12 @@ def contract_for(
         more["in_few_bits"] = config.emulator is None
         more["correction_samples"] = config.num_calibration_samples
         given["num_calibration_samples"] = config.num_calibration_samples
+    tables = _tables(model)
+    given["embedding_bits"] = tables[0].bits if tables else None
     device: str = getattr(config, "device", "cpu")
     options = plan_options(device, model, family, config, **given)
-    setting = Setting(subject, options, given=CompressionPlan(_held(subject, model), {}), **more)
+    given_plan = CompressionPlan(_held(subject, model), {}, tables)
+    setting = Setting(subject, options, given=given_plan, **more)
     if isinstance(config, CorrectConfig):
         setting = _in_groups(setting, lines, config.memory)
     return _agreed(stage, lines, setting, config)
@@ -219,6 +223,12 @@ def _held(subject: Subject, model: Checkpoint) -> tuple[Group, ...]:
     ours = manifest is not None and manifest.kind == "emulator" and manifest.method is None
     entries = manifest.layers if manifest is not None and ours else {}
     return tuple(written_groups(entries, dense_shapes(entries, subject.model)))
+
+
+def _tables(model: Checkpoint) -> tuple[VocabularyTable, ...]:
+    """Embeddings and heads that an emulator has in few bits."""
+    manifest = Manifest.find(model.path)
+    return tuple(tables_of(manifest.tables if manifest is not None else None))
 
 
 def plan_options(

@@ -7,6 +7,8 @@ from torch import nn
 from emloc.compression.groups import Group
 from emloc.config import LoraOptions
 from emloc.formats.abilities import TwoProducts
+from emloc.formats.vocabulary import VocabularyTable
+from emloc.layers.coded_table import ROWS
 from emloc.linalg.convolution import matrix_shape
 from emloc.options.patterns import match_pattern
 from emloc.planning.operations import Layer
@@ -19,18 +21,25 @@ def planned_layers(
     adapted: Container[str],
     options: LoraOptions,
     itemsize: int = 0,
+    tables: Sequence[VocabularyTable] = (),
 ) -> dict[str, Layer]:
     """Every layer of `shapes` (d_out × d_in by name) with its form and its LoRA.
 
     Args:
         itemsize: bytes of an element that emulated layers multiply in.
+        tables: heads in few bits, which make some rows of theirs at a time.
     """
+    work_of = {
+        name: min(table.rows, ROWS) * table.columns * itemsize
+        for table in tables
+        for name in table.layers
+    }
     group_of = {name: group for group in groups for name in group.layers}
     layers: dict[str, Layer] = {}
     for name, (d_out, d_in) in shapes.items():
         group = group_of.get(name)
         owner, size = (group.owner, len(group.layers)) if group else (name, 1)
-        rank, made = _form_sizes(group, itemsize) if group else (None, 0)
+        rank, made = _form_sizes(group, itemsize) if group else (None, work_of.get(name, 0))
         lora = 0
         if name in adapted:
             lora = match_pattern(options.lora_rank_pattern, name) or options.lora_r

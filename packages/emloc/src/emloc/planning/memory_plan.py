@@ -65,6 +65,8 @@ class MemoryPlan:
             "parameters": subject.parameters,
             "dtype": str(subject.stored).removeprefix("torch."),
             "emulator_parameters": subject.emulator_parameters(self.setting.emulator),
+            "emulator_bytes": subject.emulator_bytes(self.setting.emulator, options.dtype),
+            "embedding_bits": options.embedding_bits,
             "keep_ratio": with_size(options).keep_ratio,
             "sized_by": sized_by(options),
             "format": options.format,

@@ -46,10 +46,13 @@ def rows_of(plan: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _heading(plan: Mapping[str, Any]) -> str:
+    bits = plan["embedding_bits"]
+    tables = f", embeddings in {bits} bits" if bits else ""
     return (
         f"{plan['model']}: {plan['parameters'] / 1e9:.2f} B parameters in {plan['dtype']}, emulator "
         f"{plan['emulator_parameters'] / 1e9:.2f} B ({plan['sized_by']}, {plan['format']}, "
-        f"{plan['bits_per_weight']:.2f} bits per weight); on {plan['device']}; activations by "
+        f"{plan['bits_per_weight']:.2f} bits per weight{tables}, {format_bytes(plan['emulator_bytes'])} in "
+        f"all); on {plan['device']}; activations by "
         f"{plan['activations']}"
     )
 

@@ -100,7 +100,7 @@ class Setting:
 
     @cached_property
     def _step(self) -> tuple[StepSizes | None, Mapping[str, Layer], str]:
-        return planned_step(self.subject, self.emulator.groups, self.options)
+        return planned_step(self.subject, self.emulator.groups, self.options, self.emulator.tables)
 
     @cached_property
     def _base_step(self) -> tuple[StepSizes | None, Mapping[str, Layer], str]:

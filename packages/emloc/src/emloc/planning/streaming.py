@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from emloc.compression.groups import CompressionPlan, Group
+from emloc.compression.vocabulary import rounding_bytes
 from emloc.formats.layer_format import GroupShape, tensor_bytes
 from emloc.linalg.gram import Side
 from emloc.linalg.merging import ROWS
@@ -134,6 +135,9 @@ def compress_lines(
             converted += 0 if written == itemsize else tensor_bytes(shape, form, written)
         converted += 0 if written == subject.stored.itemsize else block.dense * written
         instants["writing"].append(lines_of(**common, fitted_layers=fitted, written=converted))
+    instants["rounding embeddings"] = [
+        lines_of(working_tensors=rounding_bytes(table)) for table in plan.tables
+    ]
     sizes_by_name = {name: largest(parts) for name, parts in instants.items() if parts}
     name = max(sizes_by_name, key=lambda name: sum(sizes_by_name[name].values()))
     return sizes_by_name[name], name

@@ -5,7 +5,7 @@ model of few blocks, and holds for all.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -17,10 +17,12 @@ from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.described import Described
 from emloc.compression.choice import choose_groups
 from emloc.compression.groups import CompressionPlan
+from emloc.compression.vocabulary import choose_tables
 from emloc.config import CompressConfig, TrainConfig
 from emloc.extend.capabilities import kept_dense_of
 from emloc.extend.family import ModelFamily
 from emloc.formats.layer_format import stored_elements, tensor_bytes
+from emloc.formats.vocabulary import VocabularyTable
 from emloc.planning.blocks import by_block, kind_of
 from emloc.planning.described import describe, with_tensors
 from emloc.planning.family import PlannedFamily
@@ -159,9 +161,9 @@ class Subject:
         return kept_dense_of(self.family, self.model)
 
     def emulator(self, config: CompressConfig) -> CompressionPlan:
-        """The plan of compress for these options; see `choose_groups`."""
+        """The plan of compress for these options; see `choose_groups` and `choose_tables`."""
         itemsize = self.itemsize(config.dtype)
-        return choose_groups(
+        plan = choose_groups(
             self.checkpoint.name,
             self.model,
             self.blocks,
@@ -171,6 +173,11 @@ class Subject:
             self.weight_shape,
             lambda _: itemsize,
         )
+        return replace(plan, tables=self.tables(config.embedding_bits))
+
+    def tables(self, bits: int | None) -> tuple[VocabularyTable, ...]:
+        """Embeddings and head in so many bits; see `choose_tables`."""
+        return choose_tables(self.family, self.model, self.checkpoint.name, bits)
 
     def weight_shape(self, layer: str) -> Sequence[int] | None:
         """d_out × d_in of a layer's weight, d_out × channels × height × width of a convolution's."""
@@ -182,9 +189,10 @@ class Subject:
 
     def emulator_parameters(self, plan: CompressionPlan) -> int:
         """Elements of an emulator's tensors."""
-        return self.parameters + sum(
+        changed = sum(
             stored_elements(group.shape, group.form) - group.shape.numel for group in plan.groups
         )
+        return self.parameters + changed + sum(t.elements - t.numel for t in plan.tables)
 
     def emulator_bytes(self, plan: CompressionPlan, dtype: str) -> int:
         """Bytes of an emulator's weights; `auto`: in the base's dtype."""
@@ -193,6 +201,7 @@ class Subject:
             group.shape.numel * itemsize - tensor_bytes(group.shape, group.form, itemsize)
             for group in plan.groups
         )
+        saved += sum(table.numel * itemsize - table.nbytes for table in plan.tables)
         return self.parameters * itemsize - saved
 
     def bits_per_weight(self, plan: CompressionPlan, dtype: str) -> float:

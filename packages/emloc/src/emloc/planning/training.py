@@ -7,11 +7,13 @@ stay in 32 bits.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from emloc.compression.groups import Group
 from emloc.config import TrainConfig
+from emloc.formats.vocabulary import VocabularyTable
 from emloc.planning.family import traced_loss
 from emloc.planning.layers import planned_layers
 from emloc.planning.ledger import lines_of
@@ -59,7 +61,10 @@ def lora_itemsize(weights: int) -> int:
 
 
 def planned_step(
-    subject: Subject, groups: Sequence[Group], config: TrainConfig
+    subject: Subject,
+    groups: Sequence[Group],
+    config: TrainConfig,
+    tables: Sequence[VocabularyTable] = (),
 ) -> tuple[StepSizes | None, Mapping[str, Layer], str]:
     """A training step, the layers with their LoRA, and by which way it was counted."""
     family = subject.planned
@@ -67,7 +72,7 @@ def planned_step(
         return None, {}, "not counted: the family does not say how it trains"
     adapted = subject.adapted(config)
     weights = subject.itemsize(config.dtype)
-    layers = planned_layers(subject.model, subject.shapes, groups, adapted, config, weights)
+    layers = planned_layers(subject.model, subject.shapes, groups, adapted, config, weights, tables)
     batch = family.planned_batch(subject.checkpoint, config, config.per_device_train_batch_size)
     on_gpu = config.device.startswith("cuda")
     options = StepOptions(
@@ -85,7 +90,8 @@ def planned_step(
         names = {name for name, _ in subject.family.skeleton(few, torch.float32).named_modules()}
         inside = [group for group in groups if names.issuperset(group.layers)]
         # A shallow model lacks the blocks that were chosen; with a LoRA on all it takes no less.
-        chosen = {"lora_layers_to_transform": [], "lora_layers_pattern": []} if blocks else {}
+        chosen: dict[str, Any] = {"embedding_bits": tables[0].bits if tables else None}
+        chosen |= {"lora_layers_to_transform": [], "lora_layers_pattern": []} if blocks else {}
         model = family.trainable(few, inside, config.model_copy(update=chosen))
         return trace_step(model, batch, traced_loss(subject.family), on_gpu)
 

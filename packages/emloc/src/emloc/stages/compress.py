@@ -151,6 +151,7 @@ def _written(
     return Written(
         digests,
         layers={name: entry for report in reports for name, entry in report["layers"].items()},
+        tables=[table.as_json() for table in folder.plan.tables] or None,
         kept_dense={**folder.plan.kept_dense, **dict.fromkeys(unreached, NO_TOKEN)},
         summary={
             "base_bytes": sum(info.nbytes for info in base.tensors.values()),

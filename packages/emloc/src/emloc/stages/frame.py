@@ -39,6 +39,7 @@ class Written:
     files: Mapping[str, str]
     layers: Mapping[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     kept_dense: Mapping[str, str] = field(default_factory=dict[str, str])
+    tables: list[dict[str, Any]] | None = None
     summary: Mapping[str, Any] = field(default_factory=dict[str, Any])
     measured: Mapping[str, Any] = field(default_factory=dict[str, Any])
     forget: Callable[[], object] = lambda: None
@@ -121,6 +122,7 @@ class Artefact:
                 "settings": dict(self.settings),
                 "layers": dict(written.layers),
                 "kept_dense": dict(written.kept_dense),
+                "tables": written.tables,
                 "summary": dict(written.summary),
                 "files": dict(written.files),
                 "versions": versions("emloc", *self.packages),

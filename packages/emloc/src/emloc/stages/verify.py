@@ -24,6 +24,7 @@ from emloc.extend.capabilities import native_of
 from emloc.extend.family import ModelFamily
 from emloc.extend.opening import family_of, open_model
 from emloc.extend.plugins import family_named
+from emloc.formats.vocabulary import VocabularyTable, tables_of
 from emloc.linalg.finite import is_finite, is_mask
 from emloc.machine.progress import progress_bar
 from emloc.stages.stage import stage
@@ -102,7 +103,9 @@ def _verify_emulator(checkpoint: Checkpoint, manifest: Manifest, family: ModelFa
         for group in groups
         for tensor in group.form.format.stored(group.shape, group.form)
     }
-    emulated = {name for group in groups for name in group.layers}
+    tables = tables_of(manifest.tables)
+    emulated = {name for group in (*groups, *tables) for name in group.layers}
+    _verify_tables(checkpoint, tables)
     prefix = _prefix(checkpoint, expected)
     stored = {name.removeprefix(prefix): info for name, info in checkpoint.tensors.items()}
     for name, tensor in expected.items():
@@ -123,6 +126,17 @@ def _verify_emulator(checkpoint: Checkpoint, manifest: Manifest, family: ModelFa
         dense = layer not in emulated or not name.endswith(".weight")
         if dense and family.stored(model, name, checkpoint) is None:
             raise CheckpointError(f"{checkpoint.path} holds no tensor for {name}.")
+
+
+def _verify_tables(checkpoint: Checkpoint, tables: Iterable[VocabularyTable]) -> None:
+    for table in tables:
+        for name, expected in table.sizes.items():
+            info = checkpoint.tensors.get(name)
+            found = (info.dtype, info.shape) if info else "missing"
+            if found != expected:
+                raise CheckpointError(
+                    f"{name} of {checkpoint.path} should be {expected}, is {found}."
+                )
 
 
 def _prefix(checkpoint: Checkpoint, expected: Iterable[str]) -> str:

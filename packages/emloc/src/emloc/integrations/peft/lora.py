@@ -25,7 +25,7 @@ from emloc.config import TrainConfig
 from emloc.errors import ConfigError, DataError
 from emloc.extend.family import Batch
 from emloc.integrations.peft.targets import chosen_targets
-from emloc.layers.emulated_layer import LosesPart
+from emloc.layers.emulated_layer import EmulatedLayer, LosesPart
 
 Start = dict[str, tuple[Tensor, Tensor]]
 """A₀ and B₀ by layer."""
@@ -85,6 +85,7 @@ def lora_config(
     config: TrainConfig, model: Any, excluded: Container[str], task_type: str | None = None
 ) -> LoraConfig:
     """PEFT's own options; see `new_lora`."""
+    _refuse_compressed(config, model)
     start: Any = {"default": True, "gaussian": "gaussian", "eva": "eva"}.get(config.lora_init, True)
     return LoraConfig(
         task_type=task_type,
@@ -100,6 +101,18 @@ def lora_config(
         init_lora_weights=start,
         eva_config=EvaConfig() if config.lora_init == "eva" else None,
     )
+
+
+def _refuse_compressed(config: TrainConfig, model: Any) -> None:
+    """Refuse to train whole what an emulator has in another form: what is learnt would not fit the base."""
+    ends = tuple(config.lora_modules_to_save)
+    for name, module in model.named_modules():
+        held = ends and name.endswith(ends)
+        if held and any(isinstance(inner, EmulatedLayer) for inner in module.modules()):
+            raise ConfigError(
+                f"lora_modules_to_save: {name} is compressed in the emulator, so what it learns would not "
+                f"fit the base; leave it out, or compress without it (exclude, embedding_bits)."
+            )
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from emloc.integrations.transformers.skeleton import (
 )
 from emloc.integrations.transformers.text_options import counted_tokens, read_whole
 from emloc.integrations.transformers.untying import untied_config
+from emloc.integrations.transformers.vocabulary import vocabulary
 from emloc.machine.memory import PeakMemory, return_large_blocks
 
 
@@ -98,6 +99,10 @@ class TransformersFamily(PlannedTransformer):
     def kept_dense(self, model: nn.Module) -> Mapping[str, str]:
         """See `KeepsLayersDense`: linear layers of blocks are compressed where their weight is their own."""
         return shared_linears(model, self.blocks(model))
+
+    def vocabulary(self, model: nn.Module) -> Sequence[Sequence[str]]:
+        """See `HasVocabulary`."""
+        return vocabulary(model)
 
     def layers_in_few_bits(self, model: nn.Module, skip: Sequence[str] | None) -> Sequence[str]:
         """See `LoadsInFewBits`; `emloc.integrations.transformers.few_bits`."""

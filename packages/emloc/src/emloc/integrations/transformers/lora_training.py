@@ -69,7 +69,10 @@ def train_lora(
     model = with_parts(model, parts, config)
     trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     progression = Progression(work)
-    trainer = make_trainer(model=model, callbacks=[progression])
+    try:
+        trainer = make_trainer(model=model, callbacks=[progression])
+    except ValueError as problem:  # such as TRL's, whose loss passes a LoRA on the head by
+        raise ConfigError(f"train: {str(problem).strip().splitlines()[0]}") from problem
     set_optimizer(trainer, config)
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)

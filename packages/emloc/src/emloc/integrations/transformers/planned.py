@@ -8,12 +8,15 @@ from torch import nn
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.described import Described
+from emloc.compression.vocabulary import choose_tables
 from emloc.config import TrainConfig
 from emloc.extend.family import Batch
+from emloc.formats.vocabulary import VocabularyTable
 from emloc.integrations.peft.targets import chosen_targets, linear_layers
 from emloc.integrations.transformers.shallow import cut, depth
 from emloc.integrations.transformers.skeleton import empty_model, is_linear, model_config
 from emloc.integrations.transformers.text_options import longest
+from emloc.integrations.transformers.vocabulary import replace_tables
 from emloc.planning.described import weight_dtype
 from emloc.planning.family import Groups, OtherModel
 from emloc.planning.operations import Layer
@@ -114,10 +117,17 @@ class PlannedTransformer:
         from emloc.integrations.peft.planned import with_planned_lora
 
         model = emulator_skeleton(checkpoint, self.auto_class, groups, options.dtype)
+        replace_tables(model, self._tables(checkpoint, options))
         model = self.as_trained(model)
         if options.gradient_checkpointing:
             run_blocks_twice(model)
         return with_planned_lora(model, options, self.frozen(model, options), self.task_type)
+
+    def _tables(self, checkpoint: Checkpoint, options: Any) -> Sequence[VocabularyTable]:
+        bits: int | None = getattr(options, "embedding_bits", None)
+        family: Any = self  # a subclass is one
+        skeleton = empty_model(checkpoint, self.auto_class, torch.float32)
+        return choose_tables(family, skeleton, checkpoint.name, bits)
 
     def step_sizes(
         self, model: nn.Module, layers: Mapping[str, Layer], batch: Batch, options: StepOptions

@@ -25,7 +25,9 @@ from emloc.extend.emulated_layers import (
 )
 from emloc.extend.family import EmulatorLayers
 from emloc.formats.layer_format import DenseLayer
+from emloc.formats.vocabulary import tables_of
 from emloc.integrations.transformers.skeleton import is_linear
+from emloc.integrations.transformers.vocabulary import replace_tables
 from emloc.layers.emulated_layer import EmulatedLayer
 
 
@@ -38,7 +40,11 @@ def emulator_config(checkpoint: Checkpoint, layers: EmulatorLayers) -> dict[str,
     """An emulator's `config.json`: the base's, and the form of the compressed layers."""
     dtype = {} if layers.dtype is None else {"dtype": layers.dtype}
     kept = {k: v for k, v in checkpoint.config.items() if not (dtype and k == "torch_dtype")}
-    return {**kept, **dtype, "quantization_config": quantization_config(layers.groups)}
+    return {
+        **kept,
+        **dtype,
+        "quantization_config": quantization_config(layers.groups, layers.tables),
+    }
 
 
 @register_quantizer(METHOD)
@@ -48,7 +54,9 @@ class EmlocQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        replace_layers(model, cast(Any, self.quantization_config).groups)
+        config = cast(Any, self.quantization_config)
+        replace_layers(model, config.groups)
+        replace_tables(model, tables_of(config.tables))
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
