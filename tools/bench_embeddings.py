@@ -4,7 +4,7 @@
         [--column_map question=prompt,answer=completion] [--test_samples 40]
 
 `error` is the relative error of the table, `kl` the divergence from the base's predictions per answer token,
-as in `sweep_formats.py`; `bytes` are of the tables, and `model_bytes` of all weights in 16 bits but for these.
+as in `sweep_formats.py`; `bytes` are of the tables, `model_bytes` of all weights, the others in 16 bits.
 """
 
 import argparse
@@ -38,7 +38,8 @@ def predictions(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 def put(model: Any, tables: tuple[VocabularyTable, ...]) -> float:
     """Let a model have its tables in few bits; the relative error of the first."""
     errors: list[float] = []
-    dense = {table.layers[0]: model.get_submodule(table.layers[0]).weight.detach() for table in tables}  # fmt: skip
+    names = [table.layers[0] for table in tables]
+    dense = {name: model.get_submodule(name).weight.detach() for name in names}
     replace_tables(model, tables)
     for table in tables:
         module, values = model.get_submodule(table.layers[0]), dense[table.layers[0]]

@@ -2,8 +2,8 @@
 
 A lookup decodes the rows that it looks up; where a library multiplies tiles of the head, one tile is made
 at a time (`ReadOnlyWeight`). The head itself makes `ROWS` rows at a time in the forward and once more in the
-backward: the dense table, a large part of a model with a large vocabulary, is never there. A head that is tied
-to the embeddings holds nothing and reads their tensors.
+backward: the dense table, a large part of a model with a large vocabulary, is never there. A tied head
+holds nothing and reads the tensors of the embeddings.
 """
 
 from typing import Any, cast
