@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import emloc
 from emloc.errors import Interrupted
-from emloc.extend.capabilities import TEXT_DECODER, TRANSFORMERS_MODEL
+from emloc.extend.capabilities import IN_FEW_BITS, TEXT_DECODER, TRANSFORMERS_MODEL
 from emloc.extend.methods import MethodEntry
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def emloc_register_methods() -> Sequence[MethodEntry]:
             "qlora",
             "LoRA beside the base in NF4, put on the original weights",
             "emloc_baselines.qlora:Qlora",
-            needs=(TRANSFORMERS_MODEL,),
+            needs=(IN_FEW_BITS,),
             uses_budget=False,
         ),
         MethodEntry(

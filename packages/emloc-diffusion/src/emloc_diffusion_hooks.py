@@ -5,6 +5,7 @@ from typing import Any
 
 import emloc
 from emloc.config import DataOptions, EvaluateConfig, TrainConfig
+from emloc.extend.capabilities import IN_FEW_BITS
 from emloc.extend.family import FamilyEntry
 from emloc_diffusion_options import DreamBoothOptions, EvaluationOptions, PictureOptions
 
@@ -41,5 +42,6 @@ def emloc_register_families() -> Sequence[FamilyEntry]:
                 TrainConfig: DreamBoothOptions,
                 EvaluateConfig: EvaluationOptions,
             },
+            offers=(IN_FEW_BITS,),
         )
     ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import emloc
 from emloc.config import EvaluateConfig
-from emloc.extend.capabilities import TEXT_DECODER, TRANSFORMERS_MODEL
+from emloc.extend.capabilities import IN_FEW_BITS, TEXT_DECODER, TRANSFORMERS_MODEL
 from emloc.extend.family import FamilyEntry
 from emloc.integrations.transformers.text_options import TEXT_OPTIONS, TaskOptions
 
@@ -34,6 +34,6 @@ def emloc_register_families() -> Sequence[FamilyEntry]:
                 **TEXT_OPTIONS,
                 EvaluateConfig: (*TEXT_OPTIONS[EvaluateConfig], TaskOptions),
             },
-            offers=(TRANSFORMERS_MODEL, TEXT_DECODER),
+            offers=(TRANSFORMERS_MODEL, TEXT_DECODER, IN_FEW_BITS),
         )
     ]

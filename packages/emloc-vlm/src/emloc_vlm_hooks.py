@@ -9,7 +9,7 @@ from typing import Any
 
 import emloc
 from emloc.config import DataOptions, EvaluateConfig, TrainConfig
-from emloc.extend.capabilities import TEXT_DECODER, TRANSFORMERS_MODEL
+from emloc.extend.capabilities import IN_FEW_BITS, TEXT_DECODER, TRANSFORMERS_MODEL
 from emloc.extend.family import FamilyEntry
 from emloc.integrations.transformers.text_options import TEXT_OPTIONS
 from emloc_vlm_options import FreezeOptions, ImageOptions, MetricOptions
@@ -34,7 +34,7 @@ def emloc_register_families() -> Sequence[FamilyEntry]:
             summary="vision-language models of transformers (AutoModelForImageTextToText), InternVL",
             target="emloc_vlm.family:VLMFamily",
             recognises=is_vlm,
-            offers=(TRANSFORMERS_MODEL, TEXT_DECODER),
+            offers=(TRANSFORMERS_MODEL, TEXT_DECODER, IN_FEW_BITS),
             options={
                 **TEXT_OPTIONS,
                 DataOptions: (*TEXT_OPTIONS[DataOptions], ImageOptions),

@@ -140,7 +140,7 @@ def build_light(
         written = _write(base, light, work)
         measured = light.finish(work) if light.finish else {}  # may write the shards anew
         return Written(
-            digests(work, sorted(path.name for path in work.glob("*.safetensors"))),
+            digests(work, sorted({info.file for info in written.tensors.values()})),
             layers=light.layers,
             summary={
                 "base_bytes": _bytes(base),

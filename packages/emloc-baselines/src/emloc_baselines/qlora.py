@@ -1,11 +1,12 @@
 """QLoRA (Dettmers et al. 2023, arXiv 2305.14314): the base in NF4, double quantisation, LoRA beside it.
 
-The light model is an ordinary 4-bit checkpoint of transformers and bitsandbytes; training prepares it
-with PEFT's `prepare_model_for_kbit_training`. The adapter is then put on the original weights, as people
-do, and not on the quantised ones that it was trained beside. The light model's size is what four bits
-make it, whatever `keep_ratio` says.
+The light model is an ordinary 4-bit checkpoint of bitsandbytes and transformers or diffusers; training
+prepares that of transformers with PEFT's `prepare_model_for_kbit_training`. The adapter is then put on the
+original weights, as people do, and not on the quantised ones that it was trained beside. The light model's
+size is what four bits make it, whatever `keep_ratio` says.
 
-All linear layers are quantised but the output head; products are computed in the checkpoint's dtype.
+All linear layers are quantised but the output head. What bitsandbytes has no layer for, such as convolutions,
+stays as it is. Products are computed in the checkpoint's dtype.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,9 +15,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from emloc.config import StageConfig
+from emloc.extend.capabilities import layers_in_few_bits
+from emloc.extend.family import ModelFamily
 from emloc.extend.methods import NoOptions, Task
 from emloc.methods.light import train_light
 from emloc_baselines.light import LightModel, Piece, Source, build_light
@@ -46,19 +50,17 @@ class Qlora:
 
 
 def quantised(source: Source) -> LightModel:
-    """Every linear layer but the head in NF4."""
+    """Every linear layer but the head in NF4; convolutions stay as they are."""
     base = source.base
     dtype = next(i.dtype for i in base.tensors.values() if i.dtype.is_floating_point)
     model = cast(Any, source.family.skeleton(base, torch.float32))
     pieces: dict[str, Sequence[Piece]] = {}
     kept: list[str] = []
-    for name, module in model.named_modules():
-        # What transformers would quantise: these two classes and no others that derive from them.
-        if type(module) is not nn.Linear and not isinstance(module, Conv1D):
-            continue
+    linear, head = _linear_layers(source.family, model)
+    for name in linear:
         stored = source.family.stored(model, f"{name}.weight", base)
         tensor = None if stored is None else stored.plain_name
-        if module is model.get_output_embeddings() or stored is None or tensor is None:
+        if name == head or stored is None or tensor is None:
             kept.append(name)
             continue
 
@@ -67,6 +69,20 @@ def quantised(source: Source) -> LightModel:
 
         pieces[tensor] = quantised_pieces(tensor, read)
     return LightModel(_config(base.config, dtype, kept), pieces)
+
+
+def _linear_layers(family: ModelFamily, model: Any) -> tuple[Sequence[str], str]:
+    """The layers that the family's library would quantise, and the one of them that is the output head."""
+    if not isinstance(model, PreTrainedModel):
+        return layers_in_few_bits(family, model, None), ""
+    # These two classes and no others that derive from them.
+    names = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear or isinstance(module, Conv1D)
+    }
+    head: Any = model.get_output_embeddings()
+    return list(names), next((name for name, module in names.items() if module is head), "")
 
 
 def _config(config: Mapping[str, Any], dtype: torch.dtype, kept: Sequence[str]) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """Load the denoiser of a pipeline, or of an emulator of one."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.integrations.diffusers.few_bits import four_bits_anywhere
 from emloc_diffusion.denoisers import denoiser_of
 from emloc_diffusion.encode.components import load_errors
 
@@ -18,18 +20,27 @@ def load_denoiser(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
     Raises:
         CheckpointError: diffusers cannot load it.
     """
+    few_bits = (checkpoint.config.get("quantization_config") or {}).get("load_in_4bit")
     kind = _stored_dtype(checkpoint) if dtype == "auto" else getattr(torch, dtype)
-    with load_errors(checkpoint.path, "denoiser"):
+    placed = {"device_map": {"": device}} if few_bits else {}
+    loading = four_bits_anywhere(device) if few_bits else nullcontext()
+    with load_errors(checkpoint.path, "denoiser"), loading:
         model = denoiser_of(checkpoint).model_class.from_pretrained(
             str(checkpoint.path),
             subfolder=checkpoint.layout.folder.rstrip("/"),
             torch_dtype=kind,
             use_safetensors=True,
+            **placed,
         )
-    return model.to(device).requires_grad_(False).eval()
+    if not few_bits:
+        model = model.to(device)
+    return model.requires_grad_(False).eval()
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    quantised = checkpoint.config.get("quantization_config") or {}
+    if "bnb_4bit_compute_dtype" in quantised:  # the tables of scales have another
+        return getattr(torch, quantised["bnb_4bit_compute_dtype"])
     sizes: dict[torch.dtype, int] = {}
     for info in checkpoint.tensors.values():
         if info.dtype.is_floating_point:

@@ -26,6 +26,9 @@ TRANSFORMERS_MODEL = "a model of transformers"
 TEXT_DECODER = "a text decoder"
 """Offered by a family whose models have a `get_decoder()` of equal blocks of attention and MLP."""
 
+IN_FEW_BITS = "a model that loads in few bits"
+"""Offered by a family whose library loads its models through bitsandbytes (`LoadsInFewBits`)."""
+
 PEFT_FORMAT = "peft"
 
 BY_DEFAULT = "emloc.integrations.peft.evaluated_loss:evaluate_drawn"

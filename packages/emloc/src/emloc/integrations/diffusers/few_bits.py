@@ -1,6 +1,7 @@
-"""The layers that diffusers loads in few bits where it is given a `BitsAndBytesConfig`."""
+"""The layers that diffusers loads in few bits where it is given a `BitsAndBytesConfig`, on any device."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -20,3 +21,26 @@ def layers_in_few_bits(model: Any, skip: Sequence[str] | None) -> list[str]:
         and name.rpartition(".")[2] not in left
         and not any(f"{key}." in name or key == name for key in left)
     ]
+
+
+@contextmanager
+def four_bits_anywhere(device: str) -> Generator[None]:
+    """Let diffusers load in four bits on a CPU, which it refuses though bitsandbytes computes there.
+
+    Only its check of the machine is left out, and only for that long.
+    """
+    from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    name = "bitsandbytes_4bit"
+    own: Any = AUTO_QUANTIZER_MAPPING[name]
+
+    def unchecked(*_: Any, **__: Any) -> None:
+        pass
+
+    if device == "cpu":
+        kind: Any = type(own.__name__, (own,), {"validate_environment": unchecked})
+        AUTO_QUANTIZER_MAPPING[name] = kind
+    try:
+        yield
+    finally:
+        AUTO_QUANTIZER_MAPPING[name] = own

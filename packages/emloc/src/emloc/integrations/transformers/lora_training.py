@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import prepare_model_for_kbit_training
-from transformers import ProgressCallback
+from transformers import PreTrainedModel, ProgressCallback
 from transformers.trainer_callback import PrinterCallback
 
 from emloc.config import TrainConfig
@@ -57,7 +57,10 @@ def train_lora(
     Raises:
         DataError, ConfigError, NumericalError: see their messages.
     """
-    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+    few = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    if few and isinstance(
+        model, PreTrainedModel
+    ):  # in others, what is not in few bits stays as it is
         model = prepare_model_for_kbit_training(model, config.gradient_checkpointing)
     parts = parts or {}
     held = [model, *(part.model for part in parts.values())]
