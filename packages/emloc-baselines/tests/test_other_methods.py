@@ -39,7 +39,9 @@ def test_every_registered_method_is_one():
         assert entry.trains_as in ("", *found)
         works_for = set(families_for(entry))
         assert {"llm", "vlm"} <= works_for
-        assert ("diffusion" in works_for) == {TRANSFORMERS_MODEL, TEXT_DECODER}.isdisjoint(entry.needs)
+        assert ("diffusion" in works_for) == {TRANSFORMERS_MODEL, TEXT_DECODER}.isdisjoint(
+            entry.needs
+        )
 
 
 def test_uncorrected_is_the_trained_lora_as_an_adapter_of_the_base(tiny, tmp_path):
