@@ -34,6 +34,7 @@ class DiffusionFamily(PlannedDiffusion):
     """`ModelFamily` for diffusion models."""
 
     name = "diffusion"
+    streams_training = True
     adapter_formats: tuple[str, ...] = ("peft", "diffusers", "kohya")
 
     def skeleton(self, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:

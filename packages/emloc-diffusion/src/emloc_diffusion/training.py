@@ -23,11 +23,11 @@ from emloc.errors import ConfigError
 from emloc.extend.family import ModelFamily
 from emloc.integrations.transformers.lora_training import train_lora as train_with
 from emloc.integrations.transformers.lora_training import training_arguments
+from emloc.integrations.transformers.streamed_training import frozen_model
 from emloc.machine.memory import PeakMemory, return_large_blocks
 from emloc_diffusion.data.prompts import check_unique_token
 from emloc_diffusion.denoising_loss import squared_errors
 from emloc_diffusion.encode.text import load_tokenizer
-from emloc_diffusion.loading import load_denoiser
 from emloc_diffusion.objective import Objective, objective_of
 from emloc_diffusion.samples import Samples, encode_samples
 from emloc_diffusion.text_training import TextTraining
@@ -108,7 +108,7 @@ def train_lora(config: Any, work: Path, family: ModelFamily) -> dict[str, Any]:
         DataError, ConfigError, NumericalError: see their messages.
     """
     return_large_blocks()
-    with PeakMemory(config.device, mapped=True, limit=config.memory) as peak:
+    with PeakMemory(config.device, mapped=not config.stream, limit=config.memory) as peak:
         figures = _train(config, work, family)
     return {**figures, **peak.figures()}
 
@@ -129,7 +129,7 @@ def _train(config: Any, work: Path, family: ModelFamily) -> dict[str, Any]:
         checkpoint.path, config, config.device, prompts=not config.train_text_encoder
     )
     torch.manual_seed(config.seed)
-    model = load_denoiser(checkpoint, config.dtype, config.device)
+    model = frozen_model(family, checkpoint, config, work)
     model._internal_dict = TrackedConfig(model.config)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()

@@ -21,6 +21,7 @@ from emloc.integrations.transformers.lora_training import train_lora as train_wi
 from emloc.integrations.transformers.lora_training import training_arguments
 from emloc.integrations.transformers.loss import IGNORED, next_token_loss
 from emloc.integrations.transformers.sampling import in_batches
+from emloc.integrations.transformers.streamed_training import frozen_model
 from emloc.integrations.transformers.tables import dataset_names, shares
 from emloc.machine.memory import PeakMemory, return_large_blocks
 from emloc_llm.activations import TILE_ROWS, TILE_TOKENS
@@ -70,7 +71,7 @@ def train_lora(config: Any, work: Path, family: TransformersFamily) -> dict[str,
     # Without it, activations freed in one step are still there in the next: 6 to 10 % more memory
     # for some 7 % of time, measured on SmolLM2-135M on two cores.
     return_large_blocks()
-    with PeakMemory(config.device, mapped=True, limit=config.memory) as peak:
+    with PeakMemory(config.device, mapped=not config.stream, limit=config.memory) as peak:
         figures = _train(config, work, family)
     return {**figures, **peak.figures()}
 
@@ -108,7 +109,7 @@ def _train(config: Any, work: Path, family: TransformersFamily) -> dict[str, Any
         eval_dataset=_dataset(evaluation) if evaluation else None,
         processing_class=tokenizer,
     )
-    model = family.load(Checkpoint.open(path), config.dtype, config.device)
+    model = frozen_model(family, Checkpoint.open(path), config, work)
     closing = closing_tokens((s.input_ids[s.prompt_length :] for s in samples), tokenizer)
     say_missing_ends(model, tokenizer, closing)
     parts = in_batches(samples, config.per_device_train_batch_size)

@@ -104,6 +104,13 @@ def token_count(family: ModelFamily, batch: Batch) -> int:
 
 
 @runtime_checkable
+class StreamsTraining(Protocol):
+    """A family that trains on a skeleton which is filled block by block, where `stream` asks for it."""
+
+    streams_training: bool
+
+
+@runtime_checkable
 class ExportsAdapters(Protocol):
     """A family whose adapters are also read in other formats than PEFT's."""
 

@@ -1,6 +1,6 @@
 """Options of train."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -8,7 +8,7 @@ from emloc.machine.device import Device
 from emloc.options.base import DEVICES, MemoryOptions, ModelOptions
 from emloc.options.data import LearntDataOptions
 from emloc.options.lora import LoraOptions
-from emloc.options.marks import WithoutEffect
+from emloc.options.marks import UnlessDefault, WithoutEffect
 from emloc.options.types import Dtype, Located, Names, Optimizer, OutputDir, Scheduler
 
 
@@ -18,6 +18,15 @@ class TrainConfig(LearntDataOptions, LoraOptions, ModelOptions, MemoryOptions):
     emulator: Located | None = Field(None, description="folder that compress wrote")
     model_name_or_path: Located | None = Field(
         None, description="train on this model instead of an emulator"
+    )
+    stream: Annotated[bool, UnlessDefault()] = Field(
+        False, description="hold one block of model_name_or_path at a time, read twice a step"
+    )
+    stream_from: Annotated[Literal["disk", "ram"], WithoutEffect()] = Field(
+        "disk", description="where blocks wait for their turn with stream=true"
+    )
+    stream_inputs: Annotated[Literal["disk", "ram"], WithoutEffect()] = Field(
+        "ram", description="where what enters each block is kept during a step with stream=true"
     )
     output_dir: OutputDir = Field(description="where the adapter goes; must not exist")
     dtype: Dtype = Field("auto", description="of the frozen weights; auto: as stored")

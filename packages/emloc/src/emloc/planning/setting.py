@@ -183,9 +183,29 @@ class Setting:
         return self._after_encoding(lines, host, disk, moment)
 
     def train(self) -> StageMemory:
-        """A LoRA on the emulator."""
+        """A LoRA on the emulator; with `stream`, on the base block by block."""
+        if self.options.stream:
+            return self._streamed()
         weights = self.subject.emulator_bytes(self.emulator, self.options.dtype)
         return self._trained(weights, *self._step[:2], 0)
+
+    def _streamed(self) -> StageMemory:
+        """One unit computes while another one is read; what enters blocks is kept for all micro-batches."""
+        options = self.options.model_copy(update={"gradient_checkpointing": True})
+        step, layers, _ = planned_step(self.subject, (), options)
+        itemsize = self.subject.itemsize(self.options.dtype)
+        memory = self._trained(2 * self.subject.largest_unit * itemsize, step, layers, 0)
+        # Of one micro-batch they are among what autograd keeps.
+        inputs = (self.options.gradient_accumulation_steps - 1) * (step.largest.kept if step else 0)
+        from_ram, on_disk = self.options.stream_from == "ram", self.options.stream_inputs == "disk"
+        beside = lines_of(
+            blocks_in_ram=self.subject.parameters * self.subject.stored.itemsize * from_ram,
+            inputs_of_blocks=inputs * (not on_disk),
+        )
+        disk = {**memory.disk, **lines_of(inputs_of_blocks=inputs * on_disk)}
+        if self.on_gpu:
+            return replace(memory, host={**memory.host, **beside}, disk=disk)
+        return replace(memory, device={**memory.device, **beside}, disk=disk)
 
     @property
     def _base_weights(self) -> int:

@@ -101,6 +101,21 @@ class Subject:
         return list(self.family.blocks(self.model))
 
     @cached_property
+    def largest_unit(self) -> int:
+        """Elements of the largest unit that streams: a block, or a module beside them such as a head."""
+
+        def numel(module: nn.Module) -> int:
+            return sum(parameter.numel() for parameter in module.parameters())
+
+        inside = {id(m) for b in self.blocks for m in self.model.get_submodule(b).modules()}
+        beside = [
+            sum(parameter.numel() for parameter in module.parameters(recurse=False))
+            for module in self.model.modules()
+            if id(module) not in inside and not isinstance(module, nn.Embedding)
+        ]
+        return max(*(numel(self.model.get_submodule(block)) for block in self.blocks), *beside)
+
+    @cached_property
     def kinds(self) -> Mapping[str, BlockKind]:
         """The common features of each block and those like it, by block."""
         layers = {name: Layer(d_in, d_out) for name, (d_out, d_in) in self.shapes.items()}

@@ -18,7 +18,7 @@ from emloc.artefacts.output_place import has_place
 from emloc.artefacts.write_errors import others_writing
 from emloc.config import TrainConfig
 from emloc.errors import CheckpointError, ConfigError, NumericalError
-from emloc.extend.capabilities import exported
+from emloc.extend.capabilities import StreamsTraining, exported
 from emloc.extend.family import ModelFamily
 from emloc.extend.opening import named_family, of_folder, open_model
 from emloc.extend.plugin_options import of_family, own_options
@@ -75,6 +75,10 @@ def train(config: TrainConfig) -> Path:
     config = of_family(config, family)
     train.require_suited(config, model, family)
     emulator = _emulator(config, Manifest.find(model.path))
+    if config.stream and not isinstance(family, StreamsTraining):
+        raise ConfigError(
+            f"train: the family {family.name} loads its model whole to train; leave stream out."
+        )
     digest, named = model.digest(), named_digests(config)
     settings: dict[str, Any] = {
         **own_options(config, PATHS.union(digested(config))),

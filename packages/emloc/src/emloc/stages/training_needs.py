@@ -36,15 +36,46 @@ ON_GPU = frozenset({"adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_a
 """The optimisers of bitsandbytes."""
 
 
+STREAM_EXCLUDES = {
+    "lora_modules_to_save": "modules that are trained whole",
+    "gradient_checkpointing": "which it does already, block by block",
+}
+"""Options that exclude stream, and what they are for."""
+
+BEGINNINGS = ("pissa", "olora", "eva")
+"""Beginnings of a LoRA that look at all weights, or at samples, before the first step."""
+
+
 def check_training(config: TrainConfig) -> None:
     """Refuse what training could not begin with.
 
     Raises:
-        ConfigError: an unknown tracker, an 8-bit or paged optimiser without a GPU, or Prodigy with LoRA+.
+        ConfigError: an unknown tracker, an 8-bit or paged optimiser without a GPU, Prodigy with LoRA+, or an
+            option that excludes stream.
         DependencyError: a tracker or an optimiser that is not installed.
     """
     check_trackers(config)
     check_optimizer(config)
+    if config.stream:
+        _check_streamed(config)
+
+
+def _check_streamed(config: TrainConfig) -> None:
+    if config.emulator is not None:
+        raise ConfigError(
+            "train: stream=true trains on model_name_or_path, block by block, and an emulator is there to be "
+            "held in memory; leave stream out, or pass the model."
+        )
+    for name, what in STREAM_EXCLUDES.items():
+        if getattr(config, name):
+            raise ConfigError(
+                f"train: stream=true excludes {name} ({what}); leave one of them out."
+            )
+    if config.lora_init in BEGINNINGS:
+        raise ConfigError(
+            f"train: lora_init={config.lora_init} looks at all weights, or at samples, before the first step; "
+            f"stream=true holds one block. Pass lora_init=default or gaussian."
+        )
 
 
 def check_trackers(config: TrainConfig) -> None:

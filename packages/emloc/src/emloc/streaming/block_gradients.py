@@ -126,10 +126,13 @@ class BlockPasses:
     Args:
         fill: by which units get their weights: every one once in the forward, blocks once more.
         kept: where the inputs of blocks are kept in between.
+        shown: whether the passes have bars of progress.
     """
 
-    def __init__(self, stream: UnitStream, fill: Fill, kept: KeptInputs) -> None:
-        self._stream, self._fill, self._kept = stream, fill, kept
+    def __init__(
+        self, stream: UnitStream, fill: Fill, kept: KeptInputs, shown: bool = True
+    ) -> None:
+        self._stream, self._fill, self._kept, self._shown = stream, fill, kept, shown
         self._passages: list[_Passage] = []
 
     def forward(self, losses: Sequence[Callable[[], tuple[Tensor, Made]]]) -> list[Made]:
@@ -155,7 +158,7 @@ class BlockPasses:
             Call(partial(run, one), context=passage) for one, passage in zip(losses, self._passages)
         ]
         following = dict(zip(stream.blocks, stream.blocks[1:]))
-        with progress_bar("forward", len(stream.units)) as advance:
+        with self._progress("forward", len(stream.units)) as advance:
 
             @contextmanager
             def visit(unit: str) -> Iterator[None]:
@@ -177,7 +180,7 @@ class BlockPasses:
         reached = list(dict.fromkeys(block for passage in passages for block in passage.entered))
         others = [block for block in stream.blocks if block not in reached]
         order = [*reversed(reached), *others]
-        with progress_bar("gradients", len(order)) as advance:
+        with self._progress("gradients", len(order)) as advance:
             for block, following in zip(order, [*order[1:], None]):
                 module = stream.model.get_submodule(block)
                 with self._fill(block, following), torch.enable_grad(), visit(block, module):
@@ -186,6 +189,13 @@ class BlockPasses:
                 advance(note=block)
         self._kept.forget()
         self._passages = []
+
+    def _progress(self, title: str, count: int) -> AbstractContextManager[Callable[..., None]]:
+        return progress_bar(title, count) if self._shown else nullcontext(_unseen)
+
+
+def _unseen(note: str = "") -> None:
+    pass
 
 
 def _precision(stream: UnitStream) -> AbstractContextManager[Any]:

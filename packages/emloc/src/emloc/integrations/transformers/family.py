@@ -48,6 +48,7 @@ class TransformersFamily(PlannedTransformer):
 
     name: str
     trainer_class: Any = None
+    streams_training = True
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         """See `ModelFamily`."""
@@ -154,7 +155,7 @@ class TransformersFamily(PlannedTransformer):
         from emloc.integrations.transformers.loss_trainer import TrainingWay, train_on
 
         return_large_blocks()
-        with PeakMemory(config.device, mapped=True, limit=config.memory) as peak:
+        with PeakMemory(config.device, mapped=not config.stream, limit=config.memory) as peak:
             checkpoint = self._opened(config.emulator or str(config.model_name_or_path))
             how = TrainingWay(self.task_type, self.frozen, self.trainer_class)
             data = self.data(checkpoint, config)

@@ -5,6 +5,7 @@ What differs between modalities, the model, the data and the trainer's class, is
 
 import shutil
 from collections.abc import Callable, Container, Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ from emloc.integrations.transformers.optimizers import (
     trainers_name,
     warn_of_slow_learning,
 )
+from emloc.integrations.transformers.streamed_training import (
+    set_magnitudes,
+    stream_steps,
+)
 from emloc.integrations.transformers.training import (
     PLOT_NAME,
     Progression,
@@ -33,6 +38,7 @@ from emloc.integrations.transformers.training import (
 from emloc.linalg.finite import is_finite
 from emloc.machine.progress import console
 from emloc.stages.training_needs import check_training
+from emloc.streaming.streamed_model import StreamedModel
 
 
 def train_lora(
@@ -58,14 +64,19 @@ def train_lora(
         DataError, ConfigError, NumericalError: see their messages.
     """
     few = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
-    if few and isinstance(
-        model, PreTrainedModel
-    ):  # in others, what is not in few bits stays as it is
+    # In other models, what is not in few bits stays as it is.
+    if few and isinstance(model, PreTrainedModel):
         model = prepare_model_for_kbit_training(model, config.gradient_checkpointing)
     parts = parts or {}
-    held = [model, *(part.model for part in parts.values())]
+    streamed = StreamedModel.of(model)
+    held = [part.model for part in parts.values()] + ([] if streamed else [model])
     weight_bytes = sum(_held(parameter) for each in held for parameter in each.parameters())
-    model, start = new_lora(model, config, batches, excluded, task_type)
+    if streamed is not None:  # one unit computes while another one is read
+        weight_bytes += 2 * streamed.unit_bytes
+    with nullcontext() if streamed is None else streamed.on_device():
+        model, start = new_lora(model, config, batches, excluded, task_type)
+    if streamed is not None and config.use_dora:
+        set_magnitudes(streamed)
     fuse_lora(model)
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
@@ -76,6 +87,8 @@ def train_lora(
         trainer = make_trainer(model=model, callbacks=[progression])
     except ValueError as problem:  # such as TRL's, whose loss passes a LoRA on the head by
         raise ConfigError(f"train: {str(problem).strip().splitlines()[0]}") from problem
+    if streamed is not None:
+        stream_steps(trainer, streamed)
     set_optimizer(trainer, config)
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)

@@ -15,6 +15,7 @@ from emloc.config import TrainConfig
 from emloc.extend.family import Batch, ModelFamily
 from emloc.integrations.transformers.lora_training import train_lora, training_arguments
 from emloc.integrations.transformers.sampling import TrainingData, in_batches
+from emloc.integrations.transformers.streamed_training import frozen_model
 
 
 class Samples(Dataset[Any]):
@@ -97,7 +98,7 @@ def train_on(
         data_collator=data.collate,
         processing_class=data.processing,
     )
-    model = family.load(checkpoint, config.dtype, config.device)
+    model = frozen_model(family, checkpoint, config, work)
 
     def batches() -> Iterator[Batch]:
         for part in in_batches(data.samples, config.per_device_train_batch_size):

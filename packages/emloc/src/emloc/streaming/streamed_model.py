@@ -1,0 +1,134 @@
+"""A model whose blocks are in memory one at a time, to train a LoRA on: exact, and flat in depth.
+
+A step's micro-batches go through each block together, so that it is read twice, whatever their number
+(`emloc.streaming.block_gradients`). What is put around layers, such as a LoRA, stays in memory.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.extend.family import ModelFamily
+from emloc.streaming.block_gradients import BlockPasses
+from emloc.streaming.call import Call
+from emloc.streaming.kept_inputs import InMemory, OnDisk
+from emloc.streaming.lockstep import lockstep
+from emloc.streaming.stream import UnitStream
+from emloc.streaming.waiting_weights import Place, WaitingWeights
+
+Made = TypeVar("Made")
+
+ATTRIBUTE = "emloc_streamed"
+
+
+class StreamedModel:
+    """A skeleton with the passes that it is trained by.
+
+    Args:
+        checkpoint: in the family's layout.
+        dtype: in which units compute; None: the one that most of the checkpoint's bytes are stored in.
+        weights: where blocks wait.
+        inputs: where what enters blocks is kept in a step.
+        folder: on whose disk, if there.
+
+    Attributes:
+        model: the skeleton; whoever has it finds the streamed model by `of`.
+    """
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype | None,
+        device: str,
+        weights: Place,
+        inputs: Place,
+        folder: Path,
+    ) -> None:
+        kind = dtype or stored_dtype(checkpoint)
+        self._stream = stream = UnitStream(family, checkpoint, device, dtype=kind)
+        for places in stream.places.values():
+            for place in places:
+                stream.stored(place.name)  # by the names of now, before layers are wrapped
+        self._weights = WaitingWeights(stream, weights)
+        self._kept = OnDisk(stream.device, folder) if inputs == "disk" else InMemory(stream.device)
+        self.model: Any = stream.model.requires_grad_(False)
+        # By such a map libraries know that the model is where it should be, and do not move it.
+        self.model.hf_device_map = {"": device, "blocks": "disk"}
+        setattr(self.model, ATTRIBUTE, self)
+
+    @staticmethod
+    def of(model: Any) -> "StreamedModel | None":
+        """The streamed model that a skeleton belongs to; None for a model that is in memory."""
+        return getattr(model, ATTRIBUTE, None)
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of the largest unit as it computes."""
+        sizes = [sum(p.shape.numel() for p in places) for places in self._stream.places.values()]
+        return max(sizes, default=0) * self._stream.dtype.itemsize
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Let weights look as if they were on the device, each a single number that is shown many times.
+
+        PEFT puts what it adds where the weights are.
+        """
+        stream, empty = self._stream, list[tuple[nn.Module, str, nn.Parameter | None]]()
+        for place in (place for places in stream.places.values() for place in places):
+            parameters = place.owner._parameters  # pyright: ignore[reportPrivateUsage]
+            empty.append((place.owner, place.leaf, parameters[place.leaf]))
+            shown = torch.zeros((), dtype=stream.dtype, device=stream.device).expand(place.shape)
+            parameters[place.leaf] = nn.Parameter(shown, requires_grad=False)
+        try:
+            yield
+        finally:
+            for owner, leaf, parameter in empty:
+                owner._parameters[leaf] = parameter  # pyright: ignore[reportPrivateUsage]
+
+    def units(self) -> Iterator[nn.Module]:
+        """Every unit in turn, with its weights."""
+        for unit in self._stream.units:
+            with self._weights.fill(unit, None), torch.no_grad():
+                yield self._stream.model.get_submodule(unit)
+
+    def gradients(self, losses: Sequence[Callable[[], tuple[Tensor, Made]]]) -> list[Made]:
+        """Add the gradients of several losses to whatever requires them; see `BlockPasses`."""
+        passes = BlockPasses(self._stream, self._weights.fill, self._kept, shown=False)
+        made = passes.forward(losses)
+        passes.backward(_nothing)
+        return made
+
+    def run(self, call: Callable[[], Made]) -> Made:
+        """Call something that runs the model once, without gradients."""
+
+        @contextmanager
+        def visit(unit: str) -> Iterator[None]:
+            with self._weights.fill(unit, self._following(unit)):
+                yield
+
+        stream = self._stream
+        [made] = lockstep(stream.model, stream.units, [Call(call)], visit, device=stream.device)
+        return made
+
+    def _following(self, unit: str) -> str | None:
+        blocks = self._stream.blocks
+        return blocks[blocks.index(unit) + 1] if unit in blocks[:-1] else None
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating-point dtype that most bytes of a checkpoint are stored in."""
+    sizes: dict[torch.dtype, int] = {}
+    for info in checkpoint.tensors.values():
+        if info.dtype.is_floating_point:
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _nothing(block: str, module: nn.Module) -> AbstractContextManager[None]:
+    return nullcontext()

@@ -1,0 +1,83 @@
+"""Weights that wait on disk or in the machine's memory until their unit's turn comes.
+
+While a unit computes, the one that is needed next is read on a thread of its own: from the mapped file, or
+from memory; converted, and sent to the device on a stream of its own if that is a GPU. So a unit's weights
+are there when they are needed, unless reading takes longer than computing; and two units are held at a time.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from emloc.streaming.stream import UnitStream
+
+Place = Literal["disk", "ram"]
+"""Where weights wait."""
+
+
+class WaitingWeights:
+    """The weights of a stream's units, each for as long as it is needed.
+
+    Args:
+        place: `disk`: they are read whenever they are needed; `ram`: once, and copied from there.
+    """
+
+    def __init__(self, stream: UnitStream, place: Place) -> None:
+        self._stream = stream
+        self._in_memory: dict[str, list[Tensor]] | None = None
+        self._pool = ThreadPoolExecutor(1, "read-ahead")
+        self._ahead: tuple[str, Future[list[Tensor]]] | None = None
+        self._on_gpu = stream.device.type == "cuda"
+        self._copies = torch.cuda.Stream(stream.device) if self._on_gpu else None
+        if place == "ram":
+            self._in_memory = {}
+            for unit in stream.units:
+                self._in_memory[unit] = self._read(unit)
+
+    @contextmanager
+    def fill(self, unit: str, following: str | None) -> Iterator[None]:
+        """Hold a unit's weights inside; meanwhile the unit that is needed next is read.
+
+        Raises:
+            CheckpointError: a weight is missing, or not of the shape that the config implies.
+        """
+        values = self._take(unit)
+        if following is not None:
+            self._ahead = following, self._pool.submit(self._get, following)
+        with self._stream.holding(unit, values):
+            yield
+
+    def _take(self, unit: str) -> list[Tensor]:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            values = ahead[
+                1
+            ].result()  # also where it is of no use, so that it is not held any longer
+            if ahead[0] == unit:
+                if self._copies is not None:
+                    torch.cuda.current_stream(self._stream.device).wait_stream(self._copies)
+                return values
+        values = self._get(unit)
+        if self._copies is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._copies)
+        return values
+
+    def _get(self, unit: str) -> list[Tensor]:
+        stream = self._stream
+        on_disk = self._in_memory is None
+        held = self._read(unit) if self._in_memory is None else self._in_memory[unit]
+        if self._copies is None:  # a view into a mapped file would be read when it is used
+            return [value.to(stream.dtype, copy=on_disk) for value in held]
+        with torch.cuda.stream(self._copies):
+            return [value.to(stream.device, non_blocking=True).to(stream.dtype) for value in held]
+
+    def _read(self, unit: str) -> list[Tensor]:
+        """A unit's weights as stored, pinned where a GPU copies them while it computes."""
+        tensors = [self._stream.tensor(p.name, p.shape) for p in self._stream.places[unit]]
+        if self._on_gpu:
+            return [tensor.contiguous().pin_memory() for tensor in tensors]
+        return tensors if self._in_memory is None else [tensor.clone() for tensor in tensors]

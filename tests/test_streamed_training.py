@@ -1,0 +1,134 @@
+"""A LoRA trained on the original block by block, against one trained on the model in memory."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import emloc
+from emloc.errors import ConfigError
+from emloc.extend.plugins import family_named
+from emloc.streaming.stream import UnitStream
+
+
+@pytest.fixture(scope="module", params=["llm", "vlm", "diffusion"])
+def family(request):
+    return family_named(request.param)
+
+
+@pytest.fixture(scope="module")
+def options(family, tmp_path_factory):
+    example = family.write_example(tmp_path_factory.mktemp(family.name), seed=0)
+    return {
+        **example, "max_steps": 3, "logging_steps": 1, "save_steps": 1, "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "lora_r": 3,
+        "device": "cpu",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def in_memory(options, tmp_path_factory):
+    return emloc.train(output_dir=tmp_path_factory.mktemp("whole") / "adapter", **options)
+
+
+def losses(folder):
+    lines = (folder / "trainer_log.jsonl").read_text().splitlines()
+    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
+def assert_same(folder, other, tolerance=1e-4):
+    assert losses(folder) == pytest.approx(losses(other), rel=1e-5)
+    held, expected = (load_file(f / "adapter_model.safetensors") for f in (folder, other))
+    assert held.keys() == expected.keys()
+    for name, tensor in held.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=tolerance, atol=tolerance)
+        assert tensor.any()
+
+
+@pytest.mark.parametrize("place", ["disk", "ram"])
+def test_adapters_and_losses_are_those_of_training_in_memory(options, in_memory, place, tmp_path):
+    streamed = emloc.train(
+        output_dir=tmp_path / "adapter",
+        stream=True,
+        stream_from=place,
+        stream_inputs=place,
+        **options,
+    )
+    assert_same(streamed, in_memory)
+    assert (streamed / "adapter_config.json").read_bytes() == (
+        in_memory / "adapter_config.json"
+    ).read_bytes()
+
+
+def test_every_block_is_read_twice_a_step(family, options, tmp_path, monkeypatch):
+    read = []
+    holding = UnitStream.holding
+
+    def noted(stream, unit, values):
+        read.append((unit, unit in stream.blocks))
+        return holding(stream, unit, values)
+
+    monkeypatch.setattr(UnitStream, "holding", noted)
+    emloc.train(output_dir=tmp_path / "adapter", stream=True, **{**options, "max_steps": 1})
+    blocks = [unit for unit, is_block in read if is_block]
+    assert blocks
+    assert all(blocks.count(unit) <= 2 for unit in blocks)
+
+
+def test_an_interrupted_run_goes_on_exactly(options, in_memory, tmp_path, monkeypatch):
+    from emloc.integrations.transformers.streamed_training import StreamedSteps
+
+    step, taken = StreamedSteps.training_step, []
+
+    def killed(trainer, *given):
+        taken.append(trainer.state.global_step)
+        if taken[-1] == 2:
+            raise KeyboardInterrupt
+        return step(trainer, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamedSteps, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            emloc.train(output_dir=tmp_path / "adapter", stream=True, **options)
+    again = emloc.train(output_dir=tmp_path / "adapter", stream=True, **options)
+    assert_same(again, in_memory)
+
+
+def test_magnitudes_and_dropout(options, tmp_path):
+    """DoRA's magnitudes begin with the norms of weights that are not there; dropout draws its numbers once."""
+    dora = {**options, "use_dora": True, "max_steps": 2}
+    if "instance_prompt" not in options:
+        whole = emloc.train(output_dir=tmp_path / "whole", **dora)
+        assert_same(emloc.train(output_dir=tmp_path / "dora", stream=True, **dora), whole, 1e-3)
+    dropped = {**options, "lora_dropout": 0.5, "max_steps": 1}
+    first = emloc.train(output_dir=tmp_path / "first", stream=True, **dropped)
+    again = emloc.train(output_dir=tmp_path / "again", stream=True, **dropped)
+    assert losses(first) == losses(again)
+
+
+def test_dropout_draws_the_same_numbers_when_a_block_runs_again():
+    """A loss that is linear in what is dropped: its gradient shows what was drawn in the forward."""
+    from emloc.streaming.kept_inputs import Random
+
+    torch.manual_seed(3)
+    state = Random.now(torch.device("cpu"))
+    first = torch.nn.functional.dropout(torch.ones(50), 0.5)
+    after = torch.rand(3)
+    with state.again():
+        assert torch.equal(torch.nn.functional.dropout(torch.ones(50), 0.5), first)
+    torch.manual_seed(3)
+    torch.nn.functional.dropout(torch.ones(50), 0.5)
+    assert torch.equal(torch.rand(3), after)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"lora_init": "pissa"}, "lora_init=pissa looks at all weights"),
+        ({"gradient_checkpointing": True}, "stream=true excludes gradient_checkpointing"),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused(options, given, named, tmp_path):
+    with pytest.raises(ConfigError, match=named):
+        emloc.train(output_dir=tmp_path / "adapter", stream=True, **options, **given)
