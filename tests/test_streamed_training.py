@@ -96,7 +96,7 @@ def test_an_interrupted_run_goes_on_exactly(options, in_memory, tmp_path, monkey
 
 
 def test_magnitudes_and_dropout(options, tmp_path):
-    """DoRA's magnitudes begin with the norms of weights that are not there; dropout draws its numbers once."""
+    """DoRA's magnitudes begin with norms of weights that are not there; dropout draws its numbers once."""
     dora = {**options, "use_dora": True, "max_steps": 2}
     if "instance_prompt" not in options:
         whole = emloc.train(output_dir=tmp_path / "whole", **dora)

@@ -73,7 +73,7 @@ def _check_streamed(config: TrainConfig) -> None:
             )
     if config.lora_init in BEGINNINGS:
         raise ConfigError(
-            f"train: lora_init={config.lora_init} looks at all weights, or at samples, before the first step; "
+            f"train: lora_init={config.lora_init} looks at all weights, or at samples, before a step; "
             f"stream=true holds one block. Pass lora_init=default or gaussian."
         )
 

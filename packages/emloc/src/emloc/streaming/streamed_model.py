@@ -58,8 +58,8 @@ class StreamedModel:
         self._weights = WaitingWeights(stream, weights)
         self._kept = OnDisk(stream.device, folder) if inputs == "disk" else InMemory(stream.device)
         self.model: Any = stream.model.requires_grad_(False)
-        # By such a map libraries know that the model is where it should be, and do not move it.
-        self.model.hf_device_map = {"": device, "blocks": "disk"}
+        # By a map with several entries libraries know that they must not move the model.
+        self.model.hf_device_map = dict.fromkeys(stream.units, "meta")
         setattr(self.model, ATTRIBUTE, self)
 
     @staticmethod
