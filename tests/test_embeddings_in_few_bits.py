@@ -194,3 +194,18 @@ def test_what_cannot_be_is_one_sentence(tmp_path):
     with pytest.raises(NumericalError, match="Layer lm_head: its weight holds NaN"):
         emloc.compress(output_dir=tmp_path / "e", embedding_bits=8, **SIZES, **broken)
     assert not (tmp_path / "e").exists()
+
+
+def test_on_the_pretended_device(emulator):
+    """Lookups, and gradients of what enters the head."""
+    from emloc.testing import pretend_device
+
+    def gradient(device):
+        held = family_named("llm").load(Checkpoint.open(str(emulator)), "float32", device)
+        x = held.get_input_embeddings()(IDS.to(device)).requires_grad_(True)
+        held.get_output_embeddings()(x).square().sum().backward()
+        return x.grad.cpu()
+
+    with pretend_device():
+        on_card = gradient("cuda")
+    torch.testing.assert_close(on_card, gradient("cpu"))

@@ -46,6 +46,11 @@ class CodedEmbedding(Table, nn.Embedding):
         """The table, rows × d, decoded where its values are used; read-only."""
         return self._row_by_row()
 
+    def forward(self, input: Tensor) -> Tensor:
+        """Rows by their numbers, (...) to (..., d)."""
+        coded = self.coded(*self._stored())
+        return coded.rows(input.reshape(-1), self.made_in).view(*input.shape, coded.columns)
+
 
 def coded_embedding(
     dense: nn.Embedding, stored: Stored, decode: Decode, shown: str
@@ -57,7 +62,7 @@ def coded_embedding(
     """
     kind: type[CodedEmbedding] = CodedEmbedding
     if type(dense) is not nn.Embedding:
-        kind = type(f"Coded{type(dense).__name__}", (CodedEmbedding, type(dense)), {})
+        kind = type(f"Coded{type(dense).__name__}", (type(dense), CodedEmbedding), {})
     made = kind.__new__(kind)
     nn.Module.__init__(made)  # nn.Embedding's own would allocate the dense table
     own = vars(made)
