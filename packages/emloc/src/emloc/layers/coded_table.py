@@ -61,8 +61,9 @@ def coded_embedding(
         dense: of any subclass whose forward looks rows up as `nn.Embedding` does, and perhaps scales them.
     """
     kind: type[CodedEmbedding] = CodedEmbedding
-    if type(dense) is not nn.Embedding:
-        kind = type(f"Coded{type(dense).__name__}", (type(dense), CodedEmbedding), {})
+    own_kind: Any = type(dense)
+    if own_kind is not nn.Embedding:  # its forward comes first, and asks ours for the rows
+        kind = type(f"Coded{own_kind.__name__}", (own_kind, CodedEmbedding), {})
     made = kind.__new__(kind)
     nn.Module.__init__(made)  # nn.Embedding's own would allocate the dense table
     own = vars(made)
