@@ -105,6 +105,27 @@ def test_run_a_yaml_file_twice_with_overrides(llm, tmp_path):
     assert "nothing is ever overwritten" in other.stderr
 
 
+def test_flags_take_true_and_false_as_well(llm, tmp_path):
+    refused = ("--gradient_checkpointing", "true", "--stream")
+    options = ("--model_name_or_path", llm["model_name_or_path"], "--dataset", llm["dataset"])
+    said = warm_command(
+        "train", *map(str, options), "--output_dir", str(tmp_path / "a"), *refused, "TRUE"
+    )
+    assert "stream=true excludes gradient_checkpointing" in said.stderr
+    said = warm_command(
+        "train",
+        *map(str, options),
+        "--output_dir",
+        str(tmp_path / "a"),
+        *refused,
+        "false",
+        "--max_steps",
+        "0",
+    )
+    assert "max_steps = 0 would learn nothing" in said.stderr
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_log_gets_lines_and_no_control_characters(llm, tmp_path):
     """As nohup, CI and SLURM keep it: nothing is a terminal."""
     config = tmp_path / "c.yaml"

@@ -7,7 +7,7 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -47,7 +47,7 @@ def main() -> None:
     plugins = load_plugins()
     build_app(plugins)
     try:
-        code = app(standalone_mode=False)
+        code = app(_with_flags(sys.argv[1:]), standalone_mode=False)
     except UsageError as problem:
         print(_usage(problem), file=sys.stderr)
         sys.exit(problem.exit_code)
@@ -55,6 +55,24 @@ def main() -> None:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(problem.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _with_flags(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with `--packing true` or `false` as the flags that they mean."""
+    flags = {
+        f"--{name}"
+        for stage in all_stages().values()
+        for name, field in stage.config.model_fields.items()
+        if field.annotation is bool
+    }
+    made: list[str] = []
+    for word in words:
+        value = word.lower()
+        if made and made[-1] in flags and value in ("true", "false"):
+            made[-1] = made[-1] if value == "true" else f"--no_{made[-1].removeprefix('--')}"
+        else:
+            made.append(word)
+    return made
 
 
 def _usage(problem: Any) -> str:
