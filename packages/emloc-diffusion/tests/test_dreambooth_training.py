@@ -179,11 +179,11 @@ def test_pictures_and_prompts_are_encoded_once(tiny, tmp_path, monkeypatch):
         return count
 
     for module, name in (
-        (samples, "encode_latents"), (PromptEncoder, "encode"), (training, "load_denoiser"),
+        (samples, "encode_latents"), (PromptEncoder, "encode"), (training, "frozen_model"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, counting(name, getattr(module, name)))
     dreambooth(tiny, tmp_path, "a", max_train_steps=3)
-    assert calls == ["encode_latents", "encode", "load_denoiser"]
+    assert calls == ["encode_latents", "encode", "frozen_model"]
 
 
 def test_everyday_words_and_few_pictures_are_said(tiny, tmp_path, monkeypatch, capsys):

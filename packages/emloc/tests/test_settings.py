@@ -23,7 +23,7 @@ def write(folder, settings, kind="emulator"):
 def test_options_without_effect_are_told_where_they_are_declared():
     assert without_effect(configs.TrainConfig) == {
         "device", "family", "memory", "gradient_checkpointing", "logging_steps", "save_steps",
-        "save_total_limit", "resume_from_checkpoint", "report_to",
+        "save_total_limit", "resume_from_checkpoint", "report_to", "stream_from", "stream_inputs",
     }  # fmt: skip
     for kind in (configs.CompressConfig, configs.CorrectConfig):
         assert without_effect(kind) == {"device", "family", "memory"}

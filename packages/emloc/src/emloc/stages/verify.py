@@ -132,10 +132,10 @@ def _verify_tables(checkpoint: Checkpoint, tables: Iterable[VocabularyTable]) ->
     for table in tables:
         for name, expected in table.sizes.items():
             info = checkpoint.tensors.get(name)
-            found = (info.dtype, info.shape) if info else "missing"
-            if found != expected:
+            stored = (info.dtype, info.shape) if info else "missing"
+            if stored != expected:
                 raise CheckpointError(
-                    f"{name} of {checkpoint.path} should be {expected}, is {found}."
+                    f"{name} of {checkpoint.path} should be {expected}, is {stored}."
                 )
 
 

@@ -1,5 +1,5 @@
-"""What enters a block, kept until the backward comes back to it: in host memory or on disk; and the random
-numbers that it drew.
+"""Inputs of blocks, kept in host memory or on disk until the backward comes back to them; and the random
+numbers that a block drew.
 """
 
 import tempfile
@@ -30,7 +30,7 @@ class KeptInputs(Protocol):
 
 
 class InMemory:
-    """In the memory of the host; on the CPU this is where they are.
+    """Host memory, which on the CPU is where they are.
 
     Args:
         device: where blocks compute.
@@ -59,7 +59,7 @@ class _OnFile:
 
 
 class OnDisk:
-    """In a file without a name, which is gone with the process, whatever ends it.
+    """A file without a name, which is gone with the process, whatever ends it.
 
     Args:
         device: where blocks compute.
@@ -108,7 +108,7 @@ class Random:
 
     @classmethod
     def now(cls, device: torch.device) -> "Random":
-        """As it is."""
+        """Take down the present state."""
         card = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return cls(torch.get_rng_state(), device, card)
 

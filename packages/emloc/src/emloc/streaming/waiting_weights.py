@@ -16,7 +16,7 @@ from torch import Tensor
 from emloc.streaming.stream import UnitStream
 
 Place = Literal["disk", "ram"]
-"""Where weights wait."""
+"""A place where weights wait."""
 
 
 class WaitingWeights:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, ProgressCallback
 from transformers.trainer_callback import PrinterCallback
 
 from emloc.config import TrainConfig
-from emloc.errors import CheckpointError, ConfigError, NumericalError
+from emloc.errors import CheckpointError, ConfigError, EmlocError, NumericalError
 from emloc.extend.family import Batch
 from emloc.integrations.peft.fused_lora import fuse_lora
 from emloc.integrations.peft.lora import new_lora, save_as_plain_lora
@@ -85,6 +85,8 @@ def train_lora(
     progression = Progression(work)
     try:
         trainer = make_trainer(model=model, callbacks=[progression])
+    except EmlocError:
+        raise
     except ValueError as problem:  # such as TRL's, whose loss passes a LoRA on the head by
         raise ConfigError(f"train: {str(problem).strip().splitlines()[0]}") from problem
     if streamed is not None:

@@ -81,7 +81,7 @@ class StreamedSteps:
         return self._losses.pop(0)
 
     def _loss_of(self: Any, model: nn.Module, batch: Any, count: Any) -> tuple[Tensor, Tensor]:
-        """As the Trainer's own `training_step` has it: the mean over what the step learns from."""
+        """One micro-batch's share of the step's mean, as the Trainer's own `training_step` has it."""
         inputs = self._prepare_inputs(batch)
         loss = self.compute_loss(model, inputs, num_items_in_batch=count)
         scaled = self.loss_is_scaled_for_ga

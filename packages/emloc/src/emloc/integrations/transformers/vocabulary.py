@@ -17,8 +17,8 @@ def vocabulary(model: Any) -> Sequence[Sequence[str]]:
         model: a skeleton, in which one parameter stands for what is tied.
     """
     names = {id(module): name for name, module in reversed(list(model.named_modules()))}
-    found = (model.get_input_embeddings(), model.get_output_embeddings())
-    held = [module for module in found if module is not None]
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    held = [module for module in ends if module is not None]
     by_weight: dict[int, list[str]] = {}
     for module in held:
         weight = getattr(module, "weight", None)
