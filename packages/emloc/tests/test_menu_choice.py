@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from emloc.compression import menu_choice
 from emloc.compression.groups import CompressionPlan, Group
 from emloc.compression.menu_choice import with_chosen
 from emloc.config import CompressConfig
@@ -36,6 +37,25 @@ def test_a_layer_that_the_probe_did_not_show_counts_as_others_do():
     menus = {"seen": {**menu, "sensitivity": 3.0}, "unseen": {**menu, "sensitivity": None}}
     chosen, _ = with_chosen(plan, menus, {"seen": 0.27, "unseen": 0.27})
     assert [group.form.sizes["bits"] for group in chosen.groups] == [4, 4]
+
+
+def test_a_part_of_the_rows_tells_what_all_lose(monkeypatch):
+    """Rows that differ much in size, and so in what they lose."""
+    torch.manual_seed(0)
+    weight = torch.randn(900, 96) * torch.exp(0.5 * torch.randn(900, 1))
+    x = torch.randn(400, 96) * torch.exp(torch.randn(96))
+    moments = Moments.of_matrix("input", "a", x.T @ x, 400)
+    forms = menu_of(GroupShape(("a",), (900,), 96), 2)
+    _, share, some = menu_choice.price_forms(weight, moments, forms)
+    monkeypatch.setattr(menu_choice, "PRICED_ROWS", 900)
+    _, same, whole = menu_choice.price_forms(weight, moments, forms)
+    assert share == same
+    assert some != whole
+    *few, eight = zip(some, whole)
+    for predicted, error in few:
+        assert predicted == pytest.approx(error, rel=0.05)
+    # A few rows lose most of what 8 bits lose, and that is next to nothing.
+    assert eight[0] == pytest.approx(eight[1], rel=0.3)
 
 
 def test_a_pattern_is_a_layers_own_budget():
