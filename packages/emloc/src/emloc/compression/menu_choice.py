@@ -2,11 +2,11 @@
 
 The first pass knows, of every layer, what each form of its menu would do to its outputs. Rounding with
 feedback (`emloc.linalg.rounding`) makes input k cost `R_kk²` times its own squared error, whatever is carried
-on, so the error of a grid is that of rounding to the nearest under these weights: no form has to be fitted, and
-a few hundred rows tell. (On SmolLM2-135M it is within 5 % of what refined rounding comes to for most layers,
-25 % for the last ones, by the same factor for all grids.) Once per layer it is measured how much its block's output minds such an
-error (`emloc.compression.sensitivity`). Bytes are allocated by both (`emloc.linalg.menu_allocation`), and the
-second pass is that of any plan whose forms are known.
+on, so the error of a grid is that of rounding to the nearest under these weights: no form has to be fitted,
+and a few hundred rows tell. (On SmolLM2-135M it is within 5 % of what refined rounding comes to for most
+layers, 25 % for the last ones, by the same factor for all grids.) Once per layer it is measured how much its
+block's output minds such an error (`emloc.compression.sensitivity`). Bytes are allocated by both
+(`emloc.linalg.menu_allocation`), and the second pass is that of any plan whose forms are known.
 
 Prices are written block by block; a run that is killed goes on, and ends with the same bytes.
 """
@@ -125,7 +125,7 @@ def price_forms(
 
 
 def _some_rows(weight: Tensor, importance: Tensor) -> tuple[Tensor, float]:
-    """At most `PRICED_ROWS` rows that stand for all, and by how much more all lose than they.
+    """Choose at most `PRICED_ROWS` rows that stand for all; and by how much more all lose than they do.
 
     Rows are rounded apart, and lose about in proportion to what they weigh: so they are taken evenly from
     the lightest to the heaviest.
