@@ -81,12 +81,15 @@ def _step_by_step(family, options, manifest):
 
 
 def _in_order(family, model, batches, in_blocks):
-    """As the model comes by the groups."""
+    """Sort the groups by when a forward of the model reaches them."""
     order, handles = [], []
+
+    def noting(owner):
+        return lambda *_: order.append(owner)
+
     for _, group in in_blocks:
         module = model.get_submodule(group.owner)
-        note = lambda *_, owner=group.owner: order.append(owner)  # noqa: E731
-        handles.append(module.register_forward_hook(note))
+        handles.append(module.register_forward_hook(noting(group.owner)))
     with torch.no_grad():
         family.loss(model, batches[0])
     for handle in handles:

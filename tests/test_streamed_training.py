@@ -61,6 +61,24 @@ def test_adapters_and_losses_are_those_of_training_in_memory(options, in_memory,
     ).read_bytes()
 
 
+@pytest.mark.parametrize("name", ["llm", "vlm"])  # diffusion draws pictures instead
+def test_it_is_evaluated_as_in_memory(name, tmp_path):
+    example = family_named(name).write_example(tmp_path / "example", seed=0)
+    options = {
+        **example, "eval_dataset": example["dataset"], "eval_steps": 1, "max_steps": 1,
+        "per_device_train_batch_size": 8, "lora_r": 3, "device": "cpu",
+    }  # fmt: skip
+
+    def evaluated(stream):
+        folder = emloc.train(output_dir=tmp_path / str(stream), stream=stream, **options)
+        lines = (folder / "trainer_log.jsonl").read_text().splitlines()
+        return [entry["eval_loss"] for entry in map(json.loads, lines) if "eval_loss" in entry]
+
+    streamed = evaluated(stream=True)
+    assert streamed
+    assert streamed == pytest.approx(evaluated(stream=False), rel=1e-5)
+
+
 def test_every_block_is_read_twice_a_step(family, options, tmp_path, monkeypatch):
     read = []
     holding = UnitStream.holding

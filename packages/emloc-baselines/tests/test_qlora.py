@@ -52,9 +52,9 @@ def test_weights_are_what_bitsandbytes_makes_of_them(made, tiny):
         layer = model.get_submodule(name)
         assert isinstance(layer, Linear4bit), name
         assert torch.equal(layer.weight.data, packed)
-        found = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        assert torch.equal(found, dequantize_4bit(packed, state)), name
-        assert not torch.equal(found, base.get_submodule(name).weight)
+        decoded = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        assert torch.equal(decoded, dequantize_4bit(packed, state)), name
+        assert not torch.equal(decoded, base.get_submodule(name).weight)
     assert type(model.lm_head) is torch.nn.Linear
     assert torch.equal(model.lm_head.weight, base.lm_head.weight)
 

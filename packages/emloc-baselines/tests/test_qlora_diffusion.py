@@ -64,8 +64,8 @@ def test_every_weight_is_what_diffusers_makes_of_it(made):
                 module.weight.data, quant_type="nf4", compress_statistics=True
             )
             assert torch.equal(layer.weight.data.flatten(), packed.flatten()), name
-            found = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-            assert torch.equal(found, dequantize_4bit(packed, state)), name
+            decoded = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            assert torch.equal(decoded, dequantize_4bit(packed, state)), name
         elif isinstance(module, torch.nn.Conv2d):
             assert torch.equal(held.get_submodule(name).weight, module.weight), name
 

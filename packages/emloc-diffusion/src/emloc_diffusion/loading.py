@@ -21,7 +21,7 @@ def load_denoiser(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
         CheckpointError: diffusers cannot load it.
     """
     few_bits = (checkpoint.config.get("quantization_config") or {}).get("load_in_4bit")
-    kind = _stored_dtype(checkpoint) if dtype == "auto" else getattr(torch, dtype)
+    kind = checkpoint.main_dtype if dtype == "auto" else getattr(torch, dtype)
     placed = {"device_map": {"": device}} if few_bits else {}
     loading = four_bits_anywhere(device) if few_bits else nullcontext()
     with load_errors(checkpoint.path, "denoiser"), loading:
@@ -35,14 +35,3 @@ def load_denoiser(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
     if not few_bits:
         model = model.to(device)
     return model.requires_grad_(False).eval()
-
-
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    quantised = checkpoint.config.get("quantization_config") or {}
-    if "bnb_4bit_compute_dtype" in quantised:  # the tables of scales have another
-        return getattr(torch, quantised["bnb_4bit_compute_dtype"])
-    sizes: dict[torch.dtype, int] = {}
-    for info in checkpoint.tensors.values():
-        if info.dtype.is_floating_point:
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
-    return max(sizes, key=lambda dtype: sizes[dtype])

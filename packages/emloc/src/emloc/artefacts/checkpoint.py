@@ -82,6 +82,15 @@ class Checkpoint:
         return layout_of(self.path)
 
     @property
+    def main_dtype(self) -> torch.dtype:
+        """The floating-point dtype that most bytes are stored in."""
+        sizes: dict[torch.dtype, int] = {}
+        for info in self.tensors.values():
+            if info.dtype.is_floating_point:
+                sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    @property
     def parts(self) -> list[str]:
         """Names of a pipeline's other models."""
         return part_names(self.path)

@@ -6,6 +6,8 @@ block, again up to the next ones, and so on: as soon as all have read what a gro
 emulator, the group is fitted, to give there what it gives in the base (`emloc.linalg.regression`), and has
 its fitted weights when the next group's turn comes. In the end the emulator's calls run through the block.
 
+The error that a layer reports is that of its form against the regression, on what it reads in the emulator.
+
 What experts of a block read is not the same tokens in both; they are fitted on what they read in the
 emulator, with their own weights as the target, all of them at once.
 

@@ -21,7 +21,8 @@ def propagating_lines(
 ) -> tuple[Lines, str]:
     """The device's lines at the largest moment, and which moment that is; see `compress_lines`."""
     itemsize = compute_itemsize(subject)
-    instants: dict[str, list[Lines]] = {"running a block": [], "fitting a layer": []}
+    names = ("running a block", "fitting a layer", "writing")
+    instants: dict[str, list[Lines]] = {name: [] for name in names}
     for block in blocks_of(subject, plan, calls):
         sums = [2 * group.shape.d_in**2 * itemsize for group in block.groups]
         stored = sum(tensor_bytes(g.shape, g.form, itemsize) for g in block.groups)
@@ -53,6 +54,12 @@ def propagating_lines(
                     fitting=shape.numel * itemsize + max(regression, fitting),
                 )
             )
+        converted = 0
+        if written != itemsize:
+            converted += sum(tensor_bytes(g.shape, g.form, written) for g in block.groups)
+        if written != subject.stored.itemsize:
+            converted += block.dense * written
+        instants["writing"].append(lines_of(**common, suspended_calls=suspended, written=converted))
     sizes = {name: largest(parts) for name, parts in instants.items() if parts}
     name = max(sizes, key=lambda name: sum(sizes[name].values()))
     return sizes[name], name

@@ -19,7 +19,7 @@ from emloc.streaming.call import Call
 from emloc.streaming.kept_inputs import InMemory, OnDisk
 from emloc.streaming.lockstep import lockstep
 from emloc.streaming.stream import UnitStream
-from emloc.streaming.waiting_weights import Place, WaitingWeights
+from emloc.streaming.waiting_weights import Medium, WaitingWeights
 
 Made = TypeVar("Made")
 
@@ -46,11 +46,11 @@ class StreamedModel:
         checkpoint: Checkpoint,
         dtype: torch.dtype | None,
         device: str,
-        weights: Place,
-        inputs: Place,
+        weights: Medium,
+        inputs: Medium,
         folder: Path,
     ) -> None:
-        kind = dtype or stored_dtype(checkpoint)
+        kind = dtype or checkpoint.main_dtype
         self._stream = stream = UnitStream(family, checkpoint, device, dtype=kind)
         for places in stream.places.values():
             for place in places:
@@ -119,15 +119,6 @@ class StreamedModel:
     def _following(self, unit: str) -> str | None:
         blocks = self._stream.blocks
         return blocks[blocks.index(unit) + 1] if unit in blocks[:-1] else None
-
-
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The floating-point dtype that most bytes of a checkpoint are stored in."""
-    sizes: dict[torch.dtype, int] = {}
-    for info in checkpoint.tensors.values():
-        if info.dtype.is_floating_point:
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
-    return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def _nothing(block: str, module: nn.Module) -> AbstractContextManager[None]:

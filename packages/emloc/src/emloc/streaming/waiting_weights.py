@@ -15,8 +15,8 @@ from torch import Tensor
 
 from emloc.streaming.stream import UnitStream
 
-Place = Literal["disk", "ram"]
-"""A place where weights wait."""
+Medium = Literal["disk", "ram"]
+"""Disk or memory, where something waits."""
 
 
 class WaitingWeights:
@@ -26,7 +26,7 @@ class WaitingWeights:
         place: `disk`: they are read whenever they are needed; `ram`: once, and copied from there.
     """
 
-    def __init__(self, stream: UnitStream, place: Place) -> None:
+    def __init__(self, stream: UnitStream, place: Medium) -> None:
         self._stream = stream
         self._in_memory: dict[str, list[Tensor]] | None = None
         self._pool = ThreadPoolExecutor(1, "read-ahead")

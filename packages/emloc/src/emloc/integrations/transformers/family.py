@@ -27,6 +27,7 @@ from emloc.integrations.transformers.quantizer import emulator_config
 from emloc.integrations.transformers.sampling import TrainingData, drawn, in_batches
 from emloc.integrations.transformers.skeleton import (
     empty_model,
+    keep_no_keys,
     linears_within,
     repeated_blocks,
     shared_input_groups,
@@ -60,7 +61,9 @@ class TransformersFamily(PlannedTransformer):
 
     def skeleton(self, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         """See `ModelFamily`."""
-        return empty_model(checkpoint, self.auto_class, dtype)
+        model = empty_model(checkpoint, self.auto_class, dtype)
+        keep_no_keys(model)
+        return model
 
     def stored(
         self, model: nn.Module, parameter: str, checkpoint: Checkpoint

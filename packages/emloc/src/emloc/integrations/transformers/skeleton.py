@@ -48,6 +48,17 @@ def empty_model(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype) -> 
     return model.eval()
 
 
+def keep_no_keys(model: nn.Module) -> None:
+    """Have forwards begin without keys and values of earlier ones, unless a call asks for them.
+
+    Where a block runs again on the same inputs, it would read those of its first run beside its own.
+    """
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
+
+
 def _report_real_device(model: nn.Module) -> None:
     """Let `model.device` be where it computes: some models move their inputs there, and not to meta."""
 

@@ -28,10 +28,6 @@ def frozen_model(
     streamed = StreamedModel(
         family, checkpoint, dtype, config.device, config.stream_from, config.stream_inputs, work
     )
-    for module in streamed.model.modules():
-        held: Any = getattr(module, "config", None)
-        if getattr(held, "use_cache", False):  # a block that runs again would read its keys twice
-            held.use_cache = False
     return streamed.model
 
 
