@@ -79,8 +79,9 @@ ENDS = 3
 def ends_of_smollm2(tmp_path_factory):
     """Real weights and activations of the demo's model, with the blocks between the two ends left out."""
     import torch
-    from emloc_llm.demo.model import smollm2
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from emloc_llm.demo.model import smollm2
 
     model = AutoModelForCausalLM.from_pretrained(smollm2())
     blocks = model.model.layers

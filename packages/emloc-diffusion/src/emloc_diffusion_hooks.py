@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import emloc
-from emloc.config import DataOptions, EvaluateConfig, TrainConfig
+from emloc.config import DataOptions, EvaluateConfig, TrainingOptions
 from emloc.extend.capabilities import IN_FEW_BITS
 from emloc.extend.family import FamilyEntry
 from emloc_diffusion_options import DreamBoothOptions, EvaluationOptions, PictureOptions
@@ -39,7 +39,7 @@ def emloc_register_families() -> Sequence[FamilyEntry]:
             recognises_file=is_original,
             options={
                 DataOptions: PictureOptions,
-                TrainConfig: DreamBoothOptions,
+                TrainingOptions: DreamBoothOptions,
                 EvaluateConfig: EvaluationOptions,
             },
             offers=(IN_FEW_BITS,),

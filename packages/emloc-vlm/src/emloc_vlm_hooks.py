@@ -38,7 +38,7 @@ def emloc_register_families() -> Sequence[FamilyEntry]:
             options={
                 **TEXT_OPTIONS,
                 DataOptions: (*TEXT_OPTIONS[DataOptions], ImageOptions),
-                TrainConfig: (*TEXT_OPTIONS[TrainConfig], FreezeOptions),
+                TrainConfig: FreezeOptions,
                 EvaluateConfig: (*TEXT_OPTIONS[EvaluateConfig], MetricOptions),
             },
         )

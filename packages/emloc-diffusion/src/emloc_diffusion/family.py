@@ -35,6 +35,7 @@ class DiffusionFamily(PlannedDiffusion):
 
     name = "diffusion"
     streams_training = True
+    continues_adapters = True
     adapter_formats: tuple[str, ...] = ("peft", "diffusers", "kohya")
 
     def skeleton(self, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:

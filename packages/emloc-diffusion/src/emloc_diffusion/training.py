@@ -8,6 +8,7 @@ prior-preservation loss.
 import json
 from collections.abc import Sequence
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
+from emloc.adapters.going_on import goes_on_from
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.locate import locate
 from emloc.errors import ConfigError
@@ -140,6 +142,12 @@ def _train(config: Any, work: Path, family: ModelFamily) -> dict[str, Any]:
         text = TextTraining(
             checkpoint.path, captions, model.dtype, config.device, config.gradient_checkpointing
         )
+    learnt, held_back = samples.indices(prior=False), list[int]()
+    if config.num_held_back_samples:
+        # A subject has a few pictures, all of which are learnt: what is held back is noise.
+        held_back = [
+            position for position, _ in zip(cycle(learnt), range(config.num_held_back_samples))
+        ]
     make_trainer = partial(
         _make_trainer,
         _validation(checkpoint, config, work, text),
@@ -148,11 +156,20 @@ def _train(config: Any, work: Path, family: ModelFamily) -> dict[str, Any]:
         prior_weight=config.prior_loss_weight,
         text=text,
         args=arguments,
-        train_dataset=Indices(samples.indices(prior=False)),
+        train_dataset=Indices(learnt),
         data_collator=_collate,
     )
     parts = text.parts if text else {}
-    figures = train_with(plain, work, model, make_trainer, (), parts=parts)
+    figures = train_with(
+        plain,
+        work,
+        model,
+        make_trainer,
+        (),
+        parts=parts,
+        adapter=goes_on_from(config, family, checkpoint),
+        held_back=Indices(held_back) if held_back else None,
+    )
     figures["summary"] |= {"samples": len(samples.pictures)}
     return figures
 

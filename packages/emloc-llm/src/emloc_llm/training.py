@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
+from emloc.adapters.going_on import goes_on_from
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.locate import locate
 from emloc.errors import ConfigError
@@ -16,6 +17,7 @@ from emloc.integrations.transformers.capacity import Capacity, load_capacity
 from emloc.integrations.transformers.data.rows import where_of
 from emloc.integrations.transformers.family import TransformersFamily
 from emloc.integrations.transformers.generation import closing_tokens, say_missing_ends
+from emloc.integrations.transformers.held_back import hold_back
 from emloc.integrations.transformers.loading import load_tokenizer
 from emloc.integrations.transformers.lora_training import train_lora as train_with
 from emloc.integrations.transformers.lora_training import training_arguments
@@ -79,6 +81,11 @@ def train_lora(config: Any, work: Path, family: TransformersFamily) -> dict[str,
 def _train(config: Any, work: Path, family: TransformersFamily) -> dict[str, Any]:
     path = locate(config.emulator or str(config.model_name_or_path))
     tokenizer = load_tokenizer(path)
+    if config.streaming and config.num_held_back_samples:
+        raise ConfigError(
+            "train: streaming keeps no samples that could be held back; pass num_held_back_samples=0, or "
+            "leave streaming out."
+        )
     if config.streaming and config.max_steps <= 0:
         raise ConfigError("train: streaming needs max_steps, since the data's length is not known.")
     capacity = load_capacity(path, AutoModelForCausalLM)
@@ -91,6 +98,7 @@ def _train(config: Any, work: Path, family: TransformersFamily) -> dict[str, Any
         evaluation = _learnable(_evaluation_samples(config, tokenizer, config.eval_dataset, split))
     all_samples = [*samples, *(evaluation or [])]
     capacity.check((sample.input_ids for sample in all_samples), tokenizer, "The samples")
+    samples, held_back = hold_back(samples, config)
     arguments = training_arguments(
         SFTConfig,
         config,
@@ -109,12 +117,22 @@ def _train(config: Any, work: Path, family: TransformersFamily) -> dict[str, Any
         eval_dataset=_dataset(evaluation) if evaluation else None,
         processing_class=tokenizer,
     )
-    model = frozen_model(family, Checkpoint.open(path), config, work)
+    checkpoint = Checkpoint.open(path)
+    model = frozen_model(family, checkpoint, config, work)
     closing = closing_tokens((s.input_ids[s.prompt_length :] for s in samples), tokenizer)
     say_missing_ends(model, tokenizer, closing)
     parts = in_batches(samples, config.per_device_train_batch_size)
     batches = (pad(part, tokenizer.pad_token_id) for part in parts)
-    figures = train_with(config, work, model, make_trainer, batches, task_type=family.task_type)
+    figures = train_with(
+        config,
+        work,
+        model,
+        make_trainer,
+        batches,
+        task_type=family.task_type,
+        adapter=goes_on_from(config, family, checkpoint),
+        held_back=_dataset(held_back) if held_back else None,
+    )
     tokenizer.save_pretrained(work)
     figures["summary"] |= {
         "samples": len(samples),

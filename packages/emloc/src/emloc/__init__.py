@@ -1,6 +1,6 @@
 """EMLoC: fine-tune a model within the memory of running it.
 
-The stages are functions with keyword options: `plan`, `compress`, `train`, `correct`, `merge`,
+The stages are functions with keyword options: `plan`, `compress`, `train`, `correct`, `polish`, `merge`,
 `evaluate`, `verify`, `run` and `demo`. They are imported on first use, so that `import emloc` is cheap.
 """
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from emloc.stages.evaluate import evaluate
     from emloc.stages.merge import merge
     from emloc.stages.plan import plan
+    from emloc.stages.polish import polish
     from emloc.stages.run import run
     from emloc.stages.train import train
     from emloc.stages.verify import verify
@@ -31,6 +32,7 @@ __all__ = [
     "hookimpl",
     "merge",
     "plan",
+    "polish",
     "run",
     "train",
     "verify",

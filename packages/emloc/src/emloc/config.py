@@ -14,7 +14,8 @@ from emloc.options.evaluate import EvaluateConfig
 from emloc.options.lora import LoraOptions
 from emloc.options.merge import MergeConfig
 from emloc.options.plan import PlanConfig
-from emloc.options.train import TrainConfig
+from emloc.options.polish import PolishConfig
+from emloc.options.train import TrainConfig, TrainingOptions
 from emloc.options.verify import VerifyConfig
 
 __all__ = [
@@ -30,8 +31,10 @@ __all__ = [
     "MergeConfig",
     "ModelOptions",
     "PlanConfig",
+    "PolishConfig",
     "StageConfig",
     "TrainConfig",
+    "TrainingOptions",
     "VerifyConfig",
     "build",
     "nearest",

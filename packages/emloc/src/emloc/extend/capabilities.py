@@ -111,6 +111,13 @@ class StreamsTraining(Protocol):
 
 
 @runtime_checkable
+class ContinuesAdapters(Protocol):
+    """A family whose training goes on from an `adapter`, and takes the loss of samples held back."""
+
+    continues_adapters: bool
+
+
+@runtime_checkable
 class ExportsAdapters(Protocol):
     """A family whose adapters are also read in other formats than PEFT's."""
 

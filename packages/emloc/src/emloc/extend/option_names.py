@@ -19,6 +19,7 @@ STAGES: Sequence[type[BaseModel]] = (
     config.CompressConfig,
     config.TrainConfig,
     config.CorrectConfig,
+    config.PolishConfig,
     config.MergeConfig,
     config.EvaluateConfig,
     config.VerifyConfig,

@@ -1,4 +1,4 @@
-"""Options of train."""
+"""Options of train, and those that it shares with polish."""
 
 from typing import Annotated, Literal
 
@@ -12,12 +12,13 @@ from emloc.options.marks import UnlessDefault, WithoutEffect
 from emloc.options.types import Dtype, Located, Names, Optimizer, OutputDir, Scheduler
 
 
-class TrainConfig(LearntDataOptions, LoraOptions, ModelOptions, MemoryOptions):
-    """Stage 2: train a LoRA on an emulator (or, as a reference, on the model itself)."""
+class TrainingOptions(LearntDataOptions, ModelOptions, MemoryOptions):
+    """Options for the steps of an optimiser, and for what is kept of them."""
 
-    emulator: Located | None = Field(None, description="folder that compress wrote")
-    model_name_or_path: Located | None = Field(
-        None, description="train on this model instead of an emulator"
+    output_dir: OutputDir = Field(description="where the adapter goes; must not exist")
+    dtype: Dtype = Field("auto", description="of the frozen weights; auto: as stored")
+    device: Annotated[Device, WithoutEffect()] = Field(
+        "auto", validate_default=True, description=DEVICES
     )
     stream: Annotated[bool, UnlessDefault()] = Field(
         False, description="hold one block of model_name_or_path at a time, read twice a step"
@@ -28,14 +29,8 @@ class TrainConfig(LearntDataOptions, LoraOptions, ModelOptions, MemoryOptions):
     stream_inputs: Annotated[Literal["disk", "ram"], WithoutEffect()] = Field(
         "ram", description="where what enters each block is kept during a step with stream=true"
     )
-    output_dir: OutputDir = Field(description="where the adapter goes; must not exist")
-    dtype: Dtype = Field("auto", description="of the frozen weights; auto: as stored")
-    device: Annotated[Device, WithoutEffect()] = Field(
-        "auto", validate_default=True, description=DEVICES
-    )
     seed: int = Field(0, ge=0, description="initialisation, data order and dropout")
     per_device_train_batch_size: int = Field(8, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
     learning_rate: float = Field(2e-4, gt=0)
     optim: Optimizer = Field(
         "adamw_torch_fused", description="transformers' names; 8 bits need a GPU; prodigy"
@@ -44,10 +39,8 @@ class TrainConfig(LearntDataOptions, LoraOptions, ModelOptions, MemoryOptions):
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    max_steps: int = Field(-1, ge=-1, description="overrides num_train_epochs where positive")
-    num_train_epochs: float = Field(3.0, gt=0)
-    gradient_checkpointing: Annotated[bool, WithoutEffect()] = Field(
-        False, description="less memory, slower steps"
+    num_held_back_samples: Annotated[int, UnlessDefault()] = Field(
+        0, ge=0, description="samples that are not learnt; their loss is taken before and after"
     )
     logging_steps: Annotated[int, WithoutEffect()] = Field(10, ge=1)
     save_steps: Annotated[int, WithoutEffect()] = Field(
@@ -61,4 +54,22 @@ class TrainConfig(LearntDataOptions, LoraOptions, ModelOptions, MemoryOptions):
     )
     report_to: Annotated[Names, WithoutEffect()] = Field(
         [], description="tensorboard, wandb, …; none by default"
+    )
+
+
+class TrainConfig(TrainingOptions, LoraOptions):
+    """Stage 2: train a LoRA on an emulator (or, as a reference, on the model itself)."""
+
+    emulator: Located | None = Field(None, description="folder that compress wrote")
+    model_name_or_path: Located | None = Field(
+        None, description="train on this model instead of an emulator"
+    )
+    adapter: Annotated[Located | None, UnlessDefault()] = Field(
+        None, description="go on from this LoRA, whose options hold, instead of beginning a new one"
+    )
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    max_steps: int = Field(-1, ge=-1, description="overrides num_train_epochs where positive")
+    num_train_epochs: float = Field(3.0, gt=0)
+    gradient_checkpointing: Annotated[bool, WithoutEffect()] = Field(
+        False, description="less memory, slower steps"
     )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from emloc.compression.groups import CompressionPlan
-from emloc.config import CalibrationOptions, PlanConfig
+from emloc.config import CalibrationOptions, PlanConfig, PolishConfig
 from emloc.extend.plugin_options import with_plugin_options
 from emloc.linalg.convolution import matrix_shape
 from emloc.planning.calls import (
@@ -50,6 +50,9 @@ TRAINING = "a training step"
 
 CANDIDATES, CORRECTION_SAMPLES = 9, 32
 """Ways that `correct` tries by default, and samples that it tries them on."""
+
+POLISH_SAMPLES: int = PolishConfig.model_fields["samples_per_step"].default
+"""Samples of a step of `polish` by default."""
 
 
 @dataclass
@@ -188,6 +191,13 @@ class Setting:
             return self._streamed()
         weights = self.subject.emulator_bytes(self.emulator, self.options.dtype)
         return self._trained(weights, *self._step[:2], 0)
+
+    def polish(self) -> StageMemory:
+        """A step of polishing: `POLISH_SAMPLES` go through the base, block by block."""
+        batch = min(self.options.per_device_train_batch_size, POLISH_SAMPLES)
+        steps = -(-POLISH_SAMPLES // batch)
+        options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps}
+        return with_options(self, stream=True, **options).train()
 
     def _streamed(self) -> StageMemory:
         """One unit computes while another one is read; what enters blocks is kept for all micro-batches."""

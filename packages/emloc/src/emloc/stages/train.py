@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from emloc.adapters.going_on import OPTIONS, goes_on_from, lora_options
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.digest import named_digests
@@ -18,7 +19,7 @@ from emloc.artefacts.output_place import has_place
 from emloc.artefacts.write_errors import others_writing
 from emloc.config import TrainConfig
 from emloc.errors import CheckpointError, ConfigError, NumericalError
-from emloc.extend.capabilities import StreamsTraining, exported
+from emloc.extend.capabilities import ContinuesAdapters, StreamsTraining, exported
 from emloc.extend.family import ModelFamily
 from emloc.extend.opening import named_family, of_folder, open_model
 from emloc.extend.plugin_options import of_family, own_options
@@ -33,6 +34,7 @@ PATHS = {
     "emulator",
     "model_name_or_path",
     "single_file_config",
+    "adapter",
 }
 """Options whose meaning is in a digest instead."""
 
@@ -43,6 +45,12 @@ def _can_train(config: TrainConfig) -> None:
     if config.dataset is None:
         raise ConfigError(
             "train: dataset is required (a JSONL, CSV or parquet file, a folder, or a hub id)."
+        )
+    taken = sorted(OPTIONS & config.model_fields_set) if config.adapter else []
+    if taken:
+        raise ConfigError(
+            f"train: adapter={config.adapter} is gone on from as it is, and {taken[0]} is of a new LoRA; "
+            f"leave one of them out."
         )
     if config.max_steps == 0:
         raise ConfigError("train: max_steps = 0 would learn nothing; leave it out to train epochs.")
@@ -79,15 +87,20 @@ def train(config: TrainConfig) -> Path:
         raise ConfigError(
             f"train: the family {family.name} loads its model whole to train; leave stream out."
         )
+    begun = _begun(config, model, family)
     digest, named = model.digest(), named_digests(config)
     settings: dict[str, Any] = {
-        **own_options(config, PATHS.union(digested(config))),
+        **own_options(config, PATHS.union(digested(config), OPTIONS if begun else ())),
+        **({"adapter_digest": begun.digest()} if begun else {}),
         **named_family(model, family),
         "model_digest": digest,
         "companions_digest": model.companions_digest(),
         **data_digests(config, family),
         **({"named_digests": named} if named else {}),
     }
+    if begun is not None:
+        config = config.model_copy(update=lora_options(begun))
+        check_training(config)
     reference = ModelReference.of(model, digest)
     artefact = Artefact(
         "train",
@@ -119,7 +132,18 @@ def train(config: TrainConfig) -> Path:
             measured={**how, **figures},
         )
 
-    return artefact.write(write, lambda: train.contract(config, model, family))
+    return artefact.write(write, lambda: train.contract(config, model, family, begun))
+
+
+def _begun(config: TrainConfig, model: Checkpoint, family: ModelFamily) -> Adapter | None:
+    """The adapter that training goes on from, where one is named."""
+    asked = [name for name in ("adapter", "num_held_back_samples") if getattr(config, name)]
+    if asked and not isinstance(family, ContinuesAdapters):
+        raise ConfigError(
+            f"train: the family {family.name} begins with a new LoRA and learns all samples; leave "
+            f"{asked[0]} out."
+        )
+    return goes_on_from(config, family, model)
 
 
 def _emulator(config: TrainConfig, manifest: Manifest | None) -> Manifest | None:

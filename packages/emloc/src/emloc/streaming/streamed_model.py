@@ -104,17 +104,16 @@ class StreamedModel:
         passes.backward(_nothing)
         return made
 
-    def run(self, call: Callable[[], Made]) -> Made:
-        """Call something that runs the model once, without gradients."""
+    def run(self, calls: Sequence[Callable[[], Made]]) -> list[Made]:
+        """Call things that run the model once each, all together, without gradients."""
 
         @contextmanager
         def visit(unit: str) -> Iterator[None]:
             with self._weights.fill(unit, self._following(unit)):
                 yield
 
-        stream = self._stream
-        [made] = lockstep(stream.model, stream.units, [Call(call)], visit, device=stream.device)
-        return made
+        stream, waiting = self._stream, [Call(call) for call in calls]
+        return lockstep(stream.model, stream.units, waiting, visit, device=stream.device)
 
     def _following(self, unit: str) -> str | None:
         blocks = self._stream.blocks

@@ -48,9 +48,21 @@ def attach(model: Any, adapter: str, checkpoint: Checkpoint, family: ModelFamily
                 f"Adapter {adapter}: {checkpoint.name} has no layer {layer.name}; it was trained for "
                 f"another model."
             )
-    adapted = _loaded(model, lora)
+    return put_on(model, lora).eval()
+
+
+def put_on(model: Any, lora: Adapter, trained: bool = False) -> Any:
+    """The model with an adapter whose modules it has, under the names of now.
+
+    Args:
+        trained: whether the adapter's tensors are trained further.
+
+    Raises:
+        MismatchError: PEFT uses not all of its tensors.
+    """
+    adapted = _loaded(model, lora, trained)
     _require_loaded(adapted, lora)
-    return adapted.eval()
+    return adapted
 
 
 def _dequantise(model: Any, frozen: RoundedBase) -> None:
@@ -60,7 +72,7 @@ def _dequantise(model: Any, frozen: RoundedBase) -> None:
         weight.data.copy_(frozen.parameter(layer))
 
 
-def _loaded(model: Any, lora: Adapter) -> Any:
+def _loaded(model: Any, lora: Adapter, trained: bool) -> Any:
     """The model with the adapter's tensors, on the modules that the file has them for.
 
     PEFT renames what older versions called otherwise, but not for all models, and neither what was trained
@@ -72,6 +84,7 @@ def _loaded(model: Any, lora: Adapter) -> Any:
     config.rank_pattern, config.alpha_pattern = exact_patterns(
         lora.config, ((layer.name, layer.rank, layer.scaling) for layer in lora.layers)
     )
+    config.inference_mode = not trained
     config.base_model_name_or_path = None  # what it was trained on is no news here
     config.init_lora_weights = True  # other beginnings look at data or weights, and are overwritten
     adapted = get_peft_model(model, config)
@@ -145,6 +158,4 @@ def attach_part(part: Any, adapter: Adapter) -> None:
                 f"{shape[0]}x{shape[1]}; it was trained for another model."
             )
     _require_places(adapter, part, type(part).__name__)
-    adapted = _loaded(part, adapter)
-    _require_loaded(adapted, adapter)
-    adapted.eval()
+    put_on(part, adapter).eval()

@@ -12,8 +12,10 @@ from typing import Any
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from emloc.artefacts.adapter import Adapter
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError
+from emloc.integrations.peft.attach import put_on
 
 
 @dataclass(frozen=True)
@@ -72,16 +74,29 @@ class TrainedTogether(nn.Module):
             part.save_pretrained(str(Path(folder) / name), **options)  # pyright: ignore
 
 
-def with_parts(main: Any, parts: Mapping[str, Part], config: TrainConfig) -> Any:
+def with_parts(
+    main: Any, parts: Mapping[str, Part], config: TrainConfig, adapter: Adapter | None = None
+) -> Any:
     """The main model and the parts as one, with LoRAs on the parts by the same options.
 
     Patterns, modules to save and blocks are named in terms of the main model, and stay its own.
 
+    Args:
+        adapter: to go on from, with the LoRAs of the parts.
+
     Raises:
-        ConfigError: a beginning that looks at the main model's weights or data.
+        ConfigError: a beginning that looks at the main model's weights or data; or the adapter to go on from
+            has LoRAs on other parts than are to be trained.
     """
+    _require_same_parts(parts, adapter)
     if not parts:
         return main
+    if adapter is not None:
+        goes_on = {
+            name: put_on(part.model.requires_grad_(False), adapter.parts[name], trained=True)
+            for name, part in parts.items()
+        }
+        return TrainedTogether(main, goes_on)
     if config.lora_init not in ("default", "gaussian"):
         raise ConfigError(
             f"train: lora_init={config.lora_init} is of the main model; leave it out when "
@@ -100,3 +115,19 @@ def with_parts(main: Any, parts: Mapping[str, Part], config: TrainConfig) -> Any
         )
         made[name] = get_peft_model(part.model.requires_grad_(False), lora)
     return TrainedTogether(main, made)
+
+
+def _require_same_parts(parts: Mapping[str, Part], adapter: Adapter | None) -> None:
+    if adapter is None or adapter.parts.keys() == parts.keys():
+        return
+    if adapter.parts.keys() - parts.keys():
+        named = " and ".join(sorted(adapter.parts))
+        raise ConfigError(
+            f"train: {adapter.path} has a LoRA on {named} as well; train it along "
+            f"(train_text_encoder=true)."
+        )
+    missing = " and ".join(sorted(parts.keys() - adapter.parts.keys()))
+    raise ConfigError(
+        f"train: {adapter.path}, which training goes on from, has no LoRA on {missing}; leave "
+        f"train_text_encoder out."
+    )

@@ -50,6 +50,7 @@ class TransformersFamily(PlannedTransformer):
     name: str
     trainer_class: Any = None
     streams_training = True
+    continues_adapters = True
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         """See `ModelFamily`."""

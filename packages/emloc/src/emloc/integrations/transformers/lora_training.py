@@ -14,12 +14,15 @@ from peft import prepare_model_for_kbit_training
 from transformers import PreTrainedModel, ProgressCallback
 from transformers.trainer_callback import PrinterCallback
 
+from emloc.artefacts.adapter import Adapter
 from emloc.config import TrainConfig
 from emloc.errors import CheckpointError, ConfigError, EmlocError, NumericalError
 from emloc.extend.family import Batch
+from emloc.integrations.peft.attach import put_on
 from emloc.integrations.peft.fused_lora import fuse_lora
 from emloc.integrations.peft.lora import new_lora, save_as_plain_lora
 from emloc.integrations.peft.parts import Part, with_parts
+from emloc.integrations.transformers.held_back import mean_loss
 from emloc.integrations.transformers.optimizers import (
     set_optimizer,
     trainers_name,
@@ -50,6 +53,8 @@ def train_lora(
     excluded: Container[str] = (),
     parts: Mapping[str, Part] | None = None,
     task_type: str | None = None,
+    adapter: Adapter | None = None,
+    held_back: Any = None,
 ) -> dict[str, Any]:
     """Train a LoRA on `model` into `work`; returns figures for the manifest.
 
@@ -59,6 +64,8 @@ def train_lora(
         excluded: modules that are not adapted, whatever targets say.
         parts: other models to train along, by the names of the subfolders that their adapters go to.
         task_type: PEFT's name of what the model is for, such as `CAUSAL_LM`, if it has one.
+        adapter: to go on from, in place of a new LoRA.
+        held_back: samples, as the trainer takes them, whose loss is taken before and after.
 
     Raises:
         DataError, ConfigError, NumericalError: see their messages.
@@ -74,13 +81,16 @@ def train_lora(
     if streamed is not None:  # one unit computes while another one is read
         weight_bytes += 2 * streamed.unit_bytes
     with nullcontext() if streamed is None else streamed.on_device():
-        model, start = new_lora(model, config, batches, excluded, task_type)
-    if streamed is not None and config.use_dora:
+        if adapter is None:
+            model, start = new_lora(model, config, batches, excluded, task_type)
+        else:
+            model, start = put_on(model, adapter, trained=True), {}
+    if streamed is not None and config.use_dora and adapter is None:
         set_magnitudes(streamed)
     fuse_lora(model)
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
-    model = with_parts(model, parts, config)
+    model = with_parts(model, parts, config, adapter)
     trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     progression = Progression(work)
     try:
@@ -94,11 +104,16 @@ def train_lora(
     set_optimizer(trainer, config)
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
+    losses: list[float] = []
     try:
+        if held_back:
+            losses.append(mean_loss(trainer, held_back, streamed))
         trainer.train(resume_from_checkpoint=_checkpoint(config, work))
+        _require_finite(model)
+        if held_back:
+            losses.append(mean_loss(trainer, held_back, streamed))
     finally:
         progression.close()
-    _require_finite(model)
     model.save_pretrained(str(work), save_embedding_layers=False)
     if start:
         save_as_plain_lora(work, start)
@@ -108,6 +123,7 @@ def train_lora(
             "train_weight_bytes": weight_bytes + trainable,
             "trainable_bytes": trainable,
             "steps": trainer.state.global_step,
+            **({"held_back_loss": losses} if held_back else {}),
         },
         "seconds_per_step": progression.seconds_per_step,
     }

@@ -10,9 +10,11 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
+from emloc.adapters.going_on import goes_on_from
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import TrainConfig
 from emloc.extend.family import Batch, ModelFamily
+from emloc.integrations.transformers.held_back import hold_back
 from emloc.integrations.transformers.lora_training import train_lora, training_arguments
 from emloc.integrations.transformers.sampling import TrainingData, in_batches
 from emloc.integrations.transformers.streamed_training import frozen_model
@@ -90,10 +92,11 @@ def train_on(
     arguments = training_arguments(TrainingArguments, config, work, remove_unused_columns=False)
     torch.manual_seed(config.seed)
     kind = partial(LossTrainer, family) if how.trainer_class is None else how.trainer_class
+    samples, held_back = hold_back(data.samples, config)
     make_trainer = partial(
         kind,
         args=arguments,
-        train_dataset=Samples(data.samples),
+        train_dataset=Samples(samples),
         eval_dataset=Samples(data.evaluation) if data.evaluation else None,
         data_collator=data.collate,
         processing_class=data.processing,
@@ -101,14 +104,22 @@ def train_on(
     model = frozen_model(family, checkpoint, config, work)
 
     def batches() -> Iterator[Batch]:
-        for part in in_batches(data.samples, config.per_device_train_batch_size):
+        for part in in_batches(samples, config.per_device_train_batch_size):
             yield data.collate(part)
 
     frozen = how.frozen(model, config)
     figures = train_lora(
-        config, work, model, make_trainer, batches(), frozen, task_type=how.task_type
+        config,
+        work,
+        model,
+        make_trainer,
+        batches(),
+        frozen,
+        task_type=how.task_type,
+        adapter=goes_on_from(config, family, checkpoint),
+        held_back=Samples(held_back) if held_back else None,
     )
     if data.processing is not None:
         data.processing.save_pretrained(work)
-    figures["summary"] |= {"samples": len(data.samples)}
+    figures["summary"] |= {"samples": len(samples)}
     return figures

@@ -89,7 +89,8 @@ class StreamedSteps:
 
     def prediction_step(self: Any, *given: Any, **named: Any) -> Any:
         """The Trainer's, block by block."""
-        return self.streamed.run(partial(super().prediction_step, *given, **named))  # pyright: ignore
+        [made] = self.streamed.run([partial(super().prediction_step, *given, **named)])  # pyright: ignore
+        return made
 
 
 def stream_steps(trainer: Any, streamed: StreamedModel) -> None:

@@ -11,7 +11,7 @@ from emloc.config import (
     EvaluateConfig,
     LearntDataOptions,
     StageConfig,
-    TrainConfig,
+    TrainingOptions,
 )
 from emloc.options.marks import InsteadOf, LossAlone, NamesData, SampleSize, SplitOf
 from emloc.options.types import Located, Names, TextMap, split
@@ -120,7 +120,7 @@ TEXT_OPTIONS: Mapping[type[BaseModel], Sequence[type[BaseModel]]] = {
     DataOptions: (SplitOptions, RowOptions, LengthOptions, LabelOptions),
     LearntDataOptions: (MixingOptions,),
     CalibrationOptions: (TokenCountOptions,),
-    TrainConfig: (EvaluationDataOptions, PackingOptions),
+    TrainingOptions: (EvaluationDataOptions, PackingOptions),
     EvaluateConfig: (AnswerOptions,),
 }
 """The options of a family that reads rows with text, as it registers them (`FamilyEntry.options`)."""

@@ -1,0 +1,77 @@
+"""The adapter that a training goes on from, in place of a new LoRA."""
+
+from typing import Any
+
+import torch
+
+from emloc.adapters.adapted_weights import adapted_weights, under_current_names
+from emloc.adapters.rounding import Rounding
+from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.adapter_config import exact_patterns
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.manifest import Manifest
+from emloc.config import TrainConfig
+from emloc.errors import MismatchError
+from emloc.extend.family import ModelFamily
+
+OPTIONS = frozenset(
+    {
+        "lora_r",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_target_modules",
+        "lora_rank_pattern",
+        "lora_alpha_pattern",
+        "use_rslora",
+        "use_dora",
+        "lora_init",
+        "lora_layers_to_transform",
+        "lora_layers_pattern",
+        "lora_modules_to_save",
+    }
+)
+"""Options of a new LoRA, which an adapter that is there already has answered."""
+
+
+def goes_on_from(
+    config: TrainConfig, family: ModelFamily, checkpoint: Checkpoint
+) -> Adapter | None:
+    """The adapter that the options name, under the names that the model's modules have now; or None.
+
+    Args:
+        checkpoint: the model that is trained on, in the family's layout.
+
+    Raises:
+        CheckpointError: there is no such adapter.
+        MismatchError: it has no place in the model, or is of other shapes.
+    """
+    if config.adapter is None:
+        return None
+    adapter = Adapter.open(config.adapter).with_parts(checkpoint.parts)
+    if Rounding.runs_on(Manifest.find(adapter.path)) is not None:
+        raise MismatchError(
+            f"Adapter {adapter.path} runs on dequantised weights, and training goes on beside those of "
+            f"{checkpoint.name}; correct it without that end (limit_candidates) first."
+        )
+    skeleton = family.skeleton(checkpoint, torch.float32)
+    manifest = Manifest.find(checkpoint.path)
+    if manifest is not None and manifest.kind == "emulator":
+        return under_current_names(adapter, family, skeleton)  # its weights are in other forms
+    return adapted_weights(adapter, family, skeleton, checkpoint).adapter
+
+
+def lora_options(adapter: Adapter) -> dict[str, Any]:
+    """The options of train that a new LoRA of the same shape would have, but for how it begins."""
+    layers = [(layer.name, layer.rank, layer.scaling) for layer in adapter.layers]
+    ranks, alphas = exact_patterns(adapter.config, layers)
+    return {
+        "lora_r": adapter.config["r"],
+        "lora_alpha": adapter.config.get("lora_alpha", 8),
+        "lora_dropout": adapter.config.get("lora_dropout") or 0.0,
+        "lora_target_modules": [name for name, _, _ in layers],
+        "lora_rank_pattern": ranks,
+        "lora_alpha_pattern": alphas,
+        "use_rslora": bool(adapter.config.get("use_rslora")),
+        "use_dora": bool(adapter.config.get("use_dora")),
+        "lora_modules_to_save": list(adapter.config.get("modules_to_save") or []),
+    }

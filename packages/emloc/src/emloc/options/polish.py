@@ -1,0 +1,29 @@
+"""Options of polish."""
+
+from pydantic import Field
+
+from emloc.options.train import TrainingOptions
+from emloc.options.types import Located, OutputDir
+
+
+class PolishConfig(TrainingOptions):
+    """Take a few steps on the original itself, from a LoRA that was trained on an emulator."""
+
+    adapter: Located = Field(description="PEFT adapter, corrected or not")
+    model_name_or_path: Located | None = Field(
+        None, description="the original; by default the one that the adapter was made for"
+    )
+    output_dir: OutputDir = Field(description="where the polished adapter goes; must not exist")
+    max_steps: int = Field(8, ge=1, description="steps, each of which reads the model twice")
+    samples_per_step: int = Field(16, ge=1, description="samples that a step learns from")
+    per_device_train_batch_size: int = Field(
+        4, ge=1, description="samples that go through a block at once; as many as divide a step"
+    )
+    stream: bool = Field(
+        True, description="hold one block at a time; false: the whole model, where it fits"
+    )
+    num_held_back_samples: int = Field(
+        32, ge=0, description="samples to judge by, a fifth at most; 0: the result is not judged"
+    )
+    learning_rate: float = Field(5e-4, gt=0)
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
