@@ -82,6 +82,7 @@ def cells_of(batches: Iterable[Any], features: Mapping[str, Any]) -> Iterator[di
     """
     holds_json = any(map(_holds_json, features.values()))
     for batch in batches:
+        batch.validate(full=True)  # a damaged one would have Arrow read what is not its own
         for cells in batch.to_pylist():
             cells = without_nulls(cells)
             yield _decoded(features, cells) if holds_json else cells

@@ -1,0 +1,84 @@
+"""Fuzz everything that EMLoC reads: valid files with a few edits must be read rightly, or refused in a sentence.
+
+    python tools/fuzz.py --inputs 2000
+    python tools/fuzz.py --inputs 100000 --seed 1 --only adapter
+
+Prints one line per parser and, by place, each fault with an example; ends with 1 if there was any.
+"""
+
+import argparse
+import logging
+import os
+import pickle
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fuzzing.campaign import all_parsers, campaign, shares
+from fuzzing.examples import Examples
+from fuzzing.runner import Tally
+
+from emloc.machine.progress import quiet_libraries
+
+
+def tried(parser, count, seed):
+    """A parser's tally."""
+    tally = Tally()
+    campaign(parser, count, seed, tally)
+    return tally
+
+
+def in_child(work):
+    """Work done in a process of its own: a library that crashes takes no others with it."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with os.fdopen(writing, "wb") as file:
+            pickle.dump(work(), file)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as file:
+        content = file.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status == 0:
+        return pickle.loads(content)
+    tally = Tally()
+    tally.outcomes["crash"] = 1
+    where = f"crash of the process ({status})"
+    tally.faults[where], tally.said[where] = b"", "the input is the parser's file as it was left"
+    return tally
+
+
+def main():
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options.add_argument("--inputs", type=int, default=2000, help="of all parsers together")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--only", default="", help="parsers whose names begin so")
+    given = options.parse_args()
+    logging.disable(logging.CRITICAL)
+    quiet_libraries()
+    failed, total = 0, Tally()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        parsers = [
+            p for p in all_parsers(Examples(Path(folder) / "x")) if p.name.startswith(given.only)
+        ]
+        for parser, count in shares(parsers, given.inputs):
+            started = time.monotonic()
+            tally = in_child(lambda parser=parser, count=count: tried(parser, count, given.seed))
+            shown = ", ".join(f"{number} {kind}" for kind, number in tally.outcomes.most_common())
+            print(f"{parser.name}: {shown} ({time.monotonic() - started:.1f} s)", flush=True)
+            for where, content in tally.faults.items():
+                print(f"    {where}: {tally.said[where]}\n        {content[:160]!r}", flush=True)
+            failed += len(tally.faults)
+            total.outcomes.update(tally.outcomes)
+    print("all:", ", ".join(f"{number} {kind}" for kind, number in total.outcomes.most_common()))
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

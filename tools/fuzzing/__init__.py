@@ -1,0 +1,1 @@
+"""A structure-aware fuzzer of everything that EMLoC reads: `python tools/fuzz.py --help`."""

@@ -1,0 +1,213 @@
+"""Parsers of models: configurations, tokenizers, templates, emulators, notes of what was begun."""
+
+from types import SimpleNamespace
+
+import torch
+from fuzzing.examples import Examples, document
+from fuzzing.parser import Parser
+from safetensors import safe_open
+
+from emloc.artefacts.companions import chat_template
+from emloc.artefacts.manifest import Manifest
+from emloc.compression.groups import dense_shapes, written_groups
+from emloc.extend.opening import open_model
+from emloc.formats.vocabulary import tables_of
+from emloc.integrations.transformers.chat import render
+from emloc.integrations.transformers.data.turns import chat_of
+from emloc.integrations.transformers.loading import load_tokenizer
+from emloc.integrations.transformers.training import last_complete_checkpoint
+from emloc.planning.described import describe
+
+
+def parsers(examples: Examples) -> list[Parser]:
+    """All of them."""
+    return [
+        *(_model_config(examples, family) for family in ("llm", "vlm", "diffusion")),
+        *(_planned(examples, family) for family in ("llm", "vlm", "diffusion")),
+        _emulator_config(examples), _emulator_manifest(examples), _checkpoint_of_training(examples),
+        *(_tokenizer(examples, file) for file in ("tokenizer.json", "tokenizer_config.json")),
+        _template(examples), _generation(examples),
+    ]  # fmt: skip
+
+
+CONFIGS = {"llm": "config.json", "vlm": "config.json", "diffusion": "unet/config.json"}
+
+
+def _model_config(examples, family):
+    """A configuration with the weights that it describes: accepted, it still describes these."""
+    folder = examples.copy(examples.model(family), f"{family} config")
+
+    def read(folder):
+        checkpoint, known = open_model(folder)
+        model = known.skeleton(checkpoint, torch.float32)
+        for name, parameter in model.named_parameters():
+            entry = known.stored(model, name, checkpoint)
+            if entry is None or entry.plain_name is None:
+                continue
+            if checkpoint.tensors[entry.plain_name].shape != tuple(parameter.shape):
+                return None  # refused by whoever reads it: `streaming.waiting_weights`, `verify`
+        known.blocks(model), known.layer_groups(model)
+        return checkpoint, model
+
+    def means(folder, result):
+        if result is None:
+            return
+        checkpoint, model = result
+        held = {}
+        for file in {info.file for info in checkpoint.tensors.values()}:
+            with safe_open(folder / file, "pt") as shard:
+                held |= {key: shard.get_slice(key).get_shape() for key in shard.keys()}  # noqa: SIM118
+        assert held.keys() >= checkpoint.tensors.keys()
+        assert all(parameter.is_meta for parameter in model.parameters())
+
+    seed = document(folder / CONFIGS[family])
+    return Parser(f"{family} config", folder, CONFIGS[family], "json", [seed], read, means, 40)
+
+
+def _planned(examples, family):
+    """A configuration alone, by which memory is planned."""
+    folder = examples.copy(examples.model(family), f"{family} planned")
+
+    def read(folder):
+        return describe(str(folder))
+
+    def means(folder, result):
+        described, _, model = result
+        assert {name: info.shape for name, info in described.tensors.items()} == {
+            name: tuple(value.shape) for name, value in model.named_parameters()
+        }
+        assert all(info.dtype.is_floating_point for info in described.tensors.values())
+
+    seed = document(folder / CONFIGS[family])
+    return Parser(f"{family} planned", folder, CONFIGS[family], "json", [seed], read, means, 40)
+
+
+def _emulator_config(examples):
+    """An emulator's groups; loaded, it computes finite numbers."""
+    folder = examples.copy(examples.root / "llm/emulator", "emulator config")
+
+    def read(folder):
+        checkpoint, family = open_model(folder)
+        return family.load(checkpoint, "auto", "cpu")
+
+    def means(folder, model):
+        with torch.no_grad():
+            assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+    name = "config.json"
+    return Parser(
+        "emulator config", folder, name, "json", [document(folder / name)], read, means, 60
+    )
+
+
+def _emulator_manifest(examples):
+    folder = examples.copy(examples.root / "llm/emulator", "emulator manifest")
+    checkpoint, family = open_model(folder)
+    model = family.skeleton(checkpoint, torch.float32)
+
+    def read(folder):
+        manifest = Manifest.read(folder)
+        groups = written_groups(manifest.layers, dense_shapes(manifest.layers, model))
+        stored = [
+            (tensor.name, tensor.shape)
+            for group in groups
+            for tensor in group.form.format.stored(group.shape, group.form)
+        ]
+        return groups, stored, tables_of(manifest.tables)
+
+    def means(folder, result):
+        groups, stored, tables = result
+        for group in groups:
+            for layer, shape in zip(group.layers, group.shape.singles()):
+                assert model.get_submodule(layer)
+                assert shape.d_out > 0
+                assert shape.d_in > 0
+        assert all(size > 0 for _, shape in stored for size in shape)
+        assert all(table.numel > 0 for table in tables)
+
+    name = "emloc.json"
+    return Parser(
+        "emulator manifest", folder, name, "json", [document(folder / name)], read, means, 2
+    )
+
+
+def _checkpoint_of_training(examples):
+    folder = examples.empty("training")
+    state = {
+        "global_step": 4,
+        "max_steps": 8,
+        "log_history": [{"step": 1, "loss": 1.5}],
+        "epoch": 0.5,
+    }
+    for step in (2, 4):
+        checkpoint = folder / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"):
+            (checkpoint / file).write_bytes(b"x")
+        (checkpoint / "trainer_state.json").write_text('{"global_step": 2}')
+
+    def means(folder, found):
+        assert found in (str(folder / "checkpoint-4"), str(folder / "checkpoint-2"))
+
+    path = "checkpoint-4/trainer_state.json"
+    return Parser(
+        "training state", folder, path, "json", [state], last_complete_checkpoint, means, 1
+    )
+
+
+TEXT = "Reverse abc."
+
+
+def _tokenizer(examples, file):
+    folder = examples.copy(examples.model("llm"), file)
+
+    def read(folder):
+        tokenizer = load_tokenizer(folder)
+        return tokenizer, tokenizer(TEXT)["input_ids"]
+
+    def means(folder, result):
+        tokenizer, ids = result
+        assert all(isinstance(index, int) and 0 <= index < len(tokenizer) for index in ids)
+        assert tokenizer.pad_token_id is not None
+
+    return Parser(file, folder, file, "json", [document(folder / file)], read, means, 8)
+
+
+def _template(examples):
+    folder = examples.copy(examples.model("llm"), "template")
+    seed = (folder / "chat_template.jinja").read_text()
+    turns = [("system", "Be brief."), ("user", TEXT), ("assistant", "cba")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    tokenizer = load_tokenizer(folder)
+
+    def read(folder):
+        tokenizer.chat_template = chat_template(folder)
+        return render(chat_of(row, "row"), tokenizer, True, "row")
+
+    def means(folder, rendered):
+        assert rendered.text[rendered.last :].strip().startswith("cba")
+        assert rendered.text.startswith(rendered.prompt)
+        assert TEXT in rendered.prompt
+
+    loop = "{% for m in messages %}" + "{{ m['role'] }}: {{ m['content'] }}\n" + "{% endfor %}"
+    more = "{% if add_generation_prompt %}assistant: {% endif %}"
+    seeds = [seed, loop + more]
+    return Parser("chat template", folder, "chat_template.jinja", "text", seeds, read, means, 3)
+
+
+def _generation(examples):
+    folder = examples.copy(examples.model("llm"), "generation")
+    checkpoint, family = open_model(folder)
+    options = SimpleNamespace(max_new_tokens=2)
+
+    def read(folder):
+        checkpoint.companions()
+        return family.load(checkpoint, "auto", "cpu"), options
+
+    def means(folder, result):
+        model, _ = result
+        assert model.generation_config is not None
+
+    name = "generation_config.json"
+    seeds = [document(folder / name)]
+    return Parser("generation config", folder, name, "json", seeds, read, means, 50)
