@@ -1,4 +1,4 @@
-"""Fuzz everything that EMLoC reads: valid files with a few edits must be read rightly, or refused in a sentence.
+"""Fuzz all that EMLoC reads: valid files with a few edits must be read rightly, or refused in a sentence.
 
     python tools/fuzz.py --inputs 2000
     python tools/fuzz.py --inputs 100000 --seed 1 --only adapter
@@ -18,11 +18,10 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
+from emloc.machine.progress import quiet_libraries
 from fuzzing.campaign import all_parsers, campaign, shares
 from fuzzing.examples import Examples
 from fuzzing.runner import Tally
-
-from emloc.machine.progress import quiet_libraries
 
 
 def tried(parser, count, seed):

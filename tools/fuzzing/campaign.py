@@ -2,12 +2,13 @@
 
 import contextlib
 
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
 from fuzzing import of_core, of_data, of_families, of_models
 from fuzzing.edits import edited, edited_bytes, edits_of_bytes, edits_of_values
 from fuzzing.limits import release
 from fuzzing.runner import Fault, try_input
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
 
 LEAST = 20
 """Inputs of a parser at least."""

@@ -7,8 +7,9 @@ values know the structure: they replace, drop, rename, repeat, exchange and nest
 import copy
 import json
 
-from fuzzing.hostile import BYTES, KEYS, VALUES
 from hypothesis import strategies as st
+
+from fuzzing.hostile import BYTES, KEYS, VALUES
 
 MOST = 1 << 16
 

@@ -11,7 +11,7 @@ SECONDS = 2.0
 """Of the processor's time, so that a busy machine fails nobody."""
 BYTES = 512 << 20
 STUCK = 20
-"""Seconds after which the whole process ends: something hangs outside of Python, and no signal gets through."""
+"""Seconds after which the process ends: something hangs outside of Python, where no signal gets through."""
 
 
 class TooLong(BaseException):

@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 
 import yaml
-from fuzzing.examples import Examples, document
-from fuzzing.parser import Parser
 from safetensors import safe_open
 
 from emloc.artefacts.adapter import Adapter
@@ -21,6 +19,8 @@ from emloc.options.yaml_file import read_yaml
 from emloc.stages.frame import Figures
 from emloc.stages.registry import all_stages, run_stages
 from emloc.stages.run import plan_stages
+from fuzzing.examples import Examples, document
+from fuzzing.parser import Parser
 
 
 def parsers(examples: Examples) -> list[Parser]:

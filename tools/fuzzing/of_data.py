@@ -5,14 +5,13 @@ import io
 import json
 from types import SimpleNamespace
 
+from emloc.integrations.transformers.data.files import read_file
+from emloc.integrations.transformers.loading import load_tokenizer
+from emloc.integrations.transformers.loss import IGNORED
 from emloc_llm.data import encode
 from emloc_llm.rows import load_rows
 from fuzzing.examples import Examples
 from fuzzing.parser import Parser
-
-from emloc.integrations.transformers.data.files import read_file
-from emloc.integrations.transformers.loading import load_tokenizer
-from emloc.integrations.transformers.loss import IGNORED
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
 ROWS = {

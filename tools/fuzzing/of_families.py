@@ -5,6 +5,9 @@ import math
 from types import SimpleNamespace
 
 import torch
+from PIL import Image
+
+from emloc.artefacts.json_files import read_json
 from emloc_baselines.bench.config import read_config
 from emloc_baselines.bench.records import read_records
 from emloc_diffusion.companions import companions
@@ -18,9 +21,6 @@ from emloc_vlm.rows import load_examples
 from fuzzing.examples import Examples, document
 from fuzzing.of_data import OPTIONS
 from fuzzing.parser import Parser
-from PIL import Image
-
-from emloc.artefacts.json_files import read_json
 
 VISUAL = {**OPTIONS, "image_folder": None, "on_bad_image": "stop", "max_length": 512}
 IMAGE = "a.png"

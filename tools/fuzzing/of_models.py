@@ -3,8 +3,6 @@
 from types import SimpleNamespace
 
 import torch
-from fuzzing.examples import Examples, document
-from fuzzing.parser import Parser
 from safetensors import safe_open
 
 from emloc.artefacts.companions import chat_template
@@ -17,6 +15,8 @@ from emloc.integrations.transformers.data.turns import chat_of
 from emloc.integrations.transformers.loading import load_tokenizer
 from emloc.integrations.transformers.training import last_complete_checkpoint
 from emloc.planning.described import describe
+from fuzzing.examples import Examples, document
+from fuzzing.parser import Parser
 
 
 def parsers(examples: Examples) -> list[Parser]:

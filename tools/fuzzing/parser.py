@@ -1,4 +1,4 @@
-"""A parser under test: a folder with a valid file, what reads it, and what must hold of all that it accepts."""
+"""A parser under test: a folder with a valid file, what reads it, and what must hold of what it accepts."""
 
 import csv
 import io

@@ -5,10 +5,9 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 
-from fuzzing.limits import TooLong, TooMuch, limited
-
 from emloc.errors import EmlocError
 from emloc.machine.progress import console
+from fuzzing.limits import TooLong, TooMuch, limited
 
 
 @dataclass
