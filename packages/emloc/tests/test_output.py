@@ -146,7 +146,7 @@ def test_two_processes_do_not_write_one_folder(tmp_path):
         pass
 
 
-FULL_DISK = """
+SMALL_FILES = """
 import resource, signal, sys, torch
 from pathlib import Path
 from emloc.errors import OutputError
@@ -161,13 +161,12 @@ except OutputError as problem:
 """
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
-    """A file-size limit makes the system refuse the write as a full disk does."""
+def test_a_limit_on_files_is_one_sentence_and_leaves_nothing(tmp_path):
     path = tmp_path / "x.safetensors"
     run = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", SMALL_FILES, str(path)], capture_output=True, text=True, check=True
     )
-    assert run.stdout.startswith("The disk is full while writing")
+    assert run.stdout.startswith(f"{path} would be larger than the limit on the size of files")
     assert os.listdir(tmp_path) == []
 
 

@@ -4,6 +4,7 @@ import inspect
 import json
 import logging
 import sys
+import traceback
 import types
 import typing
 import warnings
@@ -23,14 +24,18 @@ from emloc.errors import EmlocError, Interrupted
 from emloc.extend.plugins import Plugins, families_for, load_plugins
 from emloc.machine.progress import quiet_libraries
 from emloc.options.text import from_command_line
+from emloc.stages.boundary import DEBUG, boundary
 from emloc.stages.registry import AnyStage, all_stages
 
 UsageError: Any = typer.BadParameter.__bases__[0]
 """Usage errors of click, or of the copy of it in typer."""
 
+_ON_ERRORS = f"With {DEBUG}, an error is shown with all that led to it."
+
 app = typer.Typer(
     name="emloc",
     help="Fine-tune a model within the memory of running it: compress, train, correct.",
+    epilog=_ON_ERRORS,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -44,17 +49,27 @@ def main() -> None:
     # Libraries announce their own renamings to whoever calls them; that is us, not the user.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")
     quiet_libraries()
-    plugins = load_plugins()
-    build_app(plugins)
+    words = [word for word in sys.argv[1:] if word != DEBUG]
     try:
-        code = app(_with_flags(sys.argv[1:]), standalone_mode=False)
-    except UsageError as problem:
-        print(_usage(problem), file=sys.stderr)
-        sys.exit(problem.exit_code)
+        with boundary("emloc"):
+            code = _called(words)
     except EmlocError as problem:
+        if len(words) < len(sys.argv) - 1:
+            traceback.print_exception(problem)
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(problem.exit_code)
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code)
+
+
+def _called(words: Sequence[str]) -> int:
+    """The exit code of a command line, apart from errors."""
+    build_app(load_plugins())
+    try:
+        code = app(_with_flags(words), standalone_mode=False)
+    except UsageError as problem:
+        print(_usage(problem), file=sys.stderr)
+        return problem.exit_code
+    return code if isinstance(code, int) else 0
 
 
 def _with_flags(words: Sequence[str]) -> list[str]:
@@ -107,8 +122,8 @@ def _interruptible() -> Iterator[None]:
 def build_app(plugins: Plugins) -> None:
     """Add the stages, `run`, `families`, `methods` and the plugins' own commands."""
     for name, stage in all_stages(plugins).items():
-        app.command(name)(_command(stage))
-    app.command("run")(_run)
+        app.command(name, epilog=_ON_ERRORS)(_command(stage))
+    app.command("run", epilog=_ON_ERRORS)(_run)
 
     @app.command("families")
     def families() -> None:  # pyright: ignore[reportUnusedFunction]

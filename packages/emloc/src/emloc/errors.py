@@ -65,6 +65,10 @@ class MemoryLimitError(EmlocError, MemoryError):
     exit_code = 10
 
 
+class UnexpectedError(EmlocError, RuntimeError):
+    """A failure that nobody foresaw; `__cause__` is the exception that it was."""
+
+
 class Interrupted(EmlocError):
     """Ctrl-C; the exit code is 128 + SIGINT, as shells expect."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from emloc.artefacts.companions import companions
@@ -24,6 +24,7 @@ from emloc.artefacts.json_files import read_json
 from emloc.artefacts.layout import Layout, layout_of, part_names
 from emloc.artefacts.locate import locate
 from emloc.artefacts.named_files import named_path
+from emloc.artefacts.read_errors import reading
 from emloc.artefacts.tensor_info import DTYPES, TensorInfo
 from emloc.artefacts.weight_files import NAMED_BY_CONFIG, weight_files
 from emloc.errors import CheckpointError
@@ -215,11 +216,7 @@ class Checkpoint:
     def _open(self, file: str) -> Any:
         if file not in self._files:
             path = named_path(self.path, file, self.path)
-            try:
+            hint = "it is incomplete or corrupt, download it again"
+            with reading(f"Shard {self.path / file}", "cannot be read", hint):
                 self._files[file] = safe_open(str(path), framework="pt")
-            except (SafetensorError, OSError, RuntimeError) as problem:
-                raise CheckpointError(
-                    f"Shard {self.path / file} cannot be read ({problem}); "
-                    f"it is incomplete or corrupt, download it again."
-                ) from problem
         return self._files[file]

@@ -16,7 +16,7 @@ file is what holds: `key=value` for every stage that takes the option, whatever 
 it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +31,7 @@ from emloc.options.overrides import Overrides, read_overrides
 from emloc.options.text import from_file
 from emloc.options.yaml_file import read_yaml
 from emloc.planning.fitted_run import PlannedStage, fit_run
+from emloc.stages.boundary import boundary
 from emloc.stages.feeding import fed, without_replaced
 from emloc.stages.registry import AnyStage, all_stages, run_stages
 
@@ -49,6 +50,11 @@ def run(config: str | Path | Mapping[str, Any], *overrides: str) -> dict[str, An
         OutputError: a stage's result has no place.
         MemoryLimitError: with `memory`, a stage that cannot fit.
     """
+    with boundary("run"):
+        return _run(config, overrides)
+
+
+def _run(config: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     source = "run" if isinstance(config, Mapping) else str(config)
     options = dict(config) if isinstance(config, Mapping) else read_yaml(Path(config).expanduser())
     # All sections are checked before anything runs: a typo in the last must not cost hours.

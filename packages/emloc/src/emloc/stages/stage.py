@@ -23,6 +23,7 @@ from emloc.extend.plugin_options import with_plugin_options
 from emloc.machine.memory import return_large_blocks
 from emloc.planning.contract import Contract, contract_for
 from emloc.planning.setting import Planned
+from emloc.stages.boundary import boundary
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 ResultT = TypeVar("ResultT")
@@ -103,9 +104,14 @@ class Stage(Generic[ConfigT, ResultT]):
         )
 
     def __call__(self, **options: Any) -> ResultT:
-        """Validate the options and run the stage."""
-        return_large_blocks()
-        return self.function(self.checked(options, self.name))
+        """Validate the options and run the stage.
+
+        Raises:
+            EmlocError: whatever went wrong; what nobody foresaw is the cause of an `UnexpectedError`.
+        """
+        with boundary(self.name):
+            return_large_blocks()
+            return self.function(self.checked(options, self.name))
 
     def checked(self, options: Mapping[str, Any], where: str) -> ConfigT:
         """The options, validated, with all that can be known before the stage begins.
