@@ -26,7 +26,7 @@ def writing(times):
             {"layer": {"rank": 3}},
             summary={"bytes": 6},
             measured={"blocks": 2},
-            forget=(folder / "notes").unlink,
+            leftovers=["notes"],
         )
 
     return work

@@ -3,8 +3,9 @@
 import pytest
 
 from emloc import config as configs
+from emloc.artefacts.intact import is_complete
 from emloc.artefacts.kinds import EMULATOR, MERGED_MODEL
-from emloc.artefacts.manifest import Manifest, ModelReference, is_complete
+from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.artefacts.settings import difference, same
 from emloc.artefacts.stage_folder import stage_folder
 from emloc.errors import OutputError
@@ -27,7 +28,7 @@ def test_options_without_effect_are_told_where_they_are_declared():
     }  # fmt: skip
     for kind in (configs.CompressConfig, configs.CorrectConfig):
         assert without_effect(kind) == {"device", "family", "memory"}
-    assert without_effect(configs.EvaluateConfig) == {"device", "family"}
+    assert without_effect(configs.EvaluateConfig) == {"allow_mismatch", "device", "family"}
 
 
 def test_an_artefact_of_before_is_complete_on_another_device(tmp_path, capsys):

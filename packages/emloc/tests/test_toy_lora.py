@@ -79,9 +79,10 @@ def test_the_best_of_all_limits_is_chosen_on_data(toy, tmp_path):
         adapter = corrected(toy, tmp_path / limit, limit=limit)
         loss = emloc.evaluate(model_name_or_path=base, adapter=str(adapter), **toy.data)["loss"]
         assert table[limit] == pytest.approx(loss, rel=1e-5)
-    plain = emloc.evaluate(model_name_or_path=base, adapter=str(toy.stages["adapter"]), **toy.data)[
-        "loss"
-    ]
+    score = {"model_name_or_path": base, "adapter": str(toy.stages["adapter"]), **toy.data}
+    with pytest.raises(MismatchError, match="not corrected"):
+        emloc.evaluate(**score)
+    plain = emloc.evaluate(allow_mismatch=True, **score)["loss"]
     assert table["0"] == pytest.approx(plain, rel=1e-6)
 
 

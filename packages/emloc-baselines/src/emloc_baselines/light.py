@@ -149,7 +149,7 @@ def build_light(
                 **light.summary,
             },
             measured=measured,
-            forget=lambda: (work / NOTES_NAME).unlink(missing_ok=True),
+            leftovers=[NOTES_NAME],
         )
 
     return artefact.write(write)

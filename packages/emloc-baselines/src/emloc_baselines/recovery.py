@@ -15,6 +15,7 @@ from emloc.adapters.adapted_weights import adapted_weights
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_config import CONFIG_NAME, exact_patterns
 from emloc.artefacts.adapter_tensors import PREFIX, WEIGHTS_NAME, LoraLayer
+from emloc.artefacts.intact import require_intact
 from emloc.artefacts.kinds import CORRECTED_ADAPTER
 from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.artefacts.shard_writer import ShardWriter
@@ -66,8 +67,11 @@ def recover_adapter(
 
     Raises:
         MismatchError: it was trained on something else, or does not fit the original.
+        CheckpointError: one of the two is not what was written.
     """
     origin, built = Manifest.read(adapter), Manifest.read(light)
+    require_intact(adapter, origin, fresh=True)
+    require_intact(light, built)
     if origin.kind == "corrected_adapter":
         raise MismatchError(
             f"Adapter {adapter} is one of the original already; nothing is to be done."
@@ -81,11 +85,12 @@ def recover_adapter(
     if base.digest() != built.base_model.digest:
         raise MismatchError(f"{light} was built from other weights than those of {base.name}.")
     trained = Adapter.open(str(adapter))
+    adapter_digest = trained.digest()
     settings: dict[str, Any] = {
         "method": built.method,
         "base_digest": built.base_model.digest,
         "emulator_digest": digest,
-        "adapter_digest": trained.digest(),
+        "adapter_digest": adapter_digest,
     }
     artefact = Artefact(
         "recover",
@@ -95,6 +100,7 @@ def recover_adapter(
         family.name,
         built.base_model,
         emulator=ModelReference(name_or_path=str(light.absolute()), digest=str(digest)),
+        adapter=ModelReference.of_adapter(adapter, adapter_digest),
         method=built.method,
         packages=("emloc-baselines", "torch", "safetensors"),
     )

@@ -16,6 +16,11 @@ def file_sha256(path: Path) -> str:
     return sha.hexdigest()
 
 
+def bytes_sha256(content: bytes) -> str:
+    """SHA-256 of what is in memory, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def file_identity(path: Path) -> bytes:
     """SHA-256 of a file; of a large one, of its size and both ends."""
     size = path.stat().st_size

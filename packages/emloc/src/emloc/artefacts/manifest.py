@@ -1,11 +1,11 @@
 """`emloc.json`: what an artefact is, what it was made from, and what making it cost.
 
-Everything but `measured` follows from the inputs and is the same in every run.
+Everything but `measured`, and the digests of what training notes beside its adapter, follows from the inputs
+and is the same in every run.
 """
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,24 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.json_files import read_json
-from emloc.artefacts.kinds import Kind, KindName
-from emloc.artefacts.settings import difference, same
+from emloc.artefacts.kinds import KindName
 from emloc.artefacts.small_files import write_json
-from emloc.errors import CheckpointError, OutputError
-from emloc.machine.progress import console
+from emloc.errors import CheckpointError
 from emloc.machine.special_files import refuse_special
 
 MANIFEST_NAME = "emloc.json"
-FORMAT = 1
+FORMAT = 2
+
+UNLISTED = frozenset({1})
+"""Formats whose manifests list the weights alone."""
 
 
 class ModelReference(BaseModel):
-    """The weights that an artefact was made from.
+    """The model, or the adapter, that an artefact was made from.
 
     Attributes:
         name_or_path: an absolute path or hub id.
-        digest: of the weights.
+        digest: of the weights; of an adapter, of its files.
         single_file_config: where the configuration of a model in one file is, if it was named.
     """
 
@@ -49,6 +50,11 @@ class ModelReference(BaseModel):
             name_or_path=checkpoint.reference_name(), digest=digest, single_file_config=config
         )
 
+    @classmethod
+    def of_adapter(cls, folder: Path, digest: str) -> "ModelReference":
+        """Refer to an adapter whose digest is known."""
+        return cls(name_or_path=str(folder.absolute()), digest=digest)
+
 
 class Manifest(BaseModel):
     """The content of `emloc.json`.
@@ -56,12 +62,14 @@ class Manifest(BaseModel):
     Attributes:
         base_model: the original model.
         emulator: the emulator that a LoRA was trained on; None for a LoRA trained on the base.
+        adapter: the adapter that a corrected one or a merged model was made from, with its own digest.
         settings: the options that shaped the result.
         layers: per layer or group what the stage did to it.
         tables: of an emulator, embeddings and heads in few bits (`emloc.formats.vocabulary`).
         kept_dense: layers left as they are, with the reason.
         summary: figures of the whole that follow from the inputs.
-        files: SHA-256 of the files written.
+        files: SHA-256 of every file of the folder but this one, by name.
+        sizes: their bytes.
         method: which method's light model it is, or is trained on; None for EMLoC's own, and for a LoRA
             trained on the base.
         measured: `seconds`, `peak_bytes` (anonymous memory over the stage's start) and the like, and under
@@ -75,12 +83,14 @@ class Manifest(BaseModel):
     family: str
     base_model: ModelReference
     emulator: ModelReference | None = None
+    adapter: ModelReference | None = None
     settings: dict[str, Any] = {}
     layers: dict[str, dict[str, Any]] = {}
     tables: list[dict[str, Any]] | None = None
     kept_dense: dict[str, str] = {}
     summary: dict[str, Any] = {}
     files: dict[str, str] = {}
+    sizes: dict[str, int] = {}
     versions: dict[str, str] = {}
     method: str | None = None
     measured: dict[str, Any] = {}
@@ -94,15 +104,21 @@ class Manifest(BaseModel):
         """The manifest of a folder that a stage wrote.
 
         Raises:
-            CheckpointError: there is none, or it is not one of ours.
+            CheckpointError: there is none, or it is not one of ours, or is of a format that is not known.
         """
         path = folder / MANIFEST_NAME
         if not path.is_file():
             raise CheckpointError(
                 f"{folder} has no {MANIFEST_NAME}: it was not written by emloc, or it is incomplete."
             )
+        content = read_json(path)
+        form = content.get("format")
+        if type(form) is not int or not 1 <= form <= FORMAT:
+            raise CheckpointError(
+                f"{path} is of the format {form!r}, and this version of emloc knows 1 to {FORMAT}; update it."
+            )
         try:
-            return cls.model_validate(read_json(path))
+            return cls.model_validate(content)
         except ValidationError as problem:
             first = problem.errors()[0]
             place = ".".join(map(str, first["loc"]))
@@ -124,33 +140,3 @@ def versions(*packages: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return installed
-
-
-def is_complete(
-    stage: str, kind: Kind, output_dir: Path, settings: Mapping[str, Any], family: str
-) -> bool:
-    """Return whether an artefact made with these settings is there already, and say so.
-
-    Args:
-        kind: of the artefact that the stage makes.
-        family: of its model, by name.
-
-    Raises:
-        OutputError: another artefact is there; the message says what differs.
-        CheckpointError: its manifest cannot be read.
-    """
-    manifest = Manifest.find(output_dir)
-    if manifest is None:
-        return False
-    if manifest.kind != kind.name:
-        what = f"holds an artefact of another kind ({manifest.kind.replace('_', ' ')})"
-    elif manifest.family != family:
-        what = f"was made with the family {manifest.family}, now {family}"
-    elif not same(manifest.settings, settings):
-        what = f"was made with {difference(manifest.settings, settings)}"
-    else:
-        console.print(f"{stage}: {output_dir} is complete already")
-        return True
-    raise OutputError(
-        f"{output_dir} {what}. Choose another output_dir or remove it; nothing is ever overwritten."
-    )

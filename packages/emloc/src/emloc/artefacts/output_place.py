@@ -17,6 +17,9 @@ from emloc.options.marks import NamesData, marked
 PARTIAL = ".partial"
 """The end of a folder's name while a stage works in it."""
 
+LOCK = f"{PARTIAL}.lock"
+"""The end of the name of the lock's file."""
+
 ANOTHER = "choose another output_dir"
 
 
@@ -32,7 +35,7 @@ def require_new(output_dir: Path) -> Path:
         raise OutputError(
             f"output_dir {output_dir} is {what}, and a stage makes a new folder; name one in it."
         )
-    _look(output_dir, place.with_name(place.name + PARTIAL))
+    _look(output_dir, place.with_name(place.name + LOCK))
     if not place.exists() or not any(_entries(output_dir, place)):
         _require_writable(output_dir, place.parent)
     return place

@@ -31,7 +31,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object atomically, readable and with a final newline."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_bytes(path, json_text(content))
+
+
+def json_text(content: Mapping[str, Any]) -> bytes:
+    """A JSON object as `write_json` writes it."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -1,20 +1,20 @@
 """A stage's result appears complete or not at all.
 
-A stage works in `<output_dir>.partial` and renames it when done. A killed stage leaves the partial
-folder, and the same stage with the same settings continues in it; other settings are refused.
+A stage works in `<output_dir>.partial` and renames it when done, which is the last that it does. A killed
+stage leaves the partial folder, and the same stage with the same settings continues in it; other settings are
+refused.
 """
 
-import hashlib
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from filelock import FileLock, Timeout
-
+from emloc.artefacts.durable import sync_folder, sync_tree
+from emloc.artefacts.manifest import MANIFEST_NAME, UNLISTED, Manifest
+from emloc.artefacts.output_lock import output_lock
 from emloc.artefacts.output_place import PARTIAL, require_new
 from emloc.artefacts.settings import difference, same
 from emloc.artefacts.small_files import write_text
@@ -36,7 +36,7 @@ def stage_folder(output_dir: Path, settings: Mapping[str, Any]) -> Iterator[Path
     """
     place = require_new(output_dir)
     work = place.with_name(place.name + PARTIAL)
-    with _locked(place):
+    with output_lock(place):
         with writing(output_dir):
             _make_way(output_dir, place)
             _prepare(work, settings)
@@ -46,34 +46,69 @@ def stage_folder(output_dir: Path, settings: Mapping[str, Any]) -> Iterator[Path
             _forget_if_unused(work)
             raise
         with writing(output_dir):
-            work.rename(place)
-            (place / SETTINGS_NAME).unlink()
+            drop(work, [SETTINGS_NAME])
+            _give_name(work, place)
+
+
+def settle(output_dir: Path) -> None:
+    """Give an artefact its name that was finished by a run which was killed before it could.
+
+    Its manifest is there, which is written last and lists what is to stay.
+
+    Raises:
+        OutputError: another process is about to, or it cannot be written.
+        CheckpointError: the manifest cannot be read.
+    """
+    place = require_new(output_dir)
+    work = place.with_name(place.name + PARTIAL)
+    if not (work / MANIFEST_NAME).is_file():
+        return
+    with output_lock(place), writing(output_dir):
+        manifest = Manifest.find(work)  # none: another process has just done it
+        if manifest is None or manifest.format in UNLISTED:
+            return
+        more = _listed_nowhere(work, manifest)
+        if more and SETTINGS_NAME not in more:  # the settings go last: this is no run's folder
+            return
+        _make_way(output_dir, place)
+        drop(work, [name for name in more if name != SETTINGS_NAME])
+        drop(work, [SETTINGS_NAME])
+        _give_name(work, place)
+
+
+def drop(folder: Path, names: Collection[str]) -> None:
+    """Remove files and folders by their names in a folder, where they are."""
+    for name in names:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def drop_unfinished(work: Path) -> None:
+    """Remove files that a killed run was writing when it ended, under names for the time being."""
+    paths = [*work.rglob("*.tmp"), *work.rglob(".tmp*")]
+    drop(work, [path.relative_to(work).as_posix() for path in paths])
+
+
+def _give_name(work: Path, place: Path) -> None:
+    """The last act: what is in the folder is whole, on the disk, and nothing else is in it."""
+    sync_tree(work)
+    work.rename(place)
+    sync_folder(place.parent)
+
+
+def _listed_nowhere(work: Path, manifest: Manifest) -> list[str]:
+    files = (path for path in work.rglob("*") if not path.is_dir())
+    names = (path.relative_to(work).as_posix() for path in files)
+    return [name for name in names if name not in {*manifest.files, MANIFEST_NAME}]
 
 
 def _forget_if_unused(work: Path) -> None:
     """A run that was refused before it wrote anything leaves nothing to go on with."""
-    if [path.name for path in work.iterdir()] == [SETTINGS_NAME]:
+    if work.is_dir() and [path.name for path in work.iterdir()] == [SETTINGS_NAME]:
         shutil.rmtree(work)
-
-
-@contextmanager
-def _locked(place: Path) -> Iterator[None]:
-    # The lock lies in the system's temporary folder and stays there: a lock file that is removed
-    # could be held twice, and the user's folder is not the place for it.
-    key = hashlib.sha256(str(place).encode()).hexdigest()[:24]
-    path = Path(tempfile.gettempdir()) / f"emloc-{key}.lock"
-    lock = FileLock(str(path))
-    with writing(path):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as problem:
-            raise OutputError(
-                f"Another process is writing {place}; wait for it to end."
-            ) from problem
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _make_way(output_dir: Path, place: Path) -> None:

@@ -195,10 +195,10 @@ class EmulatorFolder:
             digests.update(report["sha256"])
         return reports, {**digests, self.shards[-1]: rest}, written
 
-    def forget_reports(self) -> None:
-        """Drop what only a continuation needs; the manifest holds it now."""
-        for block in self.stream.blocks:
-            self.report_path(block).unlink()
+    @property
+    def reports(self) -> list[str]:
+        """Names of what only a continuation needs; the manifest holds it in the end."""
+        return [self.report_path(block).name for block in self.stream.blocks]
 
     def _write_rest(self) -> str:
         inside = {name for block in self.stream.blocks for name in self._block_tensors(block)}

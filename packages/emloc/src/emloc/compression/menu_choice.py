@@ -77,10 +77,9 @@ def price_menus(
     return {name: menu for path in paths.values() for name, menu in read_json(path).items()}
 
 
-def forget_prices(work: Path) -> None:
-    """Drop what only a continuation needs."""
-    for path in work.glob("menu-*.json"):
-        path.unlink()
+def prices_in(work: Path) -> list[str]:
+    """Names of the files of prices in a folder, which only a continuation needs."""
+    return [path.name for path in work.glob("menu-*.json")]
 
 
 def _priced(

@@ -16,6 +16,7 @@ from emloc.adapters.frozen_weights import FrozenWeights
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_base import folder_named
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.intact import require_intact, require_read
 from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.correction.emulator_weights import EmulatorWeights
 from emloc.errors import MismatchError
@@ -98,6 +99,7 @@ class OnEmulator:
 
         Raises:
             MismatchError: the folder holds no emulator, or the adapter is of another one.
+            CheckpointError: one of the two is not what was written.
         """
         manifest = _emulator_manifest(folder)
         _refuse_foreign_adapter(adapter, folder, manifest)
@@ -168,6 +170,7 @@ def refuse_corrected(adapter: Adapter, origin: Manifest | None) -> None:
 
 def _emulator_manifest(emulator: str) -> Manifest:
     manifest = Manifest.read(Path(emulator))
+    require_intact(Path(emulator), manifest, fresh=True)
     if manifest.kind != "emulator":
         raise MismatchError(f"{emulator} is no emulator; its manifest says {manifest.kind}.")
     if manifest.method is not None:
@@ -179,7 +182,7 @@ def _emulator_manifest(emulator: str) -> Manifest:
 
 
 def _refuse_foreign_adapter(adapter: Adapter, emulator: str, manifest: Manifest) -> None:
-    origin = Manifest.find(adapter.path)
+    origin = require_read(adapter.path, fresh=True)
     if origin is None:
         _refuse_foreign_folder(adapter, emulator, manifest)
         return

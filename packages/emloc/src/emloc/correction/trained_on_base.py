@@ -16,6 +16,7 @@ from emloc.adapters.rounding import RoundedBase, Rounding
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_base import named_base, require_base
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.intact import require_read
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.layout import layout_of
 from emloc.artefacts.manifest import Manifest, ModelReference
@@ -48,7 +49,7 @@ class OnRoundedBase:
             MismatchError: the adapter was trained on something else.
             ConfigError: options contradict what is known of the base, or each other.
         """
-        origin = Manifest.find(adapter.path)
+        origin = require_read(adapter.path, fresh=True)
         refuse_corrected(adapter, origin)
         stated = _stated(adapter, origin)
         rounding = _rounding(config, stated)

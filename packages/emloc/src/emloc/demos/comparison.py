@@ -103,6 +103,7 @@ class Comparison:
                 model_name_or_path=self.base,
                 adapter=None if adapter is None else str(adapter),
                 dataset=self.test_data,
+                allow_mismatch=name == "uncorrected",
                 output_dir=self.out / "evaluation" / name,
                 **known,
                 **self.evaluate,

@@ -7,7 +7,7 @@ from typing import TypeVar
 from pydantic import BaseModel
 
 from emloc.artefacts.checkpoint import Checkpoint
-from emloc.artefacts.manifest import Manifest
+from emloc.artefacts.intact import require_read
 from emloc.errors import CheckpointError, PluginError
 from emloc.extend.capabilities import native_of
 from emloc.extend.family import FamilyEntry, ModelFamily
@@ -22,6 +22,7 @@ def open_model(
     single_file_config: str | None = None,
     family: str | None = None,
     recorded: str | None = None,
+    fresh: bool = False,
 ) -> tuple[Checkpoint, ModelFamily]:
     """A checkpoint in its family's layout, and the family.
 
@@ -32,9 +33,10 @@ def open_model(
         family: to take, of those that recognise the model.
         recorded: the family of what was made from the model, which decides where several recognise it and
             none is named; by default that of the model's own manifest.
+        fresh: read all of what a stage of ours wrote, to compare it with its manifest (`require_intact`).
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it cannot be read, or is not what a stage of ours wrote.
         PluginError: as `family_of`, or its method is not installed.
     """
     path, folder = Path(model_name_or_path), model_name_or_path
@@ -44,7 +46,7 @@ def open_model(
         folder = model_folder(path, single_file_config, chosen or known)
     _refuse_adapter(model_name_or_path)
     checkpoint = Checkpoint.open(folder)
-    manifest = Manifest.find(checkpoint.path)
+    manifest = require_read(checkpoint.path, fresh)
     if manifest is not None and manifest.method is not None:
         method_named(manifest.method).load()
     made_with = recorded or (manifest.family if manifest else None)

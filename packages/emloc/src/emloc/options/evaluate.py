@@ -16,6 +16,11 @@ class EvaluateConfig(DataOptions, ModelOptions):
 
     model_name_or_path: Located = Field(description="model or emulator")
     adapter: Located | None = Field(None, description="PEFT adapter to put on it")
+    allow_mismatch: Annotated[bool, WithoutEffect()] = Field(
+        False,
+        description="score an adapter on a model that it is not made for, such as one that is not "
+        "corrected on the original",
+    )
     output_dir: OutputDir | None = Field(None, description="where evaluation.json goes")
     num_samples: int | None = Field(None, ge=1, description="the first so many; by default all")
     per_device_eval_batch_size: int = Field(16, ge=1)

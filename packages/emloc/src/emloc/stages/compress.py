@@ -12,7 +12,7 @@ from emloc.compression.choice import choose_streamed, streamed_itemsize
 from emloc.compression.emulator_folder import EmulatorFolder
 from emloc.compression.fitting import compress_blocks
 from emloc.compression.groups import CompressionPlan
-from emloc.compression.menu_choice import forget_prices, price_menus, with_chosen
+from emloc.compression.menu_choice import price_menus, prices_in, with_chosen
 from emloc.compression.truncation import allocate_sizes
 from emloc.config import CompressConfig
 from emloc.errors import CheckpointError, ConfigError
@@ -166,5 +166,5 @@ def _written(
             "block_seconds": [report["seconds"] for report in reports],
             "device": config.device,
         },
-        forget=lambda: (folder.forget_reports(), forget_prices(folder.work)),
+        leftovers=[*folder.reports, *prices_in(folder.work)],
     )

@@ -117,12 +117,13 @@ def correct(config: CorrectConfig) -> Path:
     adapter = adapted.adapter
     contract = correct.contract(config, base, family, adapter)
     batches = _batches(config, family, base)
+    adapter_digest = adapter.digest()
     settings = {
         **own_options(config, PATHS),
         **named_family(base, family),
         "base_digest": digest,
         **trained_on.settings(),
-        "adapter_digest": adapter.digest(),
+        "adapter_digest": adapter_digest,
         "data_digest": batches_digest(batches),
     }
     artefact = Artefact(
@@ -133,6 +134,7 @@ def correct(config: CorrectConfig) -> Path:
         family.name,
         ModelReference.of(base, digest),
         emulator=trained_on.reference(),
+        adapter=ModelReference.of_adapter(adapter.path, adapter_digest),
         packages=("torch", "safetensors"),
         device=config.device,
         memory=config.memory,

@@ -2,8 +2,9 @@
 
 An artefact of the same settings that is there already is left as it is, and said to be complete; another one
 is never overwritten. The planned memory is asked for before the work and held to during it. The work is done
-in a folder beside `output_dir`, with its seconds and its peak measured, and ends with the manifest; then the
-folder gets its name. What an interrupted run had finished is there when the same run begins anew.
+in a folder beside `output_dir`, with its seconds and its peak measured, and ends with the manifest, which
+lists every file; then the folder gets its name. What an interrupted run had finished is there when the same
+run begins anew.
 """
 
 import time
@@ -12,13 +13,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from emloc.artefacts.digest_cache import KnownDigests
+from emloc.artefacts.durable import sync_tree
 from emloc.artefacts.file_digest import file_sha256
+from emloc.artefacts.intact import is_complete, listing
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.kinds import Kind
-from emloc.artefacts.manifest import Manifest, ModelReference, is_complete, versions
+from emloc.artefacts.manifest import Manifest, ModelReference, versions
 from emloc.artefacts.settings import difference, same
 from emloc.artefacts.small_files import write_json
-from emloc.artefacts.stage_folder import stage_folder
+from emloc.artefacts.stage_folder import (
+    SETTINGS_NAME,
+    drop,
+    drop_unfinished,
+    settle,
+    stage_folder,
+)
 from emloc.artefacts.write_errors import writing
 from emloc.errors import CheckpointError, OutputError
 from emloc.machine.memory import PeakMemory, streaming_memory
@@ -31,18 +41,19 @@ class Written:
     """Content of an artefact, for its manifest, where the fields are explained.
 
     Attributes:
+        files: digests that were computed while files were written; the others are read for theirs.
         measured: beside seconds and peak.
-        forget: removes from the folder what only a continued run would need; called after the manifest is
+        leftovers: names in the folder of what only a continued run would need; removed after the manifest is
             written.
     """
 
-    files: Mapping[str, str]
+    files: Mapping[str, str] = field(default_factory=dict[str, str])
     layers: Mapping[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     kept_dense: Mapping[str, str] = field(default_factory=dict[str, str])
     tables: list[dict[str, Any]] | None = None
     summary: Mapping[str, Any] = field(default_factory=dict[str, Any])
     measured: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    forget: Callable[[], object] = lambda: None
+    leftovers: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,7 @@ class Artefact:
     family: str
     base_model: ModelReference
     emulator: ModelReference | None = None
+    adapter: ModelReference | None = None
     method: str | None = None
     packages: tuple[str, ...] = ()
     device: str = "cpu"
@@ -86,6 +98,7 @@ class Artefact:
             OutputError: another artefact is in its place.
             MemoryLimitError: it does not fit, or went beyond its memory.
         """
+        settle(self.output_dir)
         if is_complete(self.stage, self.kind, self.output_dir, self.settings, self.family):
             return self.output_dir
         agreed = contract()
@@ -99,8 +112,12 @@ class Artefact:
             }
             if agreed is not None:
                 agreed.report(measured)
-            self._manifest(written, measured).write(folder)
-            written.forget()
+            with writing(folder):
+                drop_unfinished(folder)
+                sync_tree(folder)  # the manifest says that all of it is there
+                self._manifest(folder, written, measured).write(folder)
+                drop(folder, written.leftovers)
+        KnownDigests(self.output_dir).note(Manifest.read(self.output_dir).files)
         return self.output_dir
 
     def _measured(
@@ -112,19 +129,24 @@ class Artefact:
             written = work(folder)
         return written, peak.figures()
 
-    def _manifest(self, written: Written, measured: dict[str, Any]) -> Manifest:
+    def _manifest(self, folder: Path, written: Written, measured: dict[str, Any]) -> Manifest:
+        files, sizes = listing(
+            folder, written.files, frozenset((SETTINGS_NAME, *written.leftovers))
+        )
         return Manifest.model_validate(
             {
                 "kind": self.kind.name,
                 "family": self.family,
                 "base_model": self.base_model,
                 "emulator": self.emulator,
+                "adapter": self.adapter,
                 "settings": dict(self.settings),
                 "layers": dict(written.layers),
                 "kept_dense": dict(written.kept_dense),
                 "tables": written.tables,
                 "summary": dict(written.summary),
-                "files": dict(written.files),
+                "files": files,
+                "sizes": sizes,
                 "versions": versions("emloc", *self.packages),
                 "method": self.method,
                 "measured": measured,

@@ -9,15 +9,17 @@ from pathlib import Path
 import torch
 
 from emloc.adapters.adapted_weights import adapted_weights
+from emloc.adapters.belonging import refuse_uncorrected
 from emloc.adapters.merged_tensors import MergedModel, merged_model, merged_part
 from emloc.adapters.rounding import DEQUANTISED, RoundedBase, Rounding
 from emloc.artefacts.adapter import Adapter
-from emloc.artefacts.adapter_base import folder_named, require_base
+from emloc.artefacts.adapter_base import require_base
 from emloc.artefacts.companions import say_other_template
 from emloc.artefacts.file_digest import file_sha256
+from emloc.artefacts.intact import require_read
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.kinds import ADAPTER, CORRECTED_ADAPTER, MERGED_MODEL
-from emloc.artefacts.manifest import Manifest, ModelReference
+from emloc.artefacts.manifest import ModelReference
 from emloc.artefacts.output_place import has_place
 from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import copy_file, write_json
@@ -41,8 +43,8 @@ from emloc.stages.stage import stage
 def merge(config: MergeConfig) -> Path:
     """Merge an adapter into its base model; returns the merged model's folder."""
     adapter = Adapter.open(config.adapter)
-    origin = Manifest.find(adapter.path)
-    _refuse_uncorrected(adapter, origin)
+    origin = require_read(adapter.path, fresh=True)
+    refuse_uncorrected(adapter, origin)
     origin_config = origin.base_model.single_file_config if origin else None
     base, family = open_model(
         config.model_name_or_path or require_base(adapter, origin, "merge"),
@@ -69,11 +71,12 @@ def merge(config: MergeConfig) -> Path:
     frozen = None if rounding is None else RoundedBase.of(rounding, family, model, base)
     merged = merged_model(adapted, family, model, base, frozen)
     parts = {name: merged_part(part, base.part(name)) for name, part in adapter.parts.items()}
+    adapter_digest = adapter.digest()
     settings = {
         **named_family(base, family),
         "base_digest": digest,
         "companions_digest": base.companions_digest(),
-        "adapter_digest": adapter.digest(),
+        "adapter_digest": adapter_digest,
         **({} if rounding is None else {DEQUANTISED: rounding.as_json()}),
     }
     artefact = Artefact(
@@ -83,6 +86,7 @@ def merge(config: MergeConfig) -> Path:
         settings,
         family.name,
         ModelReference.of(base, digest),
+        adapter=ModelReference.of_adapter(adapter.path, adapter_digest),
         packages=("torch", "safetensors"),
         memory=config.memory,
     )
@@ -118,20 +122,6 @@ def _write_beside(merged: MergedModel, work: Path, written: Collection[str]) -> 
             "weight_map": {name: layout.inside(info.file) for name, info in tensors.items()},
         }
         write_json(work / layout.index, index)
-
-
-def _refuse_uncorrected(adapter: Adapter, origin: Manifest | None) -> None:
-    if origin is not None:
-        on_emulator = origin.kind == "adapter" and origin.emulator is not None
-    else:
-        folder = folder_named(adapter)
-        named = None if folder is None else Manifest.find(folder)
-        on_emulator = named is not None and named.kind == "emulator"
-    if on_emulator:
-        raise MismatchError(
-            f"Adapter {adapter.path} was trained on an emulator and is not corrected; run emloc "
-            f"correct on it first."
-        )
 
 
 def _write_shards(merged: MergedModel, work: Path) -> dict[str, str]:

@@ -144,7 +144,7 @@ class StageLaws(SubjectFixture):
         """Manifests hold no NaN, which JSON does not know."""
         for folder in subject.stages.values():
             text = (folder / "emloc.json").read_text("utf-8")
-            assert json.loads(text)["format"] == 1
+            assert json.loads(text)["format"] == 2
             assert "NaN" not in text
 
 
