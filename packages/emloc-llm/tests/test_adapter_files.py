@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 import emloc
 from emloc.artefacts.adapter import Adapter
 from emloc.errors import CheckpointError, ConfigError, MismatchError, NumericalError
+from emloc.testing.resealed import resealed
 from emloc_llm.example import write_model
 
 WEIGHTS = "adapter_model.safetensors"
@@ -255,11 +256,9 @@ def test_a_relative_base_is_the_one_that_the_manifest_recorded(tiny, tmp_path, e
         max_steps=1, max_length=96, lora_r=2,
     )  # fmt: skip
     change(adapter, base_model_name_or_path="base")
-    manifest = json.loads((adapter / "emloc.json").read_text())
-    del manifest["files"][CONFIG]
-    (adapter / "emloc.json").write_text(json.dumps(manifest))
     write_model(elsewhere / "base", intermediate_size=72)
-    assert emloc.verify(path=adapter)["base_model"] == str(tiny.base)
+    with pytest.raises(CheckpointError, match="not what was written"):
+        emloc.verify(path=adapter)
     folder = emloc.merge(adapter=str(adapter), output_dir=tmp_path / "m")
     expected = PeftModel.from_pretrained(load(tiny.base), adapter).merge_and_unload().state_dict()
     for name, tensor in load(folder).state_dict().items():
@@ -279,7 +278,7 @@ def moved(adapter, folder, name):
     manifest = json.loads((folder / "emloc.json").read_text())
     manifest["base_model"]["name_or_path"] = "/gone/base"
     (folder / "emloc.json").write_text(json.dumps(manifest))
-    return folder
+    return resealed(folder)
 
 
 @pytest.mark.parametrize("name", ["base", "./base", "models/of/mine", "../base"])

@@ -10,6 +10,7 @@ from llm_reference import load
 import emloc
 from emloc.errors import CheckpointError, ConfigError, MismatchError
 from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
+from emloc.testing.resealed import resealed
 from emloc_llm.evaluation import matches
 from emloc_llm.example import write_model
 
@@ -72,6 +73,9 @@ def test_written_once_and_refused(tiny, tmp_path):
     emloc.evaluate(adapter=str(tmp_path / "lora"), **elsewhere)
     config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
     (tmp_path / "lora/adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1}))
+    with pytest.raises(CheckpointError, match="not what was written"):
+        emloc.evaluate(adapter=str(tmp_path / "lora"), **elsewhere)
+    resealed(tmp_path / "lora")
     with pytest.raises(
         OSError, match="was made with another adapter"
     ):  # the path is the same, it is not
@@ -80,16 +84,17 @@ def test_written_once_and_refused(tiny, tmp_path):
         emloc.evaluate(**options)
     with pytest.raises(ConfigError, match="dataset is required"):
         emloc.evaluate(model_name_or_path=str(tiny.base))
-    with pytest.raises(ConfigError, match="corrected for the original"):
+    with pytest.raises(MismatchError, match="corrected for the original"):
         emloc.evaluate(
             model_name_or_path=str(tiny.emulator), adapter=str(tiny.corrected),
             dataset=str(tiny.test),
         )  # fmt: skip
     deep = write_model(tmp_path / "deep", num_hidden_layers=2)
+    given = {"adapter": str(tiny.corrected), "dataset": str(tiny.test)}
+    with pytest.raises(MismatchError, match="the weights of .* are others"):
+        emloc.evaluate(model_name_or_path=str(deep), **given)
     with pytest.raises(MismatchError, match="7 of 21 layers have no weight"):
-        emloc.evaluate(
-            model_name_or_path=str(deep), adapter=str(tiny.corrected), dataset=str(tiny.test)
-        )
+        emloc.evaluate(model_name_or_path=str(deep), allow_mismatch=True, **given)
     with pytest.raises(CheckpointError):
         emloc.evaluate(model_name_or_path=str(tmp_path / "none" / "x"), dataset=str(tiny.test))
 

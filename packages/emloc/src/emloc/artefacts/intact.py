@@ -16,11 +16,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from emloc.artefacts.adapter_config import CONFIG_NAME
+from emloc.artefacts.adapter_tensors import WEIGHTS_NAME
 from emloc.artefacts.companions import PATTERNS
 from emloc.artefacts.digest_cache import KnownDigests
 from emloc.artefacts.file_digest import bytes_sha256, file_sha256
 from emloc.artefacts.json_files import read_json
-from emloc.artefacts.kinds import Kind
+from emloc.artefacts.kinds import ADAPTER, CORRECTED_ADAPTER, Kind
 from emloc.artefacts.manifest import MANIFEST_NAME, UNLISTED, Manifest
 from emloc.artefacts.named_files import named_path
 from emloc.artefacts.settings import difference, same
@@ -28,11 +29,14 @@ from emloc.artefacts.small_files import json_text
 from emloc.errors import CheckpointError, OutputError
 from emloc.machine.progress import console
 
-READ = ("*.safetensors", *PATTERNS)
-"""Patterns of the files that libraries and stages read of a model or an adapter."""
+OF_MODELS = ("*.safetensors", *PATTERNS)
+"""Patterns of the files that libraries and stages read of a model."""
+
+OF_ADAPTERS = (CONFIG_NAME, WEIGHTS_NAME)
+"""The files that libraries and stages read of an adapter."""
 
 OF_HOSTS = frozenset({".cache", ".git", ".gitattributes", ".gitignore", ".DS_Store"})
-"""What hubs, git and file managers put into a folder; nothing reads it."""
+"""Names that hubs, git and file managers put into a folder; nothing reads them."""
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
@@ -63,17 +67,15 @@ def require_intact(
     Raises:
         CheckpointError: a file is missing, was changed or was added, or its name leads out of the folder.
     """
-    names = [name for name in manifest.files if every or _is_read(name)]
-    names = [name for name in names if not _left_out(folder, name)]
+    names = [name for name in manifest.files if every or _is_read(name, manifest)]
+    names = [name for name in names if not _is_forgiven(folder, name, manifest, every)]
     for name in names:
         _require_size(folder, name, manifest.sizes.get(name))
     _require_listed(folder, manifest, every and fresh)
     known = None if fresh else KnownDigests(folder)
     for name in names:
         digest = file_sha256(folder / name) if known is None else known.of(name)
-        if digest != manifest.files[name] and not (
-            not every and _names_another_base(folder, name, manifest)
-        ):
+        if digest != manifest.files[name]:
             raise CheckpointError(
                 f"{folder / name} is not what was written (SHA-256 differs); {_again(folder)}."
             )
@@ -128,10 +130,10 @@ def _require_size(folder: Path, name: str, size: int | None) -> None:
     path = named_path(folder, name, folder / MANIFEST_NAME)
     if not path.is_file():
         raise CheckpointError(f"{path} is missing, and {MANIFEST_NAME} lists it; {_again(folder)}.")
-    found = path.stat().st_size
-    if size is not None and found != size:
+    bytes_now = path.stat().st_size
+    if size is not None and bytes_now != size:
         raise CheckpointError(
-            f"{path} is not what was written ({found} bytes, once {size}); {_again(folder)}."
+            f"{path} is not what was written ({bytes_now} bytes, once {size}); {_again(folder)}."
         )
 
 
@@ -140,7 +142,7 @@ def _require_listed(folder: Path, manifest: Manifest, everything: bool) -> None:
     if manifest.format in UNLISTED:
         return
     for name in _files(folder):
-        if name not in manifest.files and (everything or _is_read(name)):
+        if name not in manifest.files and (everything or _is_read(name, manifest)):
             raise CheckpointError(
                 f"{folder / name} was added after {MANIFEST_NAME} was written, which does not list it; move "
                 f"it elsewhere."
@@ -158,21 +160,29 @@ def _files(folder: Path) -> Iterator[str]:
         yield from ((inside / name).as_posix() for name in (*files, *links))
 
 
-def _is_read(name: str) -> bool:
+def _is_read(name: str, manifest: Manifest) -> bool:
     path = PurePosixPath(name)
-    of_training = _CHECKPOINT.fullmatch(path.parts[0]) is not None
-    return not of_training and any(fnmatch.fnmatch(path.name, pattern) for pattern in READ)
+    if _CHECKPOINT.fullmatch(path.parts[0]):
+        return False
+    patterns = OF_ADAPTERS if manifest.kind in (ADAPTER.name, CORRECTED_ADAPTER.name) else OF_MODELS
+    return any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)
 
 
-def _left_out(folder: Path, name: str) -> bool:
-    """Return whether a file is of a checkpoint of training that was removed whole, which nobody misses."""
+def _is_forgiven(folder: Path, name: str, manifest: Manifest, every: bool) -> bool:
+    """Return whether a file need not be as it was.
+
+    Nobody misses a checkpoint of training that was removed whole; and a stage that knows the base by the
+    manifest does not mind what PEFT's config calls it.
+    """
     first = PurePosixPath(name).parts[0]
-    return _CHECKPOINT.fullmatch(first) is not None and not (folder / first).exists()
+    if _CHECKPOINT.fullmatch(first) is not None and not (folder / first).exists():
+        return True
+    return not every and _names_another_base(folder, name, manifest)
 
 
 def _names_another_base(folder: Path, name: str, manifest: Manifest) -> bool:
     """Return whether PEFT's config was changed in the name of its base alone, which has perhaps moved."""
-    if PurePosixPath(name).name != CONFIG_NAME:
+    if PurePosixPath(name).name != CONFIG_NAME or not (folder / name).is_file():
         return False
     config, key = read_json(folder / name), "base_model_name_or_path"
     origins = [origin for origin in (manifest.emulator, manifest.base_model) if origin is not None]

@@ -13,3 +13,7 @@ class VerifyConfig(ModelOptions):
     model_name_or_path: Located | None = Field(
         None, description="the base model; by default the one that the folder names"
     )
+    adapter: Located | None = Field(
+        None,
+        description="the adapter that it was made from; by default the one that the folder names",
+    )
