@@ -124,6 +124,22 @@ def test_magnitudes_and_dropout(options, tmp_path):
     assert losses(first) == losses(again)
 
 
+def test_text_encoders_are_trained_along_in_memory(tmp_path):
+    example = family_named("diffusion").write_example(tmp_path / "example", seed=0)
+    options = {
+        **example, "train_text_encoder": True, "max_steps": 2, "learning_rate": 1e-2, "lora_r": 3,
+        "device": "cpu", "logging_steps": 1,
+    }  # fmt: skip
+    whole = emloc.train(output_dir=tmp_path / "whole", **options)
+    streamed = emloc.train(output_dir=tmp_path / "streamed", stream=True, **options)
+    assert_same(streamed, whole)
+    part = "text_encoder/adapter_model.safetensors"
+    held, expected = load_file(streamed / part), load_file(whole / part)
+    assert held.keys() == expected.keys()
+    for name, tensor in held.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+
+
 def test_dropout_draws_the_same_numbers_when_a_block_runs_again():
     """A loss that is linear in what is dropped: its gradient shows what was drawn in the forward."""
     from emloc.streaming.kept_inputs import Random

@@ -171,8 +171,9 @@ def test_lines_add_up_and_the_slack_is_one_of_them(planned):
     assert outcome["parameters"] == planned.subject.parameters
     assert outcome["fits"] is None
     assert list(outcome["stages"]) == ["compress", "train", "correct", "merge", "inference"]
-    assert list(outcome["beside"]) == ["LoRA on the base", "QLoRA on the base",
-                                     "inference of the base"]  # fmt: skip
+    assert list(outcome["beside"]) == [
+        "LoRA on the base", "streamed LoRA on the base", "QLoRA on the base", "polish",
+        "inference of the base"]  # fmt: skip
     for row in (*outcome["stages"].values(), *outcome["beside"].values()):
         for place in ("device_bytes", "host_bytes", "disk_bytes"):
             assert row[place]["total"] == sum(row[place]["lines"].values())

@@ -85,7 +85,7 @@ RUN = {"model_name_or_path": "m", "dataset": "d", "output_dir": "root",
 
 def test_it_stands_between_what_makes_and_what_reads_its_kind(installed):
     assert list(run_stages()) == [
-        "compress", "duplicate", "train", "correct", "merge", "evaluate"]  # fmt: skip
+        "compress", "duplicate", "train", "correct", "polish", "merge", "evaluate"]  # fmt: skip
     plans = plan_stages(RUN, "c.yaml")
     assert list(plans) == ["compress", "duplicate", "train", "correct"]
     assert plans["duplicate"] == {"emulator": "root/emulator", "output_dir": "root/duplicate"}
@@ -139,7 +139,7 @@ def test_a_broken_one_is_reported_and_left_out(monkeypatch, entry, why):
 
 def test_cores_own_are_in_the_order_of_the_method():
     assert [name for name, each in core_stages().items() if each.produces] == [
-        "compress", "train", "correct", "merge", "evaluate"]  # fmt: skip
+        "compress", "train", "correct", "polish", "merge", "evaluate"]  # fmt: skip
     names = list(core_stages())
     assert (names[0], names[-3:]) == ("plan", ["evaluate", "verify", "demo"])
 

@@ -145,7 +145,9 @@ class Setting:
         """The memory that other ways take."""
         return {
             "LoRA on the base": self._trained(self._base_weights, *self._base_step[:2], 0),
+            "streamed LoRA on the base": with_options(self, stream=True).train(),
             "QLoRA on the base": self.qlora(),
+            "polish": self.polish(),
             "inference of the base": self._running({}),
         }
 

@@ -19,6 +19,7 @@ from emloc.stages.registry import planned_stages
 from emloc.stages.stage import stage
 
 PLAN_NAME, PICTURE_NAME = "plan.json", "plan.png"
+OPTIONAL = (Setting.polish,)
 
 
 def _has_folder(config: PlanConfig) -> None:
@@ -38,7 +39,9 @@ def plan(config: PlanConfig) -> dict[str, Any]:
 def make_memory_plan(config: PlanConfig) -> MemoryPlan:
     """The plan of the options, chosen for `memory` where that is given."""
     subject = Subject.of(config.model_name_or_path, config.dtype, config.family)
-    setting, stages = Setting(subject, of_family(config, subject.family)), planned_stages()
+    setting = Setting(subject, of_family(config, subject.family))
+    # What the method can do without stands beside it, and nothing is given up for it.
+    stages = {name: lines for name, lines in planned_stages().items() if lines not in OPTIONAL}
     if config.memory is None:
         return MemoryPlan(setting, stages)
     return choose(setting, config.memory, stages)

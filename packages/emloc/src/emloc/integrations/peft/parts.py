@@ -40,6 +40,10 @@ class TrainedTogether(nn.Module):
     def __init__(self, main: Any, parts: Mapping[str, Any]) -> None:
         super().__init__()
         self.main, self.parts = main, nn.ModuleDict(parts)
+        # Of a main model whose blocks come and go, libraries ask the whole before they move it.
+        placed: Any = getattr(main.get_base_model(), "hf_device_map", None)
+        if placed is not None:
+            self.hf_device_map = placed
 
     @property
     def config(self) -> Any:
