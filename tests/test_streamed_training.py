@@ -1,6 +1,8 @@
 """A LoRA trained on the original block by block, against one trained on the model in memory."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +61,45 @@ def test_adapters_and_losses_are_those_of_training_in_memory(options, in_memory,
     assert (streamed / "adapter_config.json").read_bytes() == (
         in_memory / "adapter_config.json"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_blocks_that_wait_in_few_bits_are_those_of_a_rounded_model(family, options, bits, tmp_path):
+    """Trained in memory on a copy of the model whose blocks hold what the grid gives back."""
+    from emloc.artefacts.checkpoint import Checkpoint
+    from emloc.linalg.row_rounding import rounded_parts
+    from emloc.streaming.coded_blocks import as_rows
+
+    base = Path(options["model_name_or_path"])
+    copy = tmp_path / "rounded"
+    shutil.copytree(base, copy)
+    checkpoint = Checkpoint.open(base)
+    model = family.load(checkpoint, "auto", "cpu")
+    for block in family.blocks(model):
+        for parameter in model.get_submodule(block).parameters():
+            if parameter.dim() > 1:
+                rows = as_rows(parameter.data)
+                made = [grid.values(codes) for grid, codes in rounded_parts(rows, bits, 64)]
+                assert not torch.equal(torch.cat(made), rows)
+                parameter.data.copy_(torch.cat(made).view(parameter.shape))
+    model.save_pretrained(copy / checkpoint.layout.folder)
+    whole = emloc.train(
+        output_dir=tmp_path / "whole", **{**options, "model_name_or_path": str(copy)}
+    )
+    streamed = emloc.train(
+        output_dir=tmp_path / "streamed",
+        stream=True,
+        stream_from="ram",
+        stream_bits=bits,
+        **options,
+    )
+    assert_same(streamed, whole)
+    assert json.loads((streamed / "emloc.json").read_text())["settings"]["stream_bits"] == bits
+
+
+def test_few_bits_wait_in_memory_alone(options, tmp_path):
+    with pytest.raises(ConfigError, match="pass stream=true and stream_from=ram"):
+        emloc.train(output_dir=tmp_path / "adapter", stream=True, stream_bits=4, **options)
 
 
 @pytest.mark.parametrize("name", ["llm", "vlm"])  # diffusion draws pictures instead

@@ -3,7 +3,7 @@
     python tools/bench_streamed.py [--blocks 12 48] [--hidden_size 512] [--tokens 4096] [--steps 3]
 
 Writes random Llama-shaped checkpoints that differ in depth alone, and trains a LoRA of rank 4 on each,
-streamed from disk and from memory, and with the whole model in memory with gradient checkpointing, each in
+streamed from disk and from memory (as stored and in 4 bits), and with the whole model in memory with gradient checkpointing, each in
 a process of its own. A step is one micro-batch of so many tokens in samples of 128. `weights` is the peak
 (over the stage's start) less the LoRA, its gradients and AdamW's moments, and what enters each block, which
 grow with depth and are printed apart; `depth_ratio` compares it between the depths. `step_ratio` is the time
@@ -31,6 +31,7 @@ WAYS: dict[str, dict[str, object]] = {
     "from disk": {"stream": "true", "stream_from": "disk"},
     "inputs on disk": {"stream": "true", "stream_inputs": "disk"},
     "from memory": {"stream": "true", "stream_from": "ram"},
+    "from memory, 4 bits": {"stream": "true", "stream_from": "ram", "stream_bits": 4},
     "in memory": {"gradient_checkpointing": "true"},
 }
 
@@ -83,7 +84,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             made = make(Path(temporary), blocks, options.hidden_size, 4 * options.tokens // LENGTH)
             for way, more in WAYS.items():
-                out = Path(temporary) / way.replace(" ", "-")
+                out = Path(temporary) / way.replace(" ", "-").replace(",", "")
                 measured = train(made, out, options.tokens, options.steps, more)
                 lora = 4 * int(measured["trainable_bytes"])
                 on_disk = more.get("stream_inputs") == "disk"

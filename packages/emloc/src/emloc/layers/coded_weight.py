@@ -4,7 +4,7 @@ Decoding runs over a few rows at a time, in float32 whatever the dtype of the pr
 and weight stays in the processor's cache.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,24 @@ class CodedWeight:
     columns: int
     bits: int
     group_size: int
+
+    def to(self, device: torch.device) -> "CodedWeight":
+        """The same on a device; without waiting for it where its tensors are pinned."""
+        return self._with([t.to(device, non_blocking=True) for t in self._tensors])
+
+    def pinned(self) -> "CodedWeight":
+        """The same in memory from which a GPU copies while it computes."""
+        return self._with([tensor.contiguous().pin_memory() for tensor in self._tensors])
+
+    @property
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.packed, self.scale_codes, self.largest, self.zero_codes
+
+    def _with(self, tensors: Sequence[Tensor]) -> "CodedWeight":
+        packed, scale_codes, largest, zero_codes = tensors
+        return CodedWeight(
+            packed, scale_codes, largest, zero_codes, self.columns, self.bits, self.group_size
+        )
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight."""

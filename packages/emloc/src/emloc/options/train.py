@@ -26,6 +26,10 @@ class TrainingOptions(LearntDataOptions, ModelOptions, MemoryOptions):
     stream_from: Annotated[Literal["disk", "ram"], WithoutEffect()] = Field(
         "disk", description="where blocks wait for their turn with stream=true"
     )
+    stream_bits: Annotated[Literal[4, 8] | None, UnlessDefault()] = Field(
+        None,
+        description="bits of blocks that wait in ram; the model is then one in few bits, as QLoRA's",
+    )
     stream_inputs: Annotated[Literal["disk", "ram"], WithoutEffect()] = Field(
         "ram", description="where what enters each block is kept during a step with stream=true"
     )

@@ -15,6 +15,7 @@ import torch
 from emloc.compression.groups import CompressionPlan
 from emloc.config import CalibrationOptions, PlanConfig, PolishConfig
 from emloc.extend.plugin_options import with_plugin_options
+from emloc.formats.coded_matrix import CodedMatrix
 from emloc.linalg.convolution import matrix_shape
 from emloc.planning.calls import (
     Calls,
@@ -41,6 +42,7 @@ from emloc.planning.training import (
     training_lines,
 )
 from emloc.planning.whole import Shapes, untied_parameters
+from emloc.streaming.coded_blocks import GROUP_SIZE
 
 RESIDENT = ("weights", "LoRA", "modules to save", "block in float32", "head in float32")
 """Lines of what stays as it is; the others come and go, and an allocator has slack for them."""
@@ -211,13 +213,29 @@ class Setting:
         inputs = (self.options.gradient_accumulation_steps - 1) * (step.largest.kept if step else 0)
         from_ram, on_disk = self.options.stream_from == "ram", self.options.stream_inputs == "disk"
         beside = lines_of(
-            blocks_in_ram=self.subject.parameters * self.subject.stored.itemsize * from_ram,
+            blocks_in_ram=self._waiting * from_ram,
             inputs_of_blocks=inputs * (not on_disk),
         )
         disk = {**memory.disk, **lines_of(inputs_of_blocks=inputs * on_disk)}
         if self.on_gpu:
             return replace(memory, host={**memory.host, **beside}, disk=disk)
         return replace(memory, device={**memory.device, **beside}, disk=disk)
+
+    @property
+    def _waiting(self) -> int:
+        """Bytes of the base's weights that wait in memory, those of blocks' layers in few bits if asked."""
+        subject, bits = self.subject, self.options.stream_bits
+        stored = subject.parameters * subject.stored.itemsize
+        if bits is None:
+            return stored
+        layers = [subject.shapes[name] for name in subject.inside if name in subject.shapes]
+        dense = sum(rows * columns for rows, columns in layers) * subject.stored.itemsize
+        matrices = [CodedMatrix(rows, columns, bits, GROUP_SIZE) for rows, columns in layers]
+        tensors = [kind for matrix in matrices for _, kind in matrix.stored()]
+        coded = sum(
+            torch.Size(shape).numel() * (dtype or torch.uint8).itemsize for shape, dtype in tensors
+        )
+        return stored - dense + coded
 
     @property
     def _base_weights(self) -> int:

@@ -56,6 +56,11 @@ def check_training(config: TrainConfig) -> None:
     """
     check_trackers(config)
     check_optimizer(config)
+    if config.stream_bits is not None and not (config.stream and config.stream_from == "ram"):
+        raise ConfigError(
+            "train: stream_bits is of blocks that wait in memory; pass stream=true and stream_from=ram, or "
+            "leave it out."
+        )
     if config.stream:
         _check_streamed(config)
 

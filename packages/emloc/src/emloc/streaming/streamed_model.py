@@ -33,6 +33,7 @@ class StreamedModel:
         checkpoint: in the family's layout.
         dtype: in which units compute; None: the one that most of the checkpoint's bytes are stored in.
         weights: where blocks wait.
+        bits: of blocks' matrices that wait in memory; None: as stored.
         inputs: where what enters blocks is kept in a step.
         folder: on whose disk, if there.
 
@@ -49,13 +50,14 @@ class StreamedModel:
         weights: Medium,
         inputs: Medium,
         folder: Path,
+        bits: int | None = None,
     ) -> None:
         kind = dtype or checkpoint.main_dtype
         self._stream = stream = UnitStream(family, checkpoint, device, dtype=kind)
         for places in stream.places.values():
             for place in places:
                 stream.stored(place.name)  # by the names of now, before layers are wrapped
-        self._weights = WaitingWeights(stream, weights)
+        self._weights = WaitingWeights(stream, weights, bits)
         self._kept = OnDisk(stream.device, folder) if inputs == "disk" else InMemory(stream.device)
         self.model: Any = stream.model.requires_grad_(False)
         # By a map with several entries libraries know that they must not move the model.

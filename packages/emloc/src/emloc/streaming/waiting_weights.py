@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from emloc.layers.coded_weight import CodedWeight
+from emloc.streaming.coded_blocks import coded
 from emloc.streaming.stream import UnitStream
 
 Medium = Literal["disk", "ram"]
@@ -24,11 +26,12 @@ class WaitingWeights:
 
     Args:
         place: `disk`: they are read whenever they are needed; `ram`: once, and copied from there.
+        bits: 4 or 8: blocks' matrices wait in memory in so many bits; None: as stored.
     """
 
-    def __init__(self, stream: UnitStream, place: Medium) -> None:
-        self._stream = stream
-        self._in_memory: dict[str, list[Tensor]] | None = None
+    def __init__(self, stream: UnitStream, place: Medium, bits: int | None = None) -> None:
+        self._stream, self._bits = stream, bits
+        self._in_memory: dict[str, list[Tensor | CodedWeight]] | None = None
         self._pool = ThreadPoolExecutor(1, "read-ahead")
         self._ahead: tuple[str, Future[list[Tensor]]] | None = None
         self._on_gpu = stream.device.type == "cuda"
@@ -70,14 +73,31 @@ class WaitingWeights:
         stream = self._stream
         on_disk = self._in_memory is None
         held = self._read(unit) if self._in_memory is None else self._in_memory[unit]
+        shapes = [place.shape for place in stream.places[unit]]
         if self._copies is None:  # a view into a mapped file would be read when it is used
-            return [value.to(stream.dtype, copy=on_disk) for value in held]
+            return [self._dense(value, shape, on_disk) for value, shape in zip(held, shapes)]
         with torch.cuda.stream(self._copies):
-            return [value.to(stream.device, non_blocking=True).to(stream.dtype) for value in held]
+            return [self._dense(value, shape, on_disk) for value, shape in zip(held, shapes)]
 
-    def _read(self, unit: str) -> list[Tensor]:
-        """A unit's weights as stored, pinned where a GPU copies them while it computes."""
+    def _dense(self, value: Tensor | CodedWeight, shape: torch.Size, copy: bool) -> Tensor:
+        """A weight as it computes, on the device."""
+        stream = self._stream
+        if isinstance(value, CodedWeight):
+            return value.to(stream.device).dense(stream.dtype).view(shape)
+        if self._copies is None:
+            return value.to(stream.dtype, copy=copy)
+        return value.to(stream.device, non_blocking=True).to(stream.dtype)
+
+    def _read(self, unit: str) -> list[Tensor | CodedWeight]:
+        """A unit's weights as they wait, pinned where a GPU copies them while it computes."""
         tensors = [self._stream.tensor(p.name, p.shape) for p in self._stream.places[unit]]
+        in_few_bits = self._bits is not None and unit in self._stream.blocks
+        return [self._waiting(tensor, in_few_bits) for tensor in tensors]
+
+    def _waiting(self, tensor: Tensor, in_few_bits: bool) -> Tensor | CodedWeight:
+        if in_few_bits and self._bits is not None and tensor.dim() > 1:
+            made = coded(tensor, self._bits)
+            return made.pinned() if self._on_gpu else made
         if self._on_gpu:
-            return [tensor.contiguous().pin_memory() for tensor in tensors]
-        return tensors if self._in_memory is None else [tensor.clone() for tensor in tensors]
+            return tensor.contiguous().pin_memory()
+        return tensor if self._in_memory is None else tensor.clone()

@@ -26,7 +26,14 @@ def frozen_model(
         return family.load(checkpoint, config.dtype, config.device)
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     streamed = StreamedModel(
-        family, checkpoint, dtype, config.device, config.stream_from, config.stream_inputs, work
+        family,
+        checkpoint,
+        dtype,
+        config.device,
+        config.stream_from,
+        config.stream_inputs,
+        work,
+        config.stream_bits,
     )
     return streamed.model
 
