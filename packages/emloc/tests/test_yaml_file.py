@@ -65,7 +65,7 @@ train: {<<: *base, seed: 3, prompt: "no", other: 'null', none: null, tilde: ~, e
         ("a: *x\n", "undefined alias"),
         ("a: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
         ("a: !!int x\n", "not valid YAML"),
-        ("[" * 5000, "nested too deeply"),
+        ("[" * 5000, "nested more than 50 deep"),
     ],
 )
 def test_what_is_no_mapping_of_names_is_refused_by_line(tmp_path, text, message):
@@ -163,3 +163,40 @@ def test_the_home_folder(monkeypatch):
     assert config.dataset == "/home/me/a,/home/me/b"
     assert str(config.output_dir) == "/home/me/o"
     assert config.adapter == "a~b"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: &a [x, *a]\n", r"run.yaml, line 1: \*a stands inside of what it names"),
+        ("a: " + "[" * 60 + "]" * 60, "nested more than 50 deep"),
+        ("a: " + "[" * 9000, "nested more than 50 deep"),
+        ("a: [" + "x," * 100_001 + "]", "more than 100,000 values"),
+        (
+            "l0: &l0 [x, x, x, x, x, x, x, x, x, x]\n"
+            + "".join(f"l{i}: &l{i} [{','.join([f'*l{i - 1}'] * 10)}]\n" for i in range(1, 9)),
+            "line 5: it holds more than 100,000 values",
+        ),
+        (
+            "m0: &m0 {a: 1, b: 2}\n"
+            + "".join(f"m{i}: &m{i} {{<<: [{','.join([f'*m{i - 1}'] * 9)}]}}\n" for i in range(1, 9)),
+            "more than 100,000 values",
+        ),
+    ],
+)  # fmt: skip
+def test_a_file_means_no_more_than_it_could_say(tmp_path, text, says):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        read_yaml(tmp_path / "run.yaml")
+
+
+def test_aliases_and_merged_mappings_mean_what_they_say(tmp_path):
+    (tmp_path / "run.yaml").write_text("a: &a {x: 1, y: [2, 3]}\nb: *a\nc: {<<: *a, x: 4}\n")
+    assert read_yaml(tmp_path / "run.yaml") == {
+        "a": {"x": 1, "y": [2, 3]}, "b": {"x": 1, "y": [2, 3]}, "c": {"x": 4, "y": [2, 3]},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "{a: &a [*a]}", "[!!int x]", "{? [a] : b}"])
+def test_what_yaml_cannot_say_is_text_in_an_override(text):
+    assert parse_value(text) == text

@@ -1,6 +1,5 @@
 """Calibration samples of images and text, drawn by seed, as micro-batches."""
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emloc.artefacts.json_files import read_json
 from emloc.errors import DataError
 from emloc.extend.family import Batch
 from emloc.integrations.transformers.tables import dataset_names, shares
@@ -40,7 +40,7 @@ def calibration_batches(path: Path, options: Any) -> Sequence[Batch]:
     processor = load_processor(path, options.max_dynamic_patch)
     patch_size = _patch_size(path)
     examples = draw_examples(options, processor)
-    kind = json.loads((path / "config.json").read_text("utf-8")).get("model_type")
+    kind = read_json(path / "config.json").get("model_type")
     size = 1 if kind in OTHER_ROWS else options.calibration_batch_size
     capacity = load_vlm_capacity(path)
     parts = (examples[start : start + size] for start in range(0, len(examples), size))
@@ -78,7 +78,7 @@ def _enough(options: Any, share: float, samples: int, tokens: int) -> bool:
 
 
 def _patch_size(path: Path) -> int | None:
-    config = json.loads((path / "config.json").read_text("utf-8"))
+    config = read_json(path / "config.json")
     size = config.get("vision_config", {}).get("patch_size")
     return size if isinstance(size, int) else None
 

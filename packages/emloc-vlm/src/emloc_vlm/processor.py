@@ -5,7 +5,6 @@ torchvision. Images do not: where torchvision cannot be imported, the same proce
 videos, on the image processors that need only Pillow.
 """
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ import transformers
 from transformers import AutoProcessor, ProcessorMixin
 from transformers.utils.import_utils import is_torchvision_available
 
+from emloc.artefacts.json_files import read_json
 from emloc.errors import CheckpointError, EmlocError
 from emloc.integrations.transformers.loading import give_padding
 from emloc_vlm.image_only import image_only
@@ -53,7 +53,7 @@ def load_processor(path: Path, max_dynamic_patch: int | None = None) -> Any:
 def _load(path: Path) -> Any:
     config: dict[str, Any] = {}
     if (path / "config.json").is_file():
-        config = json.loads((path / "config.json").read_text("utf-8"))
+        config = read_json(path / "config.json")
     if has_original_processor(config):
         return native_processor(path)
     if is_torchvision_available():
@@ -65,7 +65,7 @@ def _class_of(path: Path, config: dict[str, Any]) -> type[ProcessorMixin]:
     """The class that the folder's files name, or the one that goes with the model."""
     for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         if (path / file).is_file():
-            name = json.loads((path / file).read_text("utf-8")).get("processor_class")
+            name = read_json(path / file).get("processor_class")
             if name and hasattr(transformers, name):
                 return cast("type[ProcessorMixin]", getattr(transformers, name))
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES

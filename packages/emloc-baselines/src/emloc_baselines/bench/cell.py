@@ -5,11 +5,11 @@
 Every step whose artefact is there already is left alone; the record is written last.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from emloc.artefacts.json_files import read_json
 from emloc.artefacts.manifest import Manifest, versions
 from emloc.artefacts.small_files import write_json
 from emloc.errors import EmlocError
@@ -86,7 +86,7 @@ def _light(cell: Cell, root: Path) -> Path | None:
     folder, note = cell.folder(root, "light"), _note(cell, root)
     if folder.is_dir():
         return folder
-    if note.is_file() and not json.loads(note.read_text("utf-8")):
+    if note.is_file() and not read_json(note):
         return None
     built = method_named(str(cell.method)).load().build(cell.task, folder)
     note.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def _note(cell: Cell, root: Path) -> Path:
 
 
 def _built(cell: Cell, root: Path) -> Manifest | None:
-    content = json.loads(_note(cell, root).read_text("utf-8"))
+    content = read_json(_note(cell, root))
     return Manifest.model_validate(content) if content else None
 
 
@@ -143,7 +143,7 @@ def _continued(build: Manifest | None) -> dict[str, Any]:
 def main() -> None:
     """The process of one cell."""
     quiet_libraries()
-    spec: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    spec: dict[str, Any] = read_json(Path(sys.argv[1]))
     content: dict[str, Any] = spec["cell"]
     content["task"] = Task(**content["task"])
     cell = Cell(**content)

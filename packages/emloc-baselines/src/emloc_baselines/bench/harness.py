@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from emloc.artefacts.json_files import read_json
 from emloc.artefacts.small_files import write_json, write_text
 from emloc.errors import EmlocError
 from emloc.machine.progress import console
@@ -107,7 +108,7 @@ class _Bench:
 
     def read(self, cell: Cell) -> Record:
         """A finished cell's record, with what the choice of its learning rate found."""
-        record: Record = json.loads(cell.record(self.config.output_dir).read_text("utf-8"))
+        record: Record = read_json(cell.record(self.config.output_dir))
         rates = self._rates().get(cell.dataset, {}).get(cell.label)
         # Another row may have the same digest; what the tables show is this one.
         record.update(label=cell.label, dataset=cell.dataset, learning_rate_losses=rates or {})
@@ -157,7 +158,7 @@ class _Bench:
 
     def _rates(self) -> dict[str, Any]:
         path = self.config.output_dir / RATES_NAME
-        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
 
 
 def run_in_process_of_its_own(cell: Cell, root: Path) -> None:

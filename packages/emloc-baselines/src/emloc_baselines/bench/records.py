@@ -1,10 +1,10 @@
 """A bench's records, as `results.jsonl` has them: a line of JSON per cell."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from emloc.errors import ConfigError
+from emloc.machine.bounded_json import parse_json
 from emloc.machine.special_files import refuse_special
 
 Record = dict[str, Any]
@@ -22,12 +22,16 @@ def read_records(path: Path) -> list[Record]:
             f"there is no {path}; give records as emloc bench writes them (results.jsonl)"
         )
     records: list[Record] = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ConfigError(f"{path} cannot be read as UTF-8 text; give results.jsonl.") from problem
+    for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             record = None
-        if not isinstance(record, dict) or "dataset" not in record:
+        if not isinstance(record, dict) or not isinstance(record.get("dataset"), str):
             raise ConfigError(
                 f"line {number} of {path} is not a record; give records as emloc bench writes them "
                 f"(results.jsonl)"

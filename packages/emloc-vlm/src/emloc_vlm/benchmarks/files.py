@@ -5,7 +5,6 @@ the way, such as an answer `1` into `1.0` because another row had none, is refus
 """
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from emloc.errors import DataError
+from emloc.machine.bounded_json import parse_json
 from emloc_vlm.images import Source, image_source
 
 _ENCODING = "utf-8-sig"  # With or without a byte order mark.
@@ -136,12 +136,14 @@ def open_document(path: Path) -> Any:
         return None
     try:
         return _parsed(path.read_text(encoding=_ENCODING))
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
 
 
 def _parsed(text: str | bytes) -> Any:
-    return json.loads(text, parse_float=Decimal)
+    if isinstance(text, bytes):
+        text = text.decode(_ENCODING)
+    return parse_json(text, fraction=Decimal)
 
 
 def open_table(path: Path, document: Any = None) -> Table | None:
@@ -199,7 +201,7 @@ def _jsonl(path: Path) -> Iterator[Record]:
                 cells = _parsed(line)
             except UnicodeDecodeError as problem:
                 raise Record(path, number, "line", {}).wrong("this is not in UTF-8") from problem
-            except (ValueError, RecursionError) as problem:
+            except ValueError as problem:
                 raise Record(path, number, "line", {}).wrong("this is no JSON") from problem
             yield as_record(path, number, "line", cells)
 

@@ -8,7 +8,7 @@ model's folder is refused: it would put somebody's own file into the artefact.
 from collections.abc import Iterator
 from pathlib import Path
 
-from emloc.artefacts.json_files import read_json
+from emloc.artefacts.json_files import read_json, read_text
 from emloc.artefacts.layout import PIPELINE_NAME, Layout, components
 from emloc.artefacts.named_files import named_file
 from emloc.machine.progress import warn
@@ -83,10 +83,10 @@ def chat_template(folder: Path) -> str | None:
     """The chat template in a folder of a model or an adapter, wherever its files keep it; None without one.
 
     Raises:
-        CheckpointError: a file that may hold it is not JSON.
+        CheckpointError: a file that may hold it cannot be read.
     """
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text("utf-8")
+        return read_text(folder / "chat_template.jinja")
     for name in ("chat_template.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             template = read_json(folder / name).get("chat_template")

@@ -10,16 +10,17 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from emloc.artefacts.durable import sync_folder, sync_tree
+from emloc.artefacts.json_files import read_json
 from emloc.artefacts.manifest import MANIFEST_NAME, UNLISTED, Manifest
 from emloc.artefacts.output_lock import output_lock
 from emloc.artefacts.output_place import PARTIAL, require_new
 from emloc.artefacts.settings import difference, same
 from emloc.artefacts.small_files import write_text
 from emloc.artefacts.write_errors import writing
-from emloc.errors import OutputError
+from emloc.errors import CheckpointError, OutputError
 
 SETTINGS_NAME = "stage_settings.json"
 _UNFINISHED = SETTINGS_NAME + ".tmp"
@@ -145,7 +146,6 @@ def _prepare(work: Path, settings: Mapping[str, Any]) -> None:
 
 def _recorded(path: Path) -> dict[str, Any] | None:
     try:
-        content: Any = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except CheckpointError:
         return None
-    return cast("dict[str, Any]", content) if isinstance(content, dict) else None

@@ -4,7 +4,6 @@ Beside a finished block's shard stands a small report, by which an interrupted r
 done; the manifest takes the reports up at the end.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.json_files import read_json
 from emloc.artefacts.layout import Layout
 from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import copy_file, write_json
@@ -68,7 +68,7 @@ class EmulatorFolder:
 
     def read_report(self, block: str) -> dict[str, Any]:
         """The report that `write_block` was given for a finished block."""
-        return json.loads(self.report_path(block).read_text("utf-8"))
+        return read_json(self.report_path(block))
 
     def finished_blocks(self) -> set[str]:
         """Blocks that an interrupted run completed in the forms of the plan.

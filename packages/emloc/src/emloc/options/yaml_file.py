@@ -4,6 +4,8 @@ YAML 1.1 would make `no` a boolean, `2024-01-05` a date, `010` eight, `1:30` nin
 plain value becomes a number or a boolean only where its text can be had back from it (`3`, `0.25`,
 `true`); everything else stays text, which options parse as they parse the command line's. `null`, `~` and
 nothing are null; a key that stands twice is refused; keys are text.
+
+A short file may mean a long one, by aliases of aliases: what it means is counted before it is made.
 """
 
 from collections.abc import Hashable
@@ -19,9 +21,45 @@ from emloc.machine.special_files import refuse_special
 NULLS = ("", "~", "null", "Null", "NULL")
 _MERGE, _TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
 _LONGEST_NUMBER = 24
+MOST_BYTES = 4 << 20
+MOST_VALUES = 100_000
+"""Of a file, and of what its aliases and merged mappings make of it."""
+DEEPEST = 50
+"""Mappings and lists within one another."""
 
 
-class _Loader(yaml.SafeLoader):
+class BoundedLoader(yaml.SafeLoader):
+    """PyYAML's own, within the limits of this module: a ConfigError names the line where one is passed."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._sizes: dict[int, int] = {}
+        self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Count what a node holds, that of aliases included; refuse one that holds itself."""
+        event: Any = self.peek_event()
+        line = event.start_mark.line + 1
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise ConfigError(f"line {line}: it is nested more than {DEEPEST} deep")
+        node = cast("Node", super().compose_node(parent, index))
+        self._depth -= 1
+        if isinstance(event, yaml.AliasEvent):
+            if id(node) not in self._sizes:
+                raise ConfigError(f"line {line}: *{event.anchor} stands inside of what it names")
+        else:
+            inner = node.value if isinstance(node.value, list) else ()
+            parts = (part if isinstance(part, tuple) else (part,) for part in inner)
+            self._sizes[id(node)] = 1 + sum(
+                self._sizes.get(id(n), 1) for part in parts for n in part
+            )
+        if self._sizes[id(node)] > MOST_VALUES:
+            raise ConfigError(f"line {line}: it holds more than {MOST_VALUES:,} values")
+        return node
+
+
+class _Loader(BoundedLoader):
     """Resolves nothing by itself but the merging of mappings."""
 
     yaml_implicit_resolvers: ClassVar[Any] = {
@@ -89,7 +127,7 @@ def parse_value(text: str) -> Any:
     if text[:1] in ("[", "{", '"', "'"):
         try:
             return yaml.load(text, _Loader)
-        except (yaml.YAMLError, ConfigError):
+        except (yaml.YAMLError, ValueError, RecursionError):  # a ConfigError is a ValueError
             return text
     return plain_value(text) if text else text
 
@@ -102,6 +140,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         refuse_special(path, ConfigError)
+        if path.stat().st_size > MOST_BYTES:
+            raise ConfigError(f"{path} has more than {MOST_BYTES >> 20} MiB; a run is not so long.")
         text = path.read_text("utf-8")
     except FileNotFoundError as problem:
         raise ConfigError(f"No file {path}.") from problem

@@ -7,7 +7,6 @@ The new weights are written beside the old ones and take their place together: a
 begins again with the old ones, or ends what it had finished.
 """
 
-import json
 import math
 import shutil
 import time
@@ -22,6 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.json_files import read_json
 from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import write_json
 from emloc.config import CompressConfig, StageConfig
@@ -208,7 +208,6 @@ def continued(
             for file in sorted(beside.iterdir()):
                 file.rename(work / file.name)
             beside.rmdir()
-        figures: dict[str, Any] = json.loads(notes.read_text("utf-8"))
-        return figures
+        return read_json(notes)
 
     return finish if options.steps else None

@@ -21,6 +21,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from emloc.artefacts.json_files import read_json
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError, DataError
 from emloc.extend.family import Batch
@@ -157,7 +158,7 @@ def save_as_plain_lora(folder: Path, start: Start) -> None:
         a, b = tensors[f"{stem}A.weight"], tensors[f"{stem}B.weight"]
         tensors[f"{stem}A.weight"] = torch.cat([a, down.to(a.dtype)])
         tensors[f"{stem}B.weight"] = torch.cat([b, -up.to(b.dtype)], dim=1)
-    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    config = read_json(folder / "adapter_config.json")
     # alpha grows with the rank (with its root for rsLoRA), so that the scaling stays.
     growth = math.sqrt(2) if config["use_rslora"] else 2
     config["r"] *= 2

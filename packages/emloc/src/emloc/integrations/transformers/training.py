@@ -9,7 +9,8 @@ from typing import Any
 import matplotlib
 from transformers import TrainerCallback
 
-from emloc.errors import NumericalError
+from emloc.artefacts.json_files import read_json
+from emloc.errors import CheckpointError, NumericalError
 from emloc.machine.progress import ProgressBar
 
 LOG_NAME = "trainer_log.jsonl"
@@ -36,8 +37,8 @@ def last_complete_checkpoint(folder: Path) -> str | None:
         weights = any(held.issuperset(names) for names in _WEIGHTS_FILES)
         if step.isdigit() and weights and held.issuperset(_CHECKPOINT_FILES):
             try:
-                json.loads((entry / "trainer_state.json").read_text("utf-8"))
-            except (OSError, ValueError):
+                read_json(entry / "trainer_state.json")
+            except CheckpointError:
                 continue
             complete.append((int(step), entry))
     return str(max(complete)[1]) if complete else None

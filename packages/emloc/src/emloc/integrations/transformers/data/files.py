@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, cast
 from emloc.errors import DataError
 from emloc.integrations.transformers.data.arrow import arrow_rows, parquet_rows
 from emloc.integrations.transformers.data.rows import Row
+from emloc.machine.bounded_json import parse_json
 from emloc.machine.special_files import refuse_special
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
@@ -141,12 +142,14 @@ def parsed_json(path: Path) -> Any:
     refuse_special(path, DataError)
     with _opened(path) as file:
         try:
-            return json.loads(_text(file.read(), str(path)))
+            return parse_json(_text(file.read(), str(path)))
         except json.JSONDecodeError as problem:
             if problem.msg == "Extra data":
                 return None
             raise DataError(f"{path} is not JSON: {problem}.") from problem
-        except (ValueError, RecursionError) as problem:
+        except ValueError as problem:
+            if isinstance(problem, DataError):
+                raise
             raise DataError(f"{path} is not JSON: {problem}.") from problem
 
 
@@ -222,13 +225,15 @@ def _json_cells(file: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
     """A list of rows, one row, or rows on lines of their own."""
     content = file.read()
     try:
-        value = json.loads(_text(content, name))
+        value = parse_json(_text(content, name))
     except json.JSONDecodeError as problem:
         if problem.msg != "Extra data":
             raise DataError(f"{name} is not JSON: {problem}.") from problem
         yield from _line_cells(io.BytesIO(content), name)
         return
-    except (ValueError, RecursionError) as problem:
+    except ValueError as problem:
+        if isinstance(problem, DataError):
+            raise
         raise DataError(f"{name} is not JSON: {problem}.") from problem
     if not isinstance(value, list):
         yield name, value
@@ -239,10 +244,10 @@ def _json_cells(file: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
 
 def _parsed(line: bytes, where: str) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        return parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as problem:
         raise _not_utf8(problem, where) from problem
-    except (ValueError, RecursionError) as problem:
+    except ValueError as problem:
         raise DataError(f"{where} is not JSON: {problem}.") from problem
 
 

@@ -23,6 +23,7 @@ from emloc.integrations.transformers.data.files import (
     read_open,
 )
 from emloc.integrations.transformers.data.rows import Row
+from emloc.options.yaml_file import MOST_BYTES, BoundedLoader
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|::")
 """`https://…`, `hf://…`, and the chains of fsspec such as `zip://a::https://…`."""
@@ -184,11 +185,13 @@ def _check_card(folder: Path) -> Path | None:
         if not path.is_file():
             continue
         try:
+            if path.stat().st_size > MOST_BYTES:
+                raise ValueError("too long")
             text = path.read_text("utf-8-sig")
             if path.suffix == ".md":
                 front = re.match(r"\s*---[^\S\n]*\r?\n(.*?)\n---", text, re.DOTALL)
                 text = front[1] if front else ""
-            content = yaml.safe_load(text)
+            content = yaml.load(text, BoundedLoader)
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as problem:
             raise DataError(f"{path} cannot be read as YAML; correct or remove it.") from problem
         configs = (

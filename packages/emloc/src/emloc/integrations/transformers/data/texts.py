@@ -7,11 +7,11 @@ template they become JSON as the template says. One thing has the same text in e
 be a whole number.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any, cast
 
 from emloc.errors import DataError
+from emloc.machine.bounded_json import parse_json
 
 _KINDS = {bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object",
           type(None): "missing", bytes: "bytes"}  # fmt: skip
@@ -72,8 +72,8 @@ def _parsed(value: Any, what: str, where: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as problem:
+        return parse_json(value)
+    except ValueError as problem:
         raise DataError(
             f"{where}: {what} is text and no JSON ({_short(value)}); write it as JSON."
         ) from problem

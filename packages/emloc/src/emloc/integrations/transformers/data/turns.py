@@ -12,7 +12,6 @@ decides how much the loss counts on a turn (`weight`, `train`) is refused where 
 usual.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
@@ -20,6 +19,7 @@ from typing import Any, TypeAlias, cast
 from emloc.errors import DataError
 from emloc.integrations.transformers.data.columns import FORMS, form_of
 from emloc.integrations.transformers.data.texts import answer_of, listed, mapped, text_of
+from emloc.machine.bounded_json import parse_json
 
 Turn: TypeAlias = dict[str, Any]
 ReadContent: TypeAlias = Callable[[Any, str, str], Any]
@@ -146,8 +146,8 @@ def _is_turns(part: Any) -> bool:
     if not part.lstrip().startswith("["):
         return False
     try:
-        parsed = json.loads(part)
-    except (ValueError, RecursionError):
+        parsed = parse_json(part)
+    except ValueError:
         return False
     return bool(parsed) and all(
         isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in parsed
