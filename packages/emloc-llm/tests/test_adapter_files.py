@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -168,7 +169,7 @@ def test_other_kinds_are_refused(tiny, tmp_path):
 
 @pytest.mark.parametrize("options", [
     {"lora_alpha": 0}, {"lora_alpha": float("nan")}, {"lora_alpha": float("inf")},
-    {"lora_alpha": None}, {"lora_alpha": "8"}, {"alpha_pattern": {"q_proj": 0}},
+    {"lora_alpha": None}, {"alpha_pattern": {"q_proj": 0}},
 ])  # fmt: skip
 def test_an_alpha_that_no_lora_is_trained_with_is_refused(tiny, tmp_path, options):
     adapter = saved(tiny.base, tmp_path / "a")
@@ -177,6 +178,23 @@ def test_an_alpha_that_no_lora_is_trained_with_is_refused(tiny, tmp_path, option
     all_refuse(CheckpointError, said, tiny.base, adapter, tmp_path / "m", tiny)
     change(adapter, lora_alpha=-2, alpha_pattern={})  # takes off what was learnt
     assert Adapter.open(str(adapter)).layers[0].scaling == -0.5
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"lora_alpha": "8"}, "lora_alpha is '8': input should be a valid number"),
+    ({"r": True}, "r is True: input should be a valid integer"),
+    ({"rank_pattern": "("}, "rank_pattern is '(': input should be a valid dictionary"),
+    ({"rank_pattern": {"q_proj": -1}}, "rank_pattern.q_proj is -1: input should be greater"),
+    ({"modules_to_save": [None]}, "modules_to_save.0 is None: input should be a valid string"),
+    ({"alpha_pattern": {"(": 1}}, "Pattern '(' is not a regular expression"),
+    ({"rank_pattern": {".*" * 30 + "!": 3}}, "could fit"),
+])  # fmt: skip
+def test_values_of_another_kind_are_refused_by_their_place(tiny, tmp_path, options, said):
+    adapter = saved(tiny.base, tmp_path / "a")
+    change(adapter, **options)
+    with pytest.raises(CheckpointError, match=re.escape(said)) as caught:
+        Adapter.open(str(adapter))
+    assert str(adapter / "adapter_config.json") in str(caught.value)
 
 
 def test_nan_is_never_written(tiny, tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from emloc.artefacts.adapter_config import CONFIG_NAME, refuse_unsupported
+from emloc.artefacts.adapter_config import CONFIG_NAME, adapter_config, refuse_unsupported
 from emloc.artefacts.adapter_tensors import (
     WEIGHTS_NAME,
     LoraLayer,
@@ -70,7 +70,7 @@ class Adapter:
                         f"{path} holds several adapters; pass one of {', '.join(inner)} in it."
                     )
                 raise CheckpointError(f"{path} is not a PEFT adapter: it has no {name}.")
-        config = read_json(path / CONFIG_NAME)
+        config = adapter_config(path)
         refuse_unsupported(path, config)
         tensors = Checkpoint.from_files(folder, path, config, {WEIGHTS_NAME: None})
         layers = lora_layers(path, config, tensors)

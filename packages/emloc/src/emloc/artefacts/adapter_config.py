@@ -6,14 +6,63 @@ merged; everything else that PEFT offers is refused with its reason.
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from emloc.errors import CheckpointError, MismatchError
-from emloc.options.patterns import match_pattern
+from emloc.artefacts.json_files import read_json
+from emloc.artefacts.schema import Finite, Schema, Size, conforming
+from emloc.errors import CheckpointError, ConfigError, MismatchError
+from emloc.options.patterns import match_pattern, require_affordable, require_pattern
 
 CONFIG_NAME = "adapter_config.json"
+
+Switch = bool | None
+
+
+class AdapterConfig(Schema):
+    """The keys of PEFT's configuration that EMLoC looks at."""
+
+    peft_type: str | None = None
+    base_model_name_or_path: str | None = None
+    r: Size | None = None
+    lora_alpha: float | None = None
+    rank_pattern: dict[str, Size] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    lora_dropout: Finite | None = None
+    use_rslora: Switch = None
+    use_dora: Switch = None
+    bias: str = "none"
+    init_lora_weights: bool | str | None = None
+    modules_to_save: list[str] | None = None
+    ensure_weight_tying: Switch = None
+
+
+def adapter_config(path: Path) -> dict[str, Any]:
+    """The configuration in an adapter's folder.
+
+    Raises:
+        CheckpointError: it cannot be read, or a value is of another kind than PEFT writes.
+    """
+    config = read_json(path / CONFIG_NAME)
+    conforming(AdapterConfig, config, path / CONFIG_NAME)
+    return config
+
+
+def require_patterns(path: Path, config: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse patterns of ranks and scalings that are none, or would take too long over these names.
+
+    Raises:
+        CheckpointError: says which.
+    """
+    patterns = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
+    try:
+        require_affordable(patterns, names)
+        for pattern in patterns:
+            require_pattern(pattern)
+    except ConfigError as problem:
+        raise CheckpointError(f"{path / CONFIG_NAME}: {problem}") from problem
+
 
 _CHANGES_BASE = {"pissa", "olora", "corda", "loftq", "lora_ga"}
 _UNSUPPORTED = {

@@ -12,13 +12,14 @@ from typing import Any, cast
 
 import torch
 
-from emloc.artefacts.adapter_config import CONFIG_NAME, require_rank, scaling_of
+from emloc.artefacts.adapter_config import CONFIG_NAME, require_patterns, require_rank, scaling_of
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.errors import CheckpointError, MismatchError
 from emloc.linalg.convolution import matrix_shape
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+DOWN = ".lora_A.weight"
 COPIES = (".base_layer", ".original_module")
 """Name parts that PEFT puts between a module's name and the base's own weight, beside a LoRA or a trained
 copy.
@@ -59,19 +60,23 @@ def lora_layers(path: Path, config: dict[str, Any], tensors: Checkpoint) -> list
         MismatchError: two of its tensors are of one module.
     """
     layers: list[LoraLayer] = []
-    for key, info in tensors.tensors.items():
-        if not key.endswith(".lora_A.weight"):
-            continue
-        name = key.removesuffix(".lora_A.weight").removeprefix(PREFIX)
-        up_key = key.replace(".lora_A.weight", ".lora_B.weight")
-        magnitude_key = key.replace(".lora_A.weight", ".lora_magnitude_vector")
+    downs = [key for key in tensors.tensors if key.endswith(DOWN)]
+    require_patterns(path, config, [key.removesuffix(DOWN).removeprefix(PREFIX) for key in downs])
+    for key in downs:
+        name = key.removesuffix(DOWN).removeprefix(PREFIX)
+        up_key = key.replace(DOWN, ".lora_B.weight")
+        magnitude_key = key.replace(DOWN, ".lora_magnitude_vector")
         dora = bool(config.get("use_dora"))
-        for wanted in (up_key, *([magnitude_key] if dora else [])):
+        for wanted in (key, up_key, *([magnitude_key] if dora else [])):
             if wanted not in tensors.tensors:
                 raise CheckpointError(
                     f"{path / WEIGHTS_NAME} holds {key} and no {wanted}; it is incomplete."
                 )
-        rank = info.shape[0]
+            if len(tensors.tensors[wanted].shape) < 2 and wanted != magnitude_key:
+                raise CheckpointError(
+                    f"{path / WEIGHTS_NAME}: {wanted} is no matrix; it is damaged."
+                )
+        rank = tensors.tensors[key].shape[0]
         require_rank(path, config, name, key, rank)
         if matrix_shape(tensors.tensors[up_key].shape)[1] != rank:
             raise CheckpointError(

@@ -1,12 +1,12 @@
 """Types of options: what may be typed for each, and the names that libraries give to choices."""
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from emloc.options.patterns import require_pattern
 from emloc.options.yaml_file import parse_value, text_of
 
 
@@ -42,10 +42,7 @@ def _pairs(value: Any) -> Any:
 def _patterns(value: dict[str, Any]) -> dict[str, Any]:
     """Refuse names that are no regular expressions, before anything is matched with them."""
     for pattern in value:
-        try:
-            re.compile(pattern)
-        except re.error as problem:
-            raise ValueError(f"{pattern!r} is not a regular expression: {problem}") from problem
+        require_pattern(pattern)
     return value
 
 
