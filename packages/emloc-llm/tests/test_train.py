@@ -12,7 +12,7 @@ import emloc
 from emloc.artefacts.manifest import Manifest
 from emloc.errors import CheckpointError, ConfigError, DataError, NumericalError
 from emloc.extend.plugin_options import with_plugin_options
-from emloc.integrations.transformers.training import last_complete_checkpoint
+from emloc.integrations.transformers.checkpoints import last_whole_checkpoint
 
 
 def test_what_training_leaves(tiny):
@@ -34,47 +34,79 @@ def test_what_training_leaves(tiny):
 
 
 def test_an_interrupted_run_resumes_exactly(tiny, tmp_path, monkeypatch):
-    """Stop after step 3, when checkpoint-2 is there: weights, optimiser, order and dropout go on."""
-    from transformers import TrainerCallback
+    """Stop after step 5, between two logs: weights, optimiser, order, dropout and log go on.
 
+    From checkpoint-4, or where that was damaged from the one before.
+    """
     from emloc.integrations.transformers.training import Progression
 
-    options = {**tiny.train_options, "lora_dropout": 0.2}
+    options = {**tiny.train_options, "lora_dropout": 0.2, "logging_steps": 3}
     whole = emloc.train(output_dir=tmp_path / "whole", **options)
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 3:
-                raise KeyboardInterrupt
-
     original = Progression.on_step_end
-    monkeypatch.setattr(Progression, "on_step_end", Stop.on_step_end)
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progression, "on_step_end", stop)
     with pytest.raises(KeyboardInterrupt):
         emloc.train(output_dir=tmp_path / "cut", **options)
     assert not (tmp_path / "cut").exists()
     monkeypatch.setattr(Progression, "on_step_end", original)
+    left = tmp_path / "cut.partial"
+    assert sorted(path.name for path in left.glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
     # A checkpoint that was being written when the process died must not be taken.
-    shutil.copytree(tmp_path / "cut.partial/checkpoint-2", tmp_path / "cut.partial/checkpoint-4")
-    (tmp_path / "cut.partial/checkpoint-4/trainer_state.json").write_text('{"global_st')
-    resumed = emloc.train(output_dir=tmp_path / "cut", **options)
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+    shutil.copytree(left / "checkpoint-4", left / "checkpoint-6")
+    (left / "checkpoint-6/digests.json").unlink()
+    shutil.copytree(left, tmp_path / "torn.partial")
+    (tmp_path / "torn.partial/checkpoint-4/optimizer.pt").write_bytes(b"")
+    names = {path.name for path in whole.iterdir() if path.is_file()}
+    assert names >= {"trainer_log.jsonl", "adapter_model.safetensors", "training_loss.png"}
+    for resumed in (tmp_path / "cut", tmp_path / "torn"):
+        emloc.train(output_dir=resumed, **options)
+        for name in names - {
+            "emloc.json",
+            "training_args.bin",
+            "README.md",
+        }:  # they name the folder
+            assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
+        kept = [sorted(path.name for path in made.glob("*-*")) for made in (whole, resumed)]
+        assert kept == [["checkpoint-4", "checkpoint-6"]] * 2
+        assert emloc.verify(path=resumed)["kind"] == "adapter"
 
-    def losses(folder):
-        lines = (folder / "trainer_log.jsonl").read_text().splitlines()
-        return [json.loads(line).get("loss") for line in lines]
 
-    assert losses(resumed) == losses(whole)
+def test_a_damaged_checkpoint_that_is_asked_for_is_refused(tiny, tmp_path):
+    checkpoint = shutil.copytree(tiny.adapter / "checkpoint-4", tmp_path / "checkpoint-4")
+    (checkpoint / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt is not what was written"):
+        emloc.train(
+            output_dir=tmp_path / "a", resume_from_checkpoint=str(checkpoint), **tiny.train_options
+        )
 
 
-def test_checkpoints_that_miss_something_are_not_resumed(tiny, tmp_path):
-    assert last_complete_checkpoint(tmp_path) is None
+def test_the_newest_whole_checkpoint_is_taken(tiny, tmp_path, capsys):
+    """Of two, whatever was changed or is missing in the newer one; a half that was written has no digests."""
+    assert last_whole_checkpoint(tmp_path) is None
     (tmp_path / "checkpoint-9").mkdir()
-    assert last_complete_checkpoint(tmp_path) is None
-    shutil.copytree(tiny.adapter / "checkpoint-6", tmp_path / "checkpoint-6")
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
-    (tmp_path / "checkpoint-6" / "rng_state.pth").unlink()
-    assert last_complete_checkpoint(tmp_path) is None
+    for step in (4, 6):
+        shutil.copytree(tiny.adapter / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+    assert "checkpoint-9 is left out: it was being written" in capsys.readouterr().err
+    newest = tmp_path / "checkpoint-6"
+    names = {path.name for path in newest.iterdir()}
+    assert {"optimizer.pt", "adapter_model.safetensors", "rng_state.pth", "digests.json"} <= names
+    for path in sorted(newest.iterdir()):
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-4", path.name
+        assert "checkpoint-6 is left out" in capsys.readouterr().err
+        path.unlink()
+        assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-4", path.name
+        path.write_bytes(content)
+    assert last_whole_checkpoint(tmp_path) == newest
 
 
 def test_two_runs_are_byte_identical(tiny, tmp_path):

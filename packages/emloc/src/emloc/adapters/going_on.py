@@ -9,6 +9,7 @@ from emloc.adapters.rounding import Rounding
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_config import exact_patterns
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.intact import require_read
 from emloc.artefacts.manifest import Manifest
 from emloc.config import TrainConfig
 from emloc.errors import MismatchError
@@ -42,13 +43,13 @@ def goes_on_from(
         checkpoint: the model that is trained on, in the family's layout.
 
     Raises:
-        CheckpointError: there is no such adapter.
+        CheckpointError: there is no such adapter, or it is not what was written.
         MismatchError: it has no place in the model, or is of other shapes.
     """
     if config.adapter is None:
         return None
     adapter = Adapter.open(config.adapter).with_parts(checkpoint.parts)
-    if Rounding.runs_on(Manifest.find(adapter.path)) is not None:
+    if Rounding.runs_on(require_read(adapter.path, fresh=True)) is not None:
         raise MismatchError(
             f"Adapter {adapter.path} runs on dequantised weights, and training goes on beside those of "
             f"{checkpoint.name}; correct it without that end (limit_candidates) first."

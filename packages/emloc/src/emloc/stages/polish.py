@@ -12,6 +12,7 @@ from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_base import require_base
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.digest import named_digests
+from emloc.artefacts.intact import require_read
 from emloc.artefacts.kinds import ADAPTER, CORRECTED_ADAPTER
 from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.artefacts.output_place import has_place
@@ -55,7 +56,7 @@ def _can_polish(config: PolishConfig) -> None:
 def polish(config: PolishConfig) -> Path:
     """Polish a LoRA on the original; returns the new adapter's folder."""
     adapter = Adapter.open(config.adapter)
-    origin = Manifest.find(adapter.path)
+    origin = require_read(adapter.path, fresh=True)
     base, family = open_model(
         config.model_name_or_path or _original(adapter, origin),
         config.single_file_config or (origin.base_model.single_file_config if origin else None),
@@ -74,12 +75,13 @@ def polish(config: PolishConfig) -> Path:
     training = training.model_copy(update=lora_options(begun))
     check_training(training)
     named = named_digests(config)
+    adapter_digest = adapter.digest()
     settings = {
         **own_options(config, PATHS.union(digested(config))),
         **named_family(base, family),
         "base_digest": digest,
         "companions_digest": base.companions_digest(),
-        "adapter_digest": adapter.digest(),
+        "adapter_digest": adapter_digest,
         **data_digests(config, family),
         **({"named_digests": named} if named else {}),
     }
@@ -92,6 +94,7 @@ def polish(config: PolishConfig) -> Path:
         family.name,
         reference,
         emulator=origin.emulator if origin else None,
+        adapter=ModelReference.of_adapter(adapter.path, adapter_digest),
         method=origin.method if origin else None,
         packages=("torch", "transformers", "peft", "trl", "accelerate"),
         streamed=False,

@@ -16,9 +16,12 @@ import torch
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.intact import require_intact
-from emloc.artefacts.kinds import EMULATOR
+from emloc.artefacts.kinds import CORRECTED_ADAPTER, EMULATOR
 from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.errors import MismatchError
+
+OF_CORRECTION = "limit"
+"""A setting of every adapter that was corrected by the formula, and of no other."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def _adapter(
         raise MismatchError(f"{folder} was made from another adapter than the one in {name}.")
     if own is not None and own.base_model.digest != manifest.base_model.digest:
         raise MismatchError(f"{folder} and the adapter {name} name different base models.")
-    if manifest.kind == "corrected_adapter" and manifest.method is None:
+    if manifest.kind == CORRECTED_ADAPTER.name and OF_CORRECTION in manifest.settings:
         _require_same_reads(folder, opened)
     yield Link("adapter", name, True)
     if own is not None:

@@ -22,6 +22,12 @@ from emloc.integrations.peft.attach import put_on
 from emloc.integrations.peft.fused_lora import fuse_lora
 from emloc.integrations.peft.lora import new_lora, save_as_plain_lora
 from emloc.integrations.peft.parts import Part, with_parts
+from emloc.integrations.transformers.checkpoints import (
+    DIGESTS_NAME,
+    KeepsCheckpoints,
+    damage,
+    last_whole_checkpoint,
+)
 from emloc.integrations.transformers.held_back import mean_loss
 from emloc.integrations.transformers.optimizers import (
     set_optimizer,
@@ -35,7 +41,6 @@ from emloc.integrations.transformers.streamed_training import (
 from emloc.integrations.transformers.training import (
     PLOT_NAME,
     Progression,
-    last_complete_checkpoint,
     plot_loss,
 )
 from emloc.linalg.finite import is_finite
@@ -92,13 +97,16 @@ def train_lora(
         model.enable_input_require_grads()
     model = with_parts(model, parts, config, adapter)
     trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    resumed = _checkpoint(config, work)
     progression = Progression(work)
+    kept = KeepsCheckpoints(work, config.save_total_limit, resumed)
     try:
-        trainer = make_trainer(model=model, callbacks=[progression])
+        trainer = make_trainer(model=model, callbacks=[progression, kept])
     except EmlocError:
         raise
     except ValueError as problem:  # such as TRL's, whose loss passes a LoRA on the head by
         raise ConfigError(f"train: {str(problem).strip().splitlines()[0]}") from problem
+    kept.trainer = trainer
     if streamed is not None:
         stream_steps(trainer, streamed)
     set_optimizer(trainer, config)
@@ -108,7 +116,7 @@ def train_lora(
     try:
         if held_back:
             losses.append(mean_loss(trainer, held_back, streamed))
-        trainer.train(resume_from_checkpoint=_checkpoint(config, work))
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         _require_finite(model)
         if held_back:
             losses.append(mean_loss(trainer, held_back, streamed))
@@ -175,7 +183,7 @@ def training_arguments(kind: Any, config: TrainConfig, work: Path, **more: Any) 
             logging_steps=config.logging_steps,
             logging_nan_inf_filter=False,  # it would hide a loss that is not a number
             save_steps=config.save_steps,
-            save_total_limit=config.save_total_limit,
+            save_total_limit=None,  # removed when the new one is whole (`KeepsCheckpoints`)
             eval_strategy="steps" if getattr(config, "eval_dataset", None) else "no",
             eval_steps=getattr(config, "eval_steps", None) or config.logging_steps,
             report_to=_trackers(config),
@@ -213,17 +221,27 @@ def _trackers(config: TrainConfig) -> str | list[str]:
     return alone if alone in ("all", "none") else (config.report_to or "none")
 
 
-def _checkpoint(config: TrainConfig, work: Path) -> str | None:
+def _checkpoint(config: TrainConfig, work: Path) -> Path | None:
+    """The checkpoint that training goes on from, if any.
+
+    Raises:
+        CheckpointError: the one that is asked for is none, or is damaged.
+    """
     wanted = config.resume_from_checkpoint
     if wanted == "never":
         for stale in work.glob("checkpoint-*"):
             shutil.rmtree(stale)
         return None
     if wanted == "auto":
-        newest = last_complete_checkpoint(work)
+        newest = last_whole_checkpoint(work)
         if newest:
-            console.print(f"train: going on from {Path(newest).name}")
+            console.print(f"train: going on from {newest.name}")
         return newest
-    if not (Path(wanted) / "trainer_state.json").is_file():
+    asked = Path(wanted)
+    if not (asked / "trainer_state.json").is_file():
         raise CheckpointError(f"{wanted} is not a complete training checkpoint; pass checkpoint-N.")
-    return wanted
+    # One that another trainer wrote has no digests.
+    problem = damage(asked) if (asked / DIGESTS_NAME).is_file() else None
+    if problem is not None:
+        raise CheckpointError(f"{wanted}: {problem}; pass another checkpoint-N.")
+    return asked

@@ -1,4 +1,4 @@
-"""Callbacks on transformers' Trainer: progress, a log, a plot, and safe resuming."""
+"""Callbacks on transformers' Trainer: progress, a log and a plot."""
 
 import json
 import math
@@ -9,8 +9,8 @@ from typing import Any
 import matplotlib
 from transformers import TrainerCallback
 
-from emloc.artefacts.json_files import read_json
-from emloc.errors import CheckpointError, NumericalError
+from emloc.artefacts.write_errors import writing
+from emloc.errors import NumericalError
 from emloc.machine.progress import ProgressBar
 
 LOG_NAME = "trainer_log.jsonl"
@@ -19,36 +19,15 @@ PLOT_NAME = "training_loss.png"
 LOSSES = {"loss": "training", "train_loss": "training", "eval_loss": "evaluation"}
 """Losses by their names in the Trainer's log."""
 
-_CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
-_WEIGHTS_FILES = (("adapter_model.safetensors", "adapter_config.json"), ("model.safetensors",))
-"""Weights files of one model with a LoRA, or of several trained together."""
-
-
-def last_complete_checkpoint(folder: Path) -> str | None:
-    """The newest `checkpoint-N` that holds everything an exact resume needs.
-
-    The Trainer writes `trainer_state.json` last, so a folder without it (or with half of it) was
-    being written when the run was killed.
-    """
-    complete: list[tuple[int, Path]] = []
-    for entry in folder.glob("checkpoint-*"):
-        step = entry.name.removeprefix("checkpoint-")
-        held = {path.name for path in entry.iterdir() if path.is_file()}
-        weights = any(held.issuperset(names) for names in _WEIGHTS_FILES)
-        if step.isdigit() and weights and held.issuperset(_CHECKPOINT_FILES):
-            try:
-                read_json(entry / "trainer_state.json")
-            except CheckpointError:
-                continue
-            complete.append((int(step), entry))
-    return str(max(complete)[1]) if complete else None
+CLOCKED = ("_runtime", "_per_second")
+"""Ends of the names of figures that no two runs share; they are in the manifest, and on the screen."""
 
 
 class Progression(TrainerCallback):
     """A progress bar, `trainer_log.jsonl`, and seconds per step (the first, a warm-up, left out).
 
-    The log is rewritten from the Trainer's own history, so a resumed run's log is the same as an
-    uninterrupted one's.
+    The log is rewritten from the Trainer's own history, without what a clock says, so a resumed run's log is
+    the same as an uninterrupted one's.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -74,8 +53,11 @@ class Progression(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write the log; stop at a loss that is not a number."""
-        lines = [json.dumps(entry) for entry in state.log_history]
-        (self.folder / LOG_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        lines = [json.dumps(_unclocked(entry), sort_keys=True) for entry in state.log_history]
+        unfinished = self.folder / f"{LOG_NAME}.tmp"
+        with writing(unfinished):
+            unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            unfinished.replace(self.folder / LOG_NAME)
         for name, meaning in LOSSES.items():
             value = (logs or {}).get(name)
             if value is not None and not math.isfinite(value):
@@ -104,6 +86,10 @@ class Progression(TrainerCallback):
         """Mean over this process's steps without the first."""
         steps = self.step_seconds[1:] or self.step_seconds
         return round(sum(steps) / len(steps), 4) if steps else None
+
+
+def _unclocked(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if not name.endswith(CLOCKED)}
 
 
 def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
