@@ -3,12 +3,12 @@
     python tools/bench_streamed.py [--blocks 12 48] [--hidden_size 512] [--tokens 4096] [--steps 3]
 
 Writes random Llama-shaped checkpoints that differ in depth alone, and trains a LoRA of rank 4 on each,
-streamed from disk and from memory (as stored and in 4 bits), and with the whole model in memory with gradient checkpointing, each in
-a process of its own. A step is one micro-batch of so many tokens in samples of 128. `weights` is the peak
-(over the stage's start) less the LoRA, its gradients and AdamW's moments, and what enters each block, which
-grow with depth and are printed apart; `depth_ratio` compares it between the depths. `step_ratio` is the time
-of a streamed step over that of one in memory, of the deep model, the mean of all but the first. The last
-line is JSON.
+streamed from disk and from memory (as stored and in 4 bits), and with the whole model in memory with gradient
+checkpointing, each in a process of its own. A step is one micro-batch of so many tokens in samples of 128.
+`weights` is the peak (over the stage's start) less the LoRA, its gradients and AdamW's moments, and what
+enters each block, which grow with depth and are printed apart; `depth_ratio` compares it between the depths.
+`step_ratio` is the time of a streamed step over that of one in memory, of the deep model, the mean of all but
+the first. The last line is JSON.
 """
 
 import argparse

@@ -183,6 +183,34 @@ def test_lines_add_up_and_the_slack_is_one_of_them(planned):
     assert json.loads(json.dumps(outcome)) == outcome
 
 
+def test_ways_stand_side_by_side_with_seconds_once_the_device_is_measured(
+    planned, tmp_path, monkeypatch
+):
+    from emloc.planning import rates
+
+    monkeypatch.setenv("EMLOC_CACHE", str(tmp_path))
+    monkeypatch.setattr(rates, "FILE_BYTES", 4 << 20)
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "a"}\n' * 40)
+    given = {
+        "model_name_or_path": planned.subject.checkpoint.name, "max_length": 96, "memory": "2GiB",
+        "device": "cpu", "dataset": str(data), "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+    }  # fmt: skip
+    before = emloc.plan(**given)
+    assert [way["name"] for way in before["ways"]] == [
+        "LoRA on the base", "streamed LoRA on the base", "QLoRA on the base", "emulator",
+        "emulator, then polish"]  # fmt: skip
+    assert all(way["seconds_per_step"] is None for way in before["ways"])
+    assert before["recommended"]["way"] == "LoRA on the base"
+    after = emloc.plan(**given, measure=True)
+    seconds = {way["name"]: way["seconds_per_step"] for way in after["ways"]}
+    assert all(value > 0 for value in seconds.values())
+    assert seconds["streamed LoRA on the base"] > seconds["LoRA on the base"]
+    for way in after["ways"]:
+        assert way["seconds_per_epoch"] == pytest.approx(10 * way["seconds_per_step"])
+
+
 def test_on_a_cpu_the_machine_is_the_device(bare):
     outcome = emloc.plan(model_name_or_path=bare, device="cpu")
     assert all(not row["host_bytes"]["lines"] for row in outcome["stages"].values())

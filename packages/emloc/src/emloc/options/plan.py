@@ -25,6 +25,14 @@ class PlanConfig(CompressConfig, TrainConfig):
     memory: Bytes | None = Field(
         None, description="what the device has, such as 24GiB; by default nothing is chosen"
     )
+    ram: Bytes | None = Field(
+        None, description="what the machine has beside a GPU; by default ways are not judged by it"
+    )
+    disk: Bytes | None = Field(None, description="what may be written; by default any amount")
+    measure: bool = Field(
+        False,
+        description="measure in some seconds how fast this device is, for seconds per step; kept",
+    )
     device: Annotated[PlannedDevice, WithoutEffect()] = Field(
         "auto",
         validate_default=True,

@@ -36,7 +36,11 @@ def report(plan: Mapping[str, Any]) -> Renderables:
     parts: list[Any] = [Text(_heading(plan)), _table(plan)]
     if len(plan["choices"]) > 1:
         parts.append(_choices(plan["choices"]))
+    parts.append(_ways(plan))
     parts += [Text(line) for line in verdict(plan)]
+    if plan["recommended"]:
+        best = plan["recommended"]
+        parts.append(Text(f"Recommended: {best['way']}; {best['reason']}."))
     return Renderables(*parts)
 
 
@@ -95,6 +99,24 @@ def _choices(choices: Sequence[Mapping[str, Any]]) -> Table:
     table.caption = (
         "products: multiplications of a forward over the base's; error of outputs: as measured on "
         "SmolLM2-135M at so many bits"
+    )
+    return table
+
+
+def _ways(plan: Mapping[str, Any]) -> Table:
+    table = Table("way", padding=(0, 1))
+    for name in ("device", "host", "disk", "s per step", "s per epoch", "gain recovered", "fits"):
+        table.add_column(name, justify="right")
+    for way in plan["ways"]:
+        sizes = [_shown(way[f"{place}_bytes"]) for place in ("device", "host", "disk")]
+        times = [way["seconds_per_step"], way["seconds_per_epoch"]]
+        gain, fits = way["gain_recovered"], way["fits"]
+        table.add_row(
+            way["name"], *sizes, *("" if time is None else f"{time:.3g}" for time in times),
+            "" if gain is None else f"{gain:.0%}", {None: "", True: "yes", False: "no"}[fits],
+        )  # fmt: skip
+    table.caption = (
+        "gain recovered: share of LoRA's gain on the original, measured on SmolLM2-135M and GSM8K"
     )
     return table
 

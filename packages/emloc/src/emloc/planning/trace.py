@@ -65,7 +65,7 @@ def _instant(kinds: Mapping[str, int]) -> Instant:
 
 def trace_step(model: nn.Module, batch: Batch, loss_of: LossOf, autocast: bool) -> StepSizes:
     """`count_step` on fake tensors; what `model` holds on the meta device becomes fake."""
-    with FakeTensorMode(allow_non_fake_inputs=True), _Answers():
+    with FakeTensorMode(allow_non_fake_inputs=True), Answers():
         materialise(model)
         fake = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in batch.items()}
         return count_step(model, fake, loss_of, autocast)
@@ -87,7 +87,7 @@ def trace_forward(
     Args:
         watched: elements per row that a hook on a layer makes and lets go of.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), _Answers(), torch.no_grad():
+    with FakeTensorMode(allow_non_fake_inputs=True), Answers(), torch.no_grad():
         materialise(model)
         fake = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in batch.items()}
         with LiveBytes() as live:
@@ -128,7 +128,7 @@ def _watching(elements: int) -> Callable[..., None]:
     return watch
 
 
-class _Answers(TorchDispatchMode):
+class Answers(TorchDispatchMode):
     """Says yes where a forward asks for a value: models check what they are given."""
 
     def __torch_dispatch__(

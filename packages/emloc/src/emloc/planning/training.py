@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from emloc.compression.groups import Group
 from emloc.config import TrainConfig
@@ -18,9 +19,11 @@ from emloc.planning.family import traced_loss
 from emloc.planning.layers import planned_layers
 from emloc.planning.ledger import lines_of
 from emloc.planning.operations import Layer
+from emloc.planning.rates import Rates
 from emloc.planning.step import Instant, Precision, StepOptions, StepSizes
 from emloc.planning.subject import Subject
 from emloc.planning.trace import Depths, extrapolate, trace_step
+from emloc.planning.work import of_depth, seconds_of
 
 LoraShapes = Sequence[tuple[int, int]]
 """Rows and columns of the trainable matrices."""
@@ -86,16 +89,51 @@ def planned_step(
             return sizes, layers, "closed form"
 
     def count(blocks: Sequence[int]) -> StepSizes:
-        few = family.shallow(subject.checkpoint, blocks) if blocks else subject.checkpoint
-        names = {name for name, _ in subject.family.skeleton(few, torch.float32).named_modules()}
-        inside = [group for group in groups if names.issuperset(group.layers)]
-        # A shallow model lacks the blocks that were chosen; with a LoRA on all it takes no less.
-        chosen: dict[str, Any] = {"embedding_bits": tables[0].bits if tables else None}
-        chosen |= {"lora_layers_to_transform": [], "lora_layers_pattern": []} if blocks else {}
-        model = family.trainable(few, inside, config.model_copy(update=chosen))
+        model = shallow_model(subject, groups, config, tables, blocks)
         return trace_step(model, batch, traced_loss(subject.family), on_gpu)
 
     return extrapolate(Depths(family.stacks(subject.checkpoint), count)), layers, "trace"
+
+
+def shallow_model(
+    subject: Subject,
+    groups: Sequence[Group],
+    config: TrainConfig,
+    tables: Sequence[VocabularyTable],
+    blocks: Sequence[int],
+) -> nn.Module:
+    """The model as training has it, on the meta device, with so many blocks in each stack."""
+    family = subject.planned
+    assert family is not None
+    few = family.shallow(subject.checkpoint, blocks) if blocks else subject.checkpoint
+    names = {name for name, _ in subject.family.skeleton(few, torch.float32).named_modules()}
+    inside = [group for group in groups if names.issuperset(group.layers)]
+    # A shallow model lacks the blocks that were chosen; with a LoRA on all it takes no less.
+    chosen: dict[str, Any] = {"embedding_bits": tables[0].bits if tables else None}
+    chosen |= {"lora_layers_to_transform": [], "lora_layers_pattern": []} if blocks else {}
+    return family.trainable(few, inside, config.model_copy(update=chosen))
+
+
+def step_seconds(
+    subject: Subject,
+    groups: Sequence[Group],
+    config: TrainConfig,
+    tables: Sequence[VocabularyTable],
+    rates: Rates,
+) -> float | None:
+    """Seconds of an optimiser's step; None where the family does not say how it trains."""
+    family = subject.planned
+    if family is None:
+        return None
+    batch = family.planned_batch(subject.checkpoint, config, config.per_device_train_batch_size)
+    on_gpu = config.device.startswith("cuda")
+
+    def seconds(blocks: Sequence[int]) -> float:
+        model = shallow_model(subject, groups, config, tables, blocks)
+        return seconds_of(model, batch, traced_loss(subject.family), on_gpu, rates)
+
+    once = of_depth(family.stacks(subject.checkpoint), seconds)
+    return config.gradient_accumulation_steps * once
 
 
 def is_plain(config: TrainConfig) -> bool:
