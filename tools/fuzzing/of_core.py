@@ -14,6 +14,7 @@ from emloc.artefacts.layout import components
 from emloc.artefacts.manifest import Manifest
 from emloc.artefacts.stage_folder import stage_folder
 from emloc.artefacts.weight_files import weight_files
+from emloc.errors import NumericalError
 from emloc.options.overrides import read_overrides
 from emloc.options.yaml_file import read_yaml
 from emloc.stages.frame import Figures
@@ -27,8 +28,8 @@ def parsers(examples: Examples) -> list[Parser]:
     """All of them."""
     return [
         _run_file(examples), _overrides(examples), _options(examples), _manifest(examples),
-        _index(examples), _adapter(examples), _header(examples), _pipeline(examples),
-        _settings(examples), _figures(examples),
+        _index(examples), _adapter(examples), _adapter_tensors(examples), _header(examples),
+        _pipeline(examples), _settings(examples), _figures(examples),
     ]  # fmt: skip
 
 
@@ -128,7 +129,6 @@ def _manifest(examples):
             assert not os.path.isabs(name)
             assert ".." not in Path(name).parts
             assert len(digest) == 64
-        assert all(group["layers"] for group in manifest.layers.values() if "layers" in group)
 
     return Parser("manifest", folder, "emloc.json", "json", [seed], Manifest.read, means)
 
@@ -173,7 +173,37 @@ def _adapter(examples):
             assert math.isclose(layer.scaling, alpha / root)
 
     seed = document(folder / name)
+    seed["alpha_pattern"] = {**seed["alpha_pattern"], ".*mlp.*down_proj": 5}
     return Parser("adapter", folder, name, "json", [seed], lambda f: Adapter.open(str(f)), means, 4)
+
+
+def _adapter_tensors(examples):
+    """The tensors of an adapter, which belong to its configuration or do not."""
+    folder = examples.copy(examples.root / "llm/adapter", "adapter tensors")
+    name = "adapter_model.safetensors"
+    content = (folder / name).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    size = len(content) - 8 - length
+
+    def means(folder, adapter):
+        with safe_open(folder / name, "pt") as file:
+            for layer in adapter.layers:
+                down, up = file.get_tensor(layer.down_key), file.get_tensor(layer.up_key)
+                assert layer.rank == down.shape[0] == up.shape[1]
+            held = {layer.down_key for layer in adapter.layers} | {
+                key for layer in adapter.layers for key in layer.changed_keys
+            }
+            held |= set(adapter.saved.values()) | set(adapter.copies.values())
+            assert held <= set(file.keys())
+
+    def read(folder):
+        adapter = Adapter.open(str(folder))
+        adapter.require_finite(lambda key: NumericalError(key))
+        return adapter
+
+    seeds = [{"header": header, "data": size}]
+    return Parser("adapter tensors", folder, name, "safetensors", seeds, read, means, 4)
 
 
 def _header(examples):

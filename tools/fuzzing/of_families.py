@@ -15,7 +15,7 @@ from emloc_diffusion.data.images import load_pictures, open_picture
 from emloc_diffusion.objective import objective_of
 from emloc_diffusion.scoring.prompts import own_prompts
 from emloc_vlm.encode import collate
-from emloc_vlm.internvl_chat import native_config
+from emloc_vlm.internvl_chat import added_tokens, native_config
 from emloc_vlm.processor import load_processor
 from emloc_vlm.rows import load_examples
 from fuzzing.examples import Examples, document
@@ -61,12 +61,16 @@ ANNOTATIONS = {
 }
 
 
+TOKEN_FILES = ("added_tokens.json", "tokenizer.json", "tokenizer_config.json")
+
+
 def parsers(examples: Examples) -> list[Parser]:
     """All of them."""
     processor = load_processor(examples.model("vlm"))
     return [
         *(_visual(examples, processor, name, row) for name, row in VISUAL_ROWS.items()),
         _meta(examples), *_benchmarks(examples), _processor(examples), _original(examples),
+        *(_added_tokens(examples, file) for file in TOKEN_FILES),
         _scheduler(examples), *(_companion(examples, part) for part in ("vae", "text_encoder")),
         _picture(examples), _caption(examples), _prompts(examples), _bench(examples), _records(examples),
     ]  # fmt: skip
@@ -144,15 +148,17 @@ def _benchmarks(examples):
 
 def _processor(examples):
     folder = examples.copy(examples.model("vlm"), "processor")
-    picture = Image.new("RGB", (34, 15), "#d02020")
+    rows = _picture_folder(examples, "processed")
+    (rows / "rows.jsonl").write_text(json.dumps(VISUAL_ROWS["messages"]) + "\n")
 
     def read(folder):
-        return load_processor(folder)
+        options = SimpleNamespace(**VISUAL)
+        processor = load_processor(folder)
+        return collate(load_examples(options, str(rows / "rows.jsonl")), processor, options)
 
-    def means(folder, processor):
-        assert processor.tokenizer.pad_token_id is not None
-        assert processor.image_processor is not None
-        assert picture.size == (34, 15)
+    def means(folder, batch):
+        assert batch["input_ids"].shape == batch["labels"].shape
+        assert batch["pixel_values"].ndim == 4
 
     name = "processor_config.json"
     return Parser("processor", folder, name, "json", [document(folder / name)], read, means, 15)
@@ -191,6 +197,22 @@ def _original(examples):
 
     folder = examples.empty("original")
     return Parser("original InternVL", folder, "config.json", "json", [seed], read, means)
+
+
+def _added_tokens(examples, file):
+    """The ids of tokens that were added to a vocabulary."""
+    token = {"content": "<IMG_CONTEXT>", "id": 45, "special": True}
+    seeds = {
+        "added_tokens.json": {"<IMG_CONTEXT>": 45, "<img>": 46},
+        "tokenizer.json": {"version": "1.0", "added_tokens": [token]},
+        "tokenizer_config.json": {"added_tokens_decoder": {"45": token}},
+    }
+
+    def means(folder, ids):
+        assert all(isinstance(name, str) and 0 <= index < 2**32 for name, index in ids.items())
+
+    folder = examples.empty(f"added {file}")
+    return Parser(f"added tokens: {file}", folder, file, "json", [seeds[file]], added_tokens, means)
 
 
 def _scheduler(examples):

@@ -14,6 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emloc.artefacts.json_files import read_json
+from emloc.artefacts.read_errors import reading
 from emloc.integrations.empty_weights import empty_weights
 from emloc.planning.family import OtherModel
 from emloc.planning.live import LiveBytes
@@ -30,11 +31,17 @@ def companions(path: Path, resolution: int) -> Mapping[str, OtherModel]:
     root = path if (path / "vae").is_dir() else path.parent
     sizes: dict[str, OtherModel] = {}
     if (root / "vae" / "config.json").is_file():
-        sizes["vae"] = _vae(read_json(root / "vae" / "config.json"), resolution)
+        sizes["vae"] = _sized(root / "vae" / "config.json", lambda c: _vae(c, resolution))
     for name in TEXT_ENCODERS:
         if (root / name / "config.json").is_file():
-            sizes[name] = _text_encoder(read_json(root / name / "config.json"))
+            sizes[name] = _sized(root / name / "config.json", _text_encoder)
     return sizes
+
+
+def _sized(path: Path, size: Callable[[Mapping[str, Any]], OtherModel]) -> OtherModel:
+    config = read_json(path)
+    with reading(path, "builds no model of diffusers or transformers", "download it again"):
+        return size(config)
 
 
 def _vae(config: Mapping[str, Any], resolution: int) -> OtherModel:

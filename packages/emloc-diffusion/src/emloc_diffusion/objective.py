@@ -8,14 +8,17 @@ its shift does not depend on the picture's size. Calibration and training draw f
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import torch
 from diffusers import DDPMScheduler
 from diffusers.schedulers import KarrasDiffusionSchedulers
+from pydantic import Field
 from torch import Tensor
 
 from emloc.artefacts.json_files import read_json
+from emloc.artefacts.read_errors import reading
+from emloc.artefacts.schema import Schema, conforming
 from emloc.errors import CheckpointError
 
 DDPM_SCHEDULERS = {
@@ -34,10 +37,20 @@ class Noised:
     target: Tensor
 
 
+class _Scheduler(Schema):
+    """What is looked at of a scheduler's configuration, of both kinds."""
+
+    class_name: str = Field("DDPMScheduler", alias="_class_name")
+    num_train_timesteps: Annotated[int, Field(ge=1, le=100_000)] = 1000
+    shift: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    use_dynamic_shifting: bool | None = False
+    prediction_type: str = "epsilon"
+
+
 class Diffusion:
     """Noise of the pipeline's own schedule, timesteps uniform."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], where: Path) -> None:
         name = config.get("_class_name", "DDPMScheduler")
         if name not in DDPM_SCHEDULERS or config.get("timestep_type") == "continuous":
             raise CheckpointError(
@@ -50,7 +63,15 @@ class Diffusion:
                 f"FlowMatchEulerDiscreteScheduler."
             )
         known = {key: value for key, value in config.items() if not key.startswith("_")}
-        self._scheduler: Any = DDPMScheduler.from_config(known)
+        with reading(where, "makes no DDPMScheduler of diffusers", "take the model's own"):
+            self._scheduler: Any = DDPMScheduler.from_config(known)
+        alphas: Tensor = self._scheduler.alphas_cumprod
+        inside = bool(((alphas >= 0) & (alphas <= 1)).all())
+        if len(alphas) != self._scheduler.config.num_train_timesteps or not inside:
+            raise CheckpointError(
+                f"{where} describes noise whose share of the picture leaves the range from 0 to 1; take the "
+                f"model's own."
+            )
         self._kind = str(known.get("prediction_type", "epsilon"))
         if self._kind not in ("epsilon", "v_prediction", "sample"):
             raise CheckpointError(
@@ -77,10 +98,9 @@ class Diffusion:
 class FlowMatching:
     """A straight line from the picture to noise."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        dynamic = bool(config.get("use_dynamic_shifting"))
-        self._shift = 1.0 if dynamic else float(config.get("shift", 1.0))
-        self._steps = int(config.get("num_train_timesteps", 1000))
+    def __init__(self, config: _Scheduler) -> None:
+        self._shift = 1.0 if config.use_dynamic_shifting else config.shift
+        self._steps = config.num_train_timesteps
 
     def draw(self, latents: Tensor, generator: torch.Generator) -> Noised:
         """One σ and one noise per sample."""
@@ -100,7 +120,9 @@ def objective_of(pipeline: Path) -> Objective:
     Raises:
         CheckpointError: it has none, or one that trains otherwise.
     """
-    config = read_json(pipeline / "scheduler" / "scheduler_config.json")
-    if str(config.get("_class_name", "")).startswith("FlowMatch"):
-        return FlowMatching(config)
-    return Diffusion(config)
+    path = pipeline / "scheduler" / "scheduler_config.json"
+    config = read_json(path)
+    described = conforming(_Scheduler, config, path)
+    if described.class_name.startswith("FlowMatch"):
+        return FlowMatching(described)
+    return Diffusion(config, path)

@@ -2,14 +2,16 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.described import Described
 from emloc.artefacts.json_files import read_json
+from emloc.artefacts.schema import Schema, Size, conforming
 from emloc.errors import ConfigError
 from emloc.extend.family import Batch
 from emloc.integrations.diffusers.skeleton import empty_model, is_layer
@@ -32,6 +34,14 @@ STACKS = ("num_layers", "num_single_layers")
 
 VAE_SHRINKS_BY = 8
 """Pixels per latent and side, where the VAE's config is not at hand."""
+
+
+class _TextEncoder(Schema):
+    max_position_embeddings: Annotated[int, Field(ge=1, le=1 << 20)]
+
+
+class _Vae(Schema):
+    block_out_channels: Annotated[list[Size], Field(min_length=1, max_length=16)]
 
 
 class PlannedDiffusion:
@@ -154,13 +164,14 @@ def _prompt_tokens(checkpoint: Checkpoint) -> int:
     name = str(checkpoint.config["_class_name"])
     for folder in (checkpoint.path, checkpoint.path.parent):
         if "UNet" in name and (folder / "text_encoder" / "config.json").is_file():
-            return read_json(folder / "text_encoder" / "config.json")["max_position_embeddings"]
+            path = folder / "text_encoder" / "config.json"
+            return conforming(_TextEncoder, read_json(path), path).max_position_embeddings
     return PROMPT_TOKENS[name]
 
 
 def _vae_shrinks_by(checkpoint: Checkpoint) -> int:
     for folder in (checkpoint.path, checkpoint.path.parent):
         if (folder / "vae" / "config.json").is_file():
-            config = read_json(folder / "vae" / "config.json")
-            return 2 ** (len(config["block_out_channels"]) - 1)
+            path = folder / "vae" / "config.json"
+            return 2 ** (len(conforming(_Vae, read_json(path), path).block_out_channels) - 1)
     return VAE_SHRINKS_BY

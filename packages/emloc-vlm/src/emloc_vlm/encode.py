@@ -132,7 +132,9 @@ def _processed(
                 return_text_replacement_offsets=True,
             )
         )
-    except (ValueError, IndexError, TypeError, KeyError, NotImplementedError) as problem:
+    except MemoryError:
+        raise
+    except Exception as problem:  # whatever a processor of somebody's makes of it
         raise DataError(
             f"{examples[0].where} and on: the processor cannot encode a sample: "
             f"{(str(problem).strip() or type(problem).__name__).splitlines()[0]}"

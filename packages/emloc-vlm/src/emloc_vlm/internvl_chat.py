@@ -9,6 +9,7 @@ from typing import Any
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.json_files import read_json
+from emloc.artefacts.schema import conforming
 from emloc.artefacts.translated import TranslatedCheckpoint
 from emloc.errors import CheckpointError, DependencyError
 from emloc_vlm.image_only import image_only
@@ -18,6 +19,7 @@ from emloc_vlm.internvl_chat_config import (
     is_internvl_chat,
     native_config,
 )
+from emloc_vlm.internvl_chat_schema import AddedTokens, TokenizerConfig, TokenizerFile
 from emloc_vlm.internvl_chat_tensors import layout_rule, tensor_names
 
 __all__ = [
@@ -74,13 +76,16 @@ def added_tokens(path: Path) -> dict[str, int]:
     """Ids of the tokens that were added to a folder's vocabulary, as far as its files tell."""
     ids: dict[str, int] = {}
     if (path / "added_tokens.json").is_file():
-        ids.update(read_json(path / "added_tokens.json"))
+        file = path / "added_tokens.json"
+        ids.update(conforming(AddedTokens, {"tokens": read_json(file)}, file).tokens)
     if (path / "tokenizer.json").is_file():
-        listed = read_json(path / "tokenizer.json").get("added_tokens", [])
-        ids.update({token["content"]: token["id"] for token in listed})
+        file = path / "tokenizer.json"
+        listed = conforming(TokenizerFile, read_json(file), file).added_tokens
+        ids.update({token.content: token.id for token in listed})
     if (path / "tokenizer_config.json").is_file():
-        decoder = read_json(path / "tokenizer_config.json").get("added_tokens_decoder", {})
-        ids.update({token["content"]: int(index) for index, token in decoder.items()})
+        file = path / "tokenizer_config.json"
+        decoder = conforming(TokenizerConfig, read_json(file), file).added_tokens_decoder
+        ids.update({token.content: int(index) for index, token in decoder.items()})
     return ids
 
 

@@ -7,7 +7,9 @@ transformers' `models/internvl`.
 from collections.abc import Mapping
 from typing import Any
 
+from emloc.artefacts.schema import conforming
 from emloc.errors import CheckpointError
+from emloc_vlm.internvl_chat_schema import ChatConfig
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 
@@ -98,6 +100,7 @@ def native_config(config: Mapping[str, Any], image_token_id: int | None = None) 
     Raises:
         CheckpointError: transformers' model cannot be this one.
     """
+    conforming(ChatConfig, config, "InternVL's config.json")
     vision: dict[str, Any] = {**VISION_DEFAULTS, **config.get("vision_config", {})}
     language: dict[str, Any] = dict(config.get("llm_config", {}))
     _refuse(config, vision, language)
@@ -112,6 +115,11 @@ def native_config(config: Mapping[str, Any], image_token_id: int | None = None) 
     typed = {"dtype": dtype} if dtype else {}
     ratio: float = config.get("downsample_ratio", 0.5)
     image_size = config.get("force_image_size") or vision["image_size"]
+    if image_size < vision["patch_size"] / ratio:
+        raise CheckpointError(
+            f"InternVL: pictures of {image_size} pixels in patches of {vision['patch_size']} leave nothing "
+            f"for the language model; correct force_image_size or patch_size in config.json."
+        )
     text = _text_config(language)
     return {
         "architectures": ["InternVLForConditionalGeneration"],
@@ -140,6 +148,11 @@ def _refuse(
             f"InternVL with a language model of type {kind} cannot be read from its original checkpoint "
             f"(known: {', '.join(LANGUAGE_MODELS)}); take the model's -hf checkpoint."
         )
+    for key in ("num_attention_heads", *(("hidden_size",) if kind == "internlm2" else ())):
+        if key not in language:
+            raise CheckpointError(
+                f"InternVL's config.json has no llm_config.{key}; download it again."
+            )
     if config.get("ps_version", "v1") != "v2":
         raise CheckpointError(
             "InternVL with ps_version v1 orders image tokens in a way that transformers does not have; "

@@ -13,7 +13,8 @@ from transformers import AutoProcessor, ProcessorMixin
 from transformers.utils.import_utils import is_torchvision_available
 
 from emloc.artefacts.json_files import read_json
-from emloc.errors import CheckpointError, EmlocError
+from emloc.artefacts.read_errors import reading
+from emloc.errors import CheckpointError
 from emloc.integrations.transformers.loading import give_padding
 from emloc_vlm.image_only import image_only
 from emloc_vlm.internvl_chat import has_original_processor, native_processor
@@ -28,16 +29,9 @@ def load_processor(path: Path, max_dynamic_patch: int | None = None) -> Any:
     Raises:
         CheckpointError: there is none that transformers can build.
     """
-    try:
+    hint = "copy preprocessor_config.json, the tokenizer's files and the chat template there"
+    with reading(path, "has no processor that transformers can build", hint):
         processor = _load(path)
-    except EmlocError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as problem:
-        raise CheckpointError(
-            f"{path} has no processor that transformers can build "
-            f"({str(problem).strip().splitlines()[0] if str(problem) else type(problem).__name__}); "
-            f"copy preprocessor_config.json, the tokenizer's files and the chat template there."
-        ) from problem
     tokenizer = processor.tokenizer
     give_padding(tokenizer, path)
     if max_dynamic_patch is not None:

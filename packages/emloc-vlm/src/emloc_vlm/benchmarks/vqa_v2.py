@@ -40,7 +40,7 @@ def rows(path: Path, document: Any, image_folder: Path | None) -> Iterator[dict[
     answered: dict[Any, Any] = {
         entry.get("question_id"): entry
         for entry in annotations["annotations"]
-        if isinstance(entry, dict)
+        if isinstance(entry, dict) and isinstance(entry.get("question_id"), (int, str))
     }
     subset = questions.get("data_subtype") or annotations.get("data_subtype")
     if not isinstance(subset, str):
@@ -49,7 +49,10 @@ def rows(path: Path, document: Any, image_folder: Path | None) -> Iterator[dict[
         )
     for number, cells in enumerate(questions["questions"], start=1):
         record = replace(as_record(questions_path, number, "row", cells), image_folder=image_folder)
-        annotation = answered.get(cells.get("question_id"), {})
+        asked = cells.get("question_id")
+        if not isinstance(asked, (int, str)):
+            raise record.wrong("question_id is neither a number nor text")
+        annotation = answered.get(asked, {})
         answers = _answers(record, annotation.get("answers"))
         image = _image(record, subset)
         row = record.row(image, record.text("question"), answers, "vqa_accuracy")

@@ -7,13 +7,14 @@ and is the same in every run.
 import importlib.metadata
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.kinds import KindName
+from emloc.artefacts.schema import FileName, Name, conforming
 from emloc.artefacts.small_files import write_json
 from emloc.errors import CheckpointError
 from emloc.machine.special_files import refuse_special
@@ -23,6 +24,10 @@ FORMAT = 2
 
 UNLISTED = frozenset({1})
 """Formats whose manifests list the weights alone."""
+
+
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+"""SHA-256 in hexadecimal digits."""
 
 
 class ModelReference(BaseModel):
@@ -36,8 +41,8 @@ class ModelReference(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name_or_path: str
-    digest: str
+    name_or_path: Name
+    digest: Digest
     single_file_config: str | None = None
 
     @classmethod
@@ -89,8 +94,8 @@ class Manifest(BaseModel):
     tables: list[dict[str, Any]] | None = None
     kept_dense: dict[str, str] = {}
     summary: dict[str, Any] = {}
-    files: dict[str, str] = {}
-    sizes: dict[str, int] = {}
+    files: dict[FileName, Digest] = {}
+    sizes: dict[FileName, Annotated[int, Field(ge=0)]] = {}
     versions: dict[str, str] = {}
     method: str | None = None
     measured: dict[str, Any] = {}
@@ -117,12 +122,7 @@ class Manifest(BaseModel):
             raise CheckpointError(
                 f"{path} is of the format {form!r}, and this version of emloc knows 1 to {FORMAT}; update it."
             )
-        try:
-            return cls.model_validate(content)
-        except ValidationError as problem:
-            first = problem.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise CheckpointError(f"{path}: {place}: {first['msg']}.") from problem
+        return conforming(cls, content, path)
 
     @classmethod
     def find(cls, folder: Path) -> "Manifest | None":

@@ -7,10 +7,14 @@ and where they lead must lie in the folder. The hub's cache is the one exception
 links to the blobs of its own repository.
 """
 
+import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from emloc.errors import CheckpointError, EmlocError
 from emloc.machine.special_files import refuse_special
+
+LONGEST, LONGEST_PATH = 255, 3000
+"""Bytes of a name, and of a path, that file systems take."""
 
 
 def named_path(
@@ -29,8 +33,12 @@ def named_path(
             that of a pipe, a socket or a device.
     """
     if not isinstance(name, str) or not name.strip() or "\0" in name:
-        raise error(f"{where} names {name!r}, which is no file name; correct it.")
+        raise error(f"{where} names {str(name)[:80]!r}, which is no file name; correct it.")
     parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
+    if any(len(os.fsencode(part)) > LONGEST for part in parts) or len(name) > LONGEST_PATH:
+        raise error(
+            f"{where} names {name[:80]!r}…, which is longer than any file name; correct it."
+        )
     path = folder / name
     inside = _lies_inside(path, folder, where, error)
     if ".." in parts or (Path(name).is_absolute() and not inside):

@@ -5,10 +5,10 @@ anything. Where a value is of another kind, one sentence names the file, the pla
 """
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from emloc.errors import CheckpointError, EmlocError
 
@@ -19,7 +19,20 @@ Size = Annotated[int, Field(ge=1, le=1 << 31)]
 
 Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e30, le=1e30)]
 
+Name = Annotated[str, Field(min_length=1, max_length=4096)]
+"""Of a file, a model, a layer."""
+
 _SHOWN = 60
+
+
+def _stays_inside(name: str) -> str:
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
+        raise ValueError("it should be the name of a file in the folder")
+    return name
+
+
+FileName = Annotated[Name, AfterValidator(_stays_inside)]
+"""Of a file in the folder that the document lies in, or below."""
 
 
 class Schema(BaseModel):

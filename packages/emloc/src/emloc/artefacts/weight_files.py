@@ -8,11 +8,12 @@ ones, so their order is followed here, and what they would read that we do not i
 
 import re
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.layout import Layout
 from emloc.artefacts.named_files import named_file, named_path
+from emloc.artefacts.schema import Schema, conforming
 from emloc.errors import CheckpointError
 
 WeightFiles = dict[str, set[str] | None]
@@ -23,6 +24,12 @@ NAMED_BY_CONFIG = "transformers_weights"
 """transformers' key of a configuration that names the weights' file."""
 
 _RANK_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+
+
+class _Index(Schema):
+    """The index of a model's shards."""
+
+    weight_map: dict[str, str] | None = None
 
 
 def weight_files(path: Path, layout: Layout, config: dict[str, Any]) -> WeightFiles:
@@ -69,15 +76,15 @@ def _refuse_other_weights(path: Path, layout: Layout) -> None:
 
 
 def _indexed(path: Path, layout: Layout, index: Path) -> WeightFiles:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    weight_map = conforming(_Index, read_json(index), index).weight_map
+    if not weight_map:
         raise CheckpointError(f"{index} has no weight_map; download the checkpoint again.")
     promised: dict[str, set[str]] = {}
-    for tensor, file in cast("dict[str, object]", weight_map).items():
+    for tensor, file in weight_map.items():
         named_path(index.parent, file, index)
-        if Path(str(file)).name != file:
+        if Path(file).name != file:
             raise CheckpointError(f"{index} names a shard outside of its folder: {file}.")
-        promised.setdefault(layout.folder + str(file), set()).add(tensor)
+        promised.setdefault(layout.folder + file, set()).add(tensor)
     for file in promised:
         if not (path / file).is_file():
             raise CheckpointError(

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from torch import nn
 
+from emloc.artefacts.schema import Name, Schema, Size, conforming
 from emloc.config import CompressConfig
 from emloc.errors import CheckpointError, ConfigError
 from emloc.extend.formats import Forms, format_named
@@ -248,6 +250,14 @@ def written_groups(
     ]
 
 
+class _Entry(Schema):
+    """A group in an emulator's manifest, among other figures."""
+
+    layers: Annotated[list[Name], Field(min_length=1)]
+    d_out: list[Size]
+    d_in: Size
+
+
 def dense_shapes(
     entries: Mapping[str, Mapping[str, Any]], model: nn.Module
 ) -> Callable[[str], Shape]:
@@ -258,12 +268,13 @@ def dense_shapes(
     """
     sizes: dict[str, tuple[int, int]] = {}
     for owner, entry in entries.items():
-        if not {"layers", "d_out", "d_in"} <= entry.keys():
+        known = conforming(_Entry, entry, f"The emulator's manifest: {owner}")
+        if len(known.layers) != len(known.d_out):
             raise CheckpointError(
-                f"The emulator's manifest does not say how large {owner} is; compress the base model "
-                f"again."
+                f"The emulator's manifest has {len(known.layers)} layers of {len(known.d_out)} sizes in "
+                f"{owner}; compress the base model again."
             )
-        sizes |= {n: (d_out, entry["d_in"]) for n, d_out in zip(entry["layers"], entry["d_out"])}
+        sizes |= {name: (d_out, known.d_in) for name, d_out in zip(known.layers, known.d_out)}
 
     def shape_of(name: str) -> Shape:
         d_out, d_in = sizes[name]

@@ -4,10 +4,12 @@ A library's quantizer says how it knows a dense layer (`DenseLayer`); formats do
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from torch import nn
 
+from emloc.artefacts.schema import Name, Schema, conforming
 from emloc.errors import CheckpointError, MismatchError
 from emloc.extend.formats import Forms
 from emloc.formats.layer_format import DenseLayer
@@ -17,6 +19,20 @@ METHOD = "emloc"
 
 Groups = Sequence[Mapping[str, Any]]
 """Entries `{"layers": [module names], …}`: the layers of a group, its format and its sizes."""
+
+
+class _GroupEntry(Schema):
+    """The entry of a group: its layers, its format; sizes are the format's matter."""
+
+    layers: Annotated[list[Name], Field(min_length=1)]
+    format: Name = ""
+
+
+class _Parts(Schema):
+    """What an emulator's `quantization_config` holds."""
+
+    groups: list[_GroupEntry]
+    tables: list[dict[str, Any]]
 
 
 class GroupsConfig:
@@ -35,7 +51,9 @@ class GroupsConfig:
         tables: list[dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.groups, self.tables = groups or [], tables or []
+        made_of = {"groups": groups or [], "tables": tables or []}
+        conforming(_Parts, made_of, "The emulator's config")
+        self.groups, self.tables = made_of["groups"], made_of["tables"]
         self.modules_to_not_convert = kwargs.pop("modules_to_not_convert", None)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Formats by name: core's own and those that plugins register."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from emloc.config import nearest
@@ -11,6 +12,9 @@ from emloc.options.compress import AUTO, LOW_RANK_FORMAT
 
 ABOUT_A_GROUP = ("format", "layers")
 """Keys of a group's entry in a config that are no sizes."""
+
+MOST = 1 << 31
+"""A number that no size reaches."""
 
 
 def format_named(name: str) -> LayerFormat:
@@ -43,25 +47,36 @@ class Forms:
 
         Raises:
             PluginError: the format is not installed.
+            CheckpointError: a size is missing, or none.
         """
-        sizes = {key: value for key, value in entry.items() if key not in ABOUT_A_GROUP}
-        return Form(self._named(str(entry.get("format", LOW_RANK_FORMAT))), sizes)
+        form = self._sized(entry, "config")
+        more = {key: value for key, value in entry.items() if key not in ABOUT_A_GROUP}
+        return replace(form, sizes={**more, **form.sizes})
 
     def of_manifest(self, entry: Mapping[str, Any]) -> Form:
         """The form of a group in a manifest, whose sizes lie among other figures.
 
         Raises:
             PluginError: the format is not installed.
-            CheckpointError: a size is missing.
+            CheckpointError: a size is missing, or none.
         """
+        return self._sized(entry, "manifest")
+
+    def _sized(self, entry: Mapping[str, Any], source: str) -> Form:
         name = str(entry.get("format", LOW_RANK_FORMAT))
         format = self._named(name)
         lost = [key for key in format.size_names if key not in entry]
         if lost:
             raise CheckpointError(
-                f"The emulator's manifest has an entry of format {name} without {', '.join(lost)}; compress "
+                f"The emulator's {source} has an entry of format {name} without {', '.join(lost)}; compress "
                 f"the base model again."
             )
+        for key in format.size_names:
+            if type(entry[key]) is not int or not 0 <= entry[key] < MOST:
+                raise CheckpointError(
+                    f"The emulator's {source} has an entry of format {name} with {key} = "
+                    f"{str(entry[key])[:60]}, which is no size; compress the base model again."
+                )
         return Form(format, {key: entry[key] for key in format.size_names})
 
     def _named(self, name: str) -> LayerFormat:

@@ -174,7 +174,7 @@ class LayerFormat(Protocol):
     Attributes:
         name: as registered.
         options: those of compress that this format alone takes.
-        size_names: the keys of a form's sizes.
+        size_names: the keys of a form's sizes, which are whole numbers.
     """
 
     name: str

@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field
 
+from emloc.artefacts.schema import Name, Schema, Size
 from emloc.errors import CheckpointError
 from emloc.formats.coded_matrix import CodedMatrix
 
@@ -65,6 +67,19 @@ class VocabularyTable:
         return {**vars(self), "layers": list(self.layers)}
 
 
+class _Entry(Schema):
+    """A table in a config or manifest."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    layers: Annotated[list[Name], Field(min_length=1, max_length=2)]
+    rows: Size
+    columns: Size
+    bits: Size
+    stored_as: Name
+    group_size: Size = GROUP_SIZE
+
+
 def tables_of(entries: Iterable[Mapping[str, Any]] | None) -> Sequence[VocabularyTable]:
     """The tables of an emulator, from the entries of its config or manifest.
 
@@ -73,7 +88,8 @@ def tables_of(entries: Iterable[Mapping[str, Any]] | None) -> Sequence[Vocabular
     """
     try:
         made = [
-            VocabularyTable(tuple(entry["layers"]), **_others(entry)) for entry in entries or ()
+            VocabularyTable(tuple(entry.layers), **entry.model_dump(exclude={"layers"}))
+            for entry in map(_Entry.model_validate, entries or ())
         ]
         for table in made:
             _ = table.elements
@@ -83,7 +99,3 @@ def tables_of(entries: Iterable[Mapping[str, Any]] | None) -> Sequence[Vocabular
             "The emulator's config or manifest describes its embeddings in a way that is not known here; "
             "compress the base model again, or install the version of emloc that it was made with."
         ) from problem
-
-
-def _others(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entry.items() if key != "layers"}

@@ -6,7 +6,7 @@ That is what the files will hold, up to names and to what a checkpoint stores fu
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -15,11 +15,16 @@ from emloc.artefacts.described import Described
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.layout import layout_of
 from emloc.artefacts.locate import locate
-from emloc.artefacts.tensor_info import TensorInfo
+from emloc.artefacts.tensor_info import DTYPES, TensorInfo
 from emloc.errors import CheckpointError, PluginError
 from emloc.extend.capabilities import native_of
 from emloc.extend.family import ModelFamily
 from emloc.extend.opening import family_of
+
+FLOATS = {
+    str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values() if dtype.is_floating_point
+}
+"""Dtypes of weights by torch's names."""
 
 LARGE_PARAMETERS = 1_000_000_000
 """The number of parameters from which on a config without a dtype (those of diffusers) is taken to be of
@@ -65,12 +70,22 @@ def weight_dtype(checkpoint: Checkpoint, parameters: int) -> torch.dtype:
     for part in (checkpoint.config, *_parts(checkpoint.config)):
         named = part.get("dtype") or part.get("torch_dtype")
         if named and named != "auto":
-            return getattr(torch, str(named).removeprefix("torch."))
+            known = FLOATS.get(str(named).removeprefix("torch."))
+            if known is None:
+                raise CheckpointError(
+                    f"The config.json of {checkpoint.name} names the dtype {str(named)[:60]!r}, which is "
+                    f"none of {', '.join(FLOATS)}; correct it, or pass dtype."
+                )
+            return known
     return torch.bfloat16 if parameters >= LARGE_PARAMETERS else torch.float32
 
 
 def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [value for key, value in config.items() if key.endswith("_config") and value]
+    return [
+        cast("dict[str, Any]", value)
+        for key, value in config.items()
+        if key.endswith("_config") and isinstance(value, dict)
+    ]
 
 
 def _recognised(name: str, path: Path, family: str | None) -> tuple[Described, ModelFamily]:

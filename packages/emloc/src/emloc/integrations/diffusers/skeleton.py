@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emloc.artefacts.checkpoint import Checkpoint
-from emloc.errors import CheckpointError
+from emloc.artefacts.read_errors import reading
 from emloc.integrations.empty_weights import empty_weights
 
 Forward = Callable[[Any], object]
@@ -25,14 +25,10 @@ def empty_model(checkpoint: Checkpoint, model_class: Any, dtype: torch.dtype) ->
         CheckpointError: diffusers cannot build it.
     """
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-    try:
-        with empty_weights():
-            model = model_class.from_config(config)
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise CheckpointError(
-            f"diffusers cannot build {checkpoint.name} from its {checkpoint.layout.config}: "
-            f"{str(problem).strip().splitlines()[0]}"
-        ) from problem
+    what = f"{checkpoint.name}: its {checkpoint.layout.config}"
+    hint = "see that it is whole, and that the installed diffusers knows the model"
+    with reading(what, "builds no model of diffusers", hint), empty_weights():
+        model = model_class.from_config(config)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model.eval()

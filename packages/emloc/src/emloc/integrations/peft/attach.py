@@ -18,6 +18,7 @@ from emloc.artefacts.adapter_config import exact_patterns
 from emloc.artefacts.adapter_tensors import PREFIX
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
+from emloc.artefacts.read_errors import reading
 from emloc.errors import MismatchError
 from emloc.extend.family import ModelFamily
 
@@ -78,7 +79,8 @@ def _loaded(model: Any, lora: Adapter, trained: bool) -> Any:
     PEFT renames what older versions called otherwise, but not for all models, and neither what was trained
     whole nor targets. So it is given the names that the modules have now, one by one.
     """
-    config: Any = PeftConfig.from_pretrained(str(lora.path))
+    with reading(lora.path, "has no configuration that PEFT can read", "write it again with PEFT"):
+        config: Any = PeftConfig.from_pretrained(str(lora.path))
     config.target_modules = {layer.name for layer in lora.layers}
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.rank_pattern, config.alpha_pattern = exact_patterns(

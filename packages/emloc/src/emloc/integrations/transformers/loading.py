@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.read_errors import reading
 from emloc.errors import CheckpointError
 from emloc.integrations.transformers.skeleton import empty_model
 
@@ -18,13 +19,9 @@ def load_tokenizer(path: Path) -> Any:
     Raises:
         CheckpointError: there is none.
     """
-    try:
+    hint = "copy tokenizer.json and tokenizer_config.json of the model there"
+    with reading(path, "has no tokenizer that transformers can read", hint):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as problem:  # whatever a broken file makes three libraries raise
-        raise CheckpointError(
-            f"{path} has no tokenizer that transformers can read; copy tokenizer.json and "
-            f"tokenizer_config.json of the model there."
-        ) from problem
     give_padding(tokenizer, path)
     return tokenizer
 
@@ -58,13 +55,10 @@ def load_model(checkpoint: Checkpoint, auto_class: Any, dtype: str, device: str)
     if checkpoint.translated:
         return _filled(checkpoint, auto_class, dtype, device)
     path = checkpoint.path
-    try:
+    with reading(path, "cannot be loaded", "see that it is whole"):
         return auto_class.from_pretrained(
             path, dtype=dtype, device_map={"": device}, trust_remote_code=False
         )
-    except (OSError, ValueError, RuntimeError) as problem:
-        first = str(problem).strip().splitlines()[0]
-        raise CheckpointError(f"{path} cannot be loaded: {first}") from problem
 
 
 def _filled(checkpoint: Checkpoint, auto_class: Any, dtype: str, device: str) -> Any:

@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from emloc.artefacts.checkpoint import Checkpoint
-from emloc.errors import CheckpointError
+from emloc.artefacts.read_errors import reading
 from emloc.integrations.empty_weights import empty_weights
 
 LIKE_LINEAR = frozenset({"FalconLinear"})
@@ -31,18 +31,14 @@ def empty_model(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype) -> 
     Raises:
         CheckpointError: transformers does not know the architecture.
     """
-    try:
+    hint = "see that it is whole, and that the installed transformers knows the model"
+    with reading(f"{checkpoint.name}: its config.json", "builds no model of transformers", hint):
         config = model_config(checkpoint)
         # An emulator is described by its dense layers here; the others are core's business.
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with no_init_weights(), empty_weights():
             model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, ImportError) as problem:
-        raise CheckpointError(
-            f"transformers cannot build {checkpoint.name} from its config.json: "
-            f"{str(problem).strip().splitlines()[0]}"
-        ) from problem
     model.tie_weights()  # what is tied is one parameter, which moving to meta had made several
     _report_real_device(model)
     return model.eval()
