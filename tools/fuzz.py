@@ -7,6 +7,7 @@ Prints one line per parser and, by place, each fault with an example; ends with 
 """
 
 import argparse
+import gc
 import logging
 import os
 import pickle
@@ -63,6 +64,8 @@ def main():
     failed, total = 0, Tally()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
+        gc.collect()
+        gc.freeze()  # what is imported stays, and children need not look through it
         parsers = [
             p for p in all_parsers(Examples(Path(folder) / "x")) if p.name.startswith(given.only)
         ]

@@ -13,6 +13,9 @@ from fuzzing.runner import Fault, try_input
 LEAST = 20
 """Inputs of a parser at least."""
 
+FORGIVING = frozenset({"training digests", "caption"})
+"""Parsers that refuse nothing: a checkpoint that is damaged is passed over, and any text is a caption."""
+
 
 def all_parsers(examples):
     """Every parser, with its folder."""

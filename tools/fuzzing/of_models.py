@@ -1,19 +1,22 @@
 """Parsers of models: configurations, tokenizers, templates, emulators, notes of what was begun."""
 
+import hashlib
+import json
 from types import SimpleNamespace
 
 import torch
 from safetensors import safe_open
 
 from emloc.artefacts.companions import chat_template
+from emloc.artefacts.file_digest import file_sha256
 from emloc.artefacts.manifest import Manifest
 from emloc.compression.groups import dense_shapes, written_groups
 from emloc.extend.opening import open_model
 from emloc.formats.vocabulary import tables_of
 from emloc.integrations.transformers.chat import render
+from emloc.integrations.transformers.checkpoints import last_whole_checkpoint
 from emloc.integrations.transformers.data.turns import chat_of
 from emloc.integrations.transformers.loading import load_tokenizer
-from emloc.integrations.transformers.training import last_complete_checkpoint
 from emloc.planning.described import describe
 from fuzzing.examples import Examples, document
 from fuzzing.parser import Parser
@@ -131,27 +134,24 @@ def _emulator_manifest(examples):
 
 
 def _checkpoint_of_training(examples):
+    """The digests of a checkpoint; where they are not right, the one before is taken."""
     folder = examples.empty("training")
-    state = {
-        "global_step": 4,
-        "max_steps": 8,
-        "log_history": [{"step": 1, "loss": 1.5}],
-        "epoch": 0.5,
-    }
     for step in (2, 4):
         checkpoint = folder / f"checkpoint-{step}"
         checkpoint.mkdir()
-        for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"):
-            (checkpoint / file).write_bytes(b"x")
-        (checkpoint / "trainer_state.json").write_text('{"global_step": 2}')
+        for file in ("optimizer.pt", "trainer_state.json"):
+            (checkpoint / file).write_text(f"{file} {step}")
+        digests = {path.name: file_sha256(path) for path in sorted(checkpoint.iterdir())}
+        (checkpoint / "digests.json").write_text(json.dumps(digests))
 
     def means(folder, found):
-        assert found in (str(folder / "checkpoint-4"), str(folder / "checkpoint-2"))
+        held = document(found / "digests.json")
+        files = [path for path in found.iterdir() if path.name != "digests.json"]
+        assert held == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
-    path = "checkpoint-4/trainer_state.json"
-    return Parser(
-        "training state", folder, path, "json", [state], last_complete_checkpoint, means, 1
-    )
+    path = "checkpoint-4/digests.json"
+    seeds = [document(folder / path)]
+    return Parser("training digests", folder, path, "json", seeds, last_whole_checkpoint, means, 1)
 
 
 TEXT = "Reverse abc."

@@ -50,9 +50,16 @@ def damage(checkpoint: Path) -> str | None:
         digests = read_json(checkpoint / DIGESTS_NAME)
     except CheckpointError as problem:
         return str(problem)
+    held = {
+        str(path.relative_to(checkpoint)): path
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file() and path.name != DIGESTS_NAME
+    }
+    for name in held.keys() - digests.keys():
+        return f"{name} is not among its digests"
     for name, digest in digests.items():
-        path = checkpoint / name
-        if not path.is_file():
+        path = held.get(name)
+        if path is None:
             return f"{name} is missing"
         if file_sha256(path) != digest:
             return f"{name} is not what was written (SHA-256 differs)"
