@@ -9,7 +9,7 @@ from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.errors import OutputError
 from emloc.stages.frame import Artefact, Written, digests
 
-BASE = ModelReference(name_or_path="base", digest="0")
+BASE = ModelReference(name_or_path="base", digest="0" * 64)
 
 
 def artefact(folder, kind=EMULATOR, **settings):

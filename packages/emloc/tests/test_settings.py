@@ -11,7 +11,7 @@ from emloc.artefacts.stage_folder import stage_folder
 from emloc.errors import OutputError
 from emloc.options.marks import without_effect
 
-BASE = ModelReference(name_or_path="m", digest="d")
+BASE = ModelReference(name_or_path="m", digest="d" * 64)
 NOW = {"keep_ratio": 0.3, "seed": 0, "data_digest": "b"}
 
 

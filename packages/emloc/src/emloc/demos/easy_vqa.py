@@ -7,7 +7,6 @@ the picture. What it has never been asked about is colour; naming it is the othe
 import json
 import random
 import re
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from emloc.artefacts.cache import cache_folder
+from emloc.artefacts.durable import sync_tree
 from emloc.demos.wheel import download_wheel
 
 WHEEL = "easy-vqa==1.0"
@@ -77,7 +77,8 @@ def easy_vqa() -> Path:
                     for name in archive.namelist():
                         if re.match(r"easy_vqa/data/(train|test)/", name):
                             archive.extract(name, work)
-                shutil.move(str(work / "easy_vqa/data"), target)
+                sync_tree(work / "easy_vqa/data")
+                (work / "easy_vqa/data").rename(target)
     return target
 
 

@@ -7,7 +7,6 @@ on any other, and manifests name the file.
 """
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from filelock import FileLock
 
 from emloc.artefacts.cache import cache_folder
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.durable import sync_folder, sync_tree
 from emloc.artefacts.file_digest import file_identity
 from emloc.artefacts.write_errors import others_writing, writing
 from emloc.errors import CheckpointError
@@ -79,8 +79,9 @@ def model_folder(path: Path, named: str | None, families: Mapping[str, FamilyEnt
             ):
                 made = Path(temporary) / "model"
                 reader.write(file, configuration, made)
-                _sync(made)
+                sync_tree(made)
                 made.rename(target)
+                sync_folder(target.parent)
     return target
 
 
@@ -120,10 +121,3 @@ def _folder_digest(folder: Path) -> str:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         sha.update(path.relative_to(folder).as_posix().encode() + file_identity(path))
     return sha.hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from emloc.artefacts.digest_cache import KnownDigests
-from emloc.artefacts.durable import sync_tree
+from emloc.artefacts.durable import sync_folder, sync_tree
 from emloc.artefacts.file_digest import file_sha256
 from emloc.artefacts.intact import is_complete, listing
 from emloc.artefacts.json_files import read_json
@@ -187,6 +187,8 @@ class Figures:
             with writing(self.target):
                 self.target.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.target, figures)
+            with writing(self.target):
+                sync_folder(self.target.parent)
         return figures
 
     def _known(self) -> dict[str, Any] | None:

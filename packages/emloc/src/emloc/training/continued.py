@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.durable import sync_tree
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import write_json
@@ -205,6 +206,7 @@ def continued(
         if not notes.is_file():  # else an interrupted build had trained it
             train(work)
         if beside.is_dir():
+            sync_tree(beside)
             for file in sorted(beside.iterdir()):
                 file.rename(work / file.name)
             beside.rmdir()
