@@ -287,6 +287,10 @@ def test_what_cannot_be_polished_is_refused(llm, llm_adapter, tmp_path):
     place = {"output_dir": tmp_path / "polished", **STEPS}
     with pytest.raises(ConfigError, match="polish: dataset is required"):
         emloc.polish(adapter=str(llm_adapter), **place)
+    with pytest.raises(ConfigError, match="no multiple of per_device_train_batch_size=3; pass 3"):
+        emloc.polish(
+            adapter=str(llm_adapter), **{**place, "per_device_train_batch_size": 3}, **data
+        )
     other = family_named("llm").write_example(tmp_path / "other", seed=1)["model_name_or_path"]
     with pytest.raises(MismatchError, match="the weights of .* are others"):
         emloc.polish(adapter=str(llm_adapter), model_name_or_path=other, **place, **data)

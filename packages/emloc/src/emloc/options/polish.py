@@ -17,7 +17,7 @@ class PolishConfig(TrainingOptions):
     max_steps: int = Field(8, ge=1, description="steps, each of which reads the model twice")
     samples_per_step: int = Field(16, ge=1, description="samples that a step learns from")
     per_device_train_batch_size: int = Field(
-        4, ge=1, description="samples that go through a block at once; as many as divide a step"
+        4, ge=1, description="samples that go through a block at once; a step is a multiple"
     )
     stream: bool = Field(
         True, description="hold one block at a time; false: the whole model, where it fits"

@@ -18,7 +18,7 @@ from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.artefacts.output_place import has_place
 from emloc.artefacts.small_files import copy_file
 from emloc.artefacts.write_errors import others_writing
-from emloc.config import PolishConfig, TrainConfig, TrainingOptions
+from emloc.config import PolishConfig, TrainConfig, TrainingOptions, build
 from emloc.errors import ConfigError, MismatchError, NumericalError
 from emloc.extend.capabilities import ContinuesAdapters, StreamsTraining, exported
 from emloc.extend.family import ModelFamily
@@ -124,8 +124,12 @@ def polish(config: PolishConfig) -> Path:
 def _as_training(config: PolishConfig, kind: type[TrainConfig]) -> TrainConfig:
     """The options of the training that polishing is."""
     batch = min(config.per_device_train_batch_size, config.samples_per_step)
-    while config.samples_per_step % batch:
-        batch -= 1
+    if config.samples_per_step % batch:
+        raise ConfigError(
+            f"polish: samples_per_step={config.samples_per_step} is no multiple of "
+            f"per_device_train_batch_size={batch}; pass {config.samples_per_step // batch * batch} or "
+            f"another batch size."
+        )
     own = TrainingOptions.model_fields.keys() | (config.model_fields_set & kind.model_fields.keys())
     given = {name: getattr(config, name) for name in own}
     given |= {
@@ -135,7 +139,7 @@ def _as_training(config: PolishConfig, kind: type[TrainConfig]) -> TrainConfig:
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": config.samples_per_step // batch,
     }
-    return kind(**given)
+    return build(kind, given, "polish")
 
 
 def _original(adapter: Adapter, origin: Manifest | None) -> str:
