@@ -20,16 +20,20 @@ LARGEST_SHARE = 5
 def hold_back(
     samples: Sequence[SampleT], config: TrainConfig
 ) -> tuple[list[SampleT], list[SampleT]]:
-    """Split samples by seed into those to learn from, in their order, and those held back."""
+    """Split samples by seed into those to learn from, in their order, and those held back.
+
+    A sample that a mixture has several times is held back as one, and none of it is learnt.
+    """
     wanted = config.num_held_back_samples
-    count = min(wanted, len(samples) // LARGEST_SHARE)
+    places = list({id(sample): at for at, sample in enumerate(samples)}.values())
+    count = min(wanted, len(places) // LARGEST_SHARE)
     if count < wanted:
         console.print(
-            f"num_held_back_samples={wanted}: a fifth of {len(samples)} samples is held back, {count}"
+            f"num_held_back_samples={wanted}: a fifth of {len(places)} samples is held back, {count}"
         )
-    chosen = set(random.Random(config.seed).sample(range(len(samples)), count))
-    learnt = [sample for at, sample in enumerate(samples) if at not in chosen]
-    return learnt, [samples[at] for at in sorted(chosen)]
+    held_back = [samples[at] for at in sorted(random.Random(config.seed).sample(places, count))]
+    chosen = {id(sample) for sample in held_back}
+    return [sample for sample in samples if id(sample) not in chosen], held_back
 
 
 def mean_loss(trainer: Any, samples: Any, streamed: StreamedModel | None) -> float:
@@ -50,8 +54,10 @@ def mean_loss(trainer: Any, samples: Any, streamed: StreamedModel | None) -> flo
         torch.manual_seed(trainer.args.seed)
         batches = [trainer._prepare_inputs(batch) for batch in trainer.get_eval_dataloader(samples)]
         calls = [partial(trainer.compute_loss, model, batch) for batch in batches]
-        with trainer.compute_loss_context_manager():
+        # Training's precision, which the Trainer gives the model when it begins.
+        with trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
             losses = [call() for call in calls] if streamed is None else streamed.run(calls)
     model.train(training)
+    getattr(trainer, "_metrics", {}).get("eval", {}).clear()  # TRL's, of its own evaluations
     sizes = [len(next(iter(batch.values()))) for batch in batches]
     return sum(float(loss) * size for loss, size in zip(losses, sizes)) / sum(sizes)
