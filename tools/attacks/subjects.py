@@ -1,0 +1,62 @@
+"""The stages of a family, each with its options and the result of a run that nothing disturbed."""
+
+import json
+from pathlib import Path
+
+import emloc
+
+TRAIN = {"max_steps": 4, "logging_steps": 1, "save_steps": 1, "learning_rate": 1e-2, "lora_r": 3}
+STAGES = ("compress", "train", "correct", "merge", "evaluate")
+VARYING = {"measured", "versions", "sizes"}
+"""Keys of a manifest that differ from run to run, or follow from such."""
+
+
+def calls(subject):
+    """Each stage's function of an output folder."""
+    made, data = subject.stages, subject.data
+    options = {
+        "compress": {**subject.example, **subject.compressed_to},
+        "train": {"emulator": str(made["emulator"]), **data, **TRAIN},
+        "correct": {
+            "adapter": str(made["adapter"]), "emulator": str(made["emulator"]), "limit": "none", **data,
+        },
+        "merge": {"adapter": str(made["corrected"])},
+        "evaluate": {
+            "model_name_or_path": subject.example["model_name_or_path"],
+            "adapter": str(made["corrected"]), **data, **subject.options("evaluate"),
+        },
+    }  # fmt: skip
+
+    def call(stage):
+        return lambda folder: getattr(emloc, stage)(output_dir=folder, **options[stage])
+
+    return {stage: call(stage) for stage in STAGES}
+
+
+def content(folder):
+    """What a result must have in common with another of the same call."""
+    found = {}
+    for path in sorted(Path(folder).rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_dir():
+            continue
+        if path.suffix in (".safetensors", ".jinja", ".txt"):
+            found[name] = path.read_bytes()
+        elif path.name == "emloc.json":
+            manifest = json.loads(path.read_text())
+            files = manifest.get("files", {})
+            kept = {key: one for key, one in files.items() if key.endswith(".safetensors")}
+            found[name] = {k: v for k, v in manifest.items() if k not in VARYING} | {"files": kept}
+        elif path.name == "evaluation.json":
+            figures = json.loads(path.read_text())
+            found[name] = {
+                key: figures[key] for key in ("loss", "samples", "settings") if key in figures
+            }
+        elif path.name == "trainer_log.jsonl":
+            lines = map(json.loads, path.read_text().splitlines())
+            found[name] = [line.get("loss", line.get("train_loss")) for line in lines]
+        elif path.suffix == ".json":
+            found[name] = json.loads(path.read_text())
+        else:
+            found[name] = None  # a plot, a card
+    return found
