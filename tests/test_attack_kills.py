@@ -18,7 +18,10 @@ KILLS = 30
 @pytest.mark.long
 def test_30_attacks_lose_nothing(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(TOOLS)
+    for name in ("HF_HUB_OFFLINE", "TQDM_DISABLE", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")  # the tool's own choice, and no later test's
     from attack_kills import attack, subject_of
+
     from attacks.attempts import ALL
 
     with plugin_installed("emloc.testing.toy_plugin"):

@@ -1,7 +1,8 @@
 """Faults in a process that runs a stage: a signal or an error of the disk, at one of its steps.
 
-A step is anything below a folder that changes what is on the disk and that Python is asked about: a file opened
-for writing, a rename, a removal, a new folder, a sync. Libraries in other languages write between such steps.
+A step is anything below a folder that changes what is on the disk and that Python is asked about: a file
+opened for writing, a rename, a removal, a new folder, a sync. Libraries in other languages write between such
+steps.
 """
 
 import builtins
