@@ -25,5 +25,7 @@ class PolishConfig(TrainingOptions):
     num_held_back_samples: int = Field(
         32, ge=0, description="samples to judge by, a fifth at most; 0: the result is not judged"
     )
-    learning_rate: float = Field(5e-4, gt=0)
-    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_ratio: float = Field(
+        0.0, ge=0, lt=1, description="share of steps; the first step of a warm-up changes nothing"
+    )
