@@ -328,7 +328,7 @@ def test_a_manifest_cannot_name_files_outside_of_its_folder(tiny, tmp_path, name
     manifest = json.loads((adapter / "emloc.json").read_text())
     manifest["files"][name] = "0" * 64
     (adapter / "emloc.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="lies outside of"):
+    with pytest.raises(CheckpointError, match="lies outside of|name of a file in the folder"):
         emloc.verify(path=adapter)
     with pytest.raises(CheckpointError, match="lies outside of"):
         Adapter.open(str(adapter)).with_parts(["../b"])

@@ -121,6 +121,7 @@ def test_corrected_adapter_merges_and_verifies(tiny, tmp_path, batch):
 
 def test_verify_finds_what_is_wrong(tiny, tmp_path):
     from emloc.errors import CheckpointError, NumericalError
+    from emloc.testing.resealed import resealed
 
     assert emloc.verify(path=tiny.emulator)["kind"] == "emulator"
     assert emloc.verify(path=tiny.corrected)["layers"] == 21
@@ -131,13 +132,21 @@ def test_verify_finds_what_is_wrong(tiny, tmp_path):
     shard.write_bytes(bytes(data))
     with pytest.raises(CheckpointError, match="not what was written"):
         emloc.verify(path=flipped)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        edited = shutil.copytree(tiny.emulator, tmp_path / name)
+        text = (edited / name).read_text()
+        (edited / name).write_text(text.replace("true", "false", 1) + " ")
+        with pytest.raises(CheckpointError, match=f"{name} is not what was written"):
+            emloc.verify(path=edited)
     bent = shutil.copytree(tiny.emulator, tmp_path / "bent")
     manifest = json.loads((bent / "emloc.json").read_text())
     first = next(iter(manifest["layers"].values()))
     first["rank"] += 1
     (bent / "emloc.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="should be"):
+    with pytest.raises(CheckpointError, match="its seal differs"):
         emloc.verify(path=bent)
+    with pytest.raises(CheckpointError, match="should be"):
+        emloc.verify(path=resealed(bent))
     broken = shutil.copytree(tiny.base, tmp_path / "nan")
     tensors = load_file(broken / "model.safetensors")
     tensors["model.norm.weight"][0] = float("inf")

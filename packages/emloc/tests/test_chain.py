@@ -37,7 +37,7 @@ def made_from(folder, key, other):
     content = json.loads((folder / "emloc.json").read_text())
     content[key]["name_or_path"] = str(other)
     (folder / "emloc.json").write_text(json.dumps(content))
-    return folder
+    return resealed(folder)
 
 
 def test_it_goes_back_to_the_base(toy):

@@ -222,6 +222,9 @@ EDITS = {
     "a bit of the weights": lambda f: flip(weights(f)),
     "an added file": lambda f: (f / "notes.md").write_text("x"),
     "an added folder": lambda f: shutil.move(shutil.copytree(f, f.parent / "x"), f / "x"),
+    "another figure in the manifest": lambda f: edit(
+        f / "emloc.json", '"seconds": ', '"seconds": 1'
+    ),
     "a file that is gone": lambda f: (f / "config.json").unlink(),
 }
 

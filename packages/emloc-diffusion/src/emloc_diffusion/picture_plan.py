@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.intact import require_read
 from emloc.artefacts.manifest import Manifest
 from emloc.errors import CheckpointError, ConfigError
 from emloc_diffusion.album import Wanted
@@ -128,11 +129,10 @@ def _rows(config: Any) -> tuple[dict[str, Path | None], str]:
 def _refuse_corrected_on_emulator(model: Checkpoint, rows: Mapping[str, Path | None]) -> None:
     """Refuse what evaluate refuses for its own adapter."""
     manifest = Manifest.find(model.path)
-    if manifest is None or manifest.kind != "emulator":
-        return
+    on_emulator = manifest is not None and manifest.kind == "emulator"
     for adapter in filter(None, rows.values()):
-        origin = Manifest.find(adapter)
-        if origin is not None and origin.kind == "corrected_adapter":
+        origin = require_read(adapter, fresh=True)
+        if on_emulator and origin is not None and origin.kind == "corrected_adapter":
             raise ConfigError(
                 f"evaluate: {adapter} is corrected for the original model; pass that instead of the "
                 f"emulator {model.name}."

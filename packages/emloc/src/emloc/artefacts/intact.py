@@ -67,6 +67,8 @@ def require_intact(
     Raises:
         CheckpointError: a file is missing, was changed or was added, or its name leads out of the folder.
     """
+    if every and fresh:
+        Manifest.require_sealed(folder)
     names = [name for name in manifest.files if every or _is_read(name, manifest)]
     names = [name for name in names if not _is_forgiven(folder, name, manifest, every)]
     for name in names:

@@ -6,16 +6,18 @@ and is the same in every run.
 
 import importlib.metadata
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.file_digest import bytes_sha256
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.kinds import KindName
 from emloc.artefacts.schema import FileName, Name, conforming
-from emloc.artefacts.small_files import write_json
+from emloc.artefacts.small_files import json_text, write_json
 from emloc.errors import CheckpointError
 from emloc.machine.special_files import refuse_special
 
@@ -75,6 +77,7 @@ class Manifest(BaseModel):
         summary: figures of the whole that follow from the inputs.
         files: SHA-256 of every file of the folder but this one, by name.
         sizes: their bytes.
+        seal: SHA-256 of all of this but itself, so that an edit of the manifest is found.
         method: which method's light model it is, or is trained on; None for EMLoC's own, and for a LoRA
             trained on the base.
         measured: `seconds`, `peak_bytes` (anonymous memory over the stage's start) and the like, and under
@@ -99,10 +102,26 @@ class Manifest(BaseModel):
     versions: dict[str, str] = {}
     method: str | None = None
     measured: dict[str, Any] = {}
+    seal: Digest | None = None
 
     def write(self, folder: Path) -> None:
-        """Write it into `folder`."""
-        write_json(folder / MANIFEST_NAME, self.model_dump(mode="json", exclude_none=True))
+        """Write it into `folder`, sealed."""
+        content = self.model_dump(mode="json", exclude_none=True)
+        write_json(folder / MANIFEST_NAME, {**content, "seal": _seal(content)})
+
+    @staticmethod
+    def require_sealed(folder: Path) -> None:
+        """Refuse a manifest that was edited; those of before have no seal.
+
+        Raises:
+            CheckpointError: it was.
+        """
+        content = read_json(folder / MANIFEST_NAME)
+        if content.get("format") not in UNLISTED and content.get("seal") != _seal(content):
+            raise CheckpointError(
+                f"{folder / MANIFEST_NAME} is not what was written (its seal differs); put it back, or "
+                f"remove {folder} and make it again."
+            )
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -129,6 +148,10 @@ class Manifest(BaseModel):
         """The manifest of `folder`, or None where there is none."""
         refuse_special(folder / MANIFEST_NAME)
         return cls.read(folder) if (folder / MANIFEST_NAME).is_file() else None
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return bytes_sha256(json_text({key: content[key] for key in content if key != "seal"}))
 
 
 def versions(*packages: str) -> dict[str, str]:
