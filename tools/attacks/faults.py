@@ -58,6 +58,9 @@ def install(kind, root, at):
     steps = Steps(root)
     steps.at = at
     if kind in SIGNALS:
+        # As in a terminal, even where the attacks run in the background, which ignores Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         steps.act = lambda event: os.kill(os.getpid(), SIGNALS[kind])
     elif kind in ERRORS:
 

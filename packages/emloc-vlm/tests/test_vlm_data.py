@@ -58,7 +58,7 @@ def test_transformers_chats(folder):
     assert first.references == ("red",)
 
 
-def test_internvl_meta_file(folder):
+def test_internvl_meta_file(folder, monkeypatch):
     rows = [
         {"id": n, "image": "a.png", "conversations": [
             {"from": "human", "value": f"<image>\nquestion {n}"}, {"from": "gpt", "value": "yes"}]}
@@ -79,6 +79,9 @@ def test_internvl_meta_file(folder):
     assert shape(examples[0])[0] == ("user", "*question 0")
     assert shape(examples[-1])[0] == ("user", "one * two *")
     assert all(image.open() for image in examples[-1].images)
+    monkeypatch.setattr("emloc_vlm.rows.MOST_ROWS", 7)
+    with pytest.raises(DataError, match=r"one repeats 4 rows 2.5 times, which makes more than 7;"):
+        only(meta)
     meta.write_text(json.dumps({"x": {"root": ".", "annotation": "gone.jsonl"}}))
     with pytest.raises(DataError, match=r"x names the annotation .*gone.jsonl"):
         only(meta)

@@ -38,6 +38,10 @@ from emloc_vlm.examples import IMAGE_COLUMNS, REFERENCES, VISUAL_FORMS, Example,
 from emloc_vlm_options import ImageOptions
 
 
+MOST_ROWS = 20_000_000
+"""Of an entry of a meta file with its repetitions."""
+
+
 def load_examples(options: Any, name: str, split: str | None = None) -> list[Example]:
     """All rows of one data set.
 
@@ -151,6 +155,11 @@ def _annotated(
     times = entry.get("repeat_time", 1)
     if isinstance(times, bool) or not isinstance(times, (int, float)) or not 0 <= times < 10**6:
         raise DataError(f"{where} has repeat_time {times!r}, which is no number of times.")
+    if times * len(rows) > MOST_ROWS:
+        raise DataError(
+            f"{where} repeats {len(rows)} rows {times} times, which makes more than {MOST_ROWS:,}; lower "
+            f"repeat_time."
+        )
     whole, part = int(times), times - int(times)
     yield from rows * whole
     yield from random.Random(0).sample(rows, round(part * len(rows)))
