@@ -37,7 +37,6 @@ from emloc_vlm.benchmarks import of_split, read_benchmark
 from emloc_vlm.examples import IMAGE_COLUMNS, REFERENCES, VISUAL_FORMS, Example, example_of
 from emloc_vlm_options import ImageOptions
 
-
 MOST_ROWS = 20_000_000
 """Of an entry of a meta file with its repetitions."""
 
