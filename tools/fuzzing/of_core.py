@@ -123,8 +123,9 @@ def _manifest(examples):
 
     def means(folder, manifest):
         again = Manifest.model_validate_json(manifest.model_dump_json())
-        assert again == manifest
-        assert finite({k: v for k, v in manifest.model_dump().items() if k != "settings"})
+        assert again.files == manifest.files
+        assert again.base_model == manifest.base_model
+        assert all(size >= 0 for size in manifest.sizes.values())
         for name, digest in manifest.files.items():
             assert not os.path.isabs(name)
             assert ".." not in Path(name).parts

@@ -483,3 +483,17 @@ def test_row_numbers_of_pandas_are_no_content(tmp_path):
         with_plugin_options(TrainConfig)(output_dir="o", dataset=str(tmp_path / "d.csv"))
     )
     assert [row["completion"] for row in rows] == ["007", "1.50"]
+
+
+def test_a_line_of_a_packed_file_does_not_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("emloc.integrations.transformers.data.files.LONGEST_LINE", 1 << 20)
+    row = json.dumps({"prompt": "a" * (1 << 20), "completion": "b"})
+    for name, text in (
+        ("d.jsonl.gz", row + "\n"),
+        ("d.csv.gz", "prompt,completion\n" + "a" * (1 << 21)),
+    ):
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()))
+        with pytest.raises(
+            DataError, match=rf"{name}, line \d has more than 1 MiB, and is one row"
+        ):
+            references(tmp_path / name)

@@ -16,11 +16,13 @@ from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.file_digest import file_sha256
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.layout import Layout
+from emloc.artefacts.schema import Schema, conforming
 from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import copy_file, write_json
 from emloc.compression.choice import emulator_dtype
 from emloc.compression.groups import CompressionPlan, Group
 from emloc.compression.vocabulary import replaced_by, write_table
+from emloc.errors import CheckpointError
 from emloc.extend.family import EmulatorLayers
 from emloc.formats.layer_format import Form, StoredTensor, Tensors
 from emloc.options.types import Dtype
@@ -30,6 +32,13 @@ Declared = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 SPECTRUM = "spectrum"
 """The key in a block's report of the spectrum of a group whose size is still open."""
+
+
+class _Report(Schema):
+    """What is looked at in a block's report."""
+
+    layers: dict[str, dict[str, Any]]
+    unreached: list[str]
 
 
 @dataclass
@@ -88,8 +97,12 @@ class EmulatorFolder:
         )
 
     def _is_as_planned(self, block: str) -> bool:
-        report = self.read_report(block)
-        made, unreached = report["layers"], set(report["unreached"])
+        try:
+            path = self.report_path(block)
+            report = conforming(_Report, read_json(path), path)
+        except CheckpointError:
+            return False
+        made, unreached = report.layers, set(report.unreached)
         planned = {
             group.owner: {"layers": list(group.layers), "format": None, **group.fitted.as_json()}
             for group in self.plan.within(block)

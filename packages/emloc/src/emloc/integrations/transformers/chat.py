@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from emloc.artefacts.read_errors import first_line
 from emloc.errors import CheckpointError, DataError
 from emloc.integrations.transformers.data.turns import Chat, Turn
 from emloc.integrations.transformers.shown import (
@@ -134,7 +135,7 @@ def _apply(chat: Chat, turns: Sequence[Turn], tokenizer: Any, prompt: bool, wher
             f"The model's chat template is no Jinja template ({problem}); download it again."
         ) from problem
     except Exception as problem:  # a template is a program, which may fail in any way
-        first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        first = first_line(problem)
         raise DataError(
             f"{where}: the model's chat template refuses the chat ({first}); change the row, or use a model "
             f"that takes such chats."

@@ -65,7 +65,7 @@ def _typed_rows(
             number += 1
             yield Row(cells, f"{name}, row {number}", folder)
     except (ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError) as problem:
-        if isinstance(problem, DataError):
+        if isinstance(problem, (DataError, MemoryError)):
             raise
         first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         raise DataError(

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from emloc.artefacts.read_errors import unreadable
 from emloc.errors import DataError
 from emloc.integrations.transformers.data.arrow import arrow_rows, parquet_rows
 from emloc.integrations.transformers.data.rows import Row
@@ -31,6 +32,7 @@ PACKED: dict[str, Callable[[BinaryIO], Any]] = {
     ".xz": lzma.LZMAFile,
 }
 LONGEST_CELL = 2**31 - 1
+LONGEST_LINE = 256 << 20
 _TABLES = {".parquet": parquet_rows, ".arrow": arrow_rows}
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -112,9 +114,8 @@ def read_open(
         else:
             yield from _text_rows(file, suffix, name, folder, delimiter)
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as problem:
-        raise DataError(
-            f"{name} cannot be read to its end ({problem}); make or download it again."
-        ) from problem
+        hint = "make or download it again"
+        raise unreadable(name, "cannot be read to its end", hint, problem, DataError) from problem
 
 
 def _text_rows(
@@ -187,11 +188,24 @@ def csv_cells(file: BinaryIO, name: str, delimiter: str) -> Iterator[tuple[str, 
 
 
 def _decoded_lines(file: BinaryIO, name: str) -> Iterator[str]:
-    for number, line in enumerate(file, start=1):
+    for number, line in _lines(file, name):
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as problem:
             raise _not_utf8(problem, f"{name}, line {number}") from problem
+
+
+def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
+    """The lines by their numbers; a small file that is packed may hold one that fills the memory."""
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            raise DataError(
+                f"{name}, line {number} has more than {LONGEST_LINE >> 20} MiB, and is one row; cut it into "
+                f"several."
+            )
+        yield number, line
 
 
 def _header(cells: list[str], name: str) -> list[str]:
@@ -213,7 +227,7 @@ def _require_names(header: list[str], cells: list[str], where: str) -> None:
 
 
 def _line_cells(file: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(file, start=1):
+    for number, line in _lines(file, name):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         if not line.isspace():
