@@ -16,6 +16,7 @@ from torch import Tensor
 from emloc.compression.emulator_folder import SPECTRUM, EmulatorFolder
 from emloc.compression.groups import Group
 from emloc.compression.one_pass import Passed, stream_moments, weights_of
+from emloc.compression.output_gradients import OutputGradients
 from emloc.compression.propagation import compress_propagating
 from emloc.compression.truncation import uniform_weights
 from emloc.extend.family import Batch
@@ -30,12 +31,14 @@ def compress_blocks(
     folder: EmulatorFolder,
     batches: Sequence[Batch],
     propagate_errors: bool = False,
+    minded: OutputGradients | None = None,
 ) -> None:
     """Run the micro-batches through the base once and write every block's shard into `folder`.
 
     Args:
         propagate_errors: whether a layer is fitted to give on what it reads in the emulator what it gives in
             the base (`emloc.compression.propagation`); else, on what it reads in the base.
+        minded: by which errors of outputs are weighed; None: all alike.
 
     Raises:
         NumericalError: a weight or an activation is NaN; names the layer.
@@ -56,6 +59,7 @@ def compress_blocks(
             if moments is None or moments.tokens == 0:
                 unreached += group.layers
                 continue
+            moments.rows = None if minded is None else minded.of(group)
             tensors, entry = fit_group(group, weights_of(stream, group), moments)
             if group.wide is not None:
                 entry["sensitivity"] = passed.probe.sensitivity(

@@ -34,3 +34,10 @@ class TwoProducts(Protocol):
     def inner(self, form: Form) -> int:
         """Numbers per token between the two products."""
         ...
+
+
+@runtime_checkable
+class WeighsRows(Protocol):
+    """A `LayerFormat` whose fit heeds how much the loss minds errors of each output (`Moments.rows`)."""
+
+    weighs_rows: bool

@@ -35,12 +35,13 @@ LEFT, RIGHT = "left", "right"
 
 
 class LowRank:
-    """`LayerFormat`, and `Cuttable` and `TwoProducts`."""
+    """`LayerFormat`, and `Cuttable`, `TwoProducts` and `WeighsRows`."""
 
     name = LOW_RANK_FORMAT
     options: tuple[str, ...] = ("rank_pattern", "factor_bits")
     size_names: tuple[str, ...] = (RANK,)
     unit = RANK
+    weighs_rows = True
 
     def side(self, shape: GroupShape) -> Side:
         """The smaller one of a single layer.

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emloc.errors import NumericalError
+from emloc.linalg.row_weights import RowWeights
 from emloc.linalg.symmetric import add_gram, mirror_upper
 
 Side = Literal["input", "output"]
@@ -41,12 +42,14 @@ class Moments:
 
     Attributes:
         derived: what was computed from the sum and is of use again; empty after another token.
+        rows: how much the loss minds errors of what is fitted next; None: of all outputs alike.
     """
 
     side: Side
     name: str
     tokens: int = 0
     derived: dict[str, Any] = field(default_factory=dict[str, Any])
+    rows: RowWeights | None = None
     _upper: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     _mirrored: bool = True
 

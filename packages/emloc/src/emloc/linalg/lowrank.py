@@ -13,6 +13,9 @@ Three ways to the eigenvectors, by what was measured and by shape:
   inputs): it is never inverted. Where `WᵀW` is singular, a ridge keeps R invertible; it changes
   `W_e` in directions alone that W maps to almost nothing.
 
+Where the loss minds errors of some outputs more than of others (`emloc.linalg.row_weights`), `S W` takes the
+place of `W`, and the left factor becomes `S⁻¹ U`; errors are those of the weighed outputs.
+
 Precision: below `DENSE_BELOW` all in float64, by a dense solver: activations of language models have
 a few dimensions thousands of times larger than the rest, and a float32 solver's error is relative to
 the largest eigenvalue. From there on products in float32 (float64 for a float64 base) and block
@@ -43,8 +46,8 @@ class Factors(NamedTuple):
     """`left @ right` is the compressed weight.
 
     Attributes:
-        left: orthonormal columns, the top eigenvectors.
-        right: `leftᵀ W`.
+        left: orthonormal columns, the top eigenvectors; of weighed outputs, `S⁻¹` times those.
+        right: `Uᵀ W`, or `Uᵀ S W`.
         relative_error: `‖(W − W_e) Xᵀ‖_F / ‖W Xᵀ‖_F`, from the eigenvalues; 0 where the layer outputs
             nothing.
         excess: by how much that error exceeds the optimum, relative, as a partial eigensolver
@@ -89,6 +92,10 @@ def factorise(
     high = torch.float64 if small else torch.promote_types(stored, torch.float32)
     parts = [part.to(high) for part in parts]
     matrix = moments.matrix.to(high)
+    rows = moments.rows
+    if rows is not None:
+        parts = [rows.weigh(torch.cat(parts))]
+        matrix = rows.on_both_sides(matrix) if moments.side == "output" else matrix
     root = None
     if moments.side == "input" and d_out <= d_in:
         weight = torch.cat(parts)
@@ -108,6 +115,8 @@ def factorise(
     left, right = (
         _project(parts, leading.vectors) if root is None else _unroot(parts, leading.vectors, root)
     )
+    if rows is not None:
+        left = rows.unweigh(left)
     tail = total - float(leading.values.sum()) if rank < size else 0.0
     error = (max(0.0, tail) / total) ** 0.5 if total > 0 else 0.0
     return Factors(

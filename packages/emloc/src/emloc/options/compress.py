@@ -87,6 +87,10 @@ class CompressConfig(CalibrationOptions, ModelOptions, MemoryOptions):
         False,
         description="make up for the errors of earlier layers: fit on what each reads in the emulator",
     )
+    weigh_errors: Annotated[Literal["alike", "gradients"], UnlessDefault()] = Field(
+        "alike",
+        description="gradients: errors of low_rank's outputs count as the loss minds them; one more pass",
+    )
     share_factors: bool = Field(True, description="one right factor for layers of one input")
     exclude: Names = Field([], description="regular expressions of layers to keep dense")
     include: Names = Field(

@@ -17,6 +17,7 @@ from emloc.config import CalibrationOptions, PlanConfig, PolishConfig
 from emloc.extend.plugin_options import with_plugin_options
 from emloc.formats.coded_matrix import CodedMatrix
 from emloc.linalg.convolution import matrix_shape
+from emloc.linalg.row_weights import FULL_BELOW
 from emloc.planning.calls import (
     Calls,
     Matrices,
@@ -31,7 +32,7 @@ from emloc.planning.operations import Layer
 from emloc.planning.propagation import kept_inputs, propagating_lines
 from emloc.planning.qlora import quantised_model
 from emloc.planning.slack import slack
-from emloc.planning.step import StepSizes
+from emloc.planning.step import Instant, StepSizes
 from emloc.planning.streaming import compress_lines, correct_lines, merge_lines
 from emloc.planning.subject import Subject
 from emloc.planning.training import (
@@ -174,6 +175,10 @@ class Setting:
         wide = self.compressed.with_forms({g.owner: g.fitted for g in self.compressed.groups})
         lines_of_pass = propagating_lines if propagated else compress_lines
         lines, moment = lines_of_pass(self.subject, wide, calls, written, options.device)
+        if options.weigh_errors == "gradients":
+            weighing = self._weighing(calls)
+            if sum(weighing.values()) > sum(lines.values()):
+                lines, moment = weighing, "gradients of a block"
         given = calls.count * calls.batch if calls and self.on_gpu else 0  # else the calls' own
         emulator = self.subject.emulator_bytes(self.emulator, options.dtype)
         disk = lines_of(
@@ -188,6 +193,39 @@ class Setting:
             inputs_of_layers=kept_inputs(self.subject, wide, calls) * (propagated and self.on_gpu),
         )
         return self._after_encoding(lines, host, disk, moment)
+
+    def _weighing(self, calls: Calls | None) -> Lines:
+        """The pass back over a block: its activations, gradients of what it gave, and their moments."""
+        options = self.options.model_copy(
+            update={
+                "gradient_checkpointing": True,
+                "per_device_train_batch_size": self.options.calibration_batch_size,
+            }
+        )
+        step, _, _ = planned_step(self.subject, (), options)
+        instant = step.largest if step else Instant()
+        sizes = {
+            block: sum(
+                shape.rows**2 if shape.rows < FULL_BELOW else shape.rows
+                for group in self.compressed.within(block)
+                for shape in group.shape.singles()
+            )
+            for block in self.subject.kinds
+        }
+        suspended = max(
+            (calls.behind(tuple(calls.at(*block))) for block in self.subject.kinds.items())
+            if calls
+            else (),
+            default=0,
+        )
+        return lines_of(
+            weights=2 * self.subject.largest_unit * 4,
+            suspended_calls=2 * suspended,
+            moments=4 * max(sizes.values(), default=0),
+            activations=instant.kept,
+            logits_and_loss=instant.loss,
+            working_tensors=instant.working,
+        )
 
     def train(self) -> StageMemory:
         """A LoRA on the emulator; with `stream`, on the base block by block."""

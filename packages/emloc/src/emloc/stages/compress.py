@@ -13,6 +13,7 @@ from emloc.compression.emulator_folder import EmulatorFolder
 from emloc.compression.fitting import compress_blocks
 from emloc.compression.groups import CompressionPlan
 from emloc.compression.menu_choice import price_menus, prices_in, with_chosen
+from emloc.compression.output_gradients import OutputGradients, gradients_in
 from emloc.compression.truncation import allocate_sizes
 from emloc.config import CompressConfig
 from emloc.errors import CheckpointError, ConfigError
@@ -21,6 +22,7 @@ from emloc.extend.data_capabilities import calibration_tokens_of
 from emloc.extend.family import Batch, ModelFamily
 from emloc.extend.opening import named_family, open_model
 from emloc.extend.plugin_options import of_family, own_options
+from emloc.formats.abilities import WeighsRows
 from emloc.formats.layer_format import keep_ratio_of
 from emloc.machine.progress import console
 from emloc.options.compress import with_size
@@ -85,7 +87,8 @@ def compress(config: CompressConfig) -> Path:
         if any(group.menu for group in plan.groups):
             plan, errors = _chosen(stream, plan, batches, config, work)
         folder = EmulatorFolder(stream, plan, config.dtype, work)
-        compress_blocks(stream, folder, batches, config.propagate_errors)
+        minded = _minded(stream, plan, batches, config, work)
+        compress_blocks(stream, folder, batches, config.propagate_errors, minded)
         if config.keep_ratio_allocation == "error":
             errors = allocate_sizes(folder)
         return _written(folder, config, batches, errors)
@@ -105,6 +108,34 @@ def _chosen(
     itemsizes = {group.owner: itemsize_of(group.owner) for group in plan.groups}
     shares = {name: keep_ratio_of(name, config, size) for name, size in itemsizes.items()}
     return with_chosen(plan, price_menus(stream, plan, batches, itemsizes, work), shares)
+
+
+def _minded(
+    stream: UnitStream,
+    plan: CompressionPlan,
+    batches: Sequence[Batch],
+    config: CompressConfig,
+    work: Path,
+) -> OutputGradients | None:
+    """What errors of outputs are weighed by, if they are.
+
+    Raises:
+        ConfigError: a layer's format does not heed it.
+    """
+    if config.weigh_errors == "alike":
+        return None
+    for group in plan.groups:
+        if not isinstance(group.form.format, WeighsRows) or config.propagate_errors:
+            what = (
+                "propagate_errors"
+                if config.propagate_errors
+                else f"format {group.form.format.name}"
+            )
+            raise ConfigError(
+                f"weigh_errors=gradients: {what} fits the outputs of a layer apart from one another, which "
+                f"weights would not change; leave it out, or pass format=low_rank."
+            )
+    return OutputGradients.gather(stream, plan, batches, work)
 
 
 def _tokens(family: ModelFamily, batches: Sequence[Batch]) -> int:
@@ -166,5 +197,5 @@ def _written(
             "block_seconds": [report["seconds"] for report in reports],
             "device": config.device,
         },
-        leftovers=[*folder.reports, *prices_in(folder.work)],
+        leftovers=[*folder.reports, *prices_in(folder.work), *gradients_in(folder.work)],
     )

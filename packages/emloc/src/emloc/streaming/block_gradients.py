@@ -91,12 +91,17 @@ class _Passage:
     left: dict[str, list[_Landed]] = field(default_factory=dict[str, list[_Landed]])
 
 
-def backward_by_block(stream: UnitStream, batches: Sequence[Batch], visit: Visit) -> float:
+def backward_by_block(
+    stream: UnitStream, batches: Sequence[Batch], visit: Visit, kept: KeptInputs | None = None
+) -> float:
     """Back-propagate the summed loss of all labelled tokens; returns their mean loss.
 
     Gradients are of the sum over all micro-batches. `visit(block, module)` decides what gets one, by
     `requires_grad_` when entered, and reads `.grad` when left; whatever else requires a gradient inside
     a block, such as a mask in a hook, gets its own.
+
+    Args:
+        kept: where what enters blocks is kept in between; by default in memory.
 
     Raises:
         DataError: no token has a label.
@@ -112,7 +117,7 @@ def backward_by_block(stream: UnitStream, batches: Sequence[Batch], visit: Visit
     def fill(unit: str, following: str | None) -> AbstractContextManager[None]:
         return stream.filled(unit)
 
-    passes = BlockPasses(stream, fill, InMemory(stream.device))
+    passes = BlockPasses(stream, fill, kept or InMemory(stream.device))
     with _precision(stream):
         parts = passes.forward([partial(loss_of, batch) for batch in batches])
         mean = summed(parts).mean("The calibration samples")

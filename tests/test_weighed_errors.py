@@ -1,0 +1,206 @@
+"""Errors of low rank weighed by the loss's gradients: the pass against autograd on the whole model, the fit
+against the optimum in float64."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+import emloc
+from emloc.errors import ConfigError
+from emloc.extend.plugins import family_named
+from emloc.linalg.gram import Moments
+from emloc.linalg.lowrank import factorise
+from emloc.linalg.row_weights import RIDGE, RowWeights
+
+
+def psd(size, rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    part = torch.randn(size, rank, generator=generator, dtype=torch.float64)
+    return part @ part.T
+
+
+def cost(weight, made, inputs, gradients):
+    error = weight - made
+    return float(torch.einsum("ij,jk,lk,li->", error, inputs, error, gradients))
+
+
+def regularised(gradients):
+    mean = gradients.diagonal().mean()
+    return gradients / mean + RIDGE * torch.eye(len(gradients), dtype=torch.float64)
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(2, 12), st.integers(2, 12), st.integers(1, 4), st.sampled_from(["input", "output"]),
+    st.integers(0, 9),
+)  # fmt: skip
+def test_the_fit_is_the_optimum_under_both_moments(d_out, d_in, rank, side, seed):
+    """The closed form by two dense roots and one SVD (Eckart and Young)."""
+    weight = psd(max(d_out, d_in), 3, seed + 50)[:d_out, :d_in] + torch.eye(d_out, d_in).double()
+    inputs, gradients = psd(d_in, d_in + 2, seed), psd(d_out, 2, seed + 9)
+    moments = inputs if side == "input" else weight @ inputs @ weight.T
+    given = Moments.of_matrix(side, "layer", moments, 1)
+    given.rows = RowWeights([gradients])
+    rank = min(rank, d_out, d_in)
+    made = factorise(weight, given, rank)
+    minded = regularised(gradients)
+    left, right = torch.linalg.cholesky(minded).T, torch.linalg.cholesky(inputs)
+    s = torch.linalg.svdvals(left @ weight @ right)
+    best = float(s[rank:].square().sum())
+    reached = cost(weight, made.left @ made.right, inputs, minded)
+    scale = float(s.square().sum())
+    assert reached == pytest.approx(best, rel=1e-6, abs=1e-9 * scale)
+    assert made.relative_error**2 == pytest.approx(best / scale, rel=1e-5, abs=1e-9)
+
+
+def test_a_diagonal_and_a_stack_weigh_each_part():
+    full, diagonal = psd(4, 4, 0), torch.rand(5, dtype=torch.float64)
+    weights, rows = RowWeights([full, diagonal]), torch.randn(9, 3, dtype=torch.float64)
+    assert weights.rows == 9
+    torch.testing.assert_close(weights.unweigh(weights.weigh(rows)), rows)
+    mean = (full.diagonal().sum() + diagonal.sum()) / 9
+    whole = torch.block_diag(full / mean, torch.diag(diagonal / mean))
+    whole += RIDGE * torch.eye(9, dtype=torch.float64)
+    eye = torch.eye(9, dtype=torch.float64)
+    torch.testing.assert_close(weights.weigh(eye) @ weights.weigh(eye), whole)
+
+
+def test_without_gradients_all_outputs_count_alike():
+    weights = RowWeights([torch.zeros(3, 3), torch.zeros(2)])
+    rows = torch.randn(5, 4)
+    torch.testing.assert_close(weights.unweigh(weights.weigh(rows)), rows)
+    ratio = weights.weigh(rows) / rows
+    torch.testing.assert_close(ratio, ratio[:1, :1].expand(5, 4))
+
+
+@pytest.fixture(scope="module", params=["llm", "vlm", "diffusion"])
+def example(request, tmp_path_factory):
+    family = family_named(request.param)
+    options = family.write_example(tmp_path_factory.mktemp(request.param), seed=0)
+    return family, {
+        **options,
+        "device": "cpu",
+        "num_calibration_samples": 4,
+        "calibration_batch_size": 2,
+    }
+
+
+def test_moments_are_those_of_autograd_on_the_whole_model(example, tmp_path, monkeypatch):
+    from emloc.artefacts.checkpoint import Checkpoint
+    from emloc.compression import output_gradients
+    from emloc.config import CompressConfig
+    from emloc.extend.capabilities import native_of
+    from emloc.extend.plugin_options import with_family_options
+
+    family, options = example
+    kept = {}
+    of = output_gradients.OutputGradients.of
+
+    def seen(gradients, group):
+        with safe_open(gradients.paths[gradients._block_of[group.owner]], "pt") as stored:
+            kept.update({name: stored.get_tensor(name) for name in group.layers})
+        return of(gradients, group)
+
+    monkeypatch.setattr(output_gradients.OutputGradients, "of", seen)
+    emulator = emloc.compress(
+        output_dir=tmp_path / "emulator", format="low_rank", weigh_errors="gradients", **options
+    )
+    assert not list(emulator.glob("gradients-*"))
+    checkpoint = native_of(family, Checkpoint.open(options["model_name_or_path"]))
+    config = with_family_options(CompressConfig, family)(output_dir="x", **options)
+    model = family.load(checkpoint, "float32", "cpu")
+    sums = {name: 0.0 for name in kept}
+
+    def watching(name):
+        def watch(module, _, output):
+            output.requires_grad_() if not output.requires_grad else None
+            output.register_hook(lambda gradient: add(name, module, gradient))
+
+        return watch
+
+    def add(name, module, gradient):
+        rows = gradient.movedim(-3, -1) if isinstance(module, torch.nn.Conv2d) else gradient
+        rows = rows.reshape(-1, rows.shape[-1])
+        sums[name] = sums[name] + rows.T @ rows
+
+    for name in kept:
+        model.get_submodule(name).register_forward_hook(watching(name))
+    for batch in family.calibration_batches(checkpoint, config):
+        family.loss(model, batch)[0].backward()
+    assert kept
+    for name, moments in kept.items():
+        scale = float(sums[name].abs().max())
+        torch.testing.assert_close(moments, sums[name], rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_the_emulator_is_another_one_and_the_same_whenever_it_is_made(example, tmp_path):
+    _, options = example
+    made = [
+        emloc.compress(
+            output_dir=tmp_path / how,
+            format="low_rank",
+            keep_ratio=0.3,
+            weigh_errors=how,
+            **options,
+        )
+        for how in ("alike", "gradients")
+    ]
+    alike, weighed = (json.loads((folder / "emloc.json").read_text()) for folder in made)
+    assert weighed["settings"]["weigh_errors"] == "gradients"
+    assert "weigh_errors" not in alike["settings"]
+    digests = [m["summary"]["emulator_digest"] for m in (alike, weighed)]
+    assert digests[0] != digests[1]
+    again = emloc.compress(
+        output_dir=tmp_path / "again", format="low_rank", keep_ratio=0.3, weigh_errors="gradients",
+        **options,
+    )  # fmt: skip
+    assert (
+        json.loads((again / "emloc.json").read_text())["summary"]["emulator_digest"] == digests[1]
+    )
+
+
+def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    from emloc.compression import fitting
+
+    example = family_named("llm").write_example(tmp_path / "example", seed=0)
+    options = {**example, "device": "cpu", "format": "low_rank", "weigh_errors": "gradients"}
+    whole = emloc.compress(output_dir=tmp_path / "whole", **options)
+    fit, fitted = fitting.fit_group, []
+
+    def killed(*given):
+        fitted.append(given)
+        if len(fitted) == 6:
+            raise KeyboardInterrupt
+        return fit(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "fit_group", killed)
+        with pytest.raises(KeyboardInterrupt):
+            emloc.compress(output_dir=tmp_path / "again", **options)
+    again = emloc.compress(output_dir=tmp_path / "again", **options)
+    for file in whole.glob("*.safetensors"):
+        assert file.read_bytes() == (again / file.name).read_bytes()
+
+
+def test_formats_that_fit_outputs_apart_refuse_weights(tmp_path):
+    example = family_named("llm").write_example(tmp_path / "example", seed=0)
+    with pytest.raises(ConfigError, match="fits the outputs of a layer apart"):
+        emloc.compress(
+            output_dir=tmp_path / "emulator", format="quantized", bits=3, device="cpu",
+            weigh_errors="gradients", **example,
+        )  # fmt: skip
+
+
+def test_its_memory_is_planned_and_kept(example, tmp_path):
+    _, options = example
+    emulator = emloc.compress(
+        output_dir=tmp_path / "emulator", format="low_rank", weigh_errors="gradients",
+        keep_ratio=0.4, memory="2GiB", **options,
+    )  # fmt: skip
+    measured = json.loads((emulator / "emloc.json").read_text())["measured"]
+    assert 0 < measured["peak_bytes"] < 2**31
+    assert 0 < measured["planned_bytes"] < 2**31
