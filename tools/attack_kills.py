@@ -96,8 +96,8 @@ def main() -> None:
                 f"{family}: {kills} attacks in {time.monotonic() - started:.0f} s, {len(missing)} lost"
             )
             for what, count in sorted(ends.items()):
-                print(f"    {count} {what}", flush=True)
-    print("\n".join(lost))
+                print(f"    {count} {what}")
+            print("".join(f"    LOST: {what}\n" for what in missing), end="", flush=True)
     print(f"{done} attacks, {len(lost)} lost")
     sys.exit(bool(lost))
 

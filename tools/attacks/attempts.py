@@ -7,8 +7,9 @@ import signal
 import time
 from pathlib import Path
 
+import emloc
 from attacks.faults import KINDS, LIMIT, SIGNALS, install
-from attacks.subjects import content
+from attacks.subjects import content, difference
 from emloc.errors import EmlocError, OutputError
 
 SECONDS = 240
@@ -92,16 +93,23 @@ def disturb(call, place, kind, at, expected, listing):
         complete = (place / "out/emloc.json").exists() or (place / "out/evaluation.json").exists()
         if complete:
             raise Lost(f"what {kind} at step {at} left is under its final name and another: {said}")
-    again = in_child(lambda: call(place / "out") and None)
+    again = in_child(lambda: _made_and_verified(call, place / "out"))
     if again["ended"] != "ok":
         raise Lost(f"after {kind} at step {at}, the same call fails: {again}")
-    if content(place / "out") != expected:
-        raise Lost(f"after {kind} at step {at}, the same call makes something else")
+    other = difference(content(place / "out"), expected)
+    if other:
+        raise Lost(f"after {kind} at step {at}, the same call makes something else: {other}")
     left = sorted(path.name for path in place.iterdir())
     if left != listing:
         raise Lost(f"after {kind} at step {at}, {set(left) ^ set(listing)} is there or is not")
     shutil.rmtree(place)
     return said["ended"]
+
+
+def _made_and_verified(call, folder):
+    call(folder)
+    if (folder / "emloc.json").exists():
+        emloc.verify(path=str(folder))
 
 
 def _require_said_rightly(kind, said):
@@ -158,8 +166,9 @@ def race(call, place, disguise, delay, expected, listing):
     gave_way = said["ended"] == "refused" and said["expected"]
     if code not in (0, 7) or not (said["ended"] == "ok" or gave_way) or (code and gave_way):
         raise Lost(f"two processes, {disguise}: the first ended with {code}, the second: {said}")
-    if content(place / "out") != expected:
-        raise Lost(f"two processes, {disguise}: the result is another")
+    other = difference(content(place / "out"), expected)
+    if other:
+        raise Lost(f"two processes, {disguise}: the result is another: {other}")
     left = sorted(path.name for path in place.iterdir())
     if left != sorted([*listing, "sub"]):
         raise Lost(f"two processes, {disguise}: {left} is left")

@@ -7,7 +7,7 @@ import emloc
 
 TRAIN = {"max_steps": 4, "logging_steps": 1, "save_steps": 1, "learning_rate": 1e-2, "lora_r": 3}
 STAGES = ("compress", "train", "correct", "merge", "evaluate")
-VARYING = {"measured", "versions", "sizes"}
+VARYING = {"measured", "versions", "sizes", "seal"}
 """Keys of a manifest that differ from run to run, or follow from such."""
 
 
@@ -38,8 +38,8 @@ def content(folder):
     found = {}
     for path in sorted(Path(folder).rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_dir():
-            continue
+        if path.is_dir() or name.startswith("checkpoint-"):
+            continue  # of training, of which a run that was interrupted may keep fewer
         if path.suffix in (".safetensors", ".jinja", ".txt"):
             found[name] = path.read_bytes()
         elif path.name == "emloc.json":
@@ -56,7 +56,25 @@ def content(folder):
             lines = map(json.loads, path.read_text().splitlines())
             found[name] = [line.get("loss", line.get("train_loss")) for line in lines]
         elif path.suffix == ".json":
-            found[name] = json.loads(path.read_text())
+            value = json.loads(path.read_text())
+            found[name] = {k: v for k, v in value.items() if k != "training_args.bin"}  # has a time
         else:
             found[name] = None  # a plot, a card
     return found
+
+
+def difference(found, expected):
+    """Names of files, and keys in them, that two contents do not have in common; nothing if they are one."""
+    names = sorted(
+        name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
+    )
+    shown = []
+    for name in names[:3]:
+        one, other = found.get(name), expected.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            keys = [key for key in one.keys() | other.keys() if one.get(key) != other.get(key)]
+            pairs = [(key, str(one.get(key))[:80], str(other.get(key))[:80]) for key in keys[:2]]
+            shown.append(f"{name} ({pairs})")
+        else:
+            shown.append(f"{name} ({str(one)[:80]}, not {str(other)[:80]})")
+    return ", ".join(shown)
