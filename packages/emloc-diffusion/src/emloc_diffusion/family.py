@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.read_errors import reading
 from emloc.config import (
     CalibrationOptions,
     CorrectConfig,
@@ -85,12 +86,14 @@ class DiffusionFamily(PlannedDiffusion):
             between = [n for n in layers if n not in inside and _beside_a_list(model, n)]
             denoiser = DENOISERS[type(model).__name__]
             linear = [n for n in inside if isinstance(model.get_submodule(n), nn.Linear)]
-            known = trace(
-                model,
-                [*within, *between],
-                linear,
-                lambda fake: denoiser.predict(fake, denoiser.example(model.config)),
-            )
+            hint = "see that it is the model's own"
+            with reading("The denoiser's config.json", "describes a model that does not run", hint):
+                known = trace(
+                    model,
+                    [*within, *between],
+                    linear,
+                    lambda fake: denoiser.predict(fake, denoiser.example(model.config)),
+                )
             object.__setattr__(model, "_emloc_trace", known)
         return known
 

@@ -67,7 +67,7 @@ class Diffusion:
             self._scheduler: Any = DDPMScheduler.from_config(known)
         alphas: Tensor = self._scheduler.alphas_cumprod
         inside = bool(((alphas >= 0) & (alphas <= 1)).all())
-        if len(alphas) != self._scheduler.config.num_train_timesteps or not inside:
+        if tuple(alphas.shape) != (self._scheduler.config.num_train_timesteps,) or not inside:
             raise CheckpointError(
                 f"{where} describes noise whose share of the picture leaves the range from 0 to 1; take the "
                 f"model's own."

@@ -18,6 +18,7 @@ from emloc.errors import CheckpointError
 from emloc.integrations.transformers.loading import give_padding
 from emloc_vlm.image_only import image_only
 from emloc_vlm.internvl_chat import has_original_processor, native_processor
+from emloc_vlm.picture_sizes import require_modest
 
 
 def load_processor(path: Path, max_dynamic_patch: int | None = None) -> Any:
@@ -27,7 +28,7 @@ def load_processor(path: Path, max_dynamic_patch: int | None = None) -> Any:
         max_dynamic_patch: tiles per image at most, where the processor cuts images into tiles.
 
     Raises:
-        CheckpointError: there is none that transformers can build.
+        CheckpointError: there is none that transformers can build, or it would make pictures too large.
     """
     hint = "copy preprocessor_config.json, the tokenizer's files and the chat template there"
     with reading(path, "has no processor that transformers can build", hint):
@@ -41,6 +42,7 @@ def load_processor(path: Path, max_dynamic_patch: int | None = None) -> Any:
                 f"out."
             )
         processor.image_processor.max_patches = max_dynamic_patch
+    require_modest(processor.image_processor, path)
     return processor
 
 

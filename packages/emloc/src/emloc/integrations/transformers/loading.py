@@ -22,6 +22,12 @@ def load_tokenizer(path: Path) -> Any:
     hint = "copy tokenizer.json and tokenizer_config.json of the model there"
     with reading(path, "has no tokenizer that transformers can read", hint):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    longest = getattr(tokenizer, "model_max_length", None)
+    if longest is not None and not isinstance(longest, (int, float)):
+        raise CheckpointError(
+            f"The tokenizer of {path} has model_max_length = {str(longest)[:60]!r}, which is no number; "
+            f"correct it in its tokenizer_config.json."
+        )
     give_padding(tokenizer, path)
     return tokenizer
 

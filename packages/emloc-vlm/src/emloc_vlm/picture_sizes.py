@@ -1,0 +1,64 @@
+"""The sizes that a processor's configuration asks pictures to have, which must be of this world.
+
+A configuration is somebody's file, and a side of a million pixels there is a terabyte here.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, cast
+
+from emloc.errors import CheckpointError
+
+MOST_PIXELS = 1 << 25
+"""Of one picture with all of its tiles, as a processor makes them."""
+
+LONGEST_SIDE = 1 << 14
+"""A larger edge is a number of pixels, as Qwen's processors have it."""
+
+_SIZES = ("size", "crop_size", "pad_size", "max_image_size")
+_TILES = ("max_patches", "max_image_tiles", "max_num_tiles", "max_dynamic_patch")
+
+
+def require_modest(image_processor: Any, path: Path) -> None:
+    """Refuse a processor that would make more pixels of one picture than any model reads.
+
+    Raises:
+        CheckpointError: it would, or what it says of sizes are no numbers.
+    """
+    said = {name: getattr(image_processor, name, None) for name in (*_SIZES, *_TILES)}
+    numbers = {name: _numbers(value) for name, value in said.items()}
+    for name, given in numbers.items():
+        if not all(type(one) in (int, float) and 0 < one < 1 << 31 for one in given.values()):
+            raise CheckpointError(
+                f"The processor of {path} has {name} = {str(said[name])[:80]}, which are no numbers of "
+                f"pixels or tiles; copy its files from the model again."
+            )
+    tiles = max((one for name in _TILES for one in numbers[name].values()), default=1)
+    pixels = max((_pixels(numbers[name]) for name in _SIZES), default=0)
+    if pixels * tiles > MOST_PIXELS:
+        raise CheckpointError(
+            f"The processor of {path} would make {pixels * tiles:,.0f} pixels of a picture with its tiles, "
+            f"and no model reads more than {MOST_PIXELS:,}; copy its files from the model again."
+        )
+
+
+def _numbers(value: Any) -> dict[str, Any]:
+    """An entry's numbers by what they are of; one without a name is a side."""
+    if isinstance(value, (int, float, str)):
+        return {"side": value}
+    if isinstance(value, (list, tuple)):
+        sides = cast("list[Any]", value)
+        return dict(zip(("height", "width"), sides))
+    try:
+        entries: dict[str, Any] = dict(value)  # transformers' own kind of mapping, too
+    except (TypeError, ValueError):
+        return {}
+    return {name: one for name, one in entries.items() if one is not None}
+
+
+def _pixels(sizes: dict[str, float]) -> float:
+    """The pixels that an entry allows: of a rectangle, of a square, or counted."""
+    if {"height", "width"} <= sizes.keys():
+        return math.prod((sizes["height"], sizes["width"]))
+    counted = (n if n > LONGEST_SIDE or "pixels" in name else n * n for name, n in sizes.items())
+    return max(counted, default=0)

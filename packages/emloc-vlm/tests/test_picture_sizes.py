@@ -1,0 +1,49 @@
+"""Sizes of pictures that published processors ask for pass, and others do not."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from transformers.image_utils import SizeDict
+
+from emloc.errors import CheckpointError
+from emloc_vlm.picture_sizes import require_modest
+
+PUBLISHED = [
+    {"size": {"height": 448, "width": 448}, "max_patches": 12, "crop_size": None},  # InternVL
+    {"size": {"shortest_edge": 3136, "longest_edge": 12845056}},  # Qwen2-VL: pixels
+    {"size": {"longest_edge": 1536}, "max_image_size": {"longest_edge": 384}},  # Idefics3
+    {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}},  # LLaVA
+    {"size": {"longest_edge": 1540}, "patch_size": {"height": 14, "width": 14}},  # Pixtral
+    {"size": {"height": 560, "width": 560}, "max_image_tiles": 4},  # Mllama
+    {"size": 224},
+    {"size": [384, 384]},
+    {"size": None},
+    {},
+    {"size": SizeDict(height=448, width=448)},
+]
+
+
+@pytest.mark.parametrize("sizes", PUBLISHED)
+def test_published_sizes_pass(sizes):
+    require_modest(SimpleNamespace(**sizes), Path("m"))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        ({"size": {"height": 16_000_000, "width": 16}}, "would make 256,000,000 pixels"),
+        (
+            {"size": {"height": 448, "width": 448}, "max_patches": 10**6},
+            "would make 200,704,000,000 pixels",
+        ),
+        ({"size": SizeDict(height=16, width=16_000_000)}, "would make 256,000,000 pixels"),
+        ({"size": {"shortest_edge": 10**9}}, "would make 1,000,000,000 pixels"),
+        ({"size": {"height": "x", "width": 1}}, "size = .* which are no numbers of pixels"),
+        ({"size": {"height": True, "width": 1}}, "which are no numbers"),
+        ({"size": 224, "max_patches": -1}, "max_patches = -1, which are no numbers"),
+    ],
+)
+def test_sizes_of_no_model_are_refused(sizes, says):
+    with pytest.raises(CheckpointError, match=says):
+        require_modest(SimpleNamespace(**sizes), Path("m"))
