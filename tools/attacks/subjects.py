@@ -38,8 +38,8 @@ def content(folder):
     found = {}
     for path in sorted(Path(folder).rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_dir() or name.startswith("checkpoint-"):
-            continue  # of training, of which a run that was interrupted may keep fewer
+        if path.is_dir():
+            continue
         if path.suffix in (".safetensors", ".jinja", ".txt"):
             found[name] = path.read_bytes()
         elif path.name == "emloc.json":

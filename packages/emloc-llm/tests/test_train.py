@@ -78,6 +78,26 @@ def test_an_interrupted_run_resumes_exactly(tiny, tmp_path, monkeypatch):
         assert emloc.verify(path=resumed)["kind"] == "adapter"
 
 
+def test_killed_after_its_last_step_takes_no_other(tiny, tmp_path, monkeypatch):
+    """All checkpoints are there, and the adapter is not yet written."""
+    options = {**tiny.train_options, "max_steps": 4, "lr_scheduler_type": "constant"}
+    whole = emloc.train(output_dir=tmp_path / "whole", **options)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("emloc.integrations.transformers.lora_training.plot_loss", stop)
+        with pytest.raises(KeyboardInterrupt):
+            emloc.train(output_dir=tmp_path / "cut", **options)
+    (tmp_path / "cut.partial/adapter_model.safetensors").unlink()
+    cut = emloc.train(output_dir=tmp_path / "cut", **options)
+    for name in ("adapter_model.safetensors", "trainer_log.jsonl", "training_loss.png"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+    assert Manifest.read(cut).summary == Manifest.read(whole).summary
+    assert Manifest.read(cut).summary["steps"] == 4
+
+
 def test_a_damaged_checkpoint_that_is_asked_for_is_refused(tiny, tmp_path):
     checkpoint = shutil.copytree(tiny.adapter / "checkpoint-4", tmp_path / "checkpoint-4")
     (checkpoint / "optimizer.pt").write_bytes(b"")

@@ -100,7 +100,10 @@ class KeepsCheckpoints(TrainerCallback):
                 shutil.rmtree(old)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put back what was added up."""
+        """Put back what was added up; take no step more where all were taken before the run ended."""
+        if state.global_step >= state.max_steps:  # the Trainer asks that after a step alone
+            self.trainer._run_epoch = lambda **_: None
+            control.should_training_stop = True
         if self._resumed is None or not (self._resumed / SUMS_NAME).is_file():
             return
         sums, trainer = read_json(self._resumed / SUMS_NAME), self.trainer
