@@ -127,10 +127,10 @@ class BenchConfig(StageConfig):
         row = self.methods.get(label, {})
         layers: Sequence[Section] = (
             {name: value for name, value in self.shared.items() if name in known},
-            self.stages.get(stage, {}),
+            _section(self.stages, stage, "the bench"),
             {name: value for name, value in data.items() if name in known},
-            data.get(stage) or {},
-            row.get(stage) or {},
+            _section(data, stage, f"datasets.{dataset}"),
+            _section(row, stage, f"methods.{label}"),
         )
         merged = {name: value for layer in layers for name, value in layer.items()}
         return from_file(kind, merged)
@@ -148,6 +148,18 @@ class BenchConfig(StageConfig):
         given = self.stage_options("train", dataset, label).get("learning_rate")
         default = TrainConfig.model_fields["learning_rate"].default
         return [float(rate) for rate in _listed(default if given is None else given)]
+
+
+def _section(options: Section, stage: str, where: str) -> Section:
+    """The options of a stage in a part of the bench.
+
+    Raises:
+        ConfigError: they are no keys and values.
+    """
+    section = options.get(stage) or {}
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{where}: {stage} should hold keys and values.")
+    return dict(cast("Mapping[str, Any]", section))
 
 
 def read_config(source: str | Path | Mapping[str, Any], *overrides: str) -> BenchConfig:
