@@ -102,7 +102,7 @@ class KeepsCheckpoints(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put back what was added up; take no step more where all were taken before the run ended."""
         if state.global_step >= state.max_steps:  # the Trainer asks that after a step alone
-            self.trainer._run_epoch = lambda **_: None
+            self.trainer._run_epoch = _no_epoch
             control.should_training_stop = True
         if self._resumed is None or not (self._resumed / SUMS_NAME).is_file():
             return
@@ -122,6 +122,10 @@ class KeepsCheckpoints(TrainerCallback):
             **{name: getattr(trainer, name) for name in NUMBERS if hasattr(trainer, name)},
             "metrics": dict(own.get("train", {})),
         }
+
+
+def _no_epoch(**_: Any) -> None:
+    """In place of an epoch of the Trainer's."""
 
 
 def _checkpoints(folder: Path) -> list[Path]:
