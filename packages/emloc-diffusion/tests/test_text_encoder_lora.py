@@ -20,6 +20,7 @@ from emloc.config import CorrectConfig
 from emloc.errors import CheckpointError, ConfigError, MismatchError, NumericalError
 from emloc.extend.plugin_options import with_plugin_options
 from emloc.integrations.peft.attach import attach
+from emloc.testing.resealed import resealed
 from emloc_diffusion import text_training
 from emloc_diffusion.denoisers import denoiser_of
 from emloc_diffusion.drawing import draw
@@ -166,6 +167,7 @@ def test_merged_scores_as_the_adapter_does(made):
     without = shutil.copytree(made.corrected, made.root / "without")
     for name in ENCODERS[made.kind]:
         shutil.rmtree(without / name)
+    resealed(without)
     alone = emloc.evaluate(model_name_or_path=str(made.base), adapter=str(without), **fast)["loss"]
     assert abs(alone - adapted) > 1e-4
     assert emloc.verify(path=merged)["kind"] == "merged_model"
