@@ -7,7 +7,7 @@ from torch import nn
 from emloc.planning import rates as rates_module
 from emloc.planning.ledger import StageMemory
 from emloc.planning.rates import Rates, known_rates, measured_rates
-from emloc.planning.ways import Room, Way, known_gain, recommended
+from emloc.planning.ways import POLISHED, Room, Way, known_gain, recommended
 from emloc.planning.work import of_depth, seconds_of
 
 INFINITE = 1e300
@@ -146,3 +146,5 @@ def test_gains_are_known_between_what_was_measured():
     assert known_gain("auto", 30.0) == known_gain("auto", 4.2)
     assert known_gain("auto", 1.5) is None
     assert known_gain("nf4", 4.1) is None
+    assert known_gain("auto", 2.35, POLISHED) == known_gain("auto", 4.0, POLISHED) == 0.97
+    assert known_gain("low_rank", 6.4, POLISHED) is None

@@ -25,6 +25,9 @@ GAINS: Mapping[str, Mapping[float, float]] = {
 
 QLORA_GAIN = 0.91
 
+POLISHED: Mapping[str, Mapping[float, float]] = {AUTO: {2.35: 0.97}}
+"""The same after polish; of more bits no less."""
+
 EMULATOR = "emulator"
 
 CLOSE = 0.02
@@ -87,13 +90,15 @@ def ways_of(setting: Setting, stages: Stages, rates: Rates | None) -> Sequence[W
             QLORA_GAIN,
         ),
         Way(EMULATOR, emulator, emulated, known_gain(kind, bits)),
-        Way(f"{EMULATOR}, then polish", polished, emulated, None),
+        Way(f"{EMULATOR}, then polish", polished, emulated, known_gain(kind, bits, POLISHED)),
     ]
 
 
-def known_gain(kind: str, bits: float) -> float | None:
+def known_gain(
+    kind: str, bits: float, gains: Mapping[str, Mapping[float, float]] = GAINS
+) -> float | None:
     """The share of LoRA's gain of a format, between the sizes that were measured, and no further."""
-    known = GAINS.get(kind, {})
+    known = gains.get(kind, {})
     sizes = sorted(known)
     if not sizes or bits < sizes[0] - 0.1:
         return None
