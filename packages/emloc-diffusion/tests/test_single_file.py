@@ -162,7 +162,7 @@ def test_a_conversion_that_is_cut_off_leaves_nothing(sd, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("emloc.extend.single_file._sync", stop)
+        patch.setattr("emloc.extend.single_file.sync_tree", stop)
         with pytest.raises(KeyboardInterrupt):
             open_model(sd.file, str(sd.configuration))
     left = [path for path in (tmp_path / "cache").rglob("*") if path.suffix != ".lock"]
