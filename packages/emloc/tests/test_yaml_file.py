@@ -200,3 +200,12 @@ def test_aliases_and_merged_mappings_mean_what_they_say(tmp_path):
 @pytest.mark.parametrize("text", ["[" * 5000, "{a: &a [*a]}", "[!!int x]", "{? [a] : b}"])
 def test_what_yaml_cannot_say_is_text_in_an_override(text):
     assert parse_value(text) == text
+
+
+@pytest.mark.parametrize("option", ["max_steps", "learning_rate", "lora_r"])
+def test_true_is_no_number(option):
+    given = from_file(TrainConfig, {"emulator": "e", "output_dir": "o", option: True})
+    with pytest.raises(ConfigError, match=f"{option} = 'true': input should be a valid"):
+        build(TrainConfig, given, "train")
+    given = from_file(TrainConfig, {"emulator": "e", "output_dir": "o", "use_rslora": True})
+    assert build(TrainConfig, given, "train").use_rslora is True

@@ -69,6 +69,8 @@ def _as_typed(annotation: Any, value: Any) -> Any:
 
 def _text(wanted: set[Any], value: Any) -> Any:
     is_text = bool(wanted & {str, Path}) and not wanted & {int, float, bool}
+    if isinstance(value, bool):  # which would be the number 1, where a number is wanted
+        is_text = bool not in wanted and Any not in wanted
     return text_of(value) if is_text and isinstance(value, (int, float)) else value
 
 
