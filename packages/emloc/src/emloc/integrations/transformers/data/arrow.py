@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from emloc.artefacts.read_errors import unreadable
 from emloc.errors import DataError
 from emloc.integrations.transformers.data.rows import Row
 
@@ -64,14 +65,13 @@ def _typed_rows(
         for cells in cells_of(batches, Features.from_arrow_schema(schema)):
             number += 1
             yield Row(cells, f"{name}, row {number}", folder)
-    except (ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError) as problem:
-        if isinstance(problem, (DataError, MemoryError)):
+    except (
+        ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError, MemoryError,
+    ) as problem:  # fmt: skip
+        if isinstance(problem, DataError):
             raise
-        first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        raise DataError(
-            f"{name} cannot be read as {kind}, after {number} rows ({first}); it may be damaged: make or "
-            f"download it again."
-        ) from problem
+        what, hint = f"cannot be read as {kind}, after {number} rows", "make or download it again"
+        raise unreadable(name, what, f"it may be damaged: {hint}", problem, DataError) from problem
 
 
 def cells_of(batches: Iterable[Any], features: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
