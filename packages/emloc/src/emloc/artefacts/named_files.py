@@ -7,7 +7,6 @@ and where they lead must lie in the folder. The hub's cache is the one exception
 links to the blobs of its own repository.
 """
 
-import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from emloc.errors import CheckpointError, EmlocError
@@ -32,10 +31,10 @@ def named_path(
         EmlocError: of the type `error`: the name is no text, it or a link leads out of the folder, or it is
             that of a pipe, a socket or a device.
     """
-    if not isinstance(name, str) or not name.strip() or "\0" in name:
-        raise error(f"{where} names {str(name)[:80]!r}, which is no file name; correct it.")
+    if not isinstance(name, str) or not name.strip() or "\0" in name or _is_broken(name):
+        raise error(f"{where} names {ascii(name)[:80]}, which is no file name; correct it.")
     parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
-    if any(len(os.fsencode(part)) > LONGEST for part in parts) or len(name) > LONGEST_PATH:
+    if any(len(part.encode("utf-8", "surrogatepass")) > LONGEST for part in parts) or len(name) > LONGEST_PATH:
         raise error(
             f"{where} names {name[:80]!r}…, which is longer than any file name; correct it."
         )
@@ -66,6 +65,11 @@ def named_file(
     if not path.is_file():
         raise error(f"{where} names {name}, and {folder} has no such file.")
     return path
+
+
+def _is_broken(name: str) -> bool:
+    """Return whether a name holds half of a character, which no file system takes."""
+    return any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _lies_inside(path: Path, folder: Path, where: object, error: type[EmlocError]) -> bool:
