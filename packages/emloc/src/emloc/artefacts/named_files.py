@@ -34,7 +34,7 @@ def named_path(
     if not isinstance(name, str) or not name.strip() or "\0" in name or _is_broken(name):
         raise error(f"{where} names {ascii(name)[:80]}, which is no file name; correct it.")
     parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
-    if any(len(part.encode("utf-8", "surrogatepass")) > LONGEST for part in parts) or len(name) > LONGEST_PATH:
+    if any(len(part.encode()) > LONGEST for part in parts) or len(name) > LONGEST_PATH:
         raise error(
             f"{where} names {name[:80]!r}…, which is longer than any file name; correct it."
         )
