@@ -182,7 +182,8 @@ def test_the_python_block_runs(example, tmp_path):
 def test_the_command_line_block_runs(example, tmp_path):
     lines = block("bash", "emloc compress").strip().splitlines()
     names = [line.split()[1] for line in lines]
-    assert names == ["plan", "compress", "train", "correct", "merge", "evaluate", "verify", "run"]
+    assert names == [
+        "plan", "compress", "train", "correct", "polish", "merge", "evaluate", "verify", "run"]  # fmt: skip
     for line in lines[:-1]:
         line = line.replace("MODEL", example["model_name_or_path"]).replace(
             "--max_steps 300", "--max_steps 1"

@@ -149,6 +149,7 @@ def tree(folder):
         if path.name == "emloc.json":
             content = json.loads(path.read_text())
             content.pop("measured")
+            content.pop("seal")  # of what was measured as well
             found[path.name] = content
         elif path.is_file():
             found[str(path.relative_to(folder))] = path.read_bytes()

@@ -64,7 +64,7 @@ def two(tmp_path, monkeypatch):
 
 
 def written_by(folder, family):
-    base = ModelReference(name_or_path="base", digest="0")
+    base = ModelReference(name_or_path="base", digest="0" * 64)
     Manifest(kind="merged_model", family=family, base_model=base).write(folder)
 
 

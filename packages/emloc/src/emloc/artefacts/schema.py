@@ -20,7 +20,7 @@ Size = Annotated[int, Field(ge=1, le=1 << 31)]
 Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e30, le=1e30)]
 
 Name = Annotated[str, Field(min_length=1, max_length=4096)]
-"""Of a file, a model, a layer."""
+"""Name of a file, a model, a layer."""
 
 _SHOWN = 60
 
@@ -32,7 +32,7 @@ def _stays_inside(name: str) -> str:
 
 
 FileName = Annotated[Name, AfterValidator(_stays_inside)]
-"""Of a file in the folder that the document lies in, or below."""
+"""Name of a file in the folder that the document lies in, or below."""
 
 
 class Schema(BaseModel):

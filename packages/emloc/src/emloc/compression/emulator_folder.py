@@ -35,7 +35,7 @@ SPECTRUM = "spectrum"
 
 
 class _Report(Schema):
-    """What is looked at in a block's report."""
+    """Entries of a block's report that are looked at."""
 
     layers: dict[str, dict[str, Any]]
     unreached: list[str]

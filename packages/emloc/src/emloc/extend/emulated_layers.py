@@ -29,7 +29,7 @@ class _GroupEntry(Schema):
 
 
 class _Parts(Schema):
-    """What an emulator's `quantization_config` holds."""
+    """Entries of an emulator's `quantization_config`."""
 
     groups: list[_GroupEntry]
     tables: list[dict[str, Any]]

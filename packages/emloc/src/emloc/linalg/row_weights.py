@@ -1,4 +1,4 @@
-"""How much the loss minds errors of a layer's outputs: a square root of the second moments of its gradients.
+"""Weights of a layer's outputs by how much the loss minds errors there: a root of moments of gradients.
 
 To second order an error `E = W − W_e` of a weight costs `tr(D E G Eᵀ)`: `G = Σ x xᵀ` are the moments of the
 inputs, `D = Σ g gᵀ` those of the loss's gradients at the outputs, and inputs and gradients are taken as

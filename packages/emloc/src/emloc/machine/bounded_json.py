@@ -14,7 +14,7 @@ DEEPEST = 100
 """Objects and lists within one another."""
 
 MOST_BYTES = 128 << 20
-"""Of a file beside a model's weights; the largest tokenizers have some 40 MiB."""
+"""Bytes of a file beside a model's weights; the largest tokenizers have some 40 MiB."""
 
 MOST_VALUES = 8_000_000
 """Of such a file; the largest tokenizers have some 2 million."""
