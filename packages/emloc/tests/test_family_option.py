@@ -65,7 +65,7 @@ def two(tmp_path, monkeypatch):
 
 def written_by(folder, family):
     base = ModelReference(name_or_path="base", digest="0" * 64)
-    Manifest(kind="merged_model", family=family, base_model=base).write(folder)
+    Manifest(format=1, kind="merged_model", family=family, base_model=base).write(folder)
 
 
 def test_several_families_name_the_option(two):

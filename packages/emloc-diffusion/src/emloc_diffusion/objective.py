@@ -38,7 +38,7 @@ class Noised:
 
 
 class _Scheduler(Schema):
-    """What is looked at of a scheduler's configuration, of both kinds."""
+    """Entries that are looked at of a scheduler's configuration, of both kinds."""
 
     class_name: str = Field("DDPMScheduler", alias="_class_name")
     num_train_timesteps: Annotated[int, Field(ge=1, le=100_000)] = 1000

@@ -1,4 +1,4 @@
-"""What is looked at in the configuration of an original InternVL checkpoint, and in its tokenizer's files."""
+"""Entries that are looked at in the configuration of an original InternVL checkpoint and its tokenizer."""
 
 from typing import Annotated
 

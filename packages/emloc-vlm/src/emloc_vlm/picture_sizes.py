@@ -10,7 +10,7 @@ from typing import Any, cast
 from emloc.errors import CheckpointError
 
 MOST_PIXELS = 1 << 25
-"""Of one picture with all of its tiles, as a processor makes them."""
+"""Pixels of one picture with all of its tiles, as a processor makes them."""
 
 LONGEST_SIDE = 1 << 14
 """A larger edge is a number of pixels, as Qwen's processors have it."""

@@ -38,7 +38,7 @@ from emloc_vlm.examples import IMAGE_COLUMNS, REFERENCES, VISUAL_FORMS, Example,
 from emloc_vlm_options import ImageOptions
 
 MOST_ROWS = 20_000_000
-"""Of an entry of a meta file with its repetitions."""
+"""Rows of an entry of a meta file with its repetitions."""
 
 
 def load_examples(options: Any, name: str, split: str | None = None) -> list[Example]:

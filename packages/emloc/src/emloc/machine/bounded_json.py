@@ -17,7 +17,7 @@ MOST_BYTES = 128 << 20
 """Bytes of a file beside a model's weights; the largest tokenizers have some 40 MiB."""
 
 MOST_VALUES = 8_000_000
-"""Of such a file; the largest tokenizers have some 2 million."""
+"""Values of such a file; the largest tokenizers have some 2 million."""
 
 LONGEST_INTEGER = 40
 """Digits of a whole number in such a file; transformers writes some of 31 (`model_max_length`)."""

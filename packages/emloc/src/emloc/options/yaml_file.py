@@ -23,7 +23,7 @@ _MERGE, _TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
 _LONGEST_NUMBER = 24
 MOST_BYTES = 4 << 20
 MOST_VALUES = 100_000
-"""Of a file, and of what its aliases and merged mappings make of it."""
+"""Values of a file, and of what its aliases and merged mappings make of it."""
 DEEPEST = 50
 """Mappings and lists within one another."""
 

@@ -1,4 +1,4 @@
-"""How fast a device computes and reads, measured once in seconds and kept (`emloc plan --measure`)."""
+"""Rates at which a device computes and reads, measured once in seconds and kept (`emloc plan --measure`)."""
 
 import os
 import tempfile

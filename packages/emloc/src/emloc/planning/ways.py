@@ -36,7 +36,7 @@ CLOSE = 0.02
 
 @dataclass(frozen=True)
 class Room:
-    """What there is to work with; None: any amount.
+    """Memory and disk that there are to work with; None: any amount.
 
     Attributes:
         memory: bytes of the device.

@@ -117,7 +117,7 @@ def _minded(
     config: CompressConfig,
     work: Path,
 ) -> OutputGradients | None:
-    """What errors of outputs are weighed by, if they are.
+    """Gradients that errors of outputs are weighed by, if they are.
 
     Raises:
         ConfigError: a layer's format does not heed it.

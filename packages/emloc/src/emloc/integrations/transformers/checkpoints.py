@@ -125,7 +125,7 @@ class KeepsCheckpoints(TrainerCallback):
 
 
 def _no_epoch(**_: Any) -> None:
-    """In place of an epoch of the Trainer's."""
+    """Stand in for an epoch of the Trainer's."""
 
 
 def _checkpoints(folder: Path) -> list[Path]:
