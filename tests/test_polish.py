@@ -177,6 +177,9 @@ def test_a_run_polishes_what_was_corrected_and_merges_what_was_polished(llm, tmp
     corrected, polished = (Adapter.open(str(tmp_path / n)) for n in ("corrected", "polished"))
     assert manifest(tmp_path / "polished")["settings"]["adapter_digest"] == corrected.digest()
     assert manifest(tmp_path / "merged")["settings"]["adapter_digest"] == polished.digest()
+    chain = emloc.verify(path=tmp_path / "merged")["chain"]
+    assert [link["kind"] for link in chain] == ["adapter", "adapter", "adapter", "emulator", "base"]
+    assert all(link["checked"] for link in chain)
 
 
 def test_an_uncorrected_adapter_is_polished_on_the_original_of_its_emulator(llm, tmp_path):
@@ -250,6 +253,11 @@ def test_training_goes_on_from_an_adapter(llm, llm_adapter, tmp_path):
     held, expected = tensors(made), tensors(llm_adapter)
     assert held.keys() == expected.keys()
     assert all(torch.equal(held[name], expected[name]) for name in expected)
+    chain = emloc.verify(path=made)["chain"]
+    assert [(link["kind"], link["checked"]) for link in chain] == [
+        ("adapter", True),
+        ("base", True),
+    ]
     with pytest.raises(ConfigError, match="lora_r is of a new LoRA"):
         emloc.train(
             adapter=str(llm_adapter), output_dir=tmp_path / "other", **{**options, "lora_r": 4}

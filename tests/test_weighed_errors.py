@@ -186,6 +186,19 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, monkeypatch):
         assert file.read_bytes() == (again / file.name).read_bytes()
 
 
+def test_a_tower_that_no_sample_needs_has_no_gradients(tmp_path):
+    example = family_named("vlm").write_example(tmp_path / "example", seed=0)
+    rows = tmp_path / "text.jsonl"
+    rows.write_text('{"question": "one two", "answer": "three four"}\n' * 4)
+    emulator = emloc.compress(
+        output_dir=tmp_path / "emulator", format="low_rank", weigh_errors="gradients", device="cpu",
+        **{**example, "dataset": str(rows)},
+    )  # fmt: skip
+    layers = json.loads((emulator / "emloc.json").read_text())["layers"]
+    assert layers
+    assert not any("vision" in name for name in layers)
+
+
 def test_formats_that_fit_outputs_apart_refuse_weights(tmp_path):
     example = family_named("llm").write_example(tmp_path / "example", seed=0)
     with pytest.raises(ConfigError, match="fits the outputs of a layer apart"):

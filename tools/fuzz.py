@@ -8,9 +8,9 @@ Prints one line per parser and, by place, each fault with an example; ends with 
 
 import argparse
 import gc
+import json
 import logging
 import os
-import pickle
 import sys
 import tempfile
 import time
@@ -37,15 +37,15 @@ def in_child(work):
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        with os.fdopen(writing, "wb") as file:
-            pickle.dump(work(), file)
+        with os.fdopen(writing, "w") as file:
+            json.dump(work().as_json(), file)
         os._exit(0)
     os.close(writing)
-    with os.fdopen(reading, "rb") as file:
+    with os.fdopen(reading) as file:
         content = file.read()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status == 0:
-        return pickle.loads(content)
+        return Tally.of_json(json.loads(content))
     tally = Tally()
     tally.outcomes["crash"] = 1
     where = f"crash of the process ({status})"

@@ -35,32 +35,36 @@ def calls(subject):
 
 def content(folder):
     """What a result must have in common with another of the same call."""
-    found = {}
+    contents = {}
     for path in sorted(Path(folder).rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_dir():
             continue
         if path.suffix in (".safetensors", ".jinja", ".txt"):
-            found[name] = path.read_bytes()
+            contents[name] = path.read_bytes()
         elif path.name == "emloc.json":
             manifest = json.loads(path.read_text())
             files = manifest.get("files", {})
             kept = {key: one for key, one in files.items() if key.endswith(".safetensors")}
-            found[name] = {k: v for k, v in manifest.items() if k not in VARYING} | {"files": kept}
+            contents[name] = {k: v for k, v in manifest.items() if k not in VARYING} | {
+                "files": kept
+            }
         elif path.name == "evaluation.json":
             figures = json.loads(path.read_text())
-            found[name] = {
+            contents[name] = {
                 key: figures[key] for key in ("loss", "samples", "settings") if key in figures
             }
         elif path.name == "trainer_log.jsonl":
             lines = map(json.loads, path.read_text().splitlines())
-            found[name] = [line.get("loss", line.get("train_loss")) for line in lines]
+            contents[name] = [line.get("loss", line.get("train_loss")) for line in lines]
         elif path.suffix == ".json":
             value = json.loads(path.read_text())
-            found[name] = {k: v for k, v in value.items() if k != "training_args.bin"}  # has a time
+            contents[name] = {
+                k: v for k, v in value.items() if k != "training_args.bin"
+            }  # has a time
         else:
-            found[name] = None  # a plot, a card
-    return found
+            contents[name] = None  # a plot, a card
+    return contents
 
 
 def difference(found, expected):

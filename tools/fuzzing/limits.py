@@ -8,7 +8,8 @@ import signal
 from contextlib import contextmanager
 
 SECONDS = 2.0
-"""Of the processor's time, so that a busy machine fails nobody."""
+"""Seconds of the processor's time, so that a busy machine fails nobody."""
+
 BYTES = 512 << 20
 STUCK = 20
 """Seconds after which the process ends: something hangs outside of Python, where no signal gets through."""

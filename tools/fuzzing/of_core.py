@@ -150,7 +150,7 @@ def _index(examples):
         for tensor, file in named.items():
             assert (folder / file).resolve().parent == folder.resolve()
             with safe_open(folder / file, "pt") as shard:
-                assert tensor in shard.keys()  # noqa: SIM118
+                assert tensor in shard.keys()  # noqa: SIM118 (not a mapping)
 
     return Parser("index", folder, name, "json", [document(folder / name)], read, means, 3)
 

@@ -59,7 +59,8 @@ def _model_config(examples, family):
         held = {}
         for file in {info.file for info in checkpoint.tensors.values()}:
             with safe_open(folder / file, "pt") as shard:
-                held |= {key: shard.get_slice(key).get_shape() for key in shard.keys()}  # noqa: SIM118
+                names = shard.keys()
+                held |= {name: shard.get_slice(name).get_shape() for name in names}
         assert held.keys() >= checkpoint.tensors.keys()
         assert all(parameter.is_meta for parameter in model.parameters())
 

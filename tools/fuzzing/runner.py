@@ -23,6 +23,17 @@ class Tally:
     faults: dict[str, bytes] = field(default_factory=dict[str, bytes])
     said: dict[str, str] = field(default_factory=dict[str, str])
 
+    def as_json(self):
+        """What `of_json` reads."""
+        faults = {where: content.hex() for where, content in self.faults.items()}
+        return {"outcomes": self.outcomes, "faults": faults, "said": self.said}
+
+    @classmethod
+    def of_json(cls, content):
+        """The tally of another process."""
+        faults = {where: bytes.fromhex(text) for where, text in content["faults"].items()}
+        return cls(Counter(content["outcomes"]), faults, content["said"])
+
 
 class Fault(AssertionError):
     """Neither success nor a documented error, or success without meaning."""

@@ -211,6 +211,46 @@ def test_ways_stand_side_by_side_with_seconds_once_the_device_is_measured(
         assert way["seconds_per_epoch"] == pytest.approx(10 * way["seconds_per_step"])
 
 
+def test_a_way_fits_where_its_disk_does_too(planned):
+    given = {
+        "model_name_or_path": planned.subject.checkpoint.name,
+        "memory": "2GiB",
+        "max_length": 96,
+    }
+    assert all(way["fits"] for way in emloc.plan(**given)["ways"])
+    short = emloc.plan(**given, disk="1KiB")
+    assert not any(way["fits"] for way in short["ways"])
+    assert short["recommended"] is None
+
+
+def test_a_device_that_is_not_here_is_not_measured(bare, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match="measure needs the device, and there is no cuda here"):
+        emloc.plan(model_name_or_path=bare, device="cuda", measure=True)
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_blocks_that_wait_in_memory_are_counted_to_the_byte(planned, bits, tmp_path):
+    from emloc.layers.coded_weight import CodedWeight
+    from emloc.streaming.streamed_model import StreamedModel
+
+    subject = planned.subject
+    plan = emloc.plan(
+        model_name_or_path=subject.checkpoint.name, max_length=96, device="cpu", stream=True,
+        stream_from="ram", stream_bits=bits,
+    )  # fmt: skip
+    streamed = StreamedModel(
+        subject.family, Checkpoint.open(subject.checkpoint.path), None, "cpu", "ram", "ram", tmp_path,
+        bits,
+    )  # fmt: skip
+    waiting = [each for unit in streamed._weights._in_memory.values() for each in unit]
+    tensors = [
+        t for each in waiting for t in (each._tensors if isinstance(each, CodedWeight) else [each])
+    ]
+    lines = plan["stages"]["train"]["device_bytes"]["lines"]
+    assert lines["blocks in ram"] == sum(t.numel() * t.element_size() for t in tensors)
+
+
 def test_on_a_cpu_the_machine_is_the_device(bare):
     outcome = emloc.plan(model_name_or_path=bare, device="cpu")
     assert all(not row["host_bytes"]["lines"] for row in outcome["stages"].values())

@@ -108,7 +108,7 @@ def test_a_damaged_checkpoint_that_is_asked_for_is_refused(tiny, tmp_path):
 
 
 def test_the_newest_whole_checkpoint_is_taken(tiny, tmp_path, capsys):
-    """Of two, whatever was changed or is missing in the newer one; a half that was written has no digests."""
+    """The older of two is taken, whatever was changed or is missing in the newer one."""
     assert last_whole_checkpoint(tmp_path) is None
     (tmp_path / "checkpoint-9").mkdir()
     for step in (4, 6):

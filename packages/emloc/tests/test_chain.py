@@ -14,8 +14,8 @@ from emloc.testing.toy_family import write_toy
 from emloc.testing.toy_model import ToySizes
 
 
-def links(found):
-    return [(link["kind"], link["checked"]) for link in found["chain"]]
+def links(report):
+    return [(link["kind"], link["checked"]) for link in report["chain"]]
 
 
 def copy(toy, name, tmp_path):
@@ -116,10 +116,10 @@ def test_a_correction_leaves_what_the_lora_reads(toy, tmp_path):
 
 def test_what_is_not_here_is_said_not_to_be(toy, tmp_path, capsys):
     folder = made_from(copy(toy, "merged", tmp_path), "adapter", "/gone/corrected")
-    found = emloc.verify(path=folder)
-    assert links(found) == [("adapter", False), ("base", True)]
-    assert "compared" not in found
+    report = emloc.verify(path=folder)
+    assert links(report) == [("adapter", False), ("base", True)]
+    assert "compared" not in report
     assert "the adapter /gone/corrected, which is not here" in capsys.readouterr().err
-    found = emloc.verify(path=folder, adapter=str(toy.stages["corrected"]))
-    assert links(found)[0] == ("adapter", True)
-    assert found["compared"]["outputs"] > 0
+    report = emloc.verify(path=folder, adapter=str(toy.stages["corrected"]))
+    assert links(report)[0] == ("adapter", True)
+    assert report["compared"]["outputs"] > 0

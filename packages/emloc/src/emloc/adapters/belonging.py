@@ -7,6 +7,7 @@ else's adapter, PEFT's config may name a folder, and that of an emulator says en
 
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_base import folder_named
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
 from emloc.errors import MismatchError
 
@@ -40,6 +41,30 @@ def refuse_uncorrected(adapter: Adapter, origin: Manifest | None, instead: str =
         raise MismatchError(
             f"Adapter {adapter.path} was trained on an emulator and is not corrected; run emloc "
             f"correct on it first{instead}."
+        )
+
+
+def require_original(
+    adapter: Adapter, origin: Manifest | None, base: Checkpoint, digest: str, instead: str
+) -> None:
+    """Refuse a model that is not the original, or not the one that the adapter was made for.
+
+    Args:
+        origin: the adapter's manifest.
+        digest: of the model's weights.
+        instead: what the original is for, to end the message with.
+
+    Raises:
+        MismatchError: it is neither.
+    """
+    if "quantization_config" in base.config:
+        raise MismatchError(
+            f"{base.name} is quantised or an emulator; {instead} the original model."
+        )
+    if origin is not None and origin.base_model.digest != digest:
+        raise MismatchError(
+            f"Adapter {adapter.path} belongs to {origin.base_model.name_or_path}, and the weights of "
+            f"{base.name} are others; pass that model."
         )
 
 

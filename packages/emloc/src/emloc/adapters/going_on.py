@@ -11,27 +11,12 @@ from emloc.artefacts.adapter_config import exact_patterns
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.intact import require_read
 from emloc.artefacts.manifest import Manifest
-from emloc.config import TrainConfig
+from emloc.config import LoraOptions, TrainConfig
 from emloc.errors import MismatchError
 from emloc.extend.family import ModelFamily
 
-OPTIONS = frozenset(
-    {
-        "lora_r",
-        "lora_alpha",
-        "lora_dropout",
-        "lora_target_modules",
-        "lora_rank_pattern",
-        "lora_alpha_pattern",
-        "use_rslora",
-        "use_dora",
-        "lora_init",
-        "lora_layers_to_transform",
-        "lora_layers_pattern",
-        "lora_modules_to_save",
-    }
-)
-"""Options of a new LoRA, which an adapter that is there already has answered."""
+OPTIONS = frozenset(LoraOptions.model_fields) - {"loraplus_lr_ratio"}
+"""Options of a new LoRA, which an adapter that is there already has answered; rates are of the training."""
 
 
 def goes_on_from(

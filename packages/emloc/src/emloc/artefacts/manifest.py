@@ -69,7 +69,8 @@ class Manifest(BaseModel):
     Attributes:
         base_model: the original model.
         emulator: the emulator that a LoRA was trained on; None for a LoRA trained on the base.
-        adapter: the adapter that a corrected one or a merged model was made from, with its own digest.
+        adapter: the adapter that a corrected one or a merged model was made from, or that training went on
+            from, with its own digest.
         settings: the options that shaped the result.
         layers: per layer or group what the stage did to it.
         tables: of an emulator, embeddings and heads in few bits (`emloc.formats.vocabulary`).

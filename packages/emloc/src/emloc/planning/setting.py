@@ -263,7 +263,7 @@ class Setting:
     def _waiting(self) -> int:
         """Bytes of the base's weights that wait in memory, those of blocks' layers in few bits if asked."""
         subject, bits = self.subject, self.options.stream_bits
-        stored = subject.parameters * subject.stored.itemsize
+        stored = sum(subject.unit_sizes) * subject.stored.itemsize
         if bits is None:
             return stored
         layers = [subject.shapes[name] for name in subject.inside if name in subject.shapes]

@@ -101,8 +101,11 @@ class Subject:
         return list(self.family.blocks(self.model))
 
     @cached_property
-    def largest_unit(self) -> int:
-        """Elements of the largest unit that streams: a block, or a module beside them such as a head."""
+    def unit_sizes(self) -> Sequence[int]:
+        """Elements of each unit that streams: a block, or a module beside them such as a head.
+
+        Embeddings beside blocks stay on file, and rows are looked up there.
+        """
 
         def numel(module: nn.Module) -> int:
             return sum(parameter.numel() for parameter in module.parameters())
@@ -113,7 +116,12 @@ class Subject:
             for module in self.model.modules()
             if id(module) not in inside and not isinstance(module, nn.Embedding)
         ]
-        return max(*(numel(self.model.get_submodule(block)) for block in self.blocks), *beside)
+        return [*(numel(self.model.get_submodule(block)) for block in self.blocks), *beside]
+
+    @property
+    def largest_unit(self) -> int:
+        """Elements of the largest of them."""
+        return max(self.unit_sizes)
 
     @cached_property
     def kinds(self) -> Mapping[str, BlockKind]:

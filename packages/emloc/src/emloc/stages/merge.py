@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from emloc.adapters.adapted_weights import adapted_weights
-from emloc.adapters.belonging import refuse_uncorrected
+from emloc.adapters.belonging import refuse_uncorrected, require_original
 from emloc.adapters.merged_tensors import MergedModel, merged_model, merged_part
 from emloc.adapters.rounding import DEQUANTISED, RoundedBase, Rounding
 from emloc.artefacts.adapter import Adapter
@@ -24,7 +24,6 @@ from emloc.artefacts.output_place import has_place
 from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import copy_file, write_json
 from emloc.config import MergeConfig
-from emloc.errors import MismatchError
 from emloc.extend.opening import named_family, open_model
 from emloc.machine.progress import progress_bar
 from emloc.planning.setting import Setting
@@ -54,15 +53,7 @@ def merge(config: MergeConfig) -> Path:
     )
     adapter = adapter.with_parts(base.parts)
     digest = base.digest()
-    if origin is not None and origin.base_model.digest != digest:
-        raise MismatchError(
-            f"Adapter {adapter.path} belongs to {origin.base_model.name_or_path}, and the weights of "
-            f"{base.name} are others; pass that model."
-        )
-    if "quantization_config" in base.config:
-        raise MismatchError(
-            f"{base.name} is quantised or an emulator; merge into the original model."
-        )
+    require_original(adapter, origin, base, digest, "merge into")
     model = family.skeleton(base, torch.float32)
     adapted = adapted_weights(adapter, family, model, base)
     adapter = adapted.adapter

@@ -7,6 +7,7 @@ Samples are held back to judge by: where their loss is not lower afterwards, the
 
 from pathlib import Path
 
+from emloc.adapters.belonging import require_original
 from emloc.adapters.going_on import goes_on_from, lora_options
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_base import require_base
@@ -19,7 +20,7 @@ from emloc.artefacts.output_place import has_place
 from emloc.artefacts.small_files import copy_file
 from emloc.artefacts.write_errors import others_writing
 from emloc.config import PolishConfig, TrainConfig, TrainingOptions, build
-from emloc.errors import ConfigError, MismatchError, NumericalError
+from emloc.errors import ConfigError, NumericalError
 from emloc.extend.capabilities import ContinuesAdapters, StreamsTraining, exported
 from emloc.extend.family import ModelFamily
 from emloc.extend.opening import named_family, of_folder, open_model
@@ -66,7 +67,7 @@ def polish(config: PolishConfig) -> Path:
     config = of_family(config, family)
     _require_able(config, adapter, family)
     digest = base.digest()
-    _require_original(adapter, origin, base, digest)
+    require_original(adapter, origin, base, digest, "polish takes its steps on")
     adapter = adapter.with_parts(base.parts)
     training = _as_training(config, with_family_options(TrainConfig, family))
     training = training.model_copy(update={"model_name_or_path": base.reference_name()})
@@ -163,20 +164,6 @@ def _require_able(config: PolishConfig, adapter: Adapter, family: ModelFamily) -
         raise ConfigError(
             f"polish: {adapter.path} has modules that were trained whole ({next(iter(adapter.saved))}), and "
             f"a streamed step trains LoRA alone; pass stream=false."
-        )
-
-
-def _require_original(
-    adapter: Adapter, origin: Manifest | None, base: Checkpoint, digest: str
-) -> None:
-    if "quantization_config" in base.config:
-        raise MismatchError(
-            f"{base.name} is quantised or an emulator; polish takes its steps on the original model."
-        )
-    if origin is not None and origin.base_model.digest != digest:
-        raise MismatchError(
-            f"Adapter {adapter.path} belongs to {origin.base_model.name_or_path}, and the weights of "
-            f"{base.name} are others; pass that model."
         )
 
 

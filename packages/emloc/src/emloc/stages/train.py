@@ -110,6 +110,7 @@ def train(config: TrainConfig) -> Path:
         family.name,
         emulator.base_model if emulator else reference,
         emulator=reference if emulator else None,
+        adapter=ModelReference.of_adapter(begun.path, begun.digest()) if begun else None,
         method=emulator.method if emulator else None,
         packages=("torch", "transformers", "peft", "trl", "accelerate"),
         streamed=False,

@@ -16,7 +16,7 @@ import torch
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.intact import require_intact
-from emloc.artefacts.kinds import CORRECTED_ADAPTER, EMULATOR
+from emloc.artefacts.kinds import ADAPTER, CORRECTED_ADAPTER, EMULATOR
 from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.errors import MismatchError
 
@@ -61,7 +61,8 @@ def walk(
     """
     if manifest.adapter is not None:
         yield from _adapter(folder, manifest, manifest.adapter, parts, adapter)
-    elif manifest.emulator is not None:
+    trained = manifest.kind == ADAPTER.name  # on this emulator, wherever it went on from
+    if manifest.emulator is not None and (trained or manifest.adapter is None):
         yield _emulator(folder, manifest, manifest.emulator)
 
 
@@ -75,7 +76,7 @@ def _adapter(
     name = instead or origin.name_or_path
     if instead is None and not is_here(name):
         yield Link("adapter", name, False)
-        if manifest.emulator is not None:
+        if manifest.emulator is not None and manifest.kind != ADAPTER.name:
             yield _emulator(folder, manifest, manifest.emulator)
         return
     opened, own = Adapter.open(name), Manifest.find(Path(name))
@@ -83,7 +84,8 @@ def _adapter(
         require_intact(Path(name), own, every=True, fresh=True)
     if opened.with_parts(parts).digest() != origin.digest:
         raise MismatchError(f"{folder} was made from another adapter than the one in {name}.")
-    if own is not None and own.base_model.digest != manifest.base_model.digest:
+    trained = manifest.kind == ADAPTER.name  # which may go on from the adapter of another model
+    if own is not None and not trained and own.base_model.digest != manifest.base_model.digest:
         raise MismatchError(f"{folder} and the adapter {name} name different base models.")
     if manifest.kind == CORRECTED_ADAPTER.name and OF_CORRECTION in manifest.settings:
         _require_same_reads(folder, opened)
