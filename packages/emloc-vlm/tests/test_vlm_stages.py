@@ -183,6 +183,23 @@ def test_training_resumes_exactly(tiny, tmp_path, monkeypatch):
         assert torch.equal(ours[name], tensor)
 
 
+def test_killed_after_its_last_step_it_writes_the_same_tokenizer(tiny, tmp_path, monkeypatch):
+    """Padding a batch leaves its mark on a tokenizer, and the run that goes on pads none."""
+    options = {**tiny.train_options, "max_steps": 2, "save_steps": 1}
+    whole = emloc.train(output_dir=tmp_path / "whole", **options)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("emloc.integrations.transformers.lora_training.plot_loss", stop)
+        with pytest.raises(KeyboardInterrupt):
+            emloc.train(output_dir=tmp_path / "cut", **options)
+    cut = emloc.train(output_dir=tmp_path / "cut", **options)
+    assert (cut / "tokenizer.json").read_bytes() == (whole / "tokenizer.json").read_bytes()
+    assert json.loads((cut / "tokenizer.json").read_text())["padding"] is None
+
+
 def test_the_same_bytes_twice(tiny, tmp_path):
     again = emloc.compress(
         model_name_or_path=str(tiny.base), output_dir=tmp_path / "e", format="low_rank", keep_ratio=0.5,

@@ -123,6 +123,7 @@ def _train(config: Any, work: Path, family: TransformersFamily) -> dict[str, Any
     say_missing_ends(model, tokenizer, closing)
     parts = in_batches(samples, config.per_device_train_batch_size)
     batches = (pad(part, tokenizer.pad_token_id) for part in parts)
+    tokenizer.save_pretrained(work)  # as it came, whatever training makes of it
     figures = train_with(
         config,
         work,
@@ -133,7 +134,6 @@ def _train(config: Any, work: Path, family: TransformersFamily) -> dict[str, Any
         adapter=goes_on_from(config, family, checkpoint),
         held_back=_dataset(held_back) if held_back else None,
     )
-    tokenizer.save_pretrained(work)
     figures["summary"] |= {
         "samples": len(samples),
         "truncated_samples": sum(sample.truncated for sample in samples),

@@ -108,6 +108,8 @@ def train_on(
             yield data.collate(part)
 
     frozen = how.frozen(model, config)
+    if data.processing is not None:  # before padding batches leaves its mark on it
+        data.processing.save_pretrained(work)
     figures = train_lora(
         config,
         work,
@@ -119,7 +121,5 @@ def train_on(
         adapter=goes_on_from(config, family, checkpoint),
         held_back=Samples(held_back) if held_back else None,
     )
-    if data.processing is not None:
-        data.processing.save_pretrained(work)
     figures["summary"] |= {"samples": len(samples)}
     return figures
