@@ -2,6 +2,7 @@
 
     python tools/fuzz.py --inputs 2000
     python tools/fuzz.py --inputs 100000 --seed 1 --only adapter
+    python tools/fuzz.py --inputs 100000 --engine atheris  # pip install atheris
 
 Prints one line per parser and, by place, each fault with an example; ends with 1 if there was any.
 """
@@ -14,6 +15,7 @@ import os
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,21 +27,23 @@ from fuzzing.examples import Examples
 from fuzzing.runner import Tally
 
 
-def tried(parser, count, seed):
-    """A parser's tally."""
-    tally = Tally()
-    campaign(parser, count, seed, tally)
-    return tally
-
-
 def in_child(work):
-    """Work done in a process of its own: a library that crashes takes no others with it."""
+    """The tally of work done in a process of its own: a library that crashes takes no others with it.
+
+    Args:
+        work: gets a function that hands over its tally and ends the process.
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         with os.fdopen(writing, "w") as file:
-            json.dump(work().as_json(), file)
-        os._exit(0)
+
+            def finish(tally):
+                json.dump(tally.as_json(), file)
+                file.flush()
+                os._exit(0)
+
+            work(finish)
     os.close(writing)
     with os.fdopen(reading) as file:
         content = file.read()
@@ -53,12 +57,31 @@ def in_child(work):
     return tally
 
 
+def drawn(parser, count, seed, finish):
+    """Inputs that hypothesis draws."""
+    tally = Tally()
+    campaign(parser, count, seed, tally)
+    finish(tally)
+
+
+def steered(parser, count, seed, finish):
+    """Inputs that atheris steers."""
+    from fuzzing.guided import guided
+
+    guided(parser, count, seed, Tally(), finish)
+
+
+ENGINES = {"hypothesis": drawn, "atheris": steered}
+
+
 def main():
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--inputs", type=int, default=2000, help="of all parsers together")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--only", default="", help="parsers whose names begin so")
+    options.add_argument("--engine", choices=ENGINES, default="hypothesis")
     given = options.parse_args()
+    engine = ENGINES[given.engine]
     logging.disable(logging.CRITICAL)
     quiet_libraries()
     failed, total = 0, Tally()
@@ -71,7 +94,7 @@ def main():
         ]
         for parser, count in shares(parsers, given.inputs):
             started = time.monotonic()
-            tally = in_child(lambda parser=parser, count=count: tried(parser, count, given.seed))
+            tally = in_child(partial(engine, parser, count, given.seed))
             shown = ", ".join(f"{number} {kind}" for kind, number in tally.outcomes.most_common())
             print(f"{parser.name}: {shown} ({time.monotonic() - started:.1f} s)", flush=True)
             for where, content in tally.faults.items():

@@ -60,17 +60,22 @@ def campaign(parser, count, start, tally, stop=False):
     Raises:
         Fault: there was one and `stop` is set.
     """
+    phases = [Phase.generate, Phase.shrink] if stop else [Phase.generate]
+    seed(start)(trial(parser, tally, stop, max_examples=count, phases=phases))()
+    release()
 
-    @seed(start)
-    @settings(
-        max_examples=count, database=None, deadline=None, derandomize=False,
-        suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink] if stop else
-        [Phase.generate],
-    )  # fmt: skip
+
+def trial(parser, tally, stop=False, **drawn):
+    """A test of hypothesis that tries inputs; see `campaign`.
+
+    Args:
+        drawn: further settings of hypothesis.
+    """
+
+    @settings(database=None, deadline=None, suppress_health_check=list(HealthCheck), **drawn)
     @given(contents(parser))
-    def trial(content):
+    def tried(content):
         with contextlib.nullcontext() if stop else contextlib.suppress(Fault):
             try_input(parser, content, tally)
 
-    trial()
-    release()
+    return tried
