@@ -10,9 +10,16 @@ from typing import Any
 
 import yaml
 
+from emloc.artefacts.seal import sealed
+
 
 def _json(value):
     return json.dumps(value).encode()
+
+
+def _sealed(value):
+    """JSON whose seal is right whatever an edit made of the rest."""
+    return _json(sealed(value) if isinstance(value, dict) else value)
 
 
 def _yaml(value):
@@ -53,8 +60,8 @@ def _safetensors(value):
 
 
 FORMS: dict[str, Callable[[Any], bytes]] = {
-    "json": _json, "yaml": _yaml, "jsonl": _lines, "csv": _csv, "text": _text, "markdown": _markdown,
-    "safetensors": _safetensors,
+    "json": _json, "sealed": _sealed, "yaml": _yaml, "jsonl": _lines, "csv": _csv, "text": _text,
+    "markdown": _markdown, "safetensors": _safetensors,
 }  # fmt: skip
 
 

@@ -1,13 +1,14 @@
 """The frame of everything that writes an artefact: made once, whole, and never over another."""
 
 import hashlib
+import json
 
 import pytest
 
 from emloc.artefacts.kinds import ADAPTER, EMULATOR
 from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.errors import OutputError
-from emloc.stages.frame import Artefact, Written, digests
+from emloc.stages.frame import Artefact, Figures, Written, digests
 
 BASE = ModelReference(name_or_path="base", digest="0" * 64)
 
@@ -85,3 +86,16 @@ def test_a_run_that_failed_leaves_its_folder_to_the_next(tmp_path):
     out = artefact(tmp_path / "out", rank=3).write(goes_on)
     assert "half" in seen
     assert (out / "half").read_text() == "done so far"
+
+
+def test_figures_that_were_edited_are_not_called_complete(tmp_path):
+    figures = Figures("evaluate", tmp_path / "evaluation.json", {"seed": 0})
+    made = figures.write(lambda: {"loss": 1.5, "score": 0.5})
+    assert figures.write(lambda: pytest.fail("they are there")) == made
+    text = (tmp_path / "evaluation.json").read_text()
+    unsealed = json.dumps({k: v for k, v in json.loads(text).items() if k != "seal"})
+    for edited in (text.replace("1.5", "0.5"), unsealed):
+        (tmp_path / "evaluation.json").write_text(edited)
+        with pytest.raises(OutputError, match="seal differs"):
+            figures.write(lambda: {"loss": 1.5, "score": 0.5})
+        assert (tmp_path / "evaluation.json").read_text() == edited

@@ -6,18 +6,17 @@ and is the same in every run.
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from emloc.artefacts.checkpoint import Checkpoint
-from emloc.artefacts.file_digest import bytes_sha256
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.kinds import KindName
 from emloc.artefacts.schema import FileName, Name, conforming
-from emloc.artefacts.small_files import json_text, write_json
+from emloc.artefacts.seal import is_sealed, sealed
+from emloc.artefacts.small_files import write_json
 from emloc.errors import CheckpointError
 from emloc.machine.special_files import refuse_special
 
@@ -108,7 +107,7 @@ class Manifest(BaseModel):
     def write(self, folder: Path) -> None:
         """Write it into `folder`, sealed."""
         content = self.model_dump(mode="json", exclude_none=True)
-        write_json(folder / MANIFEST_NAME, {**content, "seal": _seal(content)})
+        write_json(folder / MANIFEST_NAME, sealed(content))
 
     @staticmethod
     def require_sealed(folder: Path) -> None:
@@ -118,7 +117,7 @@ class Manifest(BaseModel):
             CheckpointError: it was.
         """
         content = read_json(folder / MANIFEST_NAME)
-        if content.get("format") not in UNLISTED and content.get("seal") != _seal(content):
+        if content.get("format") not in UNLISTED and not is_sealed(content):
             raise CheckpointError(
                 f"{folder / MANIFEST_NAME} is not what was written (its seal differs); put it back, or "
                 f"remove {folder} and make it again."
@@ -149,10 +148,6 @@ class Manifest(BaseModel):
         """The manifest of `folder`, or None where there is none."""
         refuse_special(folder / MANIFEST_NAME)
         return cls.read(folder) if (folder / MANIFEST_NAME).is_file() else None
-
-
-def _seal(content: Mapping[str, Any]) -> str:
-    return bytes_sha256(json_text({key: content[key] for key in content if key != "seal"}))
 
 
 def versions(*packages: str) -> dict[str, str]:

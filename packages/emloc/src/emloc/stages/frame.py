@@ -20,6 +20,7 @@ from emloc.artefacts.intact import is_complete, listing
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.kinds import Kind
 from emloc.artefacts.manifest import Manifest, ModelReference, versions
+from emloc.artefacts.seal import SEAL, is_sealed, sealed
 from emloc.artefacts.settings import difference, same
 from emloc.artefacts.small_files import write_json
 from emloc.artefacts.stage_folder import (
@@ -156,7 +157,7 @@ class Artefact:
 
 @dataclass(frozen=True)
 class Figures:
-    """A JSON file of figures to be made, which says in `settings` what shaped them.
+    """A JSON file of figures to be made, sealed, which says in `settings` what shaped them.
 
     What is in its folder besides is left alone.
 
@@ -186,7 +187,7 @@ class Figures:
         if self.target is not None:
             with writing(self.target):
                 self.target.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.target, figures)
+            write_json(self.target, sealed(figures))
             with writing(self.target):
                 sync_folder(self.target.parent)
         return figures
@@ -203,9 +204,13 @@ class Figures:
             raise OutputError(
                 f"{self.target} is no {self.target.stem} of ours; choose another output_dir."
             )
+        if not is_sealed(recorded):
+            raise OutputError(
+                f"{self.target} is not what was written (its seal differs); put it back, or remove it."
+            )
         before = cast("dict[str, Any]", before)
         if same(before, self.settings, self.beside):
-            return recorded
+            return {key: value for key, value in recorded.items() if key != SEAL}
         raise OutputError(
             f"{self.target} was made with {difference(before, self.settings, self.beside)}. Choose another "
             f"output_dir or remove it; nothing is ever overwritten."
