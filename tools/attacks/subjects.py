@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import emloc
+from emloc.extend.capabilities import ContinuesAdapters
 
 TRAIN = {"max_steps": 4, "logging_steps": 1, "save_steps": 1, "learning_rate": 1e-2, "lora_r": 3}
-STAGES = ("compress", "train", "correct", "merge", "evaluate")
+POLISH = {**TRAIN, "max_steps": 2, "num_held_back_samples": 2, "per_device_train_batch_size": 2}
 VARYING = {"measured", "versions", "sizes", "seal"}
 """Keys of a manifest that differ from run to run, or follow from such."""
 
@@ -14,23 +15,32 @@ VARYING = {"measured", "versions", "sizes", "seal"}
 def calls(subject):
     """Each stage's function of an output folder."""
     made, data = subject.stages, subject.data
+    polish = {key: value for key, value in POLISH.items() if key != "lora_r"}
+    base = subject.example["model_name_or_path"]
     options = {
         "compress": {**subject.example, **subject.compressed_to},
+        "compress to bits": {**subject.example, "format": "quantized", "bits": 3},
         "train": {"emulator": str(made["emulator"]), **data, **TRAIN},
         "correct": {
             "adapter": str(made["adapter"]), "emulator": str(made["emulator"]), "limit": "none", **data,
         },
+        "polish": {
+            "model_name_or_path": base, "adapter": str(made["corrected"]), **data, **polish,
+        },
         "merge": {"adapter": str(made["corrected"])},
         "evaluate": {
-            "model_name_or_path": subject.example["model_name_or_path"],
-            "adapter": str(made["corrected"]), **data, **subject.options("evaluate"),
+            "model_name_or_path": base, "adapter": str(made["corrected"]), **data,
+            **subject.options("evaluate"),
         },
     }  # fmt: skip
 
     def call(stage):
-        return lambda folder: getattr(emloc, stage)(output_dir=folder, **options[stage])
+        function = getattr(emloc, stage.partition(" ")[0])
+        return lambda folder: function(output_dir=folder, **options[stage])
 
-    return {stage: call(stage) for stage in STAGES}
+    if not isinstance(subject.family, ContinuesAdapters):
+        del options["polish"]
+    return {stage: call(stage) for stage in options}
 
 
 def content(folder):
