@@ -10,10 +10,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import emloc
+from emloc.compression.menu_choice import _by_gradients
 from emloc.errors import ConfigError
 from emloc.extend.plugins import family_named
+from emloc.formats.layer_format import Form, GroupShape
+from emloc.formats.quantized_residual import QUANTIZED_RESIDUAL
 from emloc.linalg.gram import Moments
 from emloc.linalg.lowrank import factorise
+from emloc.linalg.rounding import squared_change
 from emloc.linalg.row_weights import RIDGE, RowWeights
 
 
@@ -137,30 +141,69 @@ def test_moments_are_those_of_autograd_on_the_whole_model(example, tmp_path, mon
         torch.testing.assert_close(moments, sums[name], rtol=1e-3, atol=1e-4 * scale)
 
 
-def test_the_emulator_is_another_one_and_the_same_whenever_it_is_made(example, tmp_path):
-    _, options = example
+FORMS = {
+    "low rank": {"format": "low_rank", "keep_ratio": 0.3},
+    "factors in few bits": {"format": "coded_low_rank", "bits_per_weight": 3.0},
+    "residual": {"format": "quantized_residual", "bits": 2, "residual_rank": 3},
+    "auto": {"format": "auto", "bits_per_weight": 3.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [*(("llm", form) for form in FORMS), ("vlm", "auto"), ("diffusion", "low rank")],
+)
+def test_the_emulator_is_another_one_and_the_same_whenever_it_is_made(family, form, tmp_path):
+    options = family_named(family).write_example(tmp_path, seed=0)
+    few = {"num_calibration_samples": 4, "calibration_batch_size": 2, "device": "cpu"}
+    options = {**options, **few, **FORMS[form]}
     made = [
-        emloc.compress(
-            output_dir=tmp_path / how,
-            format="low_rank",
-            keep_ratio=0.3,
-            weigh_errors=how,
-            **options,
-        )
-        for how in ("alike", "gradients")
+        emloc.compress(output_dir=tmp_path / name, weigh_errors=how, **options)
+        for name, how in (("alike", "alike"), ("one", "gradients"), ("again", "gradients"))
     ]
-    alike, weighed = (json.loads((folder / "emloc.json").read_text()) for folder in made)
+    alike, weighed, again = (json.loads((folder / "emloc.json").read_text()) for folder in made)
     assert weighed["settings"]["weigh_errors"] == "gradients"
     assert "weigh_errors" not in alike["settings"]
-    digests = [m["summary"]["emulator_digest"] for m in (alike, weighed)]
-    assert digests[0] != digests[1]
-    again = emloc.compress(
-        output_dir=tmp_path / "again", format="low_rank", keep_ratio=0.3, weigh_errors="gradients",
-        **options,
-    )  # fmt: skip
-    assert (
-        json.loads((again / "emloc.json").read_text())["summary"]["emulator_digest"] == digests[1]
+    digests = [m["summary"]["emulator_digest"] for m in (alike, weighed, again)]
+    assert digests[0] != digests[1] == digests[2]
+    assert not [path for path in made[1].iterdir() if path.name.startswith(("menu-", "gradients-"))]
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(3, 20), st.integers(3, 70), st.integers(0, 99))
+def test_a_residual_costs_the_loss_less_when_it_heeds_it(d_out, d_in, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(d_out, d_in, generator=generator) for _ in range(2)]
+    inputs, gradients = psd(d_in, d_in + 3, seed), [psd(d_out, 1, seed + k) for k in (1, 2)]
+    shape = GroupShape(("a", "b"), (d_out, d_out), d_in)
+    form = Form(
+        QUANTIZED_RESIDUAL, {"bits": 2, "group_size": 64, "residual_rank": 1, "factor_bits": 16}
     )
+    rows, costs = RowWeights(gradients), []
+    for weighed in (False, True):
+        moments = Moments.of_matrix("input", "layers", inputs.float(), 9)
+        moments.rows = rows if weighed else None
+        stored = QUANTIZED_RESIDUAL.fit(weights, moments, shape, form).tensors
+        moments.rows = rows
+        lost = 0.0
+        for number, (layer, weight) in enumerate(zip(shape.layers, weights)):
+            layout = QUANTIZED_RESIDUAL.layout(d_out, d_in, form)
+            own = {name: tensor for (one, name), tensor in stored.items() if one == layer}
+            error = weight - layout.decoded(own.__getitem__).dense(torch.float32)
+            lost += squared_change(error, moments.for_layer(number))
+        costs.append(lost)
+    assert costs[1] <= costs[0] * 1.001
+
+
+def test_the_rise_of_the_loss_is_the_second_order_term_of_independent_gradients():
+    inputs, gradients, error = psd(6, 9, 0), [psd(4, 7, 1), psd(5, 2, 2)], torch.randn(5, 6)
+    moments = Moments.of_matrix("input", "layers", inputs, 50)
+    moments.rows = RowWeights(gradients)
+    ridged = gradients[1] + RIDGE * moments.rows.mean * torch.eye(5, dtype=torch.float64)
+    weight = torch.zeros(5, 6)
+    predicted = _by_gradients("b", weight, error, moments.for_layer(1))
+    independent = cost(weight.double(), error.double(), inputs, ridged) / (2 * 50)
+    assert predicted == pytest.approx(independent, rel=1e-5)
 
 
 def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, monkeypatch):

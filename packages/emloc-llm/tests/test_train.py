@@ -33,6 +33,11 @@ def test_what_training_leaves(tiny):
     assert manifest.measured["seconds_per_step"] > 0
 
 
+def assert_same_names(one, other):
+    names = [sorted(path.name for path in folder.iterdir()) for folder in (one, other)]
+    assert names[0] == names[1]
+
+
 def test_an_interrupted_run_resumes_exactly(tiny, tmp_path, monkeypatch):
     """Stop after step 5, between two logs: weights, optimiser, order, dropout and log go on.
 
@@ -60,7 +65,7 @@ def test_an_interrupted_run_resumes_exactly(tiny, tmp_path, monkeypatch):
     ]
     # A checkpoint that was being written when the process died must not be taken.
     shutil.copytree(left / "checkpoint-4", left / "checkpoint-6")
-    (left / "checkpoint-6/digests.json").unlink()
+    (left / "checkpoint-6/digests.json").rename(left / "checkpoint-6/digests.json.tmp")
     shutil.copytree(left, tmp_path / "torn.partial")
     (tmp_path / "torn.partial/checkpoint-4/optimizer.pt").write_bytes(b"")
     names = {path.name for path in whole.iterdir() if path.is_file()}
@@ -75,6 +80,7 @@ def test_an_interrupted_run_resumes_exactly(tiny, tmp_path, monkeypatch):
             assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
         kept = [sorted(path.name for path in made.glob("*-*")) for made in (whole, resumed)]
         assert kept == [["checkpoint-4", "checkpoint-6"]] * 2
+        assert_same_names(whole / "checkpoint-6", resumed / "checkpoint-6")
         assert emloc.verify(path=resumed)["kind"] == "adapter"
 
 

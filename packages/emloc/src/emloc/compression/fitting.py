@@ -20,7 +20,7 @@ from emloc.compression.output_gradients import OutputGradients
 from emloc.compression.propagation import compress_propagating
 from emloc.compression.truncation import uniform_weights
 from emloc.extend.family import Batch
-from emloc.formats.abilities import Cuttable
+from emloc.formats.abilities import Cuttable, WeighsRows
 from emloc.formats.layer_format import Tensors
 from emloc.linalg.gram import Moments
 from emloc.streaming.stream import UnitStream
@@ -59,7 +59,8 @@ def compress_blocks(
             if moments is None or moments.tokens == 0:
                 unreached += group.layers
                 continue
-            moments.rows = None if minded is None else minded.of(group)
+            heeds = isinstance(group.form.format, WeighsRows)
+            moments.rows = minded.of(group) if minded is not None and heeds else None
             tensors, entry = fit_group(group, weights_of(stream, group), moments)
             if group.wide is not None:
                 entry["sensitivity"] = passed.probe.sensitivity(

@@ -11,7 +11,7 @@ block's output minds such an error (`emloc.compression.sensitivity`). Bytes are 
 Prices are written block by block; a run that is killed goes on, and ends with the same bytes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from emloc.artefacts.json_files import read_json
 from emloc.artefacts.small_files import write_json
 from emloc.compression.groups import CompressionPlan, Group
 from emloc.compression.one_pass import Passed, stream_moments, weights_of
+from emloc.compression.output_gradients import OutputGradients
 from emloc.extend.family import Batch
 from emloc.formats.layer_format import Form, tensor_bytes
 from emloc.formats.menu import REFERENCE
@@ -29,7 +30,7 @@ from emloc.linalg.finite import refuse_not_finite
 from emloc.linalg.gram import Moments
 from emloc.linalg.grid import choose_grid, grid_error
 from emloc.linalg.menu_allocation import Option, allocate_bytes
-from emloc.linalg.rounding import Feedback, squared_output
+from emloc.linalg.rounding import Feedback, squared_change, squared_output
 from emloc.machine.progress import console
 from emloc.streaming.stream import UnitStream
 
@@ -41,7 +42,8 @@ PRICED_ROWS = 256
 Menus = Mapping[str, Mapping[str, Any]]
 """A layer's options, by its name: `bytes` and relative squared `errors` of its forms, in the order of its
 menu, `dense_bytes`, and its `sensitivity`: what its block's output loses per relative squared error, None
-where the block did not show it (an expert that the tokens of the probe did not choose)."""
+where that did not show (an expert that the tokens of the probe did not choose). With gradients it is by how
+much the loss rises."""
 
 
 def price_menus(
@@ -50,12 +52,14 @@ def price_menus(
     batches: Sequence[Batch],
     itemsizes: Mapping[str, int],
     work: Path,
+    minded: OutputGradients | None = None,
 ) -> Menus:
     """Price the forms of all layers that calibration tokens reach.
 
     Args:
         itemsizes: bytes of an element of a group's dense weights in the emulator, by owner.
         work: folder of the prices.
+        minded: gradients that tell how much the loss minds a layer's error; None: its block's output tells.
 
     Raises:
         NumericalError: a weight or an activation is NaN; names the layer.
@@ -68,7 +72,9 @@ def price_menus(
         for group in plan.within(passed.block):
             moments = passed.moments.get(group.source)
             if group.menu and moments is not None and moments.tokens:
-                menus |= _priced(stream, group, moments, passed, itemsizes[group.owner])
+                moments.rows = None if minded is None else minded.of(group)
+                minds = _by_block(passed) if minded is None else _by_gradients
+                menus |= _priced(stream, group, moments, minds, itemsizes[group.owner])
                 del passed.moments[group.source]
         write_json(paths[passed.block], menus)
 
@@ -82,15 +88,42 @@ def prices_in(work: Path) -> list[str]:
     return [path.name for path in work.glob("menu-*.json")]
 
 
+Minds = Callable[[str, Tensor, Tensor, Moments], float]
+"""Tells what a layer's rounded weight costs, given its name, both weights and its moments."""
+
+
+def _by_block(passed: Passed) -> Minds:
+    """The relative squared change of the block's output."""
+
+    def minds(layer: str, weight: Tensor, rounded: Tensor, moments: Moments) -> float:
+        return passed.probe.sensitivity([layer], [rounded.to(weight.dtype)])
+
+    return minds
+
+
+def _by_gradients(layer: str, weight: Tensor, rounded: Tensor, moments: Moments) -> float:
+    """The rise of the loss, summed over the calibration data, to second order.
+
+    `Σ (g · E x)² / 2` over tokens, with gradients and inputs taken as independent of each other
+    (`emloc.linalg.row_weights`).
+    """
+    if moments.rows is None:
+        return 0.0
+    changed = squared_change(weight.float() - rounded, moments)
+    return moments.rows.mean * changed / (2 * moments.tokens)
+
+
 def _priced(
-    stream: UnitStream, group: Group, moments: Moments, passed: Passed, itemsize: int
+    stream: UnitStream, group: Group, moments: Moments, minds: Minds, itemsize: int
 ) -> Menus:
     weights = weights_of(stream, group)
     refuse_not_finite(moments.name, weights)
     menus: dict[str, Any] = {}
-    for shape, weight, forms in zip(group.shape.singles(), weights, group.menu):
-        rounded, share, errors = price_forms(weight, moments, forms)
-        minded = passed.probe.sensitivity([shape.owner], [rounded.to(weight.dtype)])
+    parts = zip(group.shape.singles(), weights, group.menu)
+    for number, (shape, weight, forms) in enumerate(parts):
+        own = moments.for_layer(number)
+        rounded, share, errors = price_forms(weight, own, forms)
+        minded = minds(shape.owner, weight, rounded, own)
         menus[shape.owner] = {
             "bytes": [tensor_bytes(shape, form, itemsize) for form in forms],
             "errors": errors,
@@ -139,12 +172,13 @@ def _some_rows(weight: Tensor, importance: Tensor) -> tuple[Tensor, float]:
 
 
 def with_chosen(
-    plan: CompressionPlan, menus: Menus, shares: Mapping[str, float]
+    plan: CompressionPlan, menus: Menus, shares: Mapping[str, float], of_loss: bool = False
 ) -> tuple[CompressionPlan, dict[str, float]]:
     """The plan with a form for every layer that has a menu, and what is predicted of it.
 
     Args:
         shares: the share of its dense bytes that each group's owner brings to the budget.
+        of_loss: whether sensitivities are of the loss, and not of blocks' outputs.
     """
     owner_of = {layer: group.owner for group in plan.groups for layer in group.layers}
     budget = int(sum(shares[owner_of[n]] * menu["dense_bytes"] for n, menu in menus.items()))
@@ -169,13 +203,13 @@ def with_chosen(
                 kind = "dense" if form is None else f"at {form.sizes['bits']} bits"
                 counts[kind] = counts.get(kind, 0) + 1
     chosen = [options[name][place] for name, place in places.items()]
-    error = sum(option.error for option in chosen) ** 0.5
+    error = sum(option.error for option in chosen) ** (1 if of_loss else 0.5)
     weights = sum(s.numel for g in plan.groups for s in g.shape.singles() if s.owner in places)
     bits = 8 * sum(option.bytes for option in chosen) / max(1, weights)
     said = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+    what = "rise of the loss over the calibration data" if of_loss else "error of the hidden state"
     console.print(
-        f"compress: layers: {said}; {bits:.2f} bits per weight; predicted error of the hidden state "
-        f"{error:.4f}"
+        f"compress: layers: {said}; {bits:.2f} bits per weight; predicted {what} {error:.4f}"
     )
     made = CompressionPlan(tuple(groups), dense, plan.tables)
     return made, {"chosen": error, "bits_per_weight": bits}

@@ -26,7 +26,7 @@ from emloc.layers.quantized_layers import QuantizedConv2d, QuantizedLinear
 from emloc.linalg.finite import refuse_not_finite
 from emloc.linalg.gram import Moments, Side
 from emloc.linalg.operator import Operator
-from emloc.linalg.rounding import squared_output
+from emloc.linalg.rounding import squared_change
 from emloc.options.compress import BITS, GROUP_SIZES, CompressConfig
 from emloc.options.patterns import match_pattern
 
@@ -101,7 +101,10 @@ class LayerByLayer(ABC):
     def fit_layer(
         self, weight: Tensor, moments: Moments, form: Form
     ) -> tuple[Mapping[str, Tensor], float]:
-        """The stored tensors of a finite weight, d_out × d_in, and the squared change of its outputs."""
+        """The stored tensors of a finite weight, d_out × d_in, and the squared change of its outputs.
+
+        The change is weighed if the moments are (`squared_change`).
+        """
 
     def fit(
         self, weights: Sequence[Tensor], moments: Moments, shape: GroupShape, form: Form
@@ -114,10 +117,11 @@ class LayerByLayer(ABC):
         refuse_not_finite(moments.name, weights)
         changed = whole = 0.0
         tensors: dict[tuple[str, str], Tensor] = {}
-        for layer, weight in zip(shape.layers, weights):
-            stored, cost = self.fit_layer(weight, moments, form)
+        for number, (layer, weight) in enumerate(zip(shape.layers, weights)):
+            own = moments.for_layer(number)
+            stored, cost = self.fit_layer(weight, own, form)
             changed += cost
-            whole += squared_output(weight, moments.matrix)
+            whole += squared_change(weight, own)
             tensors.update({(layer, name): tensor for name, tensor in stored.items()})
         if not (math.isfinite(changed) and math.isfinite(whole)):
             raise NumericalError(
@@ -131,7 +135,7 @@ class LayerByLayer(ABC):
         """Stored tensors with the squared change of the outputs, for `fit_layer`."""
         stands_for = self.layout(weight.shape[0], weight.shape[1], form).decoded(stored.__getitem__)
         lost = weight.float() - stands_for.dense(torch.float32)
-        return stored, squared_output(lost, moments.matrix)
+        return stored, squared_change(lost, moments)
 
     def stored(self, shape: GroupShape, form: Form) -> Sequence[StoredTensor]:
         """Each layer's tensors."""

@@ -26,12 +26,13 @@ CODED_BITS = tuple(bits for bits in FACTOR_BITS if bits < 16)
 
 
 class CodedLowRank(LayerByLayer):
-    """`LayerFormat`, and `TwoProducts`."""
+    """`LayerFormat`, `TwoProducts` and `WeighsRows`."""
 
     linear = CodedLowRankLinear
     convolution = CodedLowRankConv2d
 
     name = "coded_low_rank"
+    weighs_rows = True
     options: tuple[str, ...] = ("rank_pattern", "factor_bits")
     size_names: tuple[str, ...] = SIZES
 

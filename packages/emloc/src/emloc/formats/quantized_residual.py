@@ -24,7 +24,7 @@ from emloc.linalg.gram import Moments
 from emloc.linalg.grid import group_count
 from emloc.linalg.operator import Operator, Sum
 from emloc.linalg.refinement import fitted_bytes, fitted_grid
-from emloc.linalg.rounding import squared_output
+from emloc.linalg.rounding import squared_change
 from emloc.options.compress import CompressConfig
 
 BITS, GROUP, RANK, FACTOR_BITS = "bits", "group_size", "residual_rank", "factor_bits"
@@ -37,9 +37,10 @@ ALTERNATIONS = 2
 
 
 class QuantizedResidual(LayerByLayer):
-    """`LayerFormat`."""
+    """`LayerFormat`, and `WeighsRows`: its factors do, and the choice of an order; rounding need not."""
 
     name = "quantized_residual"
+    weighs_rows = True
     options: tuple[str, ...] = SIZES
     size_names: tuple[str, ...] = SIZES
 
@@ -131,7 +132,7 @@ def _attempts(
         for _ in range(rounds):
             codes, on_grid = rounded(weight if added is None else weight - added)
             factors, added = factored(weight - on_grid)
-            cost = squared_output(weight - on_grid - added, moments.matrix)
+            cost = squared_change(weight - on_grid - added, moments)
             yield {**codes, **factors}, (cost if math.isfinite(cost) else math.inf)
 
 

@@ -78,6 +78,14 @@ class Moments:
             )
         self.tokens += values.shape[0]
 
+    def for_layer(self, number: int) -> "Moments":
+        """The same sum for one layer of a stack, with the weights of its outputs alone."""
+        if self.rows is None:
+            return self
+        own = self.of_matrix(self.side, self.name, self.matrix, self.tokens)
+        own.derived, own.rows = self.derived, self.rows.of_layer(number)
+        return own
+
     @property
     def matrix(self) -> Tensor:
         """The sum, d × d, symmetric; 0 × 0 before the first token."""

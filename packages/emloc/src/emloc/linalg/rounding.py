@@ -106,6 +106,16 @@ def squared_output(
     return 0.0 if squared < 0 else squared  # rounding may make nothing negative; NaN stays NaN
 
 
+def squared_change(error: Float[Tensor, "d_out d_in"], moments: Moments) -> float:
+    """Squared change of a layer's outputs by an error of its weight, weighed where it is known by what.
+
+    Args:
+        moments: of the inputs; by their `rows` errors are weighed.
+    """
+    weighed = error if moments.rows is None else moments.rows.weigh(error.float())
+    return squared_output(weighed, moments.matrix)
+
+
 def _carried(moments: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
     """`R_ik / R_kk` in the order of rounding, strictly upper triangular, and `R_kk²`, both float32; and what
     the diagonal got.

@@ -29,22 +29,28 @@ class RowWeights:
     Args:
         moments: `D` of each layer of a stack, d_out × d_out, or its diagonal, d_out; of nothing but zeros,
             all outputs count alike.
+
+    Attributes:
+        mean: of the diagonal of `D`; 0 where it is of nothing but zeros.
     """
 
     def __init__(self, moments: Sequence[Tensor]) -> None:
-        self._roots: list[Tensor] = []
-        self._inverses: list[Tensor] = []
         diagonals = [_diagonal(each).double() for each in moments]
-        mean = float(torch.cat(diagonals).mean()) or 1.0
-        for each in moments:
-            root, inverse = _roots(each.double() / mean)
-            self._roots.append(root)
-            self._inverses.append(inverse)
+        self.mean = float(torch.cat(diagonals).mean())
+        pairs = [_roots(each.double() / (self.mean or 1.0)) for each in moments]
+        self._roots, self._inverses = [root for root, _ in pairs], [inverse for _, inverse in pairs]
 
     @property
     def rows(self) -> int:
         """Outputs of the stack."""
         return sum(len(root) for root in self._roots)
+
+    def of_layer(self, number: int) -> "RowWeights":
+        """The weights of one layer's outputs in the stack."""
+        one = RowWeights.__new__(RowWeights)
+        one.mean = self.mean
+        one._roots, one._inverses = self._roots[number : number + 1], self._inverses[number:][:1]
+        return one
 
     def weigh(self, rows: Tensor) -> Tensor:
         """`S` times a matrix of so many rows, in its dtype."""
@@ -61,6 +67,13 @@ class RowWeights:
     def _times(self, factors: Sequence[Tensor], rows: Tensor) -> Tensor:
         parts = rows.split([len(factor) for factor in factors])
         return torch.cat([_product(factor.to(rows), part) for factor, part in zip(factors, parts)])
+
+
+def row_weights_bytes(d_out: Sequence[int]) -> int:
+    """Bytes of the weights of a stack of layers of so many outputs, while the largest's are made."""
+    held = sum(16 * (rows**2 if rows < FULL_BELOW else rows) for rows in d_out)
+    largest = max((rows for rows in d_out if rows < FULL_BELOW), default=0)
+    return held + 3 * 8 * largest**2
 
 
 def _diagonal(moments: Tensor) -> Tensor:

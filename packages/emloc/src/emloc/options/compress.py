@@ -89,7 +89,8 @@ class CompressConfig(CalibrationOptions, ModelOptions, MemoryOptions):
     )
     weigh_errors: Annotated[Literal["alike", "gradients"], UnlessDefault()] = Field(
         "alike",
-        description="gradients: errors of low_rank's outputs count as the loss minds them; one more pass",
+        description="gradients: errors of outputs count as the loss minds them (auto's choice, and "
+        "factors); one more pass",
     )
     share_factors: bool = Field(True, description="one right factor for layers of one input")
     exclude: Names = Field([], description="regular expressions of layers to keep dense")

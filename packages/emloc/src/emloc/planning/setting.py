@@ -17,7 +17,7 @@ from emloc.config import CalibrationOptions, PlanConfig, PolishConfig
 from emloc.extend.plugin_options import with_plugin_options
 from emloc.formats.coded_matrix import CodedMatrix
 from emloc.linalg.convolution import matrix_shape
-from emloc.linalg.row_weights import FULL_BELOW
+from emloc.linalg.row_weights import FULL_BELOW, row_weights_bytes
 from emloc.planning.calls import (
     Calls,
     Matrices,
@@ -176,6 +176,8 @@ class Setting:
         lines_of_pass = propagating_lines if propagated else compress_lines
         lines, moment = lines_of_pass(self.subject, wide, calls, written, options.device)
         if options.weigh_errors == "gradients":
+            roots = (row_weights_bytes(group.shape.d_out) for group in self.compressed.groups)
+            lines = {**lines, "weights_of_rows": max(roots, default=0)}
             weighing = self._weighing(calls)
             if sum(weighing.values()) > sum(lines.values()):
                 lines, moment = weighing, "gradients of a block"

@@ -83,11 +83,10 @@ def compress(config: CompressConfig) -> Path:
         plan = choose_streamed(stream, config)
         _say_dense(plan.kept_dense)
         _say_tokens(family, batches, plan, config)
-        errors = None
+        errors, minded = None, _minded(stream, plan, batches, config, work)
         if any(group.menu for group in plan.groups):
-            plan, errors = _chosen(stream, plan, batches, config, work)
+            plan, errors = _chosen(stream, plan, batches, config, work, minded)
         folder = EmulatorFolder(stream, plan, config.dtype, work)
-        minded = _minded(stream, plan, batches, config, work)
         compress_blocks(stream, folder, batches, config.propagate_errors, minded)
         if config.keep_ratio_allocation == "error":
             errors = allocate_sizes(folder)
@@ -102,12 +101,14 @@ def _chosen(
     batches: Sequence[Batch],
     config: CompressConfig,
     work: Path,
+    minded: OutputGradients | None,
 ) -> tuple[CompressionPlan, dict[str, float]]:
     """The plan of `format=auto` once every layer's form is chosen, and what is predicted of it."""
     itemsize_of = streamed_itemsize(stream, config.dtype)
     itemsizes = {group.owner: itemsize_of(group.owner) for group in plan.groups}
     shares = {name: keep_ratio_of(name, config, size) for name, size in itemsizes.items()}
-    return with_chosen(plan, price_menus(stream, plan, batches, itemsizes, work), shares)
+    menus = price_menus(stream, plan, batches, itemsizes, work, minded)
+    return with_chosen(plan, menus, shares, of_loss=minded is not None)
 
 
 def _minded(
@@ -125,6 +126,8 @@ def _minded(
     if config.weigh_errors == "alike":
         return None
     for group in plan.groups:
+        if group.menu:  # their forms are chosen by it
+            continue
         if not isinstance(group.form.format, WeighsRows) or config.propagate_errors:
             what = (
                 "propagate_errors"
@@ -133,7 +136,7 @@ def _minded(
             )
             raise ConfigError(
                 f"weigh_errors=gradients: {what} fits the outputs of a layer apart from one another, which "
-                f"weights would not change; leave it out, or pass format=low_rank."
+                f"weights would not change; leave it out, or pass format=auto, low_rank or one with factors."
             )
     return OutputGradients.gather(stream, plan, batches, work)
 
