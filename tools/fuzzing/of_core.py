@@ -64,7 +64,7 @@ def _run_file(examples):
             for key in ("seed", "max_length", "keep_ratio", "max_steps", "learning_rate", "lora_r"):
                 section = written[name] if isinstance(written[name], dict) else {}
                 text = section.get(key, written.get(key))
-                if hasattr(config, key) and text is not None:
+                if hasattr(config, key) and text not in (None, "", "~", "null"):
                     assert getattr(config, key) == float(text), (name, key)
 
     return Parser("run file", examples.empty("run"), "run.yaml", "yaml", [run], read, means, 4)

@@ -150,6 +150,17 @@ def test_an_empty_name_is_refused_and_not_taken_for_none():
             build(EvaluateConfig, options, "evaluate")
 
 
+def test_a_name_that_no_disk_can_have_is_refused_where_it_is_given():
+    long = "é" * 128
+    for option in ("adapter", "model_name_or_path", "dataset", "output_dir"):
+        for name in (long, f"a/{long}/b", *([f"a,{long}"] if option == "dataset" else [])):
+            options = {"model_name_or_path": "m", "dataset": "d", option: name}
+            with pytest.raises(ConfigError, match=f"{option}.* it has a name of 256 bytes"):
+                build(EvaluateConfig, options, "evaluate")
+    address = f"https://a.b/{long}"
+    assert build(EvaluateConfig, {"model_name_or_path": "m", "dataset": address}, "e").dataset
+
+
 def test_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     options = {

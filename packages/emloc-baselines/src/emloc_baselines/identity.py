@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,7 @@ def content_of(options: Any) -> Any:
         return [content_of(value) for value in cast("list[Any]", options)]
     if isinstance(options, str | Path) and str(options):
         parts = str(options).split(",")
-        if all(part and Path(part).exists() for part in parts):
+        if all(part and os.path.exists(part) for part in parts):
             return [_path_digest(part) for part in parts]
         return str(options)
     return options

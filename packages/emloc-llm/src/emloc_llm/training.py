@@ -1,5 +1,6 @@
 """Train a LoRA with TRL's `SFTTrainer` on tokenised samples."""
 
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -94,7 +95,7 @@ def _train(config: Any, work: Path, family: TransformersFamily) -> dict[str, Any
     samples = [] if config.streaming else _learnable(load_samples(config, tokenizer, config.seed))
     evaluation = None
     if config.eval_dataset:
-        split = "" if Path(config.eval_dataset).is_file() else config.eval_dataset_split
+        split = "" if os.path.isfile(config.eval_dataset) else config.eval_dataset_split
         evaluation = _learnable(_evaluation_samples(config, tokenizer, config.eval_dataset, split))
     all_samples = [*samples, *(evaluation or [])]
     capacity.check((sample.input_ids for sample in all_samples), tokenizer, "The samples")

@@ -1,5 +1,6 @@
 """The files that a visual data set names: they belong to the data as its own bytes do."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +26,7 @@ def files_of_rows(options: Any, name: str, split: str) -> Iterator[Path]:
     yield from _annotations(Path(name), document)
     yield from files_beside(Path(name), document)
     with console.capture():  # what is to be said of the rows is said when they are used
-        examples = load_examples(options, name, "" if Path(name).is_file() else split)
+        examples = load_examples(options, name, "" if os.path.isfile(name) else split)
     count = options.num_samples if isinstance(options, EvaluateConfig) else None
     sources = (image.source for example in examples[:count] for image in example.images)
     yield from dict.fromkeys(source for source in sources if isinstance(source, Path))

@@ -1,7 +1,7 @@
 """Images and text as transformers' `Trainer` learns from them."""
 
+import os
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from emloc.artefacts.checkpoint import Checkpoint
@@ -26,7 +26,7 @@ def training_data(checkpoint: Checkpoint, config: Any) -> TrainingData:
     examples = readable(mixed_examples(config, config.seed), config)
     evaluation = []
     if config.eval_dataset:
-        split = "" if Path(config.eval_dataset).is_file() else config.eval_dataset_split
+        split = "" if os.path.isfile(config.eval_dataset) else config.eval_dataset_split
         evaluation = readable(load_examples(config, config.eval_dataset, split), config)
     into_batch = partial(
         collate, processor=processor, options=config, capacity=load_vlm_capacity(path)

@@ -137,7 +137,7 @@ def load_dino(name_or_path: str = "facebook/dino-vits16", device: str = "cpu") -
     """
     name = name_or_path.removeprefix("hf-hub:").removeprefix("local-dir:")
     # A model of timm without an owner is the one of timm's own account.
-    folder = _folder(name if "/" in name or Path(name).is_dir() else f"timm/{name}")
+    folder = _folder(name if "/" in name or os.path.isdir(name) else f"timm/{name}")
     config = read_json(folder / "config.json")
     if "architecture" in config:
         class_token, side = _timm_class_token(folder, name_or_path, device)
@@ -258,7 +258,7 @@ def _load(kind: Any, folder: Path, name: str, device: str, **options: Any) -> An
 
 def _folder(name: str) -> Path:
     """The local folder of a path or hub id, with safetensors in it."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         folder = Path(name)
         if not any(folder.glob("*.safetensors")):
             raise CheckpointError(

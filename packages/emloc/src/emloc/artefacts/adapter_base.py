@@ -24,9 +24,9 @@ def named_base(adapter: Adapter, origin: Manifest | None) -> str | None:
         return None if by_peft is None or _is_relative(by_peft) else by_peft
     runs_on = origin.emulator if origin.kind == "adapter" and origin.emulator else None
     recorded = (runs_on or origin.base_model).name_or_path
-    if os.path.isabs(recorded) and not Path(recorded).exists() and by_peft is not None:
+    if os.path.isabs(recorded) and not os.path.exists(recorded) and by_peft is not None:
         # The model has moved, and somebody may have told PEFT where to.
-        return by_peft if os.path.isabs(by_peft) and Path(by_peft).exists() else recorded
+        return by_peft if os.path.isabs(by_peft) and os.path.exists(by_peft) else recorded
     return recorded
 
 
@@ -54,7 +54,7 @@ def folder_named(adapter: Adapter) -> Path | None:
     A relative path is looked for from here: at worst something right is refused, nothing wrong is read.
     """
     by_peft = _by_peft(adapter)
-    return Path(by_peft) if by_peft is not None and Path(by_peft).is_dir() else None
+    return Path(by_peft) if by_peft is not None and os.path.isdir(by_peft) else None
 
 
 def _by_peft(adapter: Adapter) -> str | None:
@@ -67,4 +67,4 @@ def _is_relative(name: str) -> bool:
     if os.path.isabs(name):
         return False
     looks_like_hub_id = name.count("/") <= 1 and not name.startswith((".", "~"))
-    return not looks_like_hub_id or Path(name).exists()
+    return not looks_like_hub_id or os.path.exists(name)

@@ -122,9 +122,9 @@ class Checkpoint:
         """The name by which another artefact should refer to this model: an absolute path, or the hub
         id.
         """
-        if Path(self.name).is_file():
+        if os.path.isfile(self.name):
             return str(Path(self.name).absolute())
-        return str(self.path.absolute()) if Path(self.name).is_dir() else self.name
+        return str(self.path.absolute()) if os.path.isdir(self.name) else self.name
 
     def headers(self, file: str) -> Iterator[tuple[str, TensorInfo]]:
         """Names, dtypes and shapes of one shard."""

@@ -1,6 +1,7 @@
 """Identity of data: what settings record beside a path, so that a changed file is noticed."""
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ def batches_digest(batches: Sequence[Mapping[str, Tensor]]) -> str:
 def dataset_digest(dataset: str | None) -> str | None:
     """SHA-256 of a local file or of all files below a folder; a hub id stands for itself; `a,b` are two,
     unless there is one of that name."""
-    if not dataset or not Path(dataset).exists():
+    if not dataset or not os.path.exists(dataset):
         if dataset and "," in dataset:
             return ",".join(str(dataset_digest(name)) for name in data_names(dataset))
         return dataset
-    if Path(dataset).is_file():
+    if os.path.isfile(dataset):
         return file_sha256(Path(dataset))
     sha = hashlib.sha256()
     for path in sorted(path for path in Path(dataset).rglob("*") if path.is_file()):
@@ -40,7 +41,7 @@ def dataset_digest(dataset: str | None) -> str | None:
 
 def data_names(dataset: str) -> list[str]:
     """The names of one or several data sets, `a,b`, unless there is one of that name."""
-    return [dataset] if Path(dataset).exists() else [name for name in dataset.split(",") if name]
+    return [dataset] if os.path.exists(dataset) else [name for name in dataset.split(",") if name]
 
 
 def named_digests(options: BaseModel) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Folders of models: local ones, and those of the hub, downloaded or taken from its cache."""
 
+import os
 from pathlib import Path
 
 from emloc.artefacts.companions import PATTERNS
@@ -15,9 +16,9 @@ def locate(name: str, weights: bool = True) -> Path:
     Raises:
         CheckpointError: neither a folder nor a repository that can be had.
     """
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
-    if Path(name).exists():
+    if os.path.exists(name):
         raise CheckpointError(f"{name} is a file; pass the model's folder.")
     looks_like_hub_id = name.count("/") <= 1 and not name.startswith((".", "/", "~"))
     if not looks_like_hub_id:

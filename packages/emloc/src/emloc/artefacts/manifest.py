@@ -5,6 +5,7 @@ and is the same in every run.
 """
 
 import importlib.metadata
+import os
 import platform
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,7 +51,7 @@ class ModelReference(BaseModel):
     def of(cls, checkpoint: Checkpoint, digest: str) -> "ModelReference":
         """Refer to a checkpoint whose digest is known."""
         config = checkpoint.single_file_config
-        if config is not None and Path(config).is_dir():
+        if config is not None and os.path.isdir(config):
             config = str(Path(config).absolute())
         return cls(
             name_or_path=checkpoint.reference_name(), digest=digest, single_file_config=config

@@ -78,7 +78,7 @@ def require_apart(output_dir: Path, name: str, folder: str | Path | None) -> Non
     Raises:
         OutputError: `output_dir` is the folder, or lies in it.
     """
-    if folder is None or not Path(folder).is_dir():
+    if folder is None or not os.path.isdir(folder):
         return
     real = Path(os.path.realpath(folder))
     if _place(output_dir).is_relative_to(real):

@@ -59,7 +59,7 @@ def open_model(
 
 def _refuse_adapter(folder: str | os.PathLike[str]) -> None:
     names = (
-        {entry.name for entry in Path(folder).iterdir()} if Path(folder).is_dir() else set[str]()
+        {entry.name for entry in Path(folder).iterdir()} if os.path.isdir(folder) else set[str]()
     )
     if "adapter_config.json" in names and "config.json" not in names:
         raise CheckpointError(
@@ -70,7 +70,7 @@ def _refuse_adapter(folder: str | os.PathLike[str]) -> None:
 def of_folder(config: ConfigT, model: Checkpoint) -> ConfigT:
     """A stage's options with a model's folder in place of its one file: what families work on."""
     named: str | None = getattr(config, "model_name_or_path", None)
-    if named is None or not Path(named).is_file():
+    if named is None or not os.path.isfile(named):
         return config
     return config.model_copy(update={"model_name_or_path": str(model.path)})
 

@@ -46,13 +46,17 @@ def _patterns(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+LONGEST_NAME = 255
+"""Bytes of a file's name, at most, on every file system in use."""
+
+
 def joined(value: Any) -> Any:
     """A list of data sets as the comma-separated text that a command line gives; `~` is the home folder."""
     if isinstance(value, list):
         value = ",".join(map(str, cast("list[Any]", value)))
-    if not isinstance(value, str):
-        return value
-    return ",".join(str(_home(part)) for part in value.split(",")) if "~" in value else _home(value)
+    if not isinstance(value, str) or not value.strip():
+        return _home(value)
+    return ",".join(str(_home(part)) if part.strip() else part for part in value.split(","))
 
 
 def _limit(value: Any) -> Any:
@@ -61,20 +65,30 @@ def _limit(value: Any) -> Any:
 
 def _home(value: Any) -> Any:
     """`~` as the home folder, in what may be a path; an empty name, of a variable that is not set, is
-    refused."""
+    refused, and one that no disk can have."""
     if not isinstance(value, str):
         return value
     if not value.strip():
         raise ValueError("it is empty; name something, or leave the option out")
+    _refuse_long(value)
     return os.path.expanduser(value) if value[:1] == "~" else value
 
 
 def _named(value: Any) -> Any:
-    if isinstance(value, str):
-        if not value.strip():
-            raise ValueError("it is empty; name a folder")
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("it is empty; name a folder")
+    if isinstance(value, str | Path):
+        _refuse_long(str(value))
         return os.path.expanduser(value)
-    return os.path.expanduser(value) if isinstance(value, Path) else value
+    return value
+
+
+def _refuse_long(name: str) -> None:
+    longest = max(len(part.encode("utf-8", "surrogatepass")) for part in name.split("/"))
+    if longest > LONGEST_NAME and "://" not in name:
+        raise ValueError(
+            f"it has a name of {longest} bytes, and disks have none of over {LONGEST_NAME}"
+        )
 
 
 Names = Annotated[list[str], BeforeValidator(split)]

@@ -1,6 +1,7 @@
 """Identity of a stage's data, with the files that rows name, such as pictures."""
 
 import hashlib
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -36,7 +37,7 @@ def data_digest(
         return own
     files: dict[Path, None] = {}
     for name in data_names(dataset):
-        if Path(name).exists():
+        if os.path.exists(name):
             within = Path(name).absolute()  # a folder, whose files are in its own digest
             named = (path.absolute() for path in data_files_of(family, options, name, split))
             files |= {path: None for path in named if not path.is_relative_to(within)}

@@ -1,5 +1,6 @@
 """Say what every stage will take, from a model's config alone, and choose what fits a budget."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def _rates(setting: Setting, measure: bool) -> Rates | None:
 
 def _samples(dataset: str | None) -> int | None:
     """The rows of a data set that is one local file of lines; None for any other."""
-    if dataset is None or not dataset.endswith(".jsonl") or not Path(dataset).is_file():
+    if dataset is None or not dataset.endswith(".jsonl") or not os.path.isfile(dataset):
         return None
     with open(dataset, "rb") as lines:
         return sum(1 for line in lines if line.strip())

@@ -43,7 +43,7 @@ def is_here(name: str) -> bool:
     """Return whether a recorded name is of something on this machine; a folder below ours may be
     another.
     """
-    return os.path.isabs(name) and Path(name).exists()
+    return os.path.isabs(name) and os.path.exists(name)
 
 
 def walk(

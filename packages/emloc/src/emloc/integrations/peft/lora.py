@@ -10,6 +10,7 @@ base with the emulator and not with the residual.
 
 import json
 import math
+import os
 from collections.abc import Container, Iterable
 from itertools import islice
 from pathlib import Path
@@ -77,7 +78,7 @@ def new_lora(
 def _wrapped(model: Any, lora: LoraConfig) -> Any:
     """`get_peft_model`, with a path that means the same from every folder as the base's name."""
     wrapped: Any = get_peft_model(model, lora)
-    if lora.base_model_name_or_path and Path(lora.base_model_name_or_path).exists():
+    if lora.base_model_name_or_path and os.path.exists(lora.base_model_name_or_path):
         lora.base_model_name_or_path = str(Path(lora.base_model_name_or_path).absolute())
     return wrapped
 
