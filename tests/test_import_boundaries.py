@@ -161,8 +161,10 @@ def test_wheels_hold_what_they_promise(tmp_path):
         [wheel] = tmp_path.glob(f"{package.replace('-', '_')}-0*.whl")
         names = set(zipfile.ZipFile(wheel).namelist())
         assert expected <= names
-        assert not any("test" in name for name in names if not name.startswith("emloc/testing/"))
+        ours = ("emloc/testing/", "emloc/new_family/template/")
+        assert not any("test" in name for name in names if not name.startswith(ours))
         source = PACKAGES / package / "src"
+        assert {str(p.relative_to(source)) for p in source.rglob("*.in")} <= names
         assert {str(p.relative_to(source)) for p in source.rglob("*.py")} <= names
 
 

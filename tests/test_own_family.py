@@ -66,6 +66,15 @@ def test_options_that_a_family_registers_and_leaves_to_the_defaults_are_refused(
         family.evaluate(kinds[EvaluateConfig](tasks=["hellaswag"], **whole))
 
 
+@own
+def test_an_emulator_has_the_blocks_of_its_base(subject):
+    """So that `frozen` may ask for them, whichever model a LoRA goes on."""
+    emulator = subject.family.load(Checkpoint.open(str(subject.emulator)), "float32", "cpu")
+    blocks = subject.family.blocks(subject.skeleton)
+    assert len(blocks) == 3
+    assert subject.family.blocks(emulator) == blocks
+
+
 def losses_of(example):
     """Transformers' own loss of every row."""
     folder = example["model_name_or_path"]
