@@ -22,7 +22,7 @@ NEW_MODULES = 300
 
 def pytest_sessionstart(session):
     """Forget what an earlier run found."""
-    if not hasattr(session.config, "workerinput") and session.config.cache:
+    if not hasattr(session.config, "workerinput") and getattr(session.config, "cache", None):
         session.config.cache.set(KEY, None)
 
 
@@ -49,7 +49,8 @@ def pytest_runtest_setup():
 
 def pytest_terminal_summary(terminalreporter, config):
     """Print it."""
-    found = config.cache.get(KEY, None) if config.cache else None
+    cache = getattr(config, "cache", None)
+    found = cache.get(KEY, None) if cache else None
     if found:
         reasons = json.dumps(found["reasons"])
         terminalreporter.write_line(f"causal LM types that are not supported: {reasons}")

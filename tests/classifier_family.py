@@ -14,18 +14,23 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-import emloc
-from emloc.artefacts.checkpoint import Checkpoint
-from emloc.config import DataOptions
-from emloc.extend.capabilities import TRANSFORMERS_MODEL
-from emloc.extend.family import Batch, FamilyEntry
-from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
-from emloc.integrations.transformers.family import TransformersFamily
-from emloc.integrations.transformers.lively_model import lively_model
-from emloc.integrations.transformers.loading import load_tokenizer
-from emloc.integrations.transformers.sampling import TrainingData
-from emloc.integrations.transformers.tables import dataset_names, load_table
-from emloc.integrations.transformers.text_options import LengthOptions, SplitOptions
+from emloc.plugin import (
+    TRANSFORMERS_MODEL,
+    Batch,
+    Checkpoint,
+    DataOptions,
+    FamilyEntry,
+    LengthOptions,
+    SplitOptions,
+    TrainingData,
+    TransformersFamily,
+    byte_tokenizer,
+    dataset_names,
+    hookimpl,
+    lively_model,
+    load_table,
+    load_tokenizer,
+)
 
 SIZES = {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -86,7 +91,7 @@ class ClassifierFamily(TransformersFamily):
         return {"model_name_or_path": str(folder / "model"), "dataset": data, "max_length": 32}
 
 
-@emloc.hookimpl
+@hookimpl
 def emloc_register_families() -> Sequence[FamilyEntry]:
     """Encoders of transformers with a classification head."""
 

@@ -4,15 +4,12 @@ So must a family of one's own (`classifier_family`), whose plugin is installed w
 """
 
 import os
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from emloc.extend.capabilities import example_of
-from emloc.extend.plugins import family_named, load_plugins
-from emloc.testing import plugin_installed
-from emloc.testing.contract import Subject
+from emloc.extend.plugins import load_plugins
+from emloc.testing.contract.fixtures import made_subject
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -25,13 +22,11 @@ FAMILIES = [*sorted(load_plugins().families), OWN]
 def subject(request, tmp_path_factory):
     """One family with its tiny checkpoint and data, and the folders of all stages."""
     name = request.param
-    root = tmp_path_factory.mktemp(name)
+    plugin = "classifier_family" if name == OWN else None
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parent)
-        with plugin_installed("classifier_family") if name == OWN else nullcontext():
-            (root / "example").mkdir()
-            example = example_of(family_named(name), root / "example")
-            yield Subject(name, root / "stages", example)
+        with made_subject(name, tmp_path_factory.mktemp(name), plugin=plugin) as subject:
+            yield subject
 
 
 @pytest.fixture(scope="session")

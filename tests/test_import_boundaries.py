@@ -43,7 +43,8 @@ def test_core_names_no_modality():
             continue
         for name in imports(path):
             assert name.split(".")[0] not in MODALITIES, f"{path} imports {name}"
-            assert not name.startswith("emloc.integrations"), f"{path} imports {name}"
+            if path.name != "plugin.py":  # for type checkers alone; see below
+                assert not name.startswith("emloc.integrations"), f"{path} imports {name}"
             assert not name.startswith("emloc_"), f"{path} imports {name}"
         assert not re.search(r"\b(llama|qwen|internvl|unet|flux)\b", path.read_text(), re.I), path
 
@@ -76,6 +77,25 @@ def test_the_command_line_starts_without_a_modality():
     assert run.stdout.strip() == "[]"
 
 
+def test_what_plugins_import_needs_no_modality():
+    """`emloc.plugin`, with the options for text, which a module of hooks may import as well."""
+    code = "import sys; from emloc.plugin import FamilyEntry, TEXT_OPTIONS, TrainingData;"
+    code += f"print(sorted({MODALITIES!r} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_a_family_of_ones_own_imports_the_kit_alone():
+    """As a third party's does, whose pin is of what `emloc.plugin` promises; so do the hooks of ours."""
+    for path in (
+        PACKAGES.parent / "tests/classifier_family.py",
+        *PACKAGES.glob("*/src/*_hooks.py"),
+        PACKAGES / "emloc-vlm/src/emloc_vlm_options.py",
+    ):
+        ours = {name for name in imports(path) if name.split(".")[0] == "emloc"}
+        assert ours == {"emloc.plugin"}, path
+
+
 def test_requirements_pull_no_other_modality():
     def names(package):
         return {
@@ -98,6 +118,7 @@ def test_wheels_hold_what_they_promise(tmp_path):
             "emloc",
             {
                 "emloc/cli.py",
+                "emloc/plugin.py",
                 "emloc/stages/compress.py",
                 "emloc/compression/one_pass.py",
                 "emloc/integrations/__init__.py",
@@ -140,8 +161,10 @@ def test_wheels_hold_what_they_promise(tmp_path):
         [wheel] = tmp_path.glob(f"{package.replace('-', '_')}-0*.whl")
         names = set(zipfile.ZipFile(wheel).namelist())
         assert expected <= names
-        assert not any("test" in name for name in names if not name.startswith("emloc/testing/"))
+        ours = ("emloc/testing/", "emloc/new_family/template/")
+        assert not any("test" in name for name in names if not name.startswith(ours))
         source = PACKAGES / package / "src"
+        assert {str(p.relative_to(source)) for p in source.rglob("*.in")} <= names
         assert {str(p.relative_to(source)) for p in source.rglob("*.py")} <= names
 
 

@@ -1,6 +1,8 @@
 """The defaults that `TransformersFamily` gives a family of one's own: right or refused, never ignored."""
 
+import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from emloc.config import CompressConfig, EvaluateConfig, TrainConfig
 from emloc.errors import ConfigError
 from emloc.extend.capabilities import Evaluates
 from emloc.extend.family import REQUIRED, FamilyEntry
-from emloc.integrations.transformers.text_options import (
+from emloc.plugin import (
     EvaluationDataOptions,
     LengthOptions,
     RowOptions,
@@ -22,6 +24,7 @@ from emloc.integrations.transformers.text_options import (
     TaskOptions,
     TokenCountOptions,
 )
+from emloc.testing import FamilyContract
 
 own = pytest.mark.parametrize("subject", ["classifier"], indirect=True, scope="session")
 
@@ -63,6 +66,15 @@ def test_options_that_a_family_registers_and_leaves_to_the_defaults_are_refused(
         family.evaluate(kinds[EvaluateConfig](tasks=["hellaswag"], **whole))
 
 
+@own
+def test_an_emulator_has_the_blocks_of_its_base(subject):
+    """So that `frozen` may ask for them, whichever model a LoRA goes on."""
+    emulator = subject.family.load(Checkpoint.open(str(subject.emulator)), "float32", "cpu")
+    blocks = subject.family.blocks(subject.skeleton)
+    assert len(blocks) == 3
+    assert subject.family.blocks(emulator) == blocks
+
+
 def losses_of(example):
     """Transformers' own loss of every row."""
     folder = example["model_name_or_path"]
@@ -85,6 +97,21 @@ def test_the_first_samples_are_evaluated(family, example):
     scores = emloc.evaluate(num_samples=5, per_device_eval_batch_size=2, **example)
     assert scores["samples"] == 5
     assert scores["loss"] == pytest.approx(sum(losses) / 5, rel=1e-4)
+
+
+@own
+def test_the_contract_sees_a_task_type_that_stock_peft_cannot_use(subject, tmp_path):
+    """An encoder's adapter that says it is of a language model."""
+    law = FamilyContract().test_stock_peft_puts_the_adapter_where_merging_does
+    law(subject)
+    for wrong in ("CAUSAL_LM", "no task"):
+        folder = shutil.copytree(subject.corrected, tmp_path / wrong)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "task_type": wrong}))
+        other = copy.copy(subject)
+        other.corrected = folder
+        with pytest.raises(Exception, match=r"prepare_inputs_for_generation|no task|PeftModel"):
+            law(other)
 
 
 class Bare:

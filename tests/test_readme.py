@@ -252,7 +252,14 @@ def test_the_file_map_names_every_folder():
     folders = {path.parent.name for path in core.glob("*/__init__.py")}
     assert folders <= listed
     flat = {path.name for path in core.glob("*.py")}
-    assert flat == {"__init__.py", "__main__.py", "cli.py", "config.py", "errors.py"}
-    for folder in ("packages/emloc-llm", "packages/emloc-baselines", "tests", "examples", "tools"):
+    assert flat == {"__init__.py", "__main__.py", "cli.py", "config.py", "errors.py", "plugin.py"}
+    for folder in (
+        "packages/emloc-llm",
+        "packages/emloc-baselines",
+        "docs",
+        "tests",
+        "examples",
+        "tools",
+    ):
         assert f"{folder}/" in file_map
         assert (ROOT / folder).is_dir()

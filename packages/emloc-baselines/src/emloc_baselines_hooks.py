@@ -4,16 +4,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import emloc
-from emloc.errors import Interrupted
-from emloc.extend.capabilities import IN_FEW_BITS, TEXT_DECODER, TRANSFORMERS_MODEL
-from emloc.extend.methods import MethodEntry
+from emloc.plugin import (
+    IN_FEW_BITS,
+    TEXT_DECODER,
+    TRANSFORMERS_MODEL,
+    Interrupted,
+    MethodEntry,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
     import typer
 
 
-@emloc.hookimpl
+@hookimpl
 def emloc_register_methods() -> Sequence[MethodEntry]:
     """The methods that EMLoC is compared with."""
     return [
@@ -76,7 +80,7 @@ def emloc_register_methods() -> Sequence[MethodEntry]:
     ]
 
 
-@emloc.hookimpl
+@hookimpl
 def emloc_register_commands(app: "typer.Typer") -> None:
     """`emloc bench`."""
     import typer

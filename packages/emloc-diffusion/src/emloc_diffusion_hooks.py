@@ -3,10 +3,14 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import emloc
-from emloc.config import DataOptions, EvaluateConfig, TrainingOptions
-from emloc.extend.capabilities import IN_FEW_BITS
-from emloc.extend.family import FamilyEntry
+from emloc.plugin import (
+    IN_FEW_BITS,
+    DataOptions,
+    EvaluateConfig,
+    FamilyEntry,
+    TrainingOptions,
+    hookimpl,
+)
 from emloc_diffusion_options import DreamBoothOptions, EvaluationOptions, PictureOptions
 
 CLASSES = ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel")
@@ -26,7 +30,7 @@ def is_original(names: Collection[str]) -> bool:
     return any(name.startswith(ORIGINAL_NAMES) for name in names)
 
 
-@emloc.hookimpl
+@hookimpl
 def emloc_register_families() -> Sequence[FamilyEntry]:
     """Diffusion models."""
     return [

@@ -7,11 +7,16 @@ format with transformers, which takes seconds, and `emloc --help` must not.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import emloc
-from emloc.config import EvaluateConfig
-from emloc.extend.capabilities import IN_FEW_BITS, TEXT_DECODER, TRANSFORMERS_MODEL
-from emloc.extend.family import FamilyEntry
-from emloc.integrations.transformers.text_options import TEXT_OPTIONS, TaskOptions
+from emloc.plugin import (
+    IN_FEW_BITS,
+    TEXT_DECODER,
+    TEXT_OPTIONS,
+    TRANSFORMERS_MODEL,
+    EvaluateConfig,
+    FamilyEntry,
+    TaskOptions,
+    hookimpl,
+)
 
 _ENDINGS = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "BertGenerationDecoder")
 
@@ -21,7 +26,7 @@ def is_causal_lm(config: Mapping[str, Any]) -> bool:
     return any(str(name).endswith(_ENDINGS) for name in config.get("architectures") or [])
 
 
-@emloc.hookimpl
+@hookimpl
 def emloc_register_families() -> Sequence[FamilyEntry]:
     """Causal language models."""
     return [

@@ -7,11 +7,17 @@ format with transformers, which takes seconds, and `emloc --help` must not.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import emloc
-from emloc.config import DataOptions, EvaluateConfig, TrainConfig
-from emloc.extend.capabilities import IN_FEW_BITS, TEXT_DECODER, TRANSFORMERS_MODEL
-from emloc.extend.family import FamilyEntry
-from emloc.integrations.transformers.text_options import TEXT_OPTIONS
+from emloc.plugin import (
+    IN_FEW_BITS,
+    TEXT_DECODER,
+    TEXT_OPTIONS,
+    TRANSFORMERS_MODEL,
+    DataOptions,
+    EvaluateConfig,
+    FamilyEntry,
+    TrainConfig,
+    hookimpl,
+)
 from emloc_vlm_options import FreezeOptions, ImageOptions, MetricOptions
 
 
@@ -25,7 +31,7 @@ def is_vlm(config: Mapping[str, Any]) -> bool:
     return writes and isinstance(config.get("vision_config"), Mapping)
 
 
-@emloc.hookimpl
+@hookimpl
 def emloc_register_families() -> Sequence[FamilyEntry]:
     """Vision-language models."""
     return [

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from emloc.config import StageConfig
+from emloc.plugin import StageConfig
 
 
 class ImageOptions(StageConfig):

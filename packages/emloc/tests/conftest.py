@@ -3,10 +3,8 @@
 import pytest
 from alone import alone
 
-from emloc.extend.capabilities import example_of
-from emloc.extend.plugins import family_named
 from emloc.testing import plugin_installed
-from emloc.testing.contract import Subject
+from emloc.testing.contract.fixtures import made_subject
 
 PLUGIN = "emloc.testing.toy_plugin"
 LOW_RANK = {"format": "low_rank", "keep_ratio": 0.5}
@@ -21,11 +19,8 @@ def _alone():
 
 @pytest.fixture(scope="session")
 def _made(tmp_path_factory):
-    root = tmp_path_factory.mktemp("toy")
-    with alone(), plugin_installed(PLUGIN):
-        (root / "example").mkdir()
-        example = example_of(family_named("toy"), root / "example")
-        made = Subject("toy", root / "stages", example, {"compress": LOW_RANK})
+    folder, options = tmp_path_factory.mktemp("toy"), {"compress": LOW_RANK}
+    with alone(), made_subject("toy", folder, stage_options=options, plugin=PLUGIN) as made:
         assert made.stages
     return made
 

@@ -2,20 +2,24 @@
 
 import copy
 import importlib
+import inspect
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
-from emloc.testing.contract import FamilyContract
+from emloc.errors import CheckpointError
+from emloc.extend.family import FamilyEntry
+from emloc.testing import FamilyContract
+from emloc.testing.contract import Subject
+from emloc.testing.contract.family_laws import apart_though_shared
 from emloc.testing.toy_family import ToyFamily
-
-
-class Ungrouped(ToyFamily):
-    def layer_groups(self, model):
-        return [[name] for group in super().layer_groups(model) for name in group]
 
 
 class Mixed(ToyFamily):
@@ -36,6 +40,19 @@ class Forgetful(ToyFamily):
 class OneBlock(ToyFamily):
     def blocks(self, model):
         return ["blocks"]
+
+
+class AllBlocks(ToyFamily):
+    """All blocks as one, whose list is inside of it."""
+
+    def skeleton(self, checkpoint, dtype):
+        model = super().skeleton(checkpoint, dtype)
+        stack, model.blocks = model.blocks, nn.ModuleList([nn.Sequential(*model.blocks)])
+        assert len(stack) == 3
+        return model
+
+    def stored(self, model, parameter, checkpoint):
+        return super().stored(model, parameter.replace("blocks.0.", "blocks.", 1), checkpoint)
 
 
 class Averaging(ToyFamily):
@@ -74,8 +91,128 @@ class Dense(ToyFamily):
         return super().load(base, dtype, device)
 
 
+class Padded(ToyFamily):
+    """Micro-batches that are filled up with pictures of nothing, which its masks leave out."""
+
+    def calibration_batches(self, checkpoint, options):
+        batches = super().calibration_batches(checkpoint, options)
+        return [self.filled(batch) for batch in batches]
+
+    def filled(self, batch):
+        more = 8 - len(batch["labels"]) % 8
+        pictures = torch.cat([batch["pictures"], torch.full((more, 3, 6, 6), 9.0)])
+        labels = torch.cat([batch["labels"], torch.full((more,), -100)])
+        return {"pictures": pictures, "labels": labels}
+
+    def real(self, batch):
+        return batch["labels"] >= 0
+
+    def token_mask(self, batch, layer=None):
+        return self.real(batch)[:, None, None].expand(-1, 6, 6)
+
+
+class Maskless(Padded):
+    def token_mask(self, batch, layer=None):
+        return None
+
+
+class Halfway(Padded):
+    """Leaves padding out of some layers alone."""
+
+    def token_mask(self, batch, layer=None):
+        mask = super().token_mask(batch, layer)
+        return torch.ones_like(mask) if layer and layer.endswith("down") else mask
+
+
+class Backwards(Padded):
+    """Takes so many rows, from the wrong end."""
+
+    def real(self, batch):
+        return super().real(batch).flip(0)
+
+
+class LooselyTied(ToyFamily):
+    """Reads one tensor for two parameters that it does not tie."""
+
+    def stored(self, model, parameter, checkpoint):
+        return super().stored(
+            model, parameter.replace("blocks.2.norm", "blocks.1.norm"), checkpoint
+        )
+
+
+class TiedLater(ToyFamily):
+    """Ties in whole models what its skeleton has twice."""
+
+    def load(self, checkpoint, dtype, device):
+        model = super().load(checkpoint, dtype, device)
+        model.blocks[2].norm.weight = model.blocks[1].norm.weight
+        return model
+
+
+class Lenient(ToyFamily):
+    """Draws what a checkpoint lacks, as libraries do."""
+
+    def load(self, checkpoint, dtype, device):
+        try:
+            return super().load(checkpoint, dtype, device)
+        except CheckpointError:
+            return self.skeleton(checkpoint, torch.float32).to_empty(device=device)
+
+
+class Ctrl(ToyFamily):
+    """Trains on after Ctrl-C, and calls that done."""
+
+    def train(self, config, work):
+        try:
+            return super().train(config, work)
+        except KeyboardInterrupt:
+            return super().train(config, work)
+
+
+class Restless(ToyFamily):
+    """Draws other numbers each time that it is called."""
+
+    calls = 0
+
+    def train(self, config, work):
+        Restless.calls += 1
+        return super().train(config.model_copy(update={"seed": Restless.calls}), work)
+
+
+class Sidelong(ToyFamily):
+    """Reads a file beside the data, which it does not name as data."""
+
+    def calibration_batches(self, checkpoint, options):
+        beside = sum(
+            Checkpoint.open(str(checkpoint.path)).path.parent.joinpath("more").read_bytes()
+        )
+        return super().calibration_batches(
+            checkpoint, options.model_copy(update={"seed": options.seed + beside})
+        )
+
+
+class OneForm(ToyFamily):
+    """Rebuilds low-rank layers alone."""
+
+    def load(self, checkpoint, dtype, device):
+        groups = checkpoint.config.get("quantization_config", {}).get("groups", [])
+        others = any("format" in group for group in groups)
+        base = Manifest.find(checkpoint.path).base_model.name_or_path if others else None
+        return super().load(Checkpoint.open(base) if base else checkpoint, dtype, device)
+
+
 LAWS = {
-    Ungrouped: "groups_are_the_layers_that_share_their_input",
+    AllBlocks: "a_block_is_not_a_stack_of_blocks",
+    Maskless: "every_layer_reads_the_real_rows_and_no_others",
+    Halfway: "every_layer_reads_the_real_rows_and_no_others",
+    Backwards: "every_layer_reads_the_real_rows_and_no_others",
+    LooselyTied: "tied_weights_are_one_parameter",
+    TiedLater: "tied_weights_are_one_parameter",
+    OneForm: "every_installed_format_is_loaded_and_computes",
+    Ctrl: "interrupted_training_goes_on_to_the_same_adapter",
+    Restless: "interrupted_training_goes_on_to_the_same_adapter",
+    Lenient: "a_checkpoint_that_is_not_whole_is_refused",
+    Sidelong: "a_changed_data_file_is_other_data",
     Mixed: "blocks_and_layers",
     Heavy: "skeleton_has_no_weights_and_real_buffers",
     Forgetful: "skeleton_has_no_weights_and_real_buffers",
@@ -89,14 +226,109 @@ LAWS = {
 }
 
 
+def check(law, subject, folder):
+    """Call a law of the contract with what it asks for."""
+    function = getattr(FamilyContract(), f"test_{law}")
+    more = {"tmp_path": folder} if "tmp_path" in inspect.signature(function).parameters else {}
+    folder.mkdir()
+    function(subject, **more)
+
+
+def as_family(subject, family, monkeypatch):
+    """The subject with its artefacts and another family, which stages open as well."""
+    other = copy.copy(subject)
+    other.family = family
+    for made in ("batches", "checkpoint"):
+        vars(other).pop(made, None)
+    monkeypatch.setattr(FamilyEntry, "load", lambda entry: family)
+    return other
+
+
 @pytest.mark.parametrize("broken", LAWS, ids=lambda family: family.__name__)
-def test_a_law_that_is_broken_is_noticed(broken, toy):
-    law = getattr(FamilyContract(), f"test_{LAWS[broken]}")
-    law(toy)
-    other = copy.copy(toy)  # with the same artefacts
-    other.family = broken()
-    with pytest.raises(AssertionError):
-        law(other)
+def test_a_law_that_is_broken_is_noticed(broken, toy, tmp_path, monkeypatch):
+    if broken is Sidelong:
+        beside = Path(toy.example["model_name_or_path"]).parent / "more"
+        beside.write_bytes(bytes(range(9)))
+    try:
+        check(LAWS[broken], toy, tmp_path / "right")
+        other = as_family(toy, broken(), monkeypatch)
+        with pytest.raises((AssertionError, pytest.fail.Exception)):
+            check(LAWS[broken], other, tmp_path / "wrong")
+    finally:
+        if broken is Sidelong:
+            beside.unlink()
+
+
+class SingleBlock(ToyFamily):
+    """A model of one block, whose list is left out of its names."""
+
+    def skeleton(self, checkpoint, dtype):
+        model = super().skeleton(checkpoint, dtype)
+        model.blocks = model.blocks[:1]
+        return model
+
+    def load(self, checkpoint, dtype, device):
+        model = super().load(checkpoint, dtype, device)
+        model.blocks = model.blocks[:1]
+        return model
+
+
+class Ungrouped(ToyFamily):
+    """Shares no factors."""
+
+    def layer_groups(self, model):
+        return [[name] for group in super().layer_groups(model) for name in group]
+
+
+ALLOWED = {
+    SingleBlock: (
+        "blocks_and_layers", "a_block_is_not_a_stack_of_blocks", "layers_of_a_group_read_one_tensor",
+        "streamed_forward_is_the_plain_forward", "every_layer_reads_the_real_rows_and_no_others",
+    ),
+    Ungrouped: ("layers_of_a_group_read_one_tensor", "blocks_and_layers"),
+    Padded: (
+        "every_layer_reads_the_real_rows_and_no_others", "real_tokens_are_told_from_padding",
+        "calibration_is_by_seed",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("allowed", ALLOWED, ids=lambda family: family.__name__)
+def test_what_is_unusual_and_right_passes(allowed, toy, tmp_path, monkeypatch):
+    other = as_family(toy, allowed(), monkeypatch)
+    for law in ALLOWED[allowed]:
+        check(law, other, tmp_path / law)
+
+
+def test_shared_inputs_that_are_no_group_are_warned_of(toy, monkeypatch):
+    other = as_family(toy, Ungrouped(), monkeypatch)
+    assert apart_though_shared(toy) == []
+    assert apart_though_shared(other) == [[f"blocks.{n}.gate", f"blocks.{n}.up"] for n in range(3)]
+    with pytest.warns(UserWarning, match=r"no group: \[\['blocks.0.gate', 'blocks.0.up'\]"):
+        FamilyContract().test_layers_of_a_module_that_read_one_tensor_are_a_group(other)
+
+
+def test_exact_layers_and_dense_ones_with_a_lora_pass(toy, tmp_path):
+    """An emulator that holds some layers as they are: of no more than the rank that is kept, or dense."""
+    model = Path(shutil.copytree(toy.example["model_name_or_path"], tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    for n in range(3):
+        down = tensors[f"blocks.{n}.down.weight"]
+        down.copy_(down[:, :1] @ down[:1])
+    save_file(tensors, model / "model.safetensors")
+    example = {**toy.example, "model_name_or_path": str(model)}
+    options = {"format": "low_rank", "keep_ratio": 0.5, "exclude": [r"blocks\.1\.gate"]}
+    other = Subject("toy", tmp_path / "stages", example, {"compress": options})
+    errors = {
+        name: entry["relative_error"]
+        for entry in Manifest.read(other.emulator).layers.values()
+        for name in entry["layers"]
+    }
+    assert "blocks.1.gate" not in errors
+    assert errors["blocks.0.down"] < 1e-4 < errors["blocks.0.conv"]
+    for law in ("stages_leave_what_they_promise", "correction_removes_the_residual",
+                "merged_weights_are_the_sum", "an_emulator_is_loaded_with_its_layers"):  # fmt: skip
+        check(law, other, tmp_path / law)
 
 
 def test_without_pytest_the_rest_of_testing_is_there_and_the_contract_says_what_to_install(

@@ -148,7 +148,7 @@ def test_names_of_commands_are_those_of_the_command_line():
     build_app(Plugins(pluggy.PluginManager("emloc")))
     names = {command.name for command in app.registered_commands}
     assert names - set(core_stages()) >= set(COMMANDS)
-    assert COMMANDS == ("run", "families", "methods")
+    assert COMMANDS == ("run", "families", "methods", "new-family")
 
 
 class Learnt(DataOptions):

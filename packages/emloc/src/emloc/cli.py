@@ -120,10 +120,11 @@ def _interruptible() -> Iterator[None]:
 
 
 def build_app(plugins: Plugins) -> None:
-    """Add the stages, `run`, `families`, `methods` and the plugins' own commands."""
+    """Add the stages, `run`, `new-family`, `families`, `methods` and the plugins' own commands."""
     for name, stage in all_stages(plugins).items():
         app.command(name, epilog=_ON_ERRORS)(_command(stage))
     app.command("run", epilog=_ON_ERRORS)(_run)
+    app.command("new-family", epilog=_ON_ERRORS)(_new_family)
 
     @app.command("families")
     def families() -> None:  # pyright: ignore[reportUnusedFunction]
@@ -257,3 +258,20 @@ def _run(
         outcome = emloc.run(config, *(overrides or []), *given)
     shown = {k: str(v) if isinstance(v, Path) else v for k, v in outcome.items()}
     print(json.dumps(shown, indent=2, ensure_ascii=False))
+
+
+def _new_family(
+    name: Annotated[str, typer.Argument(help="what the family is called, such as encoder")],
+    output_dir: Annotated[
+        Path | None, typer.Option("--output_dir", help="a new folder; by default emloc-NAME")
+    ] = None,
+) -> None:
+    """Write a package with a model family of your own to begin with, and its tests."""
+    from emloc.new_family.writer import write_new_family
+
+    with _interruptible():
+        folder = write_new_family(name, output_dir)
+    print(folder)
+    print(
+        f"Next: pip install -e '{folder}[test]' && pytest {folder}; its README.md says what to change."
+    )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-COMMANDS = ("run", "families", "methods")
+COMMANDS = ("run", "families", "methods", "new-family")
 """Commands of core's that are no stages, and whose names no stage may have."""
 
 

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.read_errors import reading
+from emloc.artefacts.whole_weights import require_whole
 from emloc.errors import CheckpointError
 from emloc.integrations.transformers.skeleton import empty_model
 
@@ -56,15 +57,21 @@ def load_model(checkpoint: Checkpoint, auto_class: Any, dtype: str, device: str)
         dtype: as torch calls it; `auto`: as stored.
 
     Raises:
-        CheckpointError: transformers cannot load it.
+        CheckpointError: transformers cannot load it, or a parameter is in none of its files.
     """
     if checkpoint.translated:
         return _filled(checkpoint, auto_class, dtype, device)
     path = checkpoint.path
     with reading(path, "cannot be loaded", "see that it is whole"):
-        return auto_class.from_pretrained(
-            path, dtype=dtype, device_map={"": device}, trust_remote_code=False
+        model, report = auto_class.from_pretrained(
+            path,
+            dtype=dtype,
+            device_map={"": device},
+            trust_remote_code=False,
+            output_loading_info=True,
         )
+    require_whole(path, report["missing_keys"])
+    return model
 
 
 def _filled(checkpoint: Checkpoint, auto_class: Any, dtype: str, device: str) -> Any:
@@ -77,4 +84,5 @@ def _filled(checkpoint: Checkpoint, auto_class: Any, dtype: str, device: str) ->
         value = nn.Parameter(checkpoint.read(name).to(device, wanted), requires_grad=False)
         setattr(model.get_submodule(owner), leaf, value)
     model.tie_weights()
+    require_whole(checkpoint.path, [n for n, p in model.named_parameters() if p.is_meta])
     return model.to(device)

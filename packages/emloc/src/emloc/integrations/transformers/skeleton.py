@@ -20,9 +20,13 @@ from transformers.pytorch_utils import Conv1D
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.read_errors import reading
 from emloc.integrations.empty_weights import empty_weights
+from emloc.layers.emulated_layer import EmulatedLayer
 
 LIKE_LINEAR = frozenset({"FalconLinear"})
 """Subclasses of nn.Linear with a forward of their own that computes the same."""
+
+OF_BITSANDBYTES = frozenset({"Linear4bit", "Linear8bitLt"})
+"""Linear layers as bitsandbytes holds them."""
 
 
 def empty_model(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype) -> nn.Module:
@@ -81,7 +85,8 @@ def model_config(checkpoint: Checkpoint) -> Any:
 def repeated_blocks(model: nn.Module) -> list[str]:
     """Names of the modules in every `ModuleList` that is not inside another one and holds linears.
 
-    These are the units that stream. A list inside a block (experts) is part of the block.
+    These are the units that stream. A list inside a block (experts) is part of the block. An emulator has
+    those of its base.
     """
     blocks: list[str] = []
     for name, module in model.named_modules():
@@ -108,7 +113,11 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def _has_linear(module: nn.Module) -> bool:
-    return any(is_linear(sub) for sub in module.modules())
+    """Return whether there are linear layers inside, in an emulator and in few bits as well."""
+    return any(
+        is_linear(sub) or isinstance(sub, EmulatedLayer) or type(sub).__name__ in OF_BITSANDBYTES
+        for sub in module.modules()
+    )
 
 
 def linears_within(model: nn.Module, blocks: Sequence[str]) -> list[str]:

@@ -1,9 +1,12 @@
 """The contract of every family, as a class of tests that a plugin's own tests inherit; it needs pytest.
 
-    from emloc.testing.contract import FamilyContract
+    from emloc.testing import FamilyContract
 
     class TestMyFamily(FamilyContract):
         family = "mine"
+
+        def example(self, folder, seed):  # where the family itself writes none
+            ...
 
 The family is looked up among the installed plugins. What it writes as its example is compressed, trained,
 corrected, merged and scored, and each of the protocol's promises is compared with plain computations. Where
@@ -18,16 +21,20 @@ except ModuleNotFoundError as problem:
     ) from problem
 
 # Before they are imported, so that a failing law shows its values as any test does.
-pytest.register_assert_rewrite(f"{__name__}.family_laws", f"{__name__}.stage_laws")
+for _laws in ("family", "token", "weight", "stage", "life"):
+    pytest.register_assert_rewrite(f"{__name__}.{_laws}_laws")
 
 from emloc.testing.contract.family_laws import FamilyLaws  # noqa: E402
+from emloc.testing.contract.life_laws import LifeLaws  # noqa: E402
 from emloc.testing.contract.stage_laws import StageLaws  # noqa: E402
 from emloc.testing.contract.subject import Subject  # noqa: E402
+from emloc.testing.contract.token_laws import TokenLaws  # noqa: E402
+from emloc.testing.contract.weight_laws import WeightLaws  # noqa: E402
 
 __all__ = ["FamilyContract", "Subject"]
 
 
-class FamilyContract(FamilyLaws, StageLaws):
+class FamilyContract(FamilyLaws, TokenLaws, WeightLaws, StageLaws, LifeLaws):
     """Tests of a family; inherit it in a class that pytest collects, and set `family`.
 
     All are of one `Subject`, which the fixture `subject` makes; a class that overrides the fixture may run

@@ -1,6 +1,7 @@
 """Laws of the family itself: its skeleton, blocks and groups, its data, its loss, and its whole models."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,13 @@ class FamilyLaws(SubjectFixture):
         """Blocks lie apart, and every layer in one of them; layers of a group have inputs of one size."""
         model = subject.family.skeleton(subject.checkpoint, torch.float32)
         blocks = list(subject.family.blocks(model))
-        assert len(blocks) == len(set(blocks)) >= 2
+        assert len(blocks) == len(set(blocks)) > 0
         assert not any(a != b and a.startswith(f"{b}.") for a in blocks for b in blocks)
+        for block in blocks:
+            kind = type(model.get_submodule(block))
+            assert not issubclass(kind, (nn.ModuleList, nn.ModuleDict)), (
+                f"{block} is a list of modules, which no forward calls"
+            )
         groups = subject.family.layer_groups(model)
         layers = [name for group in groups for name in group]
         assert len(layers) == len(set(layers)) > 0
@@ -75,6 +81,42 @@ class FamilyLaws(SubjectFixture):
             owners = [b for b in blocks if f"{group[0]}.".startswith(f"{b}.")]
             assert owners
             assert all(f"{name}.".startswith(f"{owners[0]}.") for name in group)
+
+    def test_a_block_is_not_a_stack_of_blocks(self, subject: Subject) -> None:
+        """Memory is that of one block, so that none may hold alike modules that run one after another."""
+        stream = UnitStream(subject.family, subject.checkpoint)
+        left: dict[int, str] = {}
+        follows: dict[str, str] = {}
+        kept: list[Any] = []  # so that no address is used twice
+
+        def entering(name: str) -> Callable[..., None]:
+            def enter(_: nn.Module, inputs: Any) -> None:
+                if inputs and id(inputs[0]) in left:
+                    follows[name] = left[id(inputs[0])]
+
+            return enter
+
+        def leaving(name: str) -> Callable[..., None]:
+            def leave(_: nn.Module, __: Any, output: Any) -> None:
+                first = output[0] if isinstance(output, tuple) else output
+                kept.append(first)
+                left[id(first)] = name
+
+            return leave
+
+        alike = {
+            name: children
+            for block in stream.blocks
+            for name, children in _alike_children(stream.model.get_submodule(block), block)
+        }
+        for name in (name for children in alike.values() for name in children):
+            module = stream.model.get_submodule(name)
+            module.register_forward_pre_hook(entering(name))
+            module.register_forward_hook(leaving(name))
+        _streamed(subject, stream, subject.batches[:1])
+        for parent, children in alike.items():
+            stacked = [name for name in children if follows.get(name) in children]
+            assert len(stacked) < 2, f"{parent} holds the blocks {', '.join(children)}"
 
     def test_abilities_that_it_lacks_have_cores_defaults(
         self, subject: Subject, tmp_path: Path
@@ -96,25 +138,17 @@ class FamilyLaws(SubjectFixture):
             with pytest.raises(PluginError, match="has no demo"):
                 run_demo(family, build(DemoConfig, {"output_dir": tmp_path}, "demo"))
 
-    def test_groups_are_the_layers_that_share_their_input(self, subject: Subject) -> None:
-        """Within a block, those that read one tensor in every forward, and no others."""
-        stream = UnitStream(subject.family, subject.checkpoint)
-        read: dict[str, list[Tensor]] = {}
-
-        def reading(name: str) -> Callable[[nn.Module, Any], None]:
-            return lambda module, inputs: read.setdefault(name, []).append(inputs[0])
-
-        groups = subject.family.layer_groups(stream.model)
-        for name in (name for group in groups for name in group):
-            stream.model.get_submodule(name).register_forward_pre_hook(reading(name))
-        _streamed(subject, stream, subject.batches[:1])
-        # Tensors that are kept have addresses of their own.
-        inputs = {name: tuple(x.data_ptr() for x in tensors) for name, tensors in read.items()}
-        for group in groups:
+    def test_layers_of_a_group_read_one_tensor(self, subject: Subject) -> None:
+        """Layers of a group do in every forward, since they are fitted to the same moments."""
+        inputs = _inputs_read(subject)
+        for group in subject.family.layer_groups(subject.skeleton):
             assert len({inputs.get(name) for name in group}) == 1, group
-        for block in stream.blocks:
-            inside = [g for g in groups if f"{g[0]}.".startswith(f"{block}.") and g[0] in inputs]
-            assert len({inputs[group[0]] for group in inside}) == len(inside), block
+
+    def test_layers_of_a_module_that_read_one_tensor_are_a_group(self, subject: Subject) -> None:
+        """Warns of those that are not: sharing a factor is an economy, and no promise."""
+        apart = apart_though_shared(subject)
+        if apart:
+            warnings.warn(f"These layers read the same and are no group: {apart}", stacklevel=2)
 
     def test_streamed_forward_is_the_plain_forward(self, subject: Subject) -> None:
         """Bit for bit, with all weights loaded at once instead of one unit at a time."""
@@ -136,10 +170,11 @@ class FamilyLaws(SubjectFixture):
         """The same seed draws the same samples, another one others, and as many as asked for."""
         again = subject.calibration()
         assert all(torch.equal(a[k], b[k]) for a, b in zip(subject.batches, again) for k in a)
-        some = [subject.calibration(num_calibration_samples=4, seed=seed) for seed in (0, 1)]
+        few = {"num_calibration_samples": 4}
+        some = [subject.calibration(**few, seed=seed) for seed in (0, 1)]
         first = [next(iter(part[0].values())) for part in some]
-        assert first[0].shape[0] == 4
         assert first[0].shape != first[1].shape or not torch.equal(*first)
+        assert len(subject.calibration(**few, calibration_batch_size=1)) == 4
 
     def test_real_tokens_are_told_from_padding(self, subject: Subject) -> None:
         """Masks tell them apart where there are any; else all are real."""
@@ -189,7 +224,47 @@ class FamilyLaws(SubjectFixture):
             batch = subject.batches[0]
             ours, theirs = (loss_sum(family, model, batch) for model in (emulator, base))
         assert torch.isfinite(torch.tensor(ours.total))
-        assert ours.total != theirs.total
+        if any(entry["relative_error"] > 0 for entry in entries):
+            assert ours.total != theirs.total
+
+
+def apart_though_shared(subject: Subject) -> list[list[str]]:
+    """Layers of one module that read one tensor in every forward, and lie in several groups."""
+    inputs = _inputs_read(subject)
+    readers: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for group in subject.family.layer_groups(subject.skeleton):
+        if group[0] in inputs:
+            readers.setdefault((group[0].rpartition(".")[0], inputs[group[0]]), []).append(group[0])
+    return [names for names in readers.values() if len(names) > 1]
+
+
+def _inputs_read(subject: Subject) -> dict[str, tuple[int, ...]]:
+    """Addresses of the tensors that each layer of a group read in one forward."""
+    stream = UnitStream(subject.family, subject.checkpoint)
+    read: dict[str, list[Tensor]] = {}
+
+    def reading(name: str) -> Callable[[nn.Module, Any], None]:
+        return lambda module, inputs: read.setdefault(name, []).append(inputs[0])
+
+    for name in (n for group in subject.family.layer_groups(stream.model) for n in group):
+        stream.model.get_submodule(name).register_forward_pre_hook(reading(name))
+    _streamed(subject, stream, subject.batches[:1])
+    # Tensors that are kept have addresses of their own.
+    return {name: tuple(x.data_ptr() for x in tensors) for name, tensors in read.items()}
+
+
+def _alike_children(module: nn.Module, name: str) -> Iterator[tuple[str, list[str]]]:
+    """Three or more children of one module that hold layers and have the same parameters, by its name."""
+    for path, parent in module.named_modules():
+        kinds: dict[Any, list[str]] = {}
+        for child, part in parent.named_children():
+            if next(part.children(), None) is not None:
+                shapes = tuple((n, p.shape) for n, p in part.named_parameters())
+                whole = ".".join(filter(None, (name, path, child)))
+                kinds.setdefault((type(part), shapes), []).append(whole)
+        for (_, shapes), names in kinds.items():
+            if len(names) >= 3 and shapes:
+                yield ".".join(filter(None, (name, path))), names
 
 
 def _streamed(subject: Subject, stream: UnitStream, batches: Sequence[Batch]) -> list[LossSum]:

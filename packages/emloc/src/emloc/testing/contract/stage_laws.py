@@ -25,6 +25,10 @@ KINDS = {
 }
 
 
+EXACT = 1e-4
+"""The Frobenius norm below which a mismatch is rounding, of a layer that its form holds exactly."""
+
+
 class StageLaws(SubjectFixture):
     """Promises of the stages, held to for a family."""
 
@@ -40,7 +44,7 @@ class StageLaws(SubjectFixture):
                 assert emloc.verify(path=folder)["kind"] == KINDS[name]
         emulator = Manifest.read(subject.stages["emulator"])
         assert emulator.summary["emulator_bytes"] < emulator.summary["base_bytes"]
-        assert all(0 < entry["relative_error"] < 1 for entry in emulator.layers.values())
+        assert all(0 <= entry["relative_error"] < 1 for entry in emulator.layers.values())
         assert Manifest.read(subject.stages["adapter"]).summary["train_weight_bytes"] > 0
 
     def test_adapters_are_written_in_the_familys_formats(self, subject: Subject) -> None:
@@ -75,17 +79,16 @@ class StageLaws(SubjectFixture):
         To the byte in low rank; where forms are chosen by data, a guess stands for them.
         """
         model = subject.example["model_name_or_path"]
-        real = Checkpoint.open(model)
         ignore = shutil.ignore_patterns("*.safetensors")
         bare = shutil.copytree(model, tmp_path / "bare", ignore=ignore)
         unread = {**subject.example, "model_name_or_path": str(bare)}
         options = {"lora_r": 3, **subject.options("plan")}
         low_rank = {"format": LOW_RANK_FORMAT, "keep_ratio": 0.5}
         plan = emloc.plan(**unread, **low_rank, **options)
-        sizes = [torch.Size(info.shape).numel() for info in real.tensors.values()]
-        assert plan["parameters"] == sum(sizes)
+        whole = subject.family.load(subject.checkpoint, "float32", "cpu")
+        assert plan["parameters"] == sum(parameter.numel() for parameter in whole.parameters())
         compress = plan["stages"]["compress"]["disk_bytes"]["lines"]
-        emulator = emloc.compress(output_dir=tmp_path / "low_rank", **low_rank, **subject.example)
+        emulator = subject.compress(tmp_path / "low_rank", **low_rank)
         written = _bytes(emulator)
         assert compress["emulator"] == written
         lines = plan["stages"]["train"]["device_bytes"]["lines"]
@@ -102,14 +105,22 @@ class StageLaws(SubjectFixture):
         assert guessed["device_bytes"]["lines"]["weights"] == pytest.approx(held, rel=0.05)
 
     def test_correction_removes_the_residual(self, subject: Subject) -> None:
-        """Without a limit; A stays as it was trained, and B does not."""
-        for name, entry in Manifest.read(subject.stages["corrected"]).layers.items():
-            assert entry["residual_before"] > 0, name
-            assert entry["residual_after"] < 1e-3 * entry["residual_before"], name
+        """Without a limit, of every layer that the emulator changed; A stays as it was trained.
+
+        B moves where there is something to correct, and stays of layers that the emulator holds as they are.
+        """
+        reports = Manifest.read(subject.stages["corrected"]).layers
+        for name, entry in reports.items():
+            left = entry["residual_after"]
+            assert left <= max(1e-3 * entry["residual_before"], EXACT), name
         before, after = (Adapter.open(str(subject.stages[k])) for k in ("adapter", "corrected"))
         for layer in before.layers:
             assert torch.equal(before.read(layer.down_key), after.read(layer.down_key))
-            assert not torch.equal(before.read(layer.up_key), after.read(layer.up_key))
+            same = torch.equal(before.read(layer.up_key), after.read(layer.up_key))
+            if layer.name not in reports:
+                assert same, layer.name
+            elif reports[layer.name]["residual_before"] > EXACT:
+                assert not same, layer.name
 
     def test_merged_weights_are_the_sum(self, subject: Subject) -> None:
         """`W + s·B·A` in float64 of every adapted layer; every other tensor is the base's."""
@@ -134,15 +145,10 @@ class StageLaws(SubjectFixture):
 
     def test_merged_scores_as_the_adapter_does(self, subject: Subject) -> None:
         """The loss on the data, by stock PEFT or as the family scores itself."""
-        base = subject.example["model_name_or_path"]
-        options = {**subject.data, **subject.options("evaluate")}
-        corrected = str(subject.stages["corrected"])
-        plain = emloc.evaluate(model_name_or_path=base, **options)["loss"]
-        adapted = emloc.evaluate(model_name_or_path=base, adapter=corrected, **options)["loss"]
-        merged = str(subject.stages["merged"])
-        assert emloc.evaluate(model_name_or_path=merged, **options)["loss"] == pytest.approx(
-            adapted, rel=1e-4
-        )
+        plain = subject.evaluate()["loss"]
+        adapted = subject.evaluate(adapter=str(subject.corrected))["loss"]
+        merged = subject.evaluate(model_name_or_path=str(subject.merged))["loss"]
+        assert merged == pytest.approx(adapted, rel=1e-4)
         assert abs(plain - adapted) > 1e-4
 
     def test_manifests_are_json_without_surprises(self, subject: Subject) -> None:

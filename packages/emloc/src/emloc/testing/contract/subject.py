@@ -5,6 +5,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 import emloc
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import CompressConfig, EvaluateConfig, build
@@ -14,6 +17,9 @@ from emloc.extend.plugin_options import of_family, with_family_options, with_plu
 from emloc.extend.plugins import family_named
 from emloc.options.compress import AUTO, SIZING, default_size
 from emloc.options.marks import loss_alone
+
+HELD = {"memory": "1GiB"}
+ON_CPU = {"device": "cpu"}
 
 StageOptions = Mapping[str, Mapping[str, Any]]
 """Further options by the name of a stage."""
@@ -54,6 +60,11 @@ class Subject:
         """The example's model, in the family's layout."""
         return native_of(self.family, Checkpoint.open(self.example["model_name_or_path"]))
 
+    @property
+    def skeleton(self) -> nn.Module:
+        """The example's model without its weights."""
+        return self.family.skeleton(self.checkpoint, torch.float32)
+
     def calibration(self, **options: Any) -> Sequence[Batch]:
         """Micro-batches of the example's data."""
         kind: type[CompressConfig] = with_plugin_options(CompressConfig)
@@ -75,27 +86,61 @@ class Subject:
         sized = not given.keys().isdisjoint(SIZING)
         return given if sized else {**default_size(given.get("format", AUTO)), **given}
 
+    def compress(self, output_dir: Path, **options: Any) -> Path:
+        """An emulator of the example's model, made on the CPU within a GiB."""
+        return emloc.compress(
+            output_dir=output_dir, **{**self.example, **HELD, **ON_CPU, **options}
+        )
+
+    def train(self, output_dir: Path, **options: Any) -> Path:
+        """An adapter that was trained for two steps, on the emulator unless `options` say otherwise."""
+        steps = {
+            "max_steps": 2, "logging_steps": 1, "save_steps": 1, "learning_rate": 1e-2, "lora_r": 3,
+        }  # fmt: skip
+        light = {} if "model_name_or_path" in options else {"emulator": str(self.emulator)}
+        given = {**self.data, **HELD, **ON_CPU, **light, **steps, **self.options("train")}
+        return emloc.train(output_dir=output_dir, **{**given, **options})
+
+    def correct(self, output_dir: Path, **options: Any) -> Path:
+        """The stages' adapter, corrected without a limit unless `options` say otherwise."""
+        given = {"adapter": str(self.adapter), "emulator": str(self.emulator), "limit": "none"}
+        given |= {**self.data, **HELD, **ON_CPU, **self.options("correct")}
+        return emloc.correct(output_dir=output_dir, **{**given, **options})
+
+    def evaluate(self, **options: Any) -> dict[str, Any]:
+        """Scores on the example's data, of its model unless `options` name another one."""
+        model = {"model_name_or_path": self.example["model_name_or_path"]}
+        return emloc.evaluate(
+            **{**model, **self.data, **ON_CPU, **self.options("evaluate"), **options}
+        )
+
     @cached_property
+    def emulator(self) -> Path:
+        """The folder of the emulator."""
+        return self.compress(self.folder / "emulator", **self.compressed_to)
+
+    @cached_property
+    def adapter(self) -> Path:
+        """The folder of the adapter that was trained on it."""
+        return self.train(self.folder / "adapter")
+
+    @cached_property
+    def corrected(self) -> Path:
+        """The folder of the corrected adapter."""
+        return self.correct(self.folder / "corrected")
+
+    @cached_property
+    def merged(self) -> Path:
+        """The folder of the merged model."""
+        adapter = str(self.corrected)
+        return emloc.merge(adapter=adapter, output_dir=self.folder / "merged", **HELD)
+
+    @property
     def stages(self) -> Mapping[str, Path]:
         """The folders of all stages, run through the public functions and held to a GiB.
 
         Their names: `emulator`, `adapter`, `corrected`, `merged`.
         """
-        memory, root = {"memory": "1GiB"}, self.folder
-        emulator = emloc.compress(
-            **{"output_dir": root / "emulator", **self.example, **memory}, **self.compressed_to
-        )
-        train = {
-            "max_steps": 2, "logging_steps": 1, "save_steps": 1, "learning_rate": 1e-2, "lora_r": 3,
-        }  # fmt: skip
-        adapter = emloc.train(
-            **{"emulator": str(emulator), "output_dir": root / "adapter", **self.data, **memory},
-            **{**train, **self.options("train")},
-        )
-        corrected = emloc.correct(
-            **{"adapter": str(adapter), "emulator": str(emulator), "limit": "none"},
-            **{"output_dir": root / "corrected", **self.data, **memory},
-            **self.options("correct"),
-        )
-        merged = emloc.merge(adapter=str(corrected), output_dir=root / "merged", **memory)
-        return {"emulator": emulator, "adapter": adapter, "corrected": corrected, "merged": merged}
+        return {
+            name: getattr(self, name) for name in ("emulator", "adapter", "corrected", "merged")
+        }

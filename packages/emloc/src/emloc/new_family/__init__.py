@@ -1,0 +1,1 @@
+"""A plugin package to begin with: what `emloc new-family NAME` writes, and the writing."""
