@@ -79,8 +79,10 @@ def main():
     options.add_argument("--inputs", type=int, default=2000, help="of all parsers together")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--only", default="", help="parsers whose names begin so")
+    options.add_argument("--faults", type=Path, help="folder that takes each fault's input as a file")
     options.add_argument("--engine", choices=ENGINES, default="hypothesis")
     given = options.parse_args()
+    kept = given.faults and given.faults.absolute()
     engine = ENGINES[given.engine]
     logging.disable(logging.CRITICAL)
     quiet_libraries()
@@ -99,7 +101,10 @@ def main():
             print(f"{parser.name}: {shown} ({time.monotonic() - started:.1f} s)", flush=True)
             for where, content in tally.faults.items():
                 print(f"    {where}: {tally.said[where]}\n        {content[:160]!r}", flush=True)
-            failed += len(tally.faults)
+                if kept:
+                    kept.mkdir(parents=True, exist_ok=True)
+                    (kept / f"{failed:03}-{parser.name.replace(' ', '-')}").write_bytes(content)
+                failed += 1
             total.outcomes.update(tally.outcomes)
     print("all:", ", ".join(f"{number} {kind}" for kind, number in total.outcomes.most_common()))
     sys.exit(bool(failed))
