@@ -84,6 +84,15 @@ def test_calls_of_tools_in_every_form(as_text):
         assert text({"messages": dump(chat), "tools": dump(TOOLS)}) == expected
 
 
+def test_a_call_is_compared_as_the_template_writes_it():
+    """What a model generates is decoded text, and no row's JSON."""
+    for turn in (CALLS, {**CALLS, "content": "Let me see."}):
+        sample = encode({"messages": [USER, turn], "tools": TOOLS}, TOOLED, OPTIONS)
+        learnt = [label for label in sample.labels if label != -100]
+        assert sample.reference == TOOLED.decode(learnt, skip_special_tokens=True).strip()
+        assert f"<tool_call>{json.dumps(CALL)}</tool_call>" in sample.reference
+
+
 def test_arguments_as_json_text_are_an_object():
     expected = text({"messages": [USER, CALLS]})
     written = {**CALL, "arguments": json.dumps(CALL["arguments"])}

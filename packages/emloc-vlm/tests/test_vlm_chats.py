@@ -18,7 +18,7 @@ from emloc.config import TrainConfig
 from emloc.errors import CheckpointError, DataError
 from emloc.extend.plugin_options import with_plugin_options
 from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
-from emloc_vlm.encode import collate
+from emloc_vlm.encode import collate, references_of
 from emloc_vlm.example import example_processor, write_model
 from emloc_vlm.rows import load_examples
 
@@ -187,6 +187,7 @@ def test_tools_reach_the_template(folder):
     processor.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + shown
     batch = collate([example], processor, options())
     assert learnt(batch, processor) == f"{json.dumps(call)}<|im_end|>\n"
+    assert references_of(example, processor, options()) == [json.dumps(call)]
     share = [
         {"from": "human", "value": "<image>look"},
         {

@@ -5,7 +5,6 @@ the end-of-sequence token, as TRL does. Either is tokenised as a whole. Labels a
 loss: on prompts, unless asked otherwise.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,10 +17,10 @@ from emloc.integrations.transformers.chat import render
 from emloc.integrations.transformers.data.columns import form_of
 from emloc.integrations.transformers.data.rows import RowStream, where_of
 from emloc.integrations.transformers.data.texts import answer_of, text_of
-from emloc.integrations.transformers.data.turns import Turn, alpaca_question, chat_of
+from emloc.integrations.transformers.data.turns import alpaca_question, chat_of
 from emloc.integrations.transformers.loss import IGNORED
 from emloc.integrations.transformers.tables import dataset_names, mix, shares
-from emloc.integrations.transformers.tokens import token_ids, tokens_of
+from emloc.integrations.transformers.tokens import as_generated, token_ids, tokens_of
 from emloc.machine.progress import console
 from emloc_llm.rows import load_rows
 
@@ -62,11 +61,14 @@ def encode(row: Mapping[str, Any], tokenizer: Any, options: Any) -> Sample:
         return _plain(row, form, tokenizer, options, where)
     rendered = render(chat, tokenizer, options.assistant_only_loss, where)
     tokens = tokens_of(tokenizer, rendered.text, False, where)
+    last, said = chat.turns[-1], rendered.text[rendered.last :]
+    # A call is compared as the template writes it, which is how the model says it.
+    called = "tool_calls" in last
     return _sample(
         tokens.ids,
         tokens.labels(rendered.answers, IGNORED),
         tokens.upto(rendered.last),
-        _said(chat.turns[-1]),
+        as_generated(tokenizer, said, where) if called else str(last.get("content") or ""),
         token_ids(tokenizer, rendered.prompt, False, where),
         options,
     )
@@ -84,13 +86,6 @@ def _sample(
     limit = options.max_length
     labels = ids if everywhere else labels
     return Sample(ids[:limit], labels[:limit], prompt_length, reference, len(ids) > limit, prompt)
-
-
-def _said(turn: Turn) -> str:
-    """The words of a turn, or the tools that it calls, as JSON."""
-    if turn.get("content"):
-        return str(turn["content"])
-    return json.dumps(turn["tool_calls"], ensure_ascii=False) if "tool_calls" in turn else ""
 
 
 def _plain(

@@ -17,7 +17,7 @@ from emloc.integrations.transformers.capacity import Capacity
 from emloc.integrations.transformers.chat import Rendered, render
 from emloc.integrations.transformers.generation import closing_tokens
 from emloc.integrations.transformers.loss import IGNORED
-from emloc.integrations.transformers.tokens import Tokens, token_ids, tokens_of
+from emloc.integrations.transformers.tokens import Tokens, as_generated, token_ids, tokens_of
 from emloc.machine.progress import warn
 from emloc_vlm.examples import Example
 
@@ -87,6 +87,14 @@ def collate(
 
 def _rendered(example: Example, processor: Any, options: Any) -> Rendered:
     return render(example.chat, processor, options.assistant_only_loss, example.where)
+
+
+def references_of(example: Example, processor: Any, options: Any) -> list[str]:
+    """Accepted answers of the last turn; a call of tools as the template writes it, as a model says it."""
+    if example.references:
+        return list(example.references)
+    rendered = _rendered(example, processor, options)
+    return [as_generated(processor.tokenizer, rendered.text[rendered.last :], example.where)]
 
 
 def end_tokens(examples: Sequence[Example], processor: Any, options: Any) -> set[int]:

@@ -1,5 +1,6 @@
 """Loss on answers, and scores of greedy answers to questions about images."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from emloc.integrations.transformers.capacity import capacity_of
 from emloc.integrations.transformers.generation import greedy_answers, say_missing_ends
 from emloc.machine.memory import PeakMemory
 from emloc.machine.progress import progress_bar
-from emloc_vlm.encode import collate, end_tokens
+from emloc_vlm.encode import collate, end_tokens, references_of
 from emloc_vlm.examples import Example
 from emloc_vlm.processor import load_processor
 from emloc_vlm.rows import load_examples, readable
@@ -104,12 +105,13 @@ def _answers(
             batch.pop("labels")
             texts = greedy_answers(model, tokenizer, batch, config.max_new_tokens, closing)
             for example, prediction in zip(part, texts):
-                answers.append(_answered(example, prediction.strip()))
+                references = references_of(example, processor, config)
+                answers.append(_answered(example, references, prediction.strip()))
             advance(len(part))
     return answers
 
 
-def _answered(example: Example, prediction: str) -> dict[str, Any]:
+def _answered(example: Example, references: Sequence[str], prediction: str) -> dict[str, Any]:
     question = [
         part["text"]
         for turn in example.messages
@@ -117,11 +119,10 @@ def _answered(example: Example, prediction: str) -> dict[str, Any]:
         for part in turn["content"]
         if part["type"] == "text"
     ]
-    references = list(example.references)
     return {
         "where": example.where,
         "question": question[-1] if question else "",
-        "reference": references[0] if len(references) == 1 else references,
+        "reference": references[0] if len(references) == 1 else list(references),
         "prediction": prediction,
         "options": dict(example.options),
         "kind": example.kind,

@@ -1,6 +1,5 @@
 """One row of a visual data set, whatever its form, as a chat with images."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +34,8 @@ class Example:
     Attributes:
         chat: turns whose content is a list of `{"type": "image"}` and `{"type": "text", "text"}`.
         images: in the order of their entries.
-        references: accepted answers of the last turn; the turn itself holds the first.
+        references: accepted answers of the last turn, which holds the first itself; none where it calls
+            tools, which the template writes (`emloc_vlm.encode.references_of`).
         options: letters to texts, where the question is one of multiple choice.
         kind: what the benchmark sorts by, such as closed and open.
         metric: how the benchmark scores it.
@@ -86,7 +86,7 @@ def example_of(
     return Example(
         replace(chat, turns=turns),
         tuple(ImageRef(image_source(source, folder, where), where) for source in sources),
-        tuple(references) or (_said(turns[-1]),),
+        tuple(references) or _said(turns[-1]),
         options,
         None if kind is None else text_of(kind, "kind", where),
         metric,
@@ -229,8 +229,8 @@ def _listed(value: Any, where: str) -> list[Any]:
     return list(cast("list[Any]", value)) if isinstance(value, (list, tuple)) else [value]
 
 
-def _said(turn: Turn) -> str:
-    """The words of a turn, or the tools that it calls, as JSON."""
-    texts = (entry["text"] for entry in turn.get("content", []) if entry["type"] == "text")
-    calls = turn.get("tool_calls")
-    return "".join(texts) or (json.dumps(calls, ensure_ascii=False) if calls else "")
+def _said(turn: Turn) -> tuple[str, ...]:
+    """The words of a turn that calls no tools."""
+    if turn.get("tool_calls"):
+        return ()
+    return ("".join(one["text"] for one in turn.get("content", []) if one["type"] == "text"),)

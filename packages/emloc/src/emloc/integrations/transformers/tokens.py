@@ -83,6 +83,12 @@ def token_ids(tokenizer: Any, text: str, special: bool, where: str) -> list[int]
     return list(_encoded(tokenizer, text, special, where)["input_ids"])
 
 
+def as_generated(tokenizer: Any, text: str, where: str) -> str:
+    """The text as a model that says it is decoded: without special tokens, and spaces around it."""
+    ids = token_ids(tokenizer, text, False, where)
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
 def _encoded(tokenizer: Any, text: str, special: bool, where: str, **more: Any) -> Any:
     try:
         return tokenizer(text, add_special_tokens=special, verbose=False, **more)
