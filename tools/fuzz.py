@@ -79,7 +79,9 @@ def main():
     options.add_argument("--inputs", type=int, default=2000, help="of all parsers together")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--only", default="", help="parsers whose names begin so")
-    options.add_argument("--faults", type=Path, help="folder that takes each fault's input as a file")
+    options.add_argument(
+        "--faults", type=Path, help="folder that takes each fault's input as a file"
+    )
     options.add_argument("--engine", choices=ENGINES, default="hypothesis")
     given = options.parse_args()
     kept = given.faults and given.faults.absolute()

@@ -185,7 +185,9 @@ def _template(examples):
         return render(chat_of(row, "row"), tokenizer, True, "row")
 
     def means(folder, rendered):
-        assert "cba" in rendered.text[rendered.last :]  # after whatever a template begins answers with
+        assert (
+            "cba" in rendered.text[rendered.last :]
+        )  # after whatever a template begins answers with
         assert rendered.text.startswith(rendered.prompt)
         assert TEXT in rendered.prompt
 
