@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import emloc
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import CompressConfig, EvaluateConfig, TrainConfig
-from emloc.errors import ConfigError
+from emloc.errors import ConfigError, DataError
 from emloc.extend.capabilities import Evaluates
 from emloc.extend.family import REQUIRED, FamilyEntry
 from emloc.plugin import (
@@ -73,6 +73,34 @@ def test_an_emulator_has_the_blocks_of_its_base(subject):
     blocks = subject.family.blocks(subject.skeleton)
     assert len(blocks) == 3
     assert subject.family.blocks(emulator) == blocks
+
+
+@own
+def test_samples_longer_than_the_model_are_refused_and_not_planned(example, tmp_path):
+    """Sixty-four positions: more tokens would be an index error on the way, and on a GPU an obscure one."""
+    rows = [{"text": "a long word " * 9, "label": 0}, {"text": "short", "label": 1}]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    given = {**example, "dataset": str(tmp_path / "long.jsonl"), "max_length": 100}
+    says = "The samples: one has 100 tokens, and the model has 64 positions; pass max_length=64, or less"
+    with pytest.raises(DataError, match=says):
+        emloc.compress(output_dir=tmp_path / "e", **given)
+    with pytest.raises(DataError, match=says):
+        emloc.train(output_dir=tmp_path / "a", max_steps=1, **given)
+    with pytest.raises(DataError, match=says):
+        emloc.evaluate(**given)
+    assert emloc.evaluate(**{**given, "max_length": 64})["samples"] == 2
+
+
+@own
+def test_a_plan_of_longer_samples_than_fit_is_that_of_the_longest(family, example):
+    checkpoint = Checkpoint.open(example["model_name_or_path"])
+    lengths = {
+        asked: family.planned_batch(checkpoint, LengthOptions(max_length=asked), 2)[
+            "input_ids"
+        ].shape
+        for asked in (32, 64, 1024)
+    }
+    assert lengths == {32: (2, 32), 64: (2, 64), 1024: (2, 64)}
 
 
 def losses_of(example):

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -124,7 +125,7 @@ def _train(config: Any, work: Path, family: TransformersFamily) -> dict[str, Any
     say_missing_ends(model, tokenizer, closing)
     parts = in_batches(samples, config.per_device_train_batch_size)
     batches = (pad(part, tokenizer.pad_token_id) for part in parts)
-    tokenizer.save_pretrained(work)  # as it came, whatever training makes of it
+    unmarked = deepcopy(tokenizer)  # as it came, whatever training makes of it
     figures = train_with(
         config,
         work,
@@ -135,6 +136,7 @@ def _train(config: Any, work: Path, family: TransformersFamily) -> dict[str, Any
         adapter=goes_on_from(config, family, checkpoint),
         held_back=_dataset(held_back) if held_back else None,
     )
+    unmarked.save_pretrained(work)  # not before: a refusal leaves nothing behind
     figures["summary"] |= {
         "samples": len(samples),
         "truncated_samples": sum(sample.truncated for sample in samples),

@@ -21,6 +21,7 @@ from emloc.extend.capabilities import native_of
 from emloc.extend.family import Batch, EmulatorLayers, ModelFamily, StoredParameter
 from emloc.integrations.transformers.conversion import module_name, stored_parameter
 from emloc.integrations.transformers.few_bits import layers_in_few_bits
+from emloc.integrations.transformers.fitting_data import fitting
 from emloc.integrations.transformers.loading import load_model
 from emloc.integrations.transformers.planned import PlannedTransformer
 from emloc.integrations.transformers.quantizer import emulator_config
@@ -138,7 +139,7 @@ class TransformersFamily(PlannedTransformer):
             ConfigError: they are to be counted in tokens.
         """
         self._refuse(options, "num_calibration_tokens")
-        data = self.data(checkpoint, options)
+        data = self._fitting(checkpoint, options)
         samples = drawn(data.samples, options.num_calibration_samples, options.seed)
         return [data.collate(part) for part in in_batches(samples, options.calibration_batch_size)]
 
@@ -162,7 +163,7 @@ class TransformersFamily(PlannedTransformer):
         with PeakMemory(config.device, mapped=not config.stream, limit=config.memory) as peak:
             checkpoint = self._opened(config.emulator or str(config.model_name_or_path))
             how = TrainingWay(self.task_type, self.frozen, self.trainer_class)
-            data = self.data(checkpoint, config)
+            data = self._fitting(checkpoint, config)
             self._refuse(config, "streaming")
             if not data.evaluation:
                 self._refuse(config, "eval_dataset")
@@ -179,7 +180,7 @@ class TransformersFamily(PlannedTransformer):
 
         self._refuse(config, "tasks")
         checkpoint = self._opened(config.model_name_or_path)
-        data = self.data(checkpoint, config)
+        data = self._fitting(checkpoint, config)
         samples = data.samples[: config.num_samples]
         parts = in_batches(samples, config.per_device_eval_batch_size)
         return evaluate_loss(config, self, checkpoint, [data.collate(part) for part in parts])
@@ -188,6 +189,10 @@ class TransformersFamily(PlannedTransformer):
         """Refuse an option of text that a subclass registers and the defaults here do not read."""
         if getattr(options, name, None):
             raise ConfigError(f"The family {self.name} does not read {name}; leave it out.")
+
+    def _fitting(self, checkpoint: Checkpoint, options: Any) -> TrainingData:
+        data = self.data(checkpoint, options)
+        return fitting(data, lambda: self.skeleton(checkpoint, torch.float32))
 
     def _opened(self, name: str) -> Checkpoint:
         path = locate(name)

@@ -1,6 +1,7 @@
 """Train a LoRA on a family's samples with transformers' `Trainer`, by the family's own loss."""
 
 from collections.abc import Callable, Container, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -108,8 +109,7 @@ def train_on(
             yield data.collate(part)
 
     frozen = how.frozen(model, config)
-    if data.processing is not None:  # before padding batches leaves its mark on it
-        data.processing.save_pretrained(work)
+    unmarked = deepcopy(data.processing)  # padding batches leaves its mark on it
     figures = train_lora(
         config,
         work,
@@ -121,5 +121,7 @@ def train_on(
         adapter=goes_on_from(config, family, checkpoint),
         held_back=Samples(held_back) if held_back else None,
     )
+    if unmarked is not None:  # not before: a refusal leaves nothing behind
+        unmarked.save_pretrained(work)
     figures["summary"] |= {"samples": len(samples)}
     return figures

@@ -13,6 +13,7 @@ from emloc.config import TrainConfig
 from emloc.extend.family import Batch
 from emloc.formats.vocabulary import VocabularyTable
 from emloc.integrations.peft.targets import chosen_targets, linear_layers
+from emloc.integrations.transformers.capacity import capacity_of
 from emloc.integrations.transformers.shallow import cut, depth
 from emloc.integrations.transformers.skeleton import empty_model, is_linear, model_config
 from emloc.integrations.transformers.text_options import longest
@@ -21,6 +22,9 @@ from emloc.planning.described import weight_dtype
 from emloc.planning.family import Groups, OtherModel
 from emloc.planning.operations import Layer
 from emloc.planning.step import StepOptions, StepSizes
+
+POSITIONS = ("max_position_embeddings", "n_positions")
+"""Entries of configs that say how many positions a model has, or was trained for."""
 
 
 def adapted_layers(
@@ -89,9 +93,16 @@ class PlannedTransformer:
         return model
 
     def planned_batch(self, checkpoint: Checkpoint, options: Any, samples: int) -> Batch:
-        """See `PlannedFamily`; an `example` on the meta device."""
+        """See `PlannedFamily`; an `example` on the meta device, no longer than the model has positions."""
+        length = longest(options)
+        said = (checkpoint.config.get(name) for name in POSITIONS)
+        if any(isinstance(most, int) and most < length for most in said):
+            positions = capacity_of(
+                empty_model(checkpoint, self.auto_class, torch.float32)
+            ).positions
+            length = length if positions is None else min(length, positions)
         with torch.device("meta"):
-            return self.example(model_config(checkpoint), samples, longest(options))
+            return self.example(model_config(checkpoint), samples, length)
 
     def adapted_layers(self, model: nn.Module, options: Any) -> Sequence[str]:
         """See `PlannedFamily`."""
