@@ -71,7 +71,7 @@ def check_summary(folder, names=WAYS, measure="exact_match"):
     return summary, rows
 
 
-ENDS = 3
+ENDS = 1
 """Blocks at each end of SmolLM2-135M by which all 30 are stood for."""
 
 
@@ -126,7 +126,7 @@ def test_the_vlm_demo_on_a_base_trained_shortly(tmp_path):
     from emloc_vlm.demo.small_internvl import Shape
 
     shape = Shape(vision_width=48, vision_layers=2, width=64, layers=2)
-    recipe = Recipe(shape, vision_steps=40, steps=60)
+    recipe = Recipe(shape, vision_steps=10, steps=20)
     arguments = ["--model_name_or_path", trained_base(recipe), "--max_steps", 6, "--num_samples", 8]
     run = subprocess.run(
         [sys.executable, "-m", "emloc", "demo", "--family", "vlm", "--output_dir",
