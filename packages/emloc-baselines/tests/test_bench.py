@@ -298,6 +298,7 @@ REFUSALS = [
     ({"max_lenght": 3}, "unknown key max_lenght. Did you mean max_length"),
     ({"train": {"lora_rank": 3}}, "train: unknown option lora_rank"),
     ({"train": {"seed": 3}}, "train.seed is set by the bench"),
+    ({"train": {"learning_rate": [None, 0.01]}}, "learning_rate = .* should be numbers"),
     ({"keep_ratio": [2]}, "keep_ratio"),
     ({"datasets": {"words": {"datset": "x"}}}, "datasets.words: unknown key datset"),
 ]

@@ -7,7 +7,7 @@ import pytest
 from transformers.image_utils import SizeDict
 
 from emloc.errors import CheckpointError
-from emloc_vlm.picture_sizes import require_modest
+from emloc_vlm.picture_sizes import require_few_places, require_modest
 
 PUBLISHED = [
     {"size": {"height": 448, "width": 448}, "max_patches": 12, "crop_size": None},  # InternVL
@@ -47,3 +47,11 @@ def test_published_sizes_pass(sizes):
 def test_sizes_of_no_model_are_refused(sizes, says):
     with pytest.raises(CheckpointError, match=says):
         require_modest(SimpleNamespace(**sizes), Path("m"))
+
+
+@pytest.mark.parametrize("places", [-1, 10**6, 1.5, True, "256"])
+def test_a_picture_of_a_million_tokens_is_refused(places):
+    require_few_places(SimpleNamespace(image_seq_length=256), Path("m"))
+    require_few_places(SimpleNamespace(), Path("m"))
+    with pytest.raises(CheckpointError, match="image_seq_length"):
+        require_few_places(SimpleNamespace(image_seq_length=places), Path("m"))

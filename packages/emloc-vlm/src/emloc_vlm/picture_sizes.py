@@ -15,6 +15,10 @@ MOST_PIXELS = 1 << 25
 LONGEST_SIDE = 1 << 14
 """A larger edge is a number of pixels, as Qwen's processors have it."""
 
+MOST_PLACES = 1 << 14
+"""Tokens that stand for one picture, or one of its tiles."""
+
+_PLACES = ("image_seq_length", "image_seq_len", "num_image_tokens", "num_additional_image_tokens")
 _SIZES = ("size", "crop_size", "pad_size", "max_image_size")
 _TILES = ("max_patches", "max_image_tiles", "max_num_tiles", "max_dynamic_patch")
 
@@ -40,6 +44,21 @@ def require_modest(image_processor: Any, path: Path) -> None:
             f"The processor of {path} would make {pixels * tiles:,.0f} pixels of a picture with its tiles, "
             f"and no model reads more than {MOST_PIXELS:,}; copy its files from the model again."
         )
+
+
+def require_few_places(processor: Any, path: Path) -> None:
+    """Refuse a processor that would put more places into the text for a picture than any context holds.
+
+    Raises:
+        CheckpointError: it would, or what it says of them is no number.
+    """
+    for name in _PLACES:
+        places = getattr(processor, name, None)
+        if places is not None and not (type(places) is int and 0 <= places <= MOST_PLACES):
+            raise CheckpointError(
+                f"The processor of {path} has {name} = {str(places)[:80]}, where the tokens of a picture are "
+                f"0 to {MOST_PLACES:,}; copy its files from the model again."
+            )
 
 
 def _numbers(value: Any) -> dict[str, Any]:

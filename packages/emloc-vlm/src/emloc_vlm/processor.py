@@ -18,7 +18,7 @@ from emloc.errors import CheckpointError
 from emloc.integrations.transformers.loading import give_padding
 from emloc_vlm.image_only import image_only
 from emloc_vlm.internvl_chat import has_original_processor, native_processor
-from emloc_vlm.picture_sizes import require_modest
+from emloc_vlm.picture_sizes import require_few_places, require_modest
 
 
 def load_processor(path: Path, max_dynamic_patch: int | None = None) -> Any:
@@ -43,6 +43,7 @@ def load_processor(path: Path, max_dynamic_patch: int | None = None) -> Any:
             )
         processor.image_processor.max_patches = max_dynamic_patch
     require_modest(processor.image_processor, path)
+    require_few_places(processor, path)
     return processor
 
 

@@ -144,10 +144,20 @@ class BenchConfig(StageConfig):
         }
 
     def learning_rates(self, dataset: str, label: str) -> list[float]:
-        """The learning rates to try; a single one is not tried but used."""
+        """The learning rates to try; a single one is not tried but used.
+
+        Raises:
+            ConfigError: one is no number.
+        """
         given = self.stage_options("train", dataset, label).get("learning_rate")
         default = TrainConfig.model_fields["learning_rate"].default
-        return [float(rate) for rate in _listed(default if given is None else given)]
+        rates = _listed(default if given is None else given)
+        try:
+            return [float(rate) for rate in rates]
+        except (TypeError, ValueError) as problem:
+            raise ConfigError(
+                f"{dataset}, {label}: learning_rate = {rates!r:.60} should be numbers ({problem})."
+            ) from problem
 
 
 def _section(options: Section, stage: str, where: str) -> Section:
@@ -201,6 +211,7 @@ def _check_rows(config: BenchConfig, where: str) -> None:
             raise ConfigError(f"{place}: {problem}.") from problem
         build(method.options, config.own_options(label), place)
         for dataset in config.datasets:
+            config.learning_rates(dataset, label)
             for name, stage in bench_stages().items():
                 options = config.stage_options(name, dataset, label)
                 for option in sorted(given(stage) & options.keys()):
