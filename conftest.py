@@ -50,8 +50,8 @@ def pytest_runtest_setup():
 def pytest_terminal_summary(terminalreporter, config):
     """Print it."""
     cache = getattr(config, "cache", None)
-    found = cache.get(KEY, None) if cache else None
-    if found:
-        reasons = json.dumps(found["reasons"])
+    summary = cache.get(KEY, None) if cache else None
+    if summary:
+        reasons = json.dumps(summary["reasons"])
         terminalreporter.write_line(f"causal LM types that are not supported: {reasons}")
-        terminalreporter.write_line(json.dumps(found["figures"]))
+        terminalreporter.write_line(json.dumps(summary["figures"]))

@@ -25,5 +25,5 @@ class TestEveryFamily(FamilyContract):
 
 
 def test_what_reads_one_tensor_shares_its_factor(subject):
-    """Of these families; of others it is no promise."""
+    """Our own families do, though the contract promises it of none."""
     assert apart_though_shared(subject) == []

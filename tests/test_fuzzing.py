@@ -5,6 +5,8 @@
 
 import sys
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,3 +41,35 @@ def test_edited_files_are_read_rightly_or_refused(fuzzing, tmp_path, monkeypatch
         total.outcomes.update(tally.outcomes)
     assert total.outcomes["accepted"] > INPUTS / 10  # or the edits would leave nothing to be read
     assert total.outcomes.total() >= INPUTS
+
+
+def test_atheris_steers_the_same_trial_over_watched_code(fuzzing, tmp_path, monkeypatch):
+    """A stand-in for atheris: it draws at random, and knows which functions are watched."""
+    from fuzzing.examples import Examples
+    from fuzzing.guided import guided
+    from fuzzing.runner import Tally
+
+    class Done(BaseException):
+        pass
+
+    def done(tally):
+        raise Done
+
+    watched, random = [], Random(0)
+    atheris = SimpleNamespace(
+        instrument_func=watched.append,
+        Setup=lambda options, one: setattr(atheris, "one", one),
+        Fuzz=lambda: [atheris.one(random.randbytes(512)) for _ in range(10**4)],
+    )
+    monkeypatch.setitem(sys.modules, "atheris", atheris)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fuzzing.limits.SECONDS", 2.0)
+    parsers = fuzzing.all_parsers(Examples(tmp_path / "x"))
+    [parser] = [parser for parser in parsers if parser.name == "figures"]
+    tally = Tally()
+    with pytest.raises(Done):
+        guided(parser, 30, 0, tally, done)
+    assert sum(tally.outcomes.values()) == 30
+    assert tally.outcomes["refused"] > 0
+    assert {function.__module__.partition(".")[0] for function in watched} >= {"emloc"}
+    assert "_known" in {function.__name__ for function in watched}

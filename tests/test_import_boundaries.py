@@ -86,7 +86,7 @@ def test_what_plugins_import_needs_no_modality():
 
 
 def test_a_family_of_ones_own_imports_the_kit_alone():
-    """As a third party's does, whose pin is of what `emloc.plugin` promises; so do the hooks of ours."""
+    """A third party's family imports `emloc.plugin` alone, which its pin is about; so do our hooks."""
     for path in (
         PACKAGES.parent / "tests/classifier_family.py",
         *PACKAGES.glob("*/src/*_hooks.py"),

@@ -25,7 +25,7 @@ def package(tmp_path):
 
 @pytest.mark.long
 def test_it_is_built_and_installed_and_passes_the_contract(package, tmp_path):
-    """As pip installs it: from its wheel, by its entry point, without the folder that it was written into."""
+    """The wheel is installed as pip does, found by its entry point, and the folder of its sources is gone."""
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", tmp_path, package],
         check=True, capture_output=True,

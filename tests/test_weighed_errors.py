@@ -18,7 +18,7 @@ from emloc.formats.quantized_residual import QUANTIZED_RESIDUAL
 from emloc.linalg.gram import Moments
 from emloc.linalg.lowrank import factorise
 from emloc.linalg.rounding import squared_change
-from emloc.linalg.row_weights import RIDGE, RowWeights
+from emloc.linalg.row_weights import FULL_BELOW, RIDGE, RowWeights, row_weights_bytes
 
 
 def psd(size, rank, seed):
@@ -48,7 +48,7 @@ def test_the_fit_is_the_optimum_under_both_moments(d_out, d_in, rank, side, seed
     inputs, gradients = psd(d_in, d_in + 2, seed), psd(d_out, 2, seed + 9)
     moments = inputs if side == "input" else weight @ inputs @ weight.T
     given = Moments.of_matrix(side, "layer", moments, 1)
-    given.rows = RowWeights([gradients])
+    given.rows = RowWeights.of([gradients])
     rank = min(rank, d_out, d_in)
     made = factorise(weight, given, rank)
     minded = regularised(gradients)
@@ -63,7 +63,7 @@ def test_the_fit_is_the_optimum_under_both_moments(d_out, d_in, rank, side, seed
 
 def test_a_diagonal_and_a_stack_weigh_each_part():
     full, diagonal = psd(4, 4, 0), torch.rand(5, dtype=torch.float64)
-    weights, rows = RowWeights([full, diagonal]), torch.randn(9, 3, dtype=torch.float64)
+    weights, rows = RowWeights.of([full, diagonal]), torch.randn(9, 3, dtype=torch.float64)
     assert weights.rows == 9
     torch.testing.assert_close(weights.unweigh(weights.weigh(rows)), rows)
     mean = (full.diagonal().sum() + diagonal.sum()) / 9
@@ -73,8 +73,17 @@ def test_a_diagonal_and_a_stack_weigh_each_part():
     torch.testing.assert_close(weights.weigh(eye) @ weights.weigh(eye), whole)
 
 
+def test_the_bytes_that_are_planned_are_those_that_are_held():
+    weights = RowWeights.of([psd(7, 7, 0), torch.rand(5, dtype=torch.float64)])
+    held = sum(one.nbytes for one in (*weights.roots, *weights.inverses))
+    in_making = 3 * 8 * 7**2
+    # A diagonal stands for so many outputs that no test makes them.
+    assert row_weights_bytes([7]) + 5 * 16 == held + in_making
+    assert row_weights_bytes([FULL_BELOW]) == 16 * FULL_BELOW
+
+
 def test_without_gradients_all_outputs_count_alike():
-    weights = RowWeights([torch.zeros(3, 3), torch.zeros(2)])
+    weights = RowWeights.of([torch.zeros(3, 3), torch.zeros(2)])
     rows = torch.randn(5, 4)
     torch.testing.assert_close(weights.unweigh(weights.weigh(rows)), rows)
     ratio = weights.weigh(rows) / rows
@@ -179,7 +188,7 @@ def test_a_residual_costs_the_loss_less_when_it_heeds_it(d_out, d_in, seed):
     form = Form(
         QUANTIZED_RESIDUAL, {"bits": 2, "group_size": 64, "residual_rank": 1, "factor_bits": 16}
     )
-    rows, costs = RowWeights(gradients), []
+    rows, costs = RowWeights.of(gradients), []
     for weighed in (False, True):
         moments = Moments.of_matrix("input", "layers", inputs.float(), 9)
         moments.rows = rows if weighed else None
@@ -198,7 +207,7 @@ def test_a_residual_costs_the_loss_less_when_it_heeds_it(d_out, d_in, seed):
 def test_the_rise_of_the_loss_is_the_second_order_term_of_independent_gradients():
     inputs, gradients, error = psd(6, 9, 0), [psd(4, 7, 1), psd(5, 2, 2)], torch.randn(5, 6)
     moments = Moments.of_matrix("input", "layers", inputs, 50)
-    moments.rows = RowWeights(gradients)
+    moments.rows = RowWeights.of(gradients)
     ridged = gradients[1] + RIDGE * moments.rows.mean * torch.eye(5, dtype=torch.float64)
     weight = torch.zeros(5, 6)
     predicted = _by_gradients("b", weight, error, moments.for_layer(1))

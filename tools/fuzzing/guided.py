@@ -55,7 +55,7 @@ def guided(parser, count, start, tally, done):
         draw(data)
 
     random = Random(start)
-    corpus = Path(tempfile.mkdtemp(prefix="corpus"))
+    corpus = Path(tempfile.mkdtemp(prefix="corpus", dir="."))
     for number in range(FIRST):
         (corpus / str(number)).write_bytes(random.randbytes(LONGEST // 2))
     options = [f"-seed={start + 1}", f"-max_len={LONGEST}", "-len_control=0", "-rss_limit_mb=0"]

@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 import emloc
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.errors import CheckpointError
+from emloc_diffusion.drawing import load_pipeline
 from emloc_diffusion.encode.components import read_model_index
+from emloc_diffusion.encode.latents import encode_latents
+from emloc_diffusion.encode.text import PromptEncoder
 from emloc_diffusion.example_pipelines import write_pipeline
 
 
@@ -109,3 +113,34 @@ def test_a_file_of_a_component_that_is_a_link_out_is_refused(pipeline, tmp_path)
 def test_a_pipe_in_a_component_is_not_copied(pipeline):
     os.mkfifo(pipeline / "tokenizer" / "pipe.txt")
     assert "tokenizer/pipe.txt" not in Checkpoint.open(pipeline).companions()
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_a_part_that_lacks_a_tensor_is_refused_wherever_it_is_loaded(tmp_path, part):
+    """Libraries draw it at random, and only their log says so."""
+    folder = write_pipeline(tmp_path / "model", "sd")
+    [file] = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    lost = next(name for name in tensors if name.endswith("weight") and tensors[name].ndim == 2)
+    del tensors[lost]
+    file.unlink()
+    save_file(tensors, file, metadata={"format": "pt"})
+    loads = [lambda: load_pipeline(folder)]
+    if part == "vae":
+        loads.append(lambda: encode_latents(folder, torch.zeros(1, 3, 64, 64)))
+    else:
+        loads.append(lambda: PromptEncoder(folder))
+    for load in loads:
+        with pytest.raises(CheckpointError, match=rf"{part} holds no tensor for .*drawn at random"):
+            load()
+
+
+def test_a_part_of_a_million_blocks_is_refused_before_it_is_built(tmp_path):
+    folder = write_pipeline(tmp_path / "model", "sd")
+    for part, name in (("vae", "layers_per_block"), ("text_encoder", "num_hidden_layers")):
+        path = folder / part / "config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({**config, name: 10**6}))
+        with pytest.raises(CheckpointError, match=rf"{name} = 1000000 asks for more blocks"):
+            load_pipeline(folder)
+        path.write_text(json.dumps(config))

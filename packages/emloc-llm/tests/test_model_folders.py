@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import emloc
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.errors import CheckpointError
-from emloc_llm.example import write_model
+from emloc_llm.example import write_example, write_model
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 KINDS = ("single", "shards", "variant", "pickle", "named")
@@ -195,3 +195,18 @@ def test_an_adapter_with_a_template_of_its_own_is_named(tiny, tmp_path, capfd):
     (adapter / "chat_template.jinja").write_text("{{ messages }}")
     emloc.merge(adapter=str(adapter), output_dir=tmp_path / "merged")
     assert "holds another chat template" in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_config_of_a_hundred_thousand_blocks_is_refused_before_it_is_built(tmp_path):
+    """Building them empty takes minutes."""
+    options = write_example(tmp_path, seed=0)
+    path = Path(options["model_name_or_path"]) / "config.json"
+    config = json.loads(path.read_text())
+    for change in ({"num_hidden_layers": 10**5}, {"text_config": {"num_hidden_layers": 10**5}}):
+        path.write_text(json.dumps({**config, **change}))
+        for stage in (emloc.compress, emloc.plan):
+            with pytest.raises(CheckpointError, match="num_hidden_layers = 100000 asks for more"):
+                stage(
+                    **options, **({"output_dir": tmp_path / "e"} if stage is emloc.compress else {})
+                )
+    assert not (tmp_path / "e").exists()

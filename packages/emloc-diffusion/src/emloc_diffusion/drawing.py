@@ -4,6 +4,7 @@ import io
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from emloc.artefacts.small_files import write_bytes
 from emloc.machine.progress import progress_bar
-from emloc_diffusion.encode.components import load_errors
+from emloc_diffusion.encode.components import LIBRARIES, load_errors, read_model_index, whole_part
 from emloc_diffusion.loaded_lora import put_on
 
 
@@ -26,9 +27,16 @@ def load_pipeline(folder: Path, device: str = "cpu", **components: Any) -> Any:
     """
     from diffusers import DiffusionPipeline
 
+    alike = {name: components[name] for name in ("dtype", "variant") if name in components}
     with load_errors(folder, "pipeline"):
+        models = {
+            name: whole_part(folder, name, getattr(import_module(value[0]), value[1]), **alike)
+            for name, value in read_model_index(folder).items()
+            if name not in components and any((folder / name).glob("*.safetensors"))
+            if value[0] in LIBRARIES
+        }
         pipeline = DiffusionPipeline.from_pretrained(
-            str(folder), use_safetensors=True, local_files_only=True, **components
+            str(folder), use_safetensors=True, local_files_only=True, **models, **components
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

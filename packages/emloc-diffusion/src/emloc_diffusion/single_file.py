@@ -17,6 +17,7 @@ from emloc_diffusion.encode.components import (
     check_libraries,
     load_errors,
     read_model_index,
+    whole_part,
 )
 from emloc_diffusion.encode.text import ENCODINGS
 
@@ -141,7 +142,6 @@ def _lent(file: Checkpoint, configuration: Path, index: Mapping[str, Any]) -> di
     texts = [name for name in file.tensors if _part(name) == "text_encoder"]
     holds_t5 = any(name.startswith(T5) for name in texts)
     holds_clip = any(not name.startswith(T5) for name in texts)
-    local: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
     lent: dict[str, Any] = {}
     for name, kind in index.items():
         if not name.startswith("text_encoder") or kind[0] is None:
@@ -149,12 +149,10 @@ def _lent(file: Checkpoint, configuration: Path, index: Mapping[str, Any]) -> di
         if not (holds_t5 if str(kind[1]).startswith("T5") else holds_clip):
             encoder_class: Any = getattr(transformers, str(kind[1]))
             with load_errors(configuration, f"{name}, which {Path(file.name).name} lacks,"):
-                lent[name] = encoder_class.from_pretrained(
-                    configuration, subfolder=name, dtype="auto", **local
-                )
+                lent[name] = whole_part(configuration, name, encoder_class, dtype="auto")
     if not any(_part(name) == "vae" for name in file.tensors):
         with load_errors(configuration, f"VAE, which {Path(file.name).name} lacks,"):
-            lent["vae"] = AutoencoderKL.from_pretrained(configuration, subfolder="vae", **local)
+            lent["vae"] = whole_part(configuration, "vae", AutoencoderKL)
     return lent
 
 

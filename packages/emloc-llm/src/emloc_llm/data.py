@@ -63,7 +63,7 @@ def encode(row: Mapping[str, Any], tokenizer: Any, options: Any) -> Sample:
     tokens = tokens_of(tokenizer, rendered.text, False, where)
     last, said = chat.turns[-1], rendered.text[rendered.last :]
     # A call is compared as the template writes it, which is how the model says it.
-    called = "tool_calls" in last
+    called = bool(last.get("tool_calls"))
     return _sample(
         tokens.ids,
         tokens.labels(rendered.answers, IGNORED),

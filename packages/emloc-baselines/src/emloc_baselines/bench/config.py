@@ -211,7 +211,6 @@ def _check_rows(config: BenchConfig, where: str) -> None:
             raise ConfigError(f"{place}: {problem}.") from problem
         build(method.options, config.own_options(label), place)
         for dataset in config.datasets:
-            config.learning_rates(dataset, label)
             for name, stage in bench_stages().items():
                 options = config.stage_options(name, dataset, label)
                 for option in sorted(given(stage) & options.keys()):
@@ -227,6 +226,8 @@ def _check_rows(config: BenchConfig, where: str) -> None:
                 built = build(stage.config, {**options, **required}, f"{place}: {name}")
                 if isinstance(built, TrainConfig):
                     check_training(built)
+                    for rate in config.learning_rates(dataset, label):
+                        build(stage.config, {**options, **required, "learning_rate": rate}, place)
 
 
 def _refuse_unknown(section: Mapping[str, Any], where: str, more: list[str]) -> None:

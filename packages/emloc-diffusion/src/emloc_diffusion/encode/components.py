@@ -11,7 +11,9 @@ from safetensors import SafetensorError
 
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.layout import PIPELINE_NAME, components
+from emloc.artefacts.modest_config import require_modest_depth
 from emloc.artefacts.named_files import named_path
+from emloc.artefacts.whole_weights import require_whole
 from emloc.errors import CheckpointError
 
 # Parts are imported by the name that the folder gives: nothing but these two is.
@@ -23,7 +25,8 @@ def read_model_index(folder: str | Path) -> Mapping[str, Any]:
     when it is left out.
 
     Raises:
-        CheckpointError: it is missing or is not a JSON object, or a component or a file in it lies elsewhere.
+        CheckpointError: it is missing or is not a JSON object, a component or a file in it lies elsewhere, or
+            a component's config is of no model.
     """
     path = Path(folder)
     if not (path / PIPELINE_NAME).is_file():
@@ -33,7 +36,28 @@ def read_model_index(folder: str | Path) -> Mapping[str, Any]:
     for name in components(path):  # a folder may lend parts without being opened as a model
         for entry in (path / name).glob("*"):
             named_path(path, f"{name}/{entry.name}", path / PIPELINE_NAME)
+        if (path / name / "config.json").is_file():
+            config = path / name / "config.json"
+            require_modest_depth(read_json(config), config)
     return read_json(path / PIPELINE_NAME)
+
+
+def whole_part(folder: str | Path, name: str, part_class: Any, **options: Any) -> Any:
+    """A part of a pipeline, with all of its parameters out of its own files.
+
+    Args:
+        part_class: of diffusers or transformers.
+        options: of its `from_pretrained`.
+
+    Raises:
+        CheckpointError: a parameter is in none of the files, and the library would draw it at random.
+    """
+    part, report = part_class.from_pretrained(
+        str(folder), subfolder=name, local_files_only=True, use_safetensors=True,
+        output_loading_info=True, **options,
+    )  # fmt: skip
+    require_whole(Path(folder) / name, report["missing_keys"])
+    return part
 
 
 def check_libraries(folder: str | Path, index: Mapping[str, Any], parts: tuple[str, ...]) -> None:

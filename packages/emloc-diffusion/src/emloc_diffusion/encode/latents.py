@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from emloc.errors import CheckpointError, ConfigError, NumericalError
-from emloc_diffusion.encode.components import load_errors, read_model_index, release
+from emloc_diffusion.encode.components import load_errors, read_model_index, release, whole_part
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,7 @@ def _load(
         config = AutoencoderKL.load_config(str(folder), subfolder="vae")
         if dtype == torch.float16 and cast(Any, config).get("force_upcast", True):
             dtype = torch.float32
-        vae: Any = AutoencoderKL.from_pretrained(
-            str(folder), subfolder="vae", variant=variant, dtype=dtype, local_files_only=True,
-            use_safetensors=True,
-        )  # fmt: skip
+        vae: Any = whole_part(folder, "vae", AutoencoderKL, variant=variant, dtype=dtype)
     return vae.to(device).eval()
 
 

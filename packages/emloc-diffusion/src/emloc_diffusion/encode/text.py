@@ -20,6 +20,7 @@ from emloc_diffusion.encode.components import (
     load_errors,
     read_model_index,
     release,
+    whole_part,
 )
 
 TEXT_PARTS = ("text_encoder", "tokenizer")
@@ -204,6 +205,7 @@ def _text_pipeline(
 ) -> Any:
     """The stock pipeline without VAE, denoiser, scheduler and safety checker."""
     import diffusers  # seconds to import
+    import transformers
 
     # What is left out is said to be, also where the folder says it: SD3 may come without T5.
     without: dict[str, Any] = {
@@ -215,8 +217,15 @@ def _text_pipeline(
         pipeline_class: Any = getattr(diffusers, str(index["_class_name"]))
         if "transformer" in without and index.get("text_encoder_3") == [None, None]:
             without["transformer"] = _skeleton(folder, str(index["transformer"][1]))
+        encoders = {
+            name: whole_part(
+                folder, name, getattr(transformers, value[1]), dtype=dtype, variant=variant
+            )
+            for name, value in index.items()
+            if name.startswith("text_encoder") and name not in without
+        }
         return pipeline_class.from_pretrained(
-            str(folder), **without, **encoding.options, dtype=dtype, variant=variant,
+            str(folder), **without, **encoders, **encoding.options, dtype=dtype, variant=variant,
             local_files_only=True, use_safetensors=True,
         )  # fmt: skip
 

@@ -23,6 +23,7 @@ from emloc.artefacts.file_digest import file_identity
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.layout import Layout, layout_of, part_names
 from emloc.artefacts.locate import locate
+from emloc.artefacts.modest_config import require_modest_depth
 from emloc.artefacts.named_files import named_path
 from emloc.artefacts.read_errors import reading
 from emloc.artefacts.tensor_info import DTYPES, TensorInfo
@@ -63,12 +64,13 @@ class Checkpoint:
         """Open a local folder or a hub id (downloaded or found in the hub's cache).
 
         Raises:
-            CheckpointError: nothing is there, or a shard is missing or corrupt.
+            CheckpointError: nothing is there, a shard is missing or corrupt, or the config is of no model.
         """
         name = os.fspath(model_name_or_path)
         path = locate(name)
         layout = layout_of(path)
         config = read_json(named_path(path, layout.config, path))
+        require_modest_depth(config, path / layout.config)
         files = weight_files(path, layout, config)
         config.pop(
             NAMED_BY_CONFIG, None

@@ -68,7 +68,7 @@ class OutputGradients:
             known = set(stored.keys())
             if not known.issuperset(group.layers):
                 return None
-            return RowWeights([stored.get_tensor(layer) for layer in group.layers])
+            return RowWeights.of([stored.get_tensor(layer) for layer in group.layers])
 
 
 @contextmanager

@@ -12,6 +12,7 @@ Precision: float64.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,42 +24,45 @@ FULL_BELOW = 4096
 """Outputs from which on the diagonal alone is used."""
 
 
+@dataclass(frozen=True)
 class RowWeights:
-    """The symmetric root of `D`, in units of its mean, and its inverse.
-
-    Args:
-        moments: `D` of each layer of a stack, d_out × d_out, or its diagonal, d_out; of nothing but zeros,
-            all outputs count alike.
+    """The symmetric root of `D`, in units of its mean, and its inverse; made by `of`.
 
     Attributes:
+        roots, inverses: of each layer of a stack, d_out × d_out, or a diagonal of d_out, float64.
         mean: of the diagonal of `D`; 0 where it is of nothing but zeros.
     """
 
-    def __init__(self, moments: Sequence[Tensor]) -> None:
-        diagonals = [_diagonal(each).double() for each in moments]
-        self.mean = float(torch.cat(diagonals).mean())
-        pairs = [_roots(each.double() / (self.mean or 1.0)) for each in moments]
-        self._roots, self._inverses = [root for root, _ in pairs], [inverse for _, inverse in pairs]
+    roots: Sequence[Tensor]
+    inverses: Sequence[Tensor]
+    mean: float
+
+    @classmethod
+    def of(cls, moments: Sequence[Tensor]) -> "RowWeights":
+        """The weights for `D` of each layer of a stack, d_out × d_out, or its diagonal, d_out.
+
+        Where that is of nothing but zeros, all outputs count alike.
+        """
+        mean = float(torch.cat([_diagonal(each).double() for each in moments]).mean())
+        pairs = [_roots(each.double() / (mean or 1.0)) for each in moments]
+        return cls([root for root, _ in pairs], [inverse for _, inverse in pairs], mean)
 
     @property
     def rows(self) -> int:
         """Outputs of the stack."""
-        return sum(len(root) for root in self._roots)
+        return sum(len(root) for root in self.roots)
 
     def of_layer(self, number: int) -> "RowWeights":
         """The weights of one layer's outputs in the stack."""
-        one = RowWeights.__new__(RowWeights)
-        one.mean = self.mean
-        one._roots, one._inverses = self._roots[number : number + 1], self._inverses[number:][:1]
-        return one
+        return RowWeights([self.roots[number]], [self.inverses[number]], self.mean)
 
     def weigh(self, rows: Tensor) -> Tensor:
         """`S` times a matrix of so many rows, in its dtype."""
-        return self._times(self._roots, rows)
+        return self._times(self.roots, rows)
 
     def unweigh(self, rows: Tensor) -> Tensor:
         """`S⁻¹` times a matrix of so many rows, in its dtype."""
-        return self._times(self._inverses, rows)
+        return self._times(self.inverses, rows)
 
     def on_both_sides(self, matrix: Tensor) -> Tensor:
         """`S M Sᵀ` of a symmetric matrix, in its dtype."""

@@ -1,12 +1,13 @@
 """Options that most stages share: the model's files, the memory that may be taken, the device."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from emloc.options.amounts import Bytes
-from emloc.options.marks import WithoutEffect
-from emloc.options.types import Located
+from emloc.options.marks import NamesFiles, WithoutEffect
+from emloc.options.types import Located, refuse_long
 
 DEVICES = "cpu, cuda, cuda:1; auto: cuda where there is one"
 
@@ -15,6 +16,15 @@ class StageConfig(BaseModel):
     """Base of all stage options: immutable, no unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _names_that_disks_have(cls, value: Any, field: ValidationInfo) -> Any:
+        marks = cls.model_fields[str(field.field_name)].metadata
+        if isinstance(value, Path) or any(isinstance(mark, NamesFiles) for mark in marks):
+            for name in cast("list[Any]", value) if isinstance(value, list) else [value]:
+                refuse_long(str(name))
+        return value
 
 
 class ModelOptions(StageConfig):

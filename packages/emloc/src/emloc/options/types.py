@@ -70,20 +70,22 @@ def _home(value: Any) -> Any:
         return value
     if not value.strip():
         raise ValueError("it is empty; name something, or leave the option out")
-    _refuse_long(value)
+    refuse_long(value)
     return os.path.expanduser(value) if value[:1] == "~" else value
 
 
 def _named(value: Any) -> Any:
     if isinstance(value, str) and not value.strip():
         raise ValueError("it is empty; name a folder")
-    if isinstance(value, str | Path):
-        _refuse_long(str(value))
-        return os.path.expanduser(value)
-    return value
+    return os.path.expanduser(value) if isinstance(value, str | Path) else value
 
 
-def _refuse_long(name: str) -> None:
+def refuse_long(name: str) -> None:
+    """Refuse a name that no disk can have.
+
+    Raises:
+        ValueError: it is one.
+    """
     longest = max(len(part.encode("utf-8", "surrogatepass")) for part in name.split("/"))
     if longest > LONGEST_NAME and "://" not in name:
         raise ValueError(

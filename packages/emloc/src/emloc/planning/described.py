@@ -15,6 +15,7 @@ from emloc.artefacts.described import Described
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.layout import layout_of
 from emloc.artefacts.locate import locate
+from emloc.artefacts.modest_config import require_modest_depth
 from emloc.artefacts.tensor_info import DTYPES, TensorInfo
 from emloc.errors import CheckpointError, PluginError
 from emloc.extend.capabilities import native_of
@@ -88,15 +89,21 @@ def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     ]
 
 
+def _modest(config: Path) -> dict[str, Any]:
+    content = read_json(config)
+    require_modest_depth(content, config)
+    return content
+
+
 def _recognised(name: str, path: Path, family: str | None) -> tuple[Described, ModelFamily]:
     """The model in the folder, or the one in a folder inside that a family recognises."""
     config = path / layout_of(path).config
     if config.is_file():
-        described = Described(name, path, read_json(config), {})
+        described = Described(name, path, _modest(config), {})
         return described, family_of(described, family)
     inside: list[tuple[Described, ModelFamily]] = []
     for nested in sorted(path.glob("*/config.json")):
-        described = Described(name, nested.parent, read_json(nested), {})
+        described = Described(name, nested.parent, _modest(nested), {})
         try:
             inside.append((described, family_of(described, family)))
         except PluginError:

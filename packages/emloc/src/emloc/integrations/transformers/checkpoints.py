@@ -102,11 +102,11 @@ class KeepsCheckpoints(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put back what was added up; take no step more where all were taken before the run ended.
 
-        Checkpoints beyond this step are not whole, or training would go on from there; what is left in their
-        folders would be among the files of those that are to be written.
+        Later checkpoints that were being written, or are damaged, are removed: what is left in their folders
+        would be among the files of those that are to be written there.
         """
         for checkpoint in _checkpoints(self._folder):
-            if _step(checkpoint) > state.global_step:
+            if _step(checkpoint) > state.global_step and damage(checkpoint) is not None:
                 shutil.rmtree(checkpoint)
         if state.global_step >= state.max_steps:  # the Trainer asks that after a step alone
             self.trainer._run_epoch = _no_epoch

@@ -1,0 +1,32 @@
+"""Names that no disk can have are refused by every option that names something on one, in every stage."""
+
+from pathlib import Path
+
+import pytest
+
+from emloc.errors import ConfigError
+from emloc.extend.plugin_options import with_plugin_options
+from emloc.extend.plugins import load_plugins
+from emloc.options.build import build
+from emloc.options.marks import NamesData, NamesFiles
+from emloc.stages.registry import all_stages
+
+LOCATED = {"model_name_or_path", "adapter", "emulator", "single_file_config"}
+STAGES = all_stages(load_plugins())
+
+
+def names_something(name, field):
+    marks = any(isinstance(mark, (NamesFiles, NamesData)) for mark in field.metadata)
+    return marks or name in LOCATED or Path.__name__ in str(field.annotation)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_option_takes_a_name_of_300_bytes(stage):
+    kind = with_plugin_options(STAGES[stage].config)
+    fields = kind.model_fields.items()
+    required = {name: "given" for name, field in fields if field.is_required()}
+    asked = [name for name, field in fields if names_something(name, field)]
+    assert asked
+    for name in asked:
+        with pytest.raises(ConfigError, match=rf"{name}.* a name of 300 bytes"):
+            build(kind, {**required, name: "x" * 300}, stage)
