@@ -124,7 +124,12 @@ def test_pinned_memory(card):
     assert card.unpinned == 0
     here = x.to("cuda", non_blocking=True)
     assert card.unpinned == 1
-    here.to("cpu", non_blocking=True)
+    there = here.to("cpu", non_blocking=True)
+    there.to("cuda")
+    torch.cuda.synchronize()
+    there + 1
+    assert card.unfinished == 0
+    here.to("cpu", non_blocking=True) + 1
     assert card.unfinished == 1
     with pytest.raises(RuntimeError, match="only dense CPU tensors can be pinned"):
         here.pin_memory()

@@ -5,7 +5,7 @@ from typing import cast
 from torch import Tensor
 
 from emloc.layers.quantized_layers import QuantizedConv2d, QuantizedLinear
-from emloc.layers.remade_weight import remade_convolution, remade_linear
+from emloc.layers.remade_weight import product_dtype, remade_convolution, remade_linear
 from emloc.linalg.operator import Chain
 
 
@@ -14,7 +14,7 @@ class CodedLowRankLinear(QuantizedLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., d_in) to (..., d_out)."""
-        stored, dtype = self._stored(), input.dtype
+        stored, dtype = self._stored(), product_dtype(input)
 
         def right(*tensors: Tensor) -> Tensor:
             return cast(Chain, self._operator(*tensors)).right.dense(dtype)
@@ -31,7 +31,7 @@ class CodedLowRankConv2d(QuantizedConv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(batch, in_channels, height, width) to (batch, out_channels, height', width')."""
-        stored, dtype = self._stored(), input.dtype
+        stored, dtype = self._stored(), product_dtype(input)
 
         def right(*tensors: Tensor) -> Tensor:
             kernel = cast(Chain, self._operator(*tensors)).right.dense(dtype)

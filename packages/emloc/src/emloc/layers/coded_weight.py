@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from emloc.layers.fused_decoding import decode_at_once
 from emloc.linalg.bit_packing import padded, unpack, unpacked_parts
 from emloc.linalg.grid import SCALES, ZERO_BITS, decoded_scales, decoded_zeros
+from emloc.machine.pinned import pinned
 
 ELEMENTS = {"cpu": 1 << 18}
 """Weights that are decoded at a time, by the kind of device."""
@@ -48,7 +50,7 @@ class CodedWeight:
 
     def pinned(self) -> "CodedWeight":
         """The same in memory from which a GPU copies while it computes."""
-        return self._with([tensor.contiguous().pin_memory() for tensor in self._tensors])
+        return self._with([pinned(tensor) for tensor in self._tensors])
 
     @property
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -64,6 +66,8 @@ class CodedWeight:
         """The weight."""
         rows = self.packed.shape[0]
         weight = torch.empty(rows, self.columns, dtype=dtype, device=self.packed.device)
+        if decode_at_once(self, weight):
+            return weight
         for start, part in self._parts():
             weight[start : start + len(part)] = part
         return weight

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from emloc.layers.emulated_layer import EmulatedLayer
 from emloc.layers.read_only_weight import ReadOnlyWeight
-from emloc.layers.remade_weight import remade_convolution, remade_linear
+from emloc.layers.remade_weight import product_dtype, remade_convolution, remade_linear
 from emloc.linalg.operator import Operator
 
 Stored = Mapping[str, tuple[tuple[int, ...], torch.dtype | None]]
@@ -101,9 +101,10 @@ class QuantizedLinear(StoredWeight, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., d_in) to (..., d_out)."""
+        dtype = product_dtype(input)
         return remade_linear(
             input,
-            lambda *stored: self._operator(*stored).dense(input.dtype),
+            lambda *stored: self._operator(*stored).dense(dtype),
             self.bias,
             *self._stored(),
         )
@@ -146,9 +147,10 @@ class QuantizedConv2d(StoredWeight, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """(batch, in_channels, height, width) to (batch, out_channels, height', width')."""
         shape = (self.out_channels, self.in_channels, *self.kernel_size)
+        dtype = product_dtype(input)
         return remade_convolution(
             self._padded(input),
-            lambda *stored: self._operator(*stored).dense(input.dtype).view(shape),
+            lambda *stored: self._operator(*stored).dense(dtype).view(shape),
             self.bias,
             (self.stride, 0, self.dilation),
             *self._stored(),

@@ -16,6 +16,14 @@ Make = Callable[..., Tensor]
 """Makes a weight, d_out × d_in or a kernel, of stored tensors."""
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that `x` is multiplied in: its own, or what autocast has in its place."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
+
+
 def remade_linear(x: Tensor, make: Make, bias: Tensor | None, *stored: Tensor) -> Tensor:
     """`x @ make(*stored)ᵀ + bias`, (..., d_in) to (..., d_out); bias and stored tensors are frozen."""
     return cast(Tensor, _RemadeLinear.apply(x, make, bias, *stored))

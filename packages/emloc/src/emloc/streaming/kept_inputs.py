@@ -12,6 +12,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from emloc.machine.pinned import to_pinned
+
 
 class KeptInputs(Protocol):
     """A place for tensors that are of no use for a while."""
@@ -30,7 +32,7 @@ class KeptInputs(Protocol):
 
 
 class InMemory:
-    """Host memory, which on the CPU is where they are.
+    """Host memory, which on the CPU is where they are; a GPU copies to it and from it without waiting.
 
     Args:
         device: where blocks compute.
@@ -41,11 +43,12 @@ class InMemory:
 
     def put(self, tensor: Tensor) -> Tensor:
         """See `KeptInputs`."""
-        return tensor.detach().to("cpu")
+        return to_pinned(tensor) if tensor.is_cuda else tensor.detach().to("cpu")
 
     def get(self, kept: Tensor) -> Tensor:
         """See `KeptInputs`."""
-        return kept.detach().to(self._device)
+        # In the order of the stream, so after the copy that brought it here.
+        return kept.detach().to(self._device, non_blocking=True)
 
     def forget(self) -> None:
         """See `KeptInputs`; they are held by whoever put them."""

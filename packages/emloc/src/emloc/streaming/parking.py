@@ -4,7 +4,8 @@ In lockstep all calls but one wait, each with its hidden state, masks and skips;
 the card, though it computes with one call's at a time. The tensors are held by frames of the library's
 forward, which nobody can reach into; so the tensors stay and their *storages* go: when a call is suspended,
 the storages of what it has made and still holds are copied to the host and freed on the device. Views and
-what autograd keeps share storages, so they follow. Bytes are copied: results are the same bit for bit.
+what autograd keeps share storages, so they follow. Bytes are copied: results are the same bit for bit. Copies
+go through pinned memory in the order of the stream that computes, and nothing waits for them.
 
 What a unit is given comes back when its call is resumed, and everything else when an operation uses it: a
 skip crosses once each way, however many blocks it skips. What another call or the caller uses as well (sums
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from emloc.machine.pinned import to_pinned
 from emloc.streaming.call import Call, current_call
 
 Storage = torch.UntypedStorage
@@ -34,10 +36,10 @@ Storage = torch.UntypedStorage
 
 @dataclass(frozen=True)
 class _Away:
-    """A storage that was freed on the device, its bytes on the host, and the call that holds it."""
+    """A storage that was freed on the device, its bytes in pinned memory, and the call that holds it."""
 
     storage: Storage
-    bytes: Storage
+    bytes: Tensor
     call: Call
 
 
@@ -50,10 +52,11 @@ class Parking(TorchDispatchMode):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self._device = device.type
+        self._on, self._device = device, device.type
         self._made: dict[Call, list[ref[Tensor]]] = {}
         self._away: dict[int, _Away] = {}
         self._shared: dict[int, ref[Tensor]] = {}
+        self._moving = False
 
     @contextmanager
     def running(self, call: Call) -> Iterator[None]:
@@ -81,6 +84,8 @@ class Parking(TorchDispatchMode):
     ) -> Any:
         """Bring back what is used, and note what is made."""
         kwargs = kwargs or {}
+        if self._moving:  # a storage is copied by an operation on tensors, which comes by here
+            return func(*args, **kwargs)
         self.use((args, kwargs))
         made = func(*args, **kwargs)
         call = current_call()
@@ -113,8 +118,11 @@ class Parking(TorchDispatchMode):
                 continue
             if key in self._shared and self._shared[key]() is not None:
                 continue
-            self._away[key] = _Away(storage, storage.cpu(), call)
-            storage.resize_(0)
+            with self._move():
+                there = self._bytes_of(storage)
+                self._away[key] = _Away(storage, to_pinned(there), call)
+                del there
+                storage.resize_(0)
 
     def _forget_dead(self) -> None:
         """Let go of what no tensor holds any more, and the graph neither: nothing can ask for it back."""
@@ -125,9 +133,21 @@ class Parking(TorchDispatchMode):
 
     def _bring_back(self, key: int) -> None:
         away = self._away[key]
-        away.storage.resize_(away.bytes.nbytes())  # before the bytes are let go: it may fail
-        away.storage.copy_(away.bytes)
+        with self._move():
+            away.storage.resize_(away.bytes.numel())  # before the bytes are let go: it may fail
+            self._bytes_of(away.storage).copy_(away.bytes, non_blocking=True)
         del self._away[key]
+
+    def _bytes_of(self, storage: Storage) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8, device=self._on).set_(storage)
+
+    @contextmanager
+    def _move(self) -> Iterator[None]:
+        self._moving = True
+        try:
+            yield
+        finally:
+            self._moving = False
 
     def _here(self, tree: Any) -> list[Tensor]:
         return [

@@ -3,6 +3,10 @@
 While a unit computes, the one that is needed next is read on a thread of its own: from the mapped file, or
 from memory; converted, and sent to the device on a stream of its own if that is a GPU. So a unit's weights
 are there when they are needed, unless reading takes longer than computing; and two units are held at a time.
+
+On a GPU what Python takes for done may still be computing, and the room of a unit that Python has let go of
+is given to the next one. So that room belongs to the computing stream, which waits for the copies into it,
+and the copies wait for what was being computed when they were asked for.
 """
 
 from collections.abc import Iterator
@@ -14,6 +18,7 @@ import torch
 from torch import Tensor
 
 from emloc.layers.coded_weight import CodedWeight
+from emloc.machine.pinned import pinned
 from emloc.streaming.coded_blocks import coded
 from emloc.streaming.stream import UnitStream
 
@@ -50,43 +55,64 @@ class WaitingWeights:
         """
         values = self._take(unit)
         if following is not None:
-            self._ahead = following, self._pool.submit(self._get, following)
+            room = self._room(following)
+            self._ahead = following, self._pool.submit(self._get, following, room)
         with self._stream.holding(unit, values):
             yield
 
     def _take(self, unit: str) -> list[Tensor]:
         ahead, self._ahead = self._ahead, None
+        values: list[Tensor] = []
         if ahead is not None:
-            values = ahead[
-                1
-            ].result()  # also where it is of no use, so that it is not held any longer
-            if ahead[0] == unit:
-                if self._copies is not None:
-                    torch.cuda.current_stream(self._stream.device).wait_stream(self._copies)
-                return values
-        values = self._get(unit)
-        if self._copies is not None:
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._copies)
+            # Also where it is of no use, so that it is not held any longer.
+            values = ahead[1].result()
+            self._wait_for_copies()
+        if ahead is None or ahead[0] != unit:
+            values.clear()
+            values = self._get(unit, self._room(unit))
+            self._wait_for_copies()
         return values
 
-    def _get(self, unit: str) -> list[Tensor]:
+    def _room(self, unit: str) -> list[Tensor]:
+        """Room on a GPU for a unit, into which copies may go once what is being computed now is done."""
+        stream = self._stream
+        if self._copies is None:
+            return []
+        made = {"dtype": stream.dtype, "device": stream.device}
+        room = [torch.empty(place.shape, **made) for place in stream.places[unit]]
+        self._copies.wait_stream(torch.cuda.current_stream(stream.device))
+        return room
+
+    def _wait_for_copies(self) -> None:
+        if self._copies is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._copies)
+
+    def _get(self, unit: str, room: list[Tensor]) -> list[Tensor]:
         stream = self._stream
         on_disk = self._in_memory is None
         held = self._read(unit) if self._in_memory is None else self._in_memory[unit]
         shapes = [place.shape for place in stream.places[unit]]
         if self._copies is None:  # a view into a mapped file would be read when it is used
             return [self._dense(value, shape, on_disk) for value, shape in zip(held, shapes)]
-        with torch.cuda.stream(self._copies):
-            return [self._dense(value, shape, on_disk) for value, shape in zip(held, shapes)]
+        with torch.no_grad(), torch.cuda.stream(self._copies):
+            for value, into in zip(held, room):
+                self._send(value, into)
+        return room
 
     def _dense(self, value: Tensor | CodedWeight, shape: torch.Size, copy: bool) -> Tensor:
-        """A weight as it computes, on the device."""
-        stream = self._stream
+        """A weight as it computes, on the CPU."""
         if isinstance(value, CodedWeight):
-            return value.to(stream.device).dense(stream.dtype).view(shape)
-        if self._copies is None:
-            return value.to(stream.dtype, copy=copy)
-        return value.to(stream.device, non_blocking=True).to(stream.dtype)
+            return value.dense(self._stream.dtype).view(shape)
+        return value.to(self._stream.dtype, copy=copy)
+
+    def _send(self, value: Tensor | CodedWeight, into: Tensor) -> None:
+        """The same on a GPU; a conversion is made there, of what was stored."""
+        if isinstance(value, CodedWeight):
+            into.copy_(value.to(into.device).dense(into.dtype).view(into.shape))
+        elif value.dtype == into.dtype:
+            into.copy_(value, non_blocking=True)
+        else:
+            into.copy_(value.to(into.device, non_blocking=True))
 
     def _read(self, unit: str) -> list[Tensor | CodedWeight]:
         """A unit's weights as they wait, pinned where a GPU copies them while it computes."""
@@ -98,6 +124,6 @@ class WaitingWeights:
         if in_few_bits and self._bits is not None and tensor.dim() > 1:
             made = coded(tensor, self._bits)
             return made.pinned() if self._on_gpu else made
-        if self._on_gpu:
-            return tensor.contiguous().pin_memory()
-        return tensor if self._in_memory is None else tensor.clone()
+        if self._in_memory is not None:
+            return pinned(tensor) if self._on_gpu else tensor.clone()
+        return tensor.contiguous().pin_memory() if self._on_gpu else tensor

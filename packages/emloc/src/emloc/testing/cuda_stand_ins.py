@@ -1,7 +1,7 @@
 """Stand-ins for the parts of `torch.cuda` that libraries ask, while a pretend device is there.
 
-Kept few: what is not here fails as in a build of torch without CUDA. There are no streams and events, and
-random numbers are the host's.
+Kept few: what is not here fails as in a build of torch without CUDA. All streams are one, in the order of the
+calls, there are no events, and random numbers are the host's.
 """
 
 from collections.abc import Iterator, Sequence
@@ -72,7 +72,8 @@ class _Card:
     def device(self, device: Any) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def synchronize(self, device: Any = None) -> None: ...
+    def synchronize(self, device: Any = None) -> None:
+        self.__traffic.synchronize()
 
     def get_device_properties(self, device: Any = None) -> SimpleNamespace:
         return self.__properties
@@ -100,6 +101,18 @@ class _Card:
 
     def empty_cache(self) -> None: ...
 
+    def Stream(self, device: Any = None) -> SimpleNamespace:
+        return _STREAM
+
+    def current_stream(self, device: Any = None) -> SimpleNamespace:
+        return _STREAM
+
+    def stream(self, stream: Any) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def cudart(self) -> SimpleNamespace:
+        return SimpleNamespace(cudaHostRegister=_succeed, cudaHostUnregister=_succeed)
+
     # `torch.manual_seed` sets the host's generator, which is drawn from.
     def manual_seed(self, seed: int) -> None: ...
 
@@ -118,6 +131,11 @@ class _Card:
         torch.set_rng_state(new_states[0])
 
 
+def _succeed(*_: Any) -> int:
+    return 0
+
+
+_STREAM = SimpleNamespace(wait_stream=_succeed)
 _host_generator = torch.Generator
 
 

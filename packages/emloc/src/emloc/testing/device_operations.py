@@ -45,6 +45,7 @@ def operate(traffic: Traffic, func: Any, args: Sequence[Any], kwargs: dict[str, 
     here = any(isinstance(tensor, DeviceTensor) for tensor in tensors)
     on_device = here if wanted is None else is_cuda(wanted)
     if not here and not on_device and not kwargs.get("pin_memory"):
+        traffic.read_on_host(tensors)
         return func(*args, **kwargs)
     name: str = func.overloadpacket.__name__
     if here:
@@ -132,6 +133,8 @@ def _to_copy(traffic: Traffic, func: Any, args: Sequence[Any], kwargs: dict[str,
     made = run(traffic, func, args, kwargs, on_device)
     if here != on_device:
         _count_transfer(traffic, source, source if on_device else made, on_device, eager)
+    elif not here:
+        traffic.read_on_host([source])
     if here and not on_device and not eager:
         traffic.pin(made)  # as CUDA does
     return made
@@ -145,6 +148,8 @@ def _copy(traffic: Traffic, func: Any, args: Sequence[Any], kwargs: dict[str, An
     if here != from_device:
         eager = not (rest[0] if rest else kwargs.get("non_blocking", False))
         _count_transfer(traffic, source, source if here else target, here, eager)
+    elif not here:
+        traffic.read_on_host([source])
     return target
 
 
@@ -157,7 +162,8 @@ def _count_transfer(
     )
     if not eager:
         traffic.unpinned += on_device and not traffic.is_pinned(host)
-        traffic.unfinished += not on_device
+        if not on_device:
+            traffic.arrives(host)
 
 
 def _read(traffic: Traffic, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -37,15 +37,23 @@ class DeviceStorage:
         return self
 
     def copy_(self, source: Any, non_blocking: bool = False) -> "DeviceStorage":
-        """Fill it from the host or from the device."""
-        if isinstance(source, DeviceStorage):
-            self._values.copy_(source._values)
-        else:
-            self._values.copy_(source)
-            self._traffic.to_device.add(source.nbytes())
+        """Fill it from the host or from the device, by an operation on tensors, as torch does."""
+        ours = isinstance(source, DeviceStorage)
+        self.as_tensor().copy_(source.as_tensor() if ours else _bytes(source))
         return self
 
     def cpu(self) -> torch.UntypedStorage:
-        """A copy on the host."""
-        self._traffic.to_host.add(self.nbytes())
-        return self._values.clone()
+        """A copy on the host, by an operation on tensors, as torch makes it."""
+        copied = torch.empty(self.nbytes(), dtype=torch.uint8)
+        copied.copy_(self.as_tensor())
+        return copied.untyped_storage()
+
+    def as_tensor(self) -> Any:
+        """All bytes, as numbers of 8 bits on the device."""
+        from emloc.testing.device_tensor import DeviceTensor  # which knows this class
+
+        return DeviceTensor(_bytes(self._values), self._traffic)
+
+
+def _bytes(storage: torch.UntypedStorage) -> Any:
+    return torch.empty(0, dtype=torch.uint8).set_(storage)  # pyright: ignore[reportArgumentType]

@@ -6,6 +6,7 @@ neither is imitated. The workspace inside an operation is not seen.
 """
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -38,7 +39,8 @@ class Traffic:
         to_device: copies from the host.
         to_host: copies from the device, scalars that were read left out.
         unpinned: `non_blocking` copies from memory that is not pinned, which block all the same.
-        unfinished: `non_blocking` copies to the host, whose values are there only after a synchronisation.
+        unfinished: operations of the host on what a `non_blocking` copy from the device wrote, whose values are
+            there only after a synchronisation. Copies back to the device keep the order and do not count.
         reads: scalars read (`item`, `float`, `bool`, …), each of which waits for the device.
         waits: other operations that wait for it, since the shape of their result depends on values.
         live_bytes: held by tensors on the device now.
@@ -57,6 +59,7 @@ class Traffic:
     limit: int | None = None
     _storages: dict[int, int] = field(default_factory=dict[int, int])
     _pinned: set[int] = field(default_factory=set[int])
+    _arriving: set[int] = field(default_factory=set[int])
 
     def reset_peak(self) -> None:
         """Let the peak begin at what lives now."""
@@ -108,3 +111,20 @@ class Traffic:
     def is_pinned(self, tensor: Tensor) -> bool:
         """Return whether a host tensor's storage was pinned."""
         return tensor.untyped_storage()._cdata in self._pinned  # pyright: ignore[reportPrivateUsage]
+
+    def arrives(self, tensor: Tensor) -> None:
+        """Note that a host tensor's values are on their way."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata  # pyright: ignore[reportPrivateUsage]
+        self._arriving.add(key)
+        weakref.finalize(storage, self._arriving.discard, key)
+
+    def read_on_host(self, tensors: Iterable[Tensor]) -> None:
+        """Count an operation of the host that reads these."""
+        if self._arriving:
+            keys = {t.untyped_storage()._cdata for t in tensors}  # pyright: ignore[reportPrivateUsage]
+            self.unfinished += not keys.isdisjoint(self._arriving)
+
+    def synchronize(self) -> None:
+        """Let all copies be done."""
+        self._arriving.clear()

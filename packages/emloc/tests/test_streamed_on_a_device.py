@@ -1,0 +1,105 @@
+"""Weights that come and go on a pretended CUDA device: the CPU's gradients, and an order without races."""
+
+from functools import partial
+from math import prod
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.streaming.streamed_model import StreamedModel
+from emloc.testing import pretend_device
+from emloc.testing.toy_family import ToyFamily, write_toy
+from emloc.testing.toy_model import ToySizes
+
+FAMILY = ToyFamily()
+SIZES = ToySizes(side=2, blocks=6, width=64, hidden=200)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return Checkpoint.open(write_toy(tmp_path_factory.mktemp("toy") / "model", SIZES, 0))
+
+
+@pytest.fixture
+def streamed(checkpoint, tmp_path):
+    """`streamed(device, ...)`: losses of two micro-batches, and gradients of the convolutions' biases."""
+
+    def run(device, dtype=torch.float32, bits=None, weights="ram"):
+        model = StreamedModel(FAMILY, checkpoint, dtype, device, weights, "ram", tmp_path, bits)
+        shifts = {}
+
+        def add(name, module, inputs, output):
+            shape = (1, output.shape[1], *(1 for _ in output.shape[2:]))
+            shift = shifts.setdefault(name, torch.zeros(shape, dtype=dtype, device=device))
+            return output + shift.requires_grad_()
+
+        for group in FAMILY.layer_groups(model.model):
+            model.model.get_submodule(group[0]).register_forward_hook(partial(add, group[0]))
+
+        def loss_of(seed):
+            draw = torch.Generator().manual_seed(seed)
+            pictures = torch.randn(3, SIZES.channels, SIZES.side, SIZES.side, generator=draw)
+            labels = torch.randint(SIZES.classes, (3,), generator=draw)
+            batch = {"pictures": pictures.to(device), "labels": labels.to(device)}
+            loss, _ = FAMILY.loss(model.model, batch)
+            return loss, float(loss.detach())
+
+        losses = model.gradients([partial(loss_of, seed) for seed in range(2)])
+        return losses, {name: shift.grad.cpu() for name, shift in shifts.items()}
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"weights": "disk"},
+        {"dtype": torch.float64},
+        {"weights": "disk", "dtype": torch.float64},
+        {"bits": 4},
+    ],
+    ids=str,
+)
+def test_gradients_are_those_of_the_cpu(streamed, given):
+    losses, gradients = streamed("cpu", **given)
+    with pretend_device() as card:
+        there, found = streamed("cuda", **given)
+        assert card.unpinned == 0, "copies from ordinary memory stop the processor"
+        assert card.peak_bytes > 0
+    assert there == pytest.approx(losses, rel=1e-6)
+    assert gradients.keys() == found.keys()
+    assert all(gradient.any() for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_two_units_at_most_lie_on_the_device(streamed, checkpoint):
+    block = [info for name, info in checkpoint.tensors.items() if name.startswith("blocks.0.")]
+    unit = sum(prod(info.shape) for info in block) * 4
+    with pretend_device() as card:
+        streamed("cuda")
+        assert card.live_bytes < unit / 10
+        assert 2 * unit <= card.peak_bytes < 3 * unit
+
+
+def test_copies_and_computing_wait_for_each_other(streamed, monkeypatch):
+    """No copy into the room of weights that may still be read, no reading of what may not be there yet."""
+    waits = []
+
+    def stream(name):
+        def wait_stream(other):
+            waits.append((name, other.name))
+
+        return SimpleNamespace(name=name, wait_stream=wait_stream)
+
+    computing, copying = stream("computing"), stream("copying")
+    with pretend_device(), monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "Stream", lambda device=None: copying)
+        patch.setattr(torch.cuda, "current_stream", lambda device=None: computing)
+        streamed("cuda")
+    # Room is taken where it is computed, so copies wait for that; then what computes waits for them.
+    assert len(waits) >= 4 * SIZES.blocks
+    assert waits == [("copying", "computing"), ("computing", "copying")] * (len(waits) // 2)
