@@ -63,6 +63,19 @@ def test_adapters_and_losses_are_those_of_training_in_memory(options, in_memory,
     ).read_bytes()
 
 
+def test_a_vocabulary_that_is_more_than_a_tile(options, family, tmp_path, monkeypatch):
+    """As of real models, whose trainer in memory multiplies by the head's weight itself."""
+    if family.name == "llm":
+        monkeypatch.setattr("emloc_llm.training.TILE_ROWS", 1)
+    streamed = emloc.train(
+        output_dir=tmp_path / "adapter", stream=True, num_held_back_samples=2, **options
+    )
+    kept = emloc.train(output_dir=tmp_path / "kept", num_held_back_samples=2, **options)
+    assert_same(streamed, kept)
+    held = [json.loads((folder / "emloc.json").read_text())["summary"] for folder in (streamed, kept)]
+    assert held[0]["held_back_loss"] == pytest.approx(held[1]["held_back_loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_blocks_that_wait_in_few_bits_are_those_of_a_rounded_model(family, options, bits, tmp_path):
     """Trained in memory on a copy of the model whose blocks hold what the grid gives back."""

@@ -349,6 +349,7 @@ def streamed(
                         "tokens_per_second": count / taken,
                     }
                     figures[f"{name} streamed {bits or 16} {count}"] = row
+                    console.print(f"{name}, {bits or 16} bits, {count:,} tokens: {taken:.2f} s")
                     table.add_row(
                         name, f"streamed, {bits or 16} bits", f"{count:,}", format_bytes(int(row["peak_bytes"])),
                         f"{taken:.2f}", f"{count / taken:,.0f}", format_bytes(2 * size), f"{2 * alone / taken:.2f}", "",

@@ -28,6 +28,7 @@ from emloc.integrations.transformers.sampling import in_batches
 from emloc.integrations.transformers.streamed_training import frozen_model
 from emloc.integrations.transformers.tables import dataset_names, shares
 from emloc.machine.memory import PeakMemory, return_large_blocks
+from emloc.machine.progress import warn
 from emloc_llm.activations import TILE_ROWS, TILE_TOKENS
 from emloc_llm.data import Sample, encode, encode_all, load_samples, pad, say_truncated
 from emloc_llm.rows import load_rows
@@ -48,13 +49,22 @@ class Trainer(SFTTrainer):
         TRL (1.16) takes it tile by tile over the vocabulary. Without Triton it scores padding and prompts
         too, in some twenty passes, which on a CPU takes almost half of a step of SmolLM2-135M. Where the
         logits of labelled tokens alone are no larger than such a tile, they are taken at once.
+
+        TRL multiplies by the head's weight itself. A streamed model's head has it while it is called, and
+        no longer: there, logits of labelled tokens are always the head's own.
         """
         labels = inputs["labels"]
+        streamed = getattr(self, "streamed", None) is not None
+        if streamed and self.aux_loss_enabled:  # what a router says within a block leaves no graph
+            self.aux_loss_enabled = False
+            warn("stream=true: experts' routers are not balanced; the loss is that of the tokens alone")
         here = self.args.device.type == "cpu" and self.accelerator.num_processes == 1
-        if return_outputs or self.aux_loss_enabled or not here or not self._fits_a_tile(labels):
+        at_once = here and not return_outputs and self._fits_a_tile(labels)
+        if self.aux_loss_enabled or not (streamed or at_once):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         total, terms = next_token_loss(self.accelerator.unwrap_model(model), inputs)
-        return total / max(1, int(terms if num_items_in_batch is None else num_items_in_batch))
+        loss = total / max(1, int(terms if num_items_in_batch is None else num_items_in_batch))
+        return (loss, {"loss": loss}) if return_outputs else loss
 
     def _fits_a_tile(self, labels: torch.Tensor) -> bool:
         config: Any = cast(Any, self.model).config

@@ -2,7 +2,8 @@
 
 transformers' processors of models that also read videos want a video processor, which needs
 torchvision. Images do not: where torchvision cannot be imported, the same processor is built without
-videos, on the image processors that need only Pillow.
+videos, on the image processors that need only Pillow. So it is where a folder has no video processor, as
+one that was saved without torchvision.
 """
 
 from pathlib import Path
@@ -54,7 +55,11 @@ def _load(path: Path) -> Any:
     if has_original_processor(config):
         return native_processor(path)
     if is_torchvision_available():
-        return AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        try:
+            return AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        except OSError:
+            if "video_processor" not in _class_of(path, config).get_attributes():
+                raise
     return image_only(_class_of(path, config)).from_pretrained(path, trust_remote_code=False)
 
 

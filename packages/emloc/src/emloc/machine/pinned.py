@@ -30,7 +30,7 @@ def pinned(tensor: Tensor) -> Tensor:
     """
     size = tensor.numel() * tensor.element_size()
     if size < LARGE:
-        return tensor.contiguous().pin_memory()
+        return tensor.cpu().contiguous().pin_memory()
     room = torch.empty(-(-size // PAGE) * PAGE + PAGE, dtype=torch.uint8)
     start = -room.data_ptr() % PAGE
     pages = room[start : start + -(-size // PAGE) * PAGE]

@@ -122,7 +122,7 @@ class WaitingWeights:
 
     def _waiting(self, tensor: Tensor, in_few_bits: bool) -> Tensor | CodedWeight:
         if in_few_bits and self._bits is not None and tensor.dim() > 1:
-            made = coded(tensor, self._bits)
+            made = coded(tensor.to(self._stream.device), self._bits)
             return made.pinned() if self._on_gpu else made
         if self._in_memory is not None:
             return pinned(tensor) if self._on_gpu else tensor.clone()
