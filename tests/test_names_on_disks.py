@@ -30,3 +30,21 @@ def test_no_option_takes_a_name_of_300_bytes(stage):
     for name in asked:
         with pytest.raises(ConfigError, match=rf"{name}.* a name of 300 bytes"):
             build(kind, {**required, name: "x" * 300}, stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_option_takes_a_number_that_no_machine_computes_with(stage):
+    kind = with_plugin_options(STAGES[stage].config)
+    fields = kind.model_fields.items()
+    required = {name: "given" for name, field in fields if field.is_required()}
+    for name in (name for name, field in fields if field.annotation is int):
+        with pytest.raises(ConfigError, match=name):
+            build(kind, {**required, name: 10**400}, stage)
+
+
+def test_a_list_of_data_has_an_end():
+    given = {"model_name_or_path": "m", "output_dir": "o"}
+    kind = with_plugin_options(STAGES["train"].config)
+    build(kind, {**given, "dataset": ",".join(f"{n}.jsonl" for n in range(900))}, "train")
+    with pytest.raises(ConfigError, match="it names 60,000 files, and may name 1,000"):
+        build(kind, {**given, "dataset": ["0"] * 60_000}, "train")

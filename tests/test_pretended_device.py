@@ -1,5 +1,6 @@
 """Stages on a pretended CUDA device: they never mix devices, and give what they give on the CPU."""
 
+import json
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 import emloc
+import emloc_diffusion.training  # noqa: F401 (libraries look for CUDA when they are imported)
+import emloc_llm.training  # noqa: F401
+import emloc_vlm.training  # noqa: F401
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
@@ -95,6 +99,25 @@ def test_an_adapter_is_trained(stages, data, card, tmp_path):
     )  # fmt: skip
     assert (adapter / "emloc.json").is_file()
     assert card.peak_bytes > 0
+
+
+def test_blocks_come_and_go_while_a_lora_is_trained(family, example, card, tmp_path):
+    """In bfloat16, as the Trainer has it on a card: the same losses, and autocast is off afterwards."""
+    options = {
+        **example, "max_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "lora_r": 2, "device": "cuda",
+    }  # fmt: skip
+
+    def losses(folder, **more):
+        made = emloc.train(output_dir=tmp_path / folder, **options, **more)
+        assert not torch.is_autocast_enabled("cuda")
+        lines = (made / "trainer_log.jsonl").read_text().splitlines()
+        return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+    streamed = losses("streamed", stream=True, stream_from="ram")
+    assert len(streamed) == 2
+    assert streamed == pytest.approx(losses("in-memory"), rel=2e-3)
+    assert card.unpinned == card.unfinished == 0
 
 
 def on_both(run):

@@ -72,7 +72,9 @@ def test_a_vocabulary_that_is_more_than_a_tile(options, family, tmp_path, monkey
     )
     kept = emloc.train(output_dir=tmp_path / "kept", num_held_back_samples=2, **options)
     assert_same(streamed, kept)
-    held = [json.loads((folder / "emloc.json").read_text())["summary"] for folder in (streamed, kept)]
+    held = [
+        json.loads((folder / "emloc.json").read_text())["summary"] for folder in (streamed, kept)
+    ]
     assert held[0]["held_back_loss"] == pytest.approx(held[1]["held_back_loss"], rel=1e-5)
 
 

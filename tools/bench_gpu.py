@@ -4,22 +4,24 @@
     python tools/bench_gpu.py step [--shapes 7B 38B 70B] [--ways lora qlora quantized4 quantized2 low_rank]
     python tools/bench_gpu.py streamed [--shapes 7B 38B] [--tokens 4096 16384] [--memory 24]
 
-Weights are random and of a language model of the given widths: Llama-2-7B's and 70B's, and Qwen2.5-32B's with 75
-blocks, which makes 38 B parameters. No checkpoint of theirs is needed or read.
+Weights are random and of a language model of the given widths: Llama-2-7B's and 70B's, and Qwen2.5-32B's
+with 75 blocks, which makes 38 B parameters. No checkpoint of theirs is needed or read.
 
-`decode`: the time to make a dense bfloat16 weight of its codes, against bitsandbytes' `dequantize_4bit` on the
-same shape [decode_ratio], and that both ways of ours give the same numbers.
+`decode`: the time to make a dense bfloat16 weight of its codes, against bitsandbytes' `dequantize_4bit` on
+the same shape [decode_ratio], and that both ways of ours give the same numbers.
 
 `step`: forward, backward and AdamW of a LoRA of rank 16 on every linear layer of the blocks, one sample of
-`--length` tokens (2,048), gradient checkpointing, bfloat16 autocast, as `emloc train` has it: seconds (median of
-three after two), peak bytes of torch's allocator, and both over QLoRA's (bitsandbytes' `Linear4bit`, NF4 with
-double quantisation) in the same run [step_ratio, peak_ratio]. Embeddings and head are in 16 bits for all.
+`--length` tokens (2,048), gradient checkpointing, bfloat16 autocast, as `emloc train` has it: seconds
+(median of three after two), peak bytes of torch's allocator, and both over QLoRA's (bitsandbytes'
+`Linear4bit`, NF4 with double quantisation) in the same run [step_ratio, peak_ratio]. Embeddings and head
+are in 16 bits for all.
 
-`streamed`: the same LoRA on the model in 16 bits whose blocks wait in pinned memory (and once in 4 bits), with
-torch's allocator held to `--memory` GiB, micro-batches of 2,048 tokens: seconds per step, tokens per second,
-peak bytes, the bytes that a step copies to the GPU, and the share of the step that the same copies take alone.
-QLoRA in memory, its micro-batches one after another, is beside it [tokens_ratio]. A block's weights are those of
-one of four that lie on disk, each copied for every block that stands for it. The last line is JSON.
+`streamed`: the same LoRA on the model in 16 bits whose blocks wait in pinned memory (and once in 4 bits),
+with torch's allocator held to `--memory` GiB, micro-batches of 2,048 tokens: seconds per step, tokens per
+second, peak bytes, the bytes that a step copies to the GPU, and the share of the step that the same copies
+take alone. QLoRA in memory, its micro-batches one after another, is beside it [tokens_ratio]. A block's
+weights are those of one of four that lie on disk, each copied for every block that stands for it. The last
+line is JSON.
 """
 
 import argparse
@@ -351,8 +353,10 @@ def streamed(
                     figures[f"{name} streamed {bits or 16} {count}"] = row
                     console.print(f"{name}, {bits or 16} bits, {count:,} tokens: {taken:.2f} s")
                     table.add_row(
-                        name, f"streamed, {bits or 16} bits", f"{count:,}", format_bytes(int(row["peak_bytes"])),
-                        f"{taken:.2f}", f"{count / taken:,.0f}", format_bytes(2 * size), f"{2 * alone / taken:.2f}", "",
+                        name, f"streamed, {bits or 16} bits", f"{count:,}",
+                        format_bytes(int(row["peak_bytes"])), f"{taken:.2f}",
+                        f"{count / taken:,.0f}", format_bytes(2 * size),
+                        f"{2 * alone / taken:.2f}", "",
                     )  # fmt: skip
                 made = model = optim = losses = None
                 free()

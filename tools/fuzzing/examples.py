@@ -52,8 +52,8 @@ class Examples:
 
 
 def document(path: Path):
-    """A JSON file's content."""
-    return json.loads(path.read_text())
+    """A JSON file's content; a mark of UTF-8 before it is none."""
+    return json.loads(path.read_text("utf-8-sig"))
 
 
 def _write_adapter(model: Path, folder: Path) -> None:

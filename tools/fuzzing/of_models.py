@@ -167,7 +167,10 @@ def _tokenizer(examples, file):
 
     def means(folder, result):
         tokenizer, ids = result
-        assert all(isinstance(index, int) and 0 <= index < len(tokenizer) for index in ids)
+        numbers = set(
+            tokenizer.get_vocab().values()
+        )  # what a model has no rows for it refuses itself
+        assert numbers.issuperset(ids)
         assert tokenizer.pad_token_id is not None
 
     return Parser(file, folder, file, "json", [document(folder / file)], read, means, 8)

@@ -21,6 +21,8 @@ PUBLISHED = [
     {"size": None},
     {},
     {"size": SizeDict(height=448, width=448)},
+    {"rescale_factor": 1 / 255, "image_mean": [0.5, 0.5, 0.5], "image_std": (0.2, 0.3, 0.2)},
+    {"rescale_factor": None, "image_mean": 0.5},
 ]
 
 
@@ -42,6 +44,9 @@ def test_published_sizes_pass(sizes):
         ({"size": {"height": "x", "width": 1}}, "size = .* which are no numbers of pixels"),
         ({"size": {"height": True, "width": 1}}, "which are no numbers"),
         ({"size": 224, "max_patches": -1}, "max_patches = -1, which are no numbers"),
+        ({"rescale_factor": [0] * 1000}, "rescale_factor = .* neither a number nor one for each"),
+        ({"image_mean": "0.5"}, "image_mean = 0.5, which is neither"),
+        ({"image_std": [0.5, None]}, "image_std"),
     ],
 )
 def test_sizes_of_no_model_are_refused(sizes, says):

@@ -1,12 +1,13 @@
 """Lockstep gives what plain forwards give, bit for bit, and holds one unit at a time."""
 
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from emloc.streaming.call import Call, current_call
+from emloc.streaming.call import Call, current_call, wait_before
 from emloc.streaming.lockstep import LockstepError, lockstep
 
 
@@ -101,3 +102,22 @@ def test_different_paths_are_refused():
     calls = [Call(lambda: model(torch.randn(2, 6))), Call(lambda: model.up[0](torch.randn(2, 5)))]
     with pytest.raises(LockstepError, match="different paths"):
         lockstep(model, UNITS, calls, visit)
+
+
+def test_each_call_has_its_own_autocast():
+    """Calls that enter it, are suspended, and leave it in the order of entering: it is on for no other."""
+    seen = []
+
+    def run(dtype):
+        with torch.autocast("cpu", dtype):
+            wait_before("unit", None)
+            seen.append(torch.get_autocast_dtype("cpu"))
+        seen.append(torch.is_autocast_enabled("cpu"))
+
+    dtypes = (torch.bfloat16, torch.float16)
+    calls = [Call(partial(run, dtype)) for dtype in dtypes]
+    for _ in range(2):
+        for call in calls:
+            call.advance()
+            assert not torch.is_autocast_enabled("cpu")
+    assert seen == [torch.bfloat16, False, torch.float16, False]

@@ -57,7 +57,9 @@ class Trainer(SFTTrainer):
         streamed = getattr(self, "streamed", None) is not None
         if streamed and self.aux_loss_enabled:  # what a router says within a block leaves no graph
             self.aux_loss_enabled = False
-            warn("stream=true: experts' routers are not balanced; the loss is that of the tokens alone")
+            warn(
+                "stream=true: experts' routers are not balanced; the loss is that of the tokens alone"
+            )
         here = self.args.device.type == "cpu" and self.accelerator.num_processes == 1
         at_once = here and not return_outputs and self._fits_a_tile(labels)
         if self.aux_loss_enabled or not (streamed or at_once):

@@ -20,6 +20,7 @@ MOST_PLACES = 1 << 14
 
 _PLACES = ("image_seq_length", "image_seq_len", "num_image_tokens", "num_additional_image_tokens")
 _SIZES = ("size", "crop_size", "pad_size", "max_image_size")
+_SCALES = ("rescale_factor", "image_mean", "image_std")
 _TILES = ("max_patches", "max_image_tiles", "max_num_tiles", "max_dynamic_patch")
 
 
@@ -36,6 +37,13 @@ def require_modest(image_processor: Any, path: Path) -> None:
             raise CheckpointError(
                 f"The processor of {path} has {name} = {str(said[name])[:80]}, which are no numbers of "
                 f"pixels or tiles; copy its files from the model again."
+            )
+    for name in _SCALES:
+        scale = getattr(image_processor, name, None)
+        if not (scale is None or _is_number(scale) or _is_colour(scale)):
+            raise CheckpointError(
+                f"The processor of {path} has {name} = {str(scale)[:80]}, which is neither a number nor one "
+                f"for each colour; copy its files from the model again."
             )
     tiles = max((one for name in _TILES for one in numbers[name].values()), default=1)
     pixels = max((_pixels(numbers[name]) for name in _SIZES), default=0)
@@ -59,6 +67,18 @@ def require_few_places(processor: Any, path: Path) -> None:
                 f"The processor of {path} has {name} = {str(places)[:80]}, where the tokens of a picture are "
                 f"0 to {MOST_PLACES:,}; copy its files from the model again."
             )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1 << 31
+
+
+def _is_colour(value: Any) -> bool:
+    """Return whether it is a number for each of a picture's few channels."""
+    if not isinstance(value, (list, tuple)):
+        return False
+    numbers = cast("list[Any]", value)
+    return 1 <= len(numbers) <= 4 and all(map(_is_number, numbers))
 
 
 def _numbers(value: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ white, half of it half. Of animations and files of several pages the first pictu
 are not applied, as no loader of transformers or diffusers does.
 
 What has no agreed range of grey (32-bit integers, floats) is refused, and so are pictures of more than
-`PIXEL_LIMIT` pixels, which Pillow takes for bombs that fill the memory.
+`PIXEL_LIMIT` pixels, which fill the memory for nothing.
 """
 
 import io
@@ -22,8 +22,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from emloc.errors import DataError
 from emloc.machine.special_files import refuse_special
 
-PIXEL_LIMIT = 178_956_970
-"""Most pixels of a picture, Pillow's own: twice the number from which it warns."""
+PIXEL_LIMIT = 1 << 27
+"""Most pixels of a picture: 384 MiB in RGB, more than a camera of 100 megapixels makes."""
 
 NOT_READ = frozenset({"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"})
 """Formats that Pillow knows and hands to other programs, such as Ghostscript, or cannot decode."""

@@ -35,7 +35,7 @@ def rounded_parts(
     Args:
         table: of any floating dtype and finite; it may lie in a mapped file.
     """
-    alike = torch.ones(table.shape[1])
+    alike = torch.ones(table.shape[1], device=table.device)
     for part in table.split(part_rows(table.shape[1], group_size)):
         values = part.float()
         grid = choose_grid(values, alike, bits, group_size)
@@ -48,7 +48,7 @@ def nearest_codes(
     """The codes of the levels that are nearest to the values."""
     _, inverses, zeros = grid.by_group()
     size = grid.group_size
-    codes = torch.empty(values.shape, dtype=torch.uint8)
+    codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
     for group in range(inverses.shape[1]):
         inside = slice(group * size, (group + 1) * size)
         places = torch.addcmul(zeros[:, group, None], values[:, inside], inverses[:, group, None])

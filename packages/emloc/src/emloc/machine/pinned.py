@@ -5,6 +5,7 @@ Here large tensors get the pages that they need, which CUDA is told of.
 """
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def pinned(tensor: Tensor) -> Tensor:
     pages = room[start : start + -(-size // PAGE) * PAGE]
     made = pages[:size].view(tensor.dtype).view(tensor.shape)
     made.copy_(tensor)
-    runtime = torch.cuda.cudart()
+    runtime: Any = torch.cuda.cudart()
     address = pages.data_ptr()
     if int(runtime.cudaHostRegister(address, pages.numel(), 0)) == 0:
         weakref.finalize(made, runtime.cudaHostUnregister, address).atexit = False

@@ -6,8 +6,13 @@ from typing import Annotated, Any, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from emloc.options.amounts import Bytes
-from emloc.options.marks import NamesFiles, WithoutEffect
+from emloc.options.marks import NamesData, NamesFiles, WithoutEffect
 from emloc.options.types import Located, refuse_long
+
+MOST_NAMES = 1000
+"""Files and folders of data that one option may name."""
+
+LARGEST_NUMBER = (1 << 63) - 1
 
 DEVICES = "cpu, cuda, cuda:1; auto: cuda where there is one"
 
@@ -21,9 +26,22 @@ class StageConfig(BaseModel):
     @classmethod
     def _names_that_disks_have(cls, value: Any, field: ValidationInfo) -> Any:
         marks = cls.model_fields[str(field.field_name)].metadata
-        if isinstance(value, Path) or any(isinstance(mark, NamesFiles) for mark in marks):
-            for name in cast("list[Any]", value) if isinstance(value, list) else [value]:
+        if isinstance(value, Path) or any(
+            isinstance(mark, (NamesData, NamesFiles)) for mark in marks
+        ):
+            names = cast("list[Any]", value) if isinstance(value, list) else str(value).split(",")
+            if len(names) > MOST_NAMES:
+                raise ValueError(f"it names {len(names):,} files, and may name {MOST_NAMES:,}")
+            for name in names:
                 refuse_long(str(name))
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _numbers_of_64_bits(cls, value: Any) -> Any:
+        """A larger one is a slip, and fails somewhere inside of a library."""
+        if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+            raise ValueError(f"it is larger than {LARGEST_NUMBER:,}")
         return value
 
 

@@ -6,7 +6,7 @@ autograd records as usual, from a block's output, where it lands, to the inputs 
 the last block that ran to the first, a block's weights are loaded again, it is run once more with a graph
 on what entered it, and the gradient of its output becomes those of its weights and of its inputs, which the
 glue carries to where they landed before. This is gradient checkpointing whose checkpoints are blocks and
-whose weights come from disk. Dropout draws the same numbers both times.
+whose weights come from disk. Dropout draws the same numbers both times, and products have the same precision.
 
 Memory: one block with its gradients, and per micro-batch the inputs of every block, where `KeptInputs` keeps
 them, and the glue's graph.
@@ -34,6 +34,7 @@ from emloc.machine.progress import progress_bar
 from emloc.streaming.call import Call, current_call
 from emloc.streaming.kept_inputs import InMemory, KeptInputs, Random
 from emloc.streaming.lockstep import lockstep, refuse_again
+from emloc.streaming.precision import Autocast
 from emloc.streaming.stream import UnitStream
 
 Visit = Callable[[str, nn.Module], AbstractContextManager[None]]
@@ -81,6 +82,7 @@ class _Entered:
     edges: list[GradientEdge | None]
     form: Any
     random: Random | None
+    autocast: Autocast
 
 
 @dataclass
@@ -226,7 +228,7 @@ def _hooks(stream: UnitStream, kept: KeptInputs) -> Iterator[None]:
             edges = [_edge(part) for part in parts]
             held = [part if edge is None else kept.put(part) for part, edge in zip(parts, edges)]
             random = Random.now(stream.device) if module.training else None
-            _passage().entered[block] = _Entered(held, edges, form, random)
+            _passage().entered[block] = _Entered(held, edges, form, random, Autocast.now())
             torch.set_grad_enabled(False)
 
         return before
@@ -293,7 +295,8 @@ def _back_through(module: nn.Module, block: str, passage: _Passage, kept: KeptIn
         for part, edge in zip(entered.parts, entered.edges)
     ]
     inputs, named = tree_unflatten(fresh, entered.form)
-    with nullcontext() if entered.random is None else entered.random.again():
+    random = nullcontext() if entered.random is None else entered.random.again()
+    with entered.autocast.again(), random:
         output = module(*inputs, **named)
     outputs = [part for part in tree_flatten(output)[0] if _is_float(part)]
     torch.autograd.backward(

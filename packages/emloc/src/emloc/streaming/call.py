@@ -5,6 +5,8 @@ from typing import Any
 
 from greenlet import getcurrent, greenlet
 
+from emloc.streaming.precision import Autocast
+
 
 class Call(greenlet):
     """One forward call: `run()` returns its result; `context` is free for the hooks that it meets.
@@ -20,10 +22,22 @@ class Call(greenlet):
         self.waiting_for: str | None = None
         self.use: Callable[[Any], None] | None = None
         self.result: Any = None
+        self._autocast: Autocast | None = None
 
     def advance(self) -> None:
-        """Run until the call stands before its next unit or has returned."""
-        outcome = self.switch()
+        """Run until the call stands before its next unit or has returned.
+
+        Autocast belongs to the thread, so a call that entered it would leave it on for the others, and
+        for good once two of them have left it in another order: each call has its own.
+        """
+        before = Autocast.now()
+        if self._autocast is not None:
+            self._autocast.set()
+        try:
+            outcome = self.switch()
+        finally:
+            self._autocast = Autocast.now()
+            before.set()
         if self.dead:
             self.waiting_for, self.result = None, outcome
         else:

@@ -11,7 +11,7 @@ lies on the host where the device has memory of its own (`emloc.streaming.parkin
 A call runs on to the next unit before the next call is resumed, so after the last unit (the head)
 only one call's logits exist at a time.
 
-`torch.no_grad` and autocast belong to the thread, not to a greenlet: enter them once, outside.
+`torch.no_grad` belongs to the thread, not to a greenlet: enter it once, outside. Autocast is each call's own.
 """
 
 from collections.abc import Callable, Container, Iterator, Sequence, Set

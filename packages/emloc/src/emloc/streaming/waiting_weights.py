@@ -78,8 +78,8 @@ class WaitingWeights:
         stream = self._stream
         if self._copies is None:
             return []
-        made = {"dtype": stream.dtype, "device": stream.device}
-        room = [torch.empty(place.shape, **made) for place in stream.places[unit]]
+        shapes = [place.shape for place in stream.places[unit]]
+        room = [torch.empty(shape, dtype=stream.dtype, device=stream.device) for shape in shapes]
         self._copies.wait_stream(torch.cuda.current_stream(stream.device))
         return room
 

@@ -45,7 +45,8 @@ def operate(traffic: Traffic, func: Any, args: Sequence[Any], kwargs: dict[str, 
     here = any(isinstance(tensor, DeviceTensor) for tensor in tensors)
     on_device = here if wanted is None else is_cuda(wanted)
     if not here and not on_device and not kwargs.get("pin_memory"):
-        traffic.read_on_host(tensors)
+        if not _is_view(func):
+            traffic.read_on_host(tensors)
         return func(*args, **kwargs)
     name: str = func.overloadpacket.__name__
     if here:
@@ -74,6 +75,12 @@ def run(
         return DeviceTensor(tensor, traffic) if on_device else tensor
 
     return tree_map_only(Tensor, wrapped, made)
+
+
+def _is_view(func: Any) -> bool:
+    """Return whether an operation makes another tensor of the same values and reads none."""
+    returned = [formal.alias_info for formal in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in returned)
 
 
 def tensors_of(tree: Any) -> list[Tensor]:

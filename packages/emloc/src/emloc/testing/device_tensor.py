@@ -55,11 +55,11 @@ class DeviceTensor(Tensor):
     def __init__(self, values: Tensor, traffic: Traffic) -> None:
         pass
 
-    def set_(self, source: Any, *place: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def set_(self, *source: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """All bytes of a storage of the device, for a tensor of numbers of 8 bits."""
-        if isinstance(source, DeviceStorage) and self.dtype == torch.uint8 and not place:
-            return source.as_tensor()
-        return super().set_(source, *place)
+        if len(source) == 1 and isinstance(source[0], DeviceStorage) and self.dtype == torch.uint8:
+            return source[0].as_tensor()
+        return Tensor.set_(self, *source)
 
     def numpy(self, *, force: bool = False) -> Any:
         """Refused as CUDA does.

@@ -39,8 +39,8 @@ class Traffic:
         to_device: copies from the host.
         to_host: copies from the device, scalars that were read left out.
         unpinned: `non_blocking` copies from memory that is not pinned, which block all the same.
-        unfinished: operations of the host on what a `non_blocking` copy from the device wrote, whose values are
-            there only after a synchronisation. Copies back to the device keep the order and do not count.
+        unfinished: operations of the host on what a `non_blocking` copy from the device wrote, whose values
+            are there only after a synchronisation. Copies back to the device keep the order and do not count.
         reads: scalars read (`item`, `float`, `bool`, …), each of which waits for the device.
         waits: other operations that wait for it, since the shape of their result depends on values.
         live_bytes: held by tensors on the device now.
