@@ -19,6 +19,9 @@ $(INSTALLED): constraints.txt requirements-dev.txt $(wildcard packages/*/pyproje
 	# Apart from the others: torchvision beside a torch of another build breaks transformers.
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --no-deps \
 		-c constraints.txt --upgrade --target $(VENV)/timm timm torchvision
+	# The kernel for GPUs is tested in Triton's interpreter; other libraries change where they see Triton.
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --no-deps \
+		--upgrade --target $(VENV)/triton triton==3.6.0
 	touch $@
 
 demo: $(INSTALLED)

@@ -1,0 +1,94 @@
+"""Decoding in one pass: the kernel in Triton's interpreter against torch's operations, and without Triton."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from emloc.formats.coded_matrix import CodedMatrix
+from emloc.layers import fused_decoding
+from emloc.layers.coded_weight import CodedWeight
+from emloc.linalg.row_rounding import rounded_parts
+from emloc.testing import pretend_device
+
+TRITON_FOLDER = Path(sys.prefix) / "triton"
+"""Where `make install` puts Triton; it is no dependency, and comes with torch's builds for CUDA."""
+
+SHAPES = [(3, 576), (2, 100), (3, 1), (2, 1100)]
+"""Rows and columns: of whole groups, of a shorter last one, of one number, and of more than one program."""
+
+
+def coded(rows: int, columns: int, bits: int, group_size: int) -> CodedWeight:
+    """A random weight on its grid."""
+    draw = torch.Generator().manual_seed(rows)
+    weight = torch.randn(rows, columns, generator=draw)
+    matrix = CodedMatrix(rows, columns, bits, group_size)
+    parts = [matrix.encoded(grid, codes) for grid, codes in rounded_parts(weight, bits, group_size)]
+    stored = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return matrix.decoded(stored.__getitem__)
+
+
+def check_the_kernel() -> None:
+    """Compare the kernel with torch's operations, bit for bit; run where Triton is."""
+    from emloc.layers.triton_decoding import decode
+
+    for bits, group_size in ((2, 32), (3, 64), (4, 128), (8, 32)):
+        for rows, columns in SHAPES:
+            weight = coded(rows, columns, bits, group_size)
+            for dtype in (torch.float32, torch.float16):
+                into = torch.full((rows, columns), float("nan"), dtype=dtype)
+                fused_decoding.launch(decode, weight, into)
+                assert torch.equal(into, weight.dense(dtype)), (bits, group_size, rows, columns)
+
+
+def test_the_kernel_gives_the_same_numbers():
+    """In a process of its own: Triton decides at its import whether it interprets."""
+    here = Path(__file__)
+    code = f"import sys; sys.path.insert(0, {str(here.parent)!r}); import {here.stem} as tests; "
+    paths = [str(TRITON_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_where_the_kernel_cannot_run_torch_decodes(monkeypatch, capsys):
+    """Once with a warning, as where no compiler is found; and a lack of memory stays one."""
+    weight = coded(5, 100, 3, 32)
+    expected, problems = weight.dense(torch.float32), []
+
+    def fails(*_, **__):
+        raise problems[-1]
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(fused_decoding, "launch", fails)
+    monkeypatch.setattr(fused_decoding, "_kernel", _Kernel())
+    with pretend_device():
+        there = weight.to(torch.device("cuda"))
+        problems.append(torch.cuda.OutOfMemoryError("no room"))
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            there.dense(torch.float32)
+        problems.append(RuntimeError("Failed to find C compiler\nmore"))
+        assert torch.equal(there.dense(torch.float32).cpu(), expected)
+        assert torch.equal(there.dense(torch.float32).cpu(), expected)
+    assert capsys.readouterr().err.count("Triton cannot run here") == 1
+
+
+class _Kernel:
+    """`_kernel` as a cache that is emptied when the kernel fails."""
+
+    def __init__(self) -> None:
+        self.kernel = object()
+
+    def __call__(self) -> object:
+        return self.kernel
+
+    def cache_clear(self) -> None:
+        self.kernel = None
