@@ -32,6 +32,7 @@ from emloc.artefacts.stage_folder import (
 )
 from emloc.artefacts.write_errors import writing
 from emloc.errors import CheckpointError, OutputError
+from emloc.machine.exact_products import exact_products
 from emloc.machine.memory import PeakMemory, streaming_memory
 from emloc.machine.progress import console
 from emloc.planning.contract import Contract, keeping
@@ -126,7 +127,8 @@ class Artefact:
     ) -> tuple[Written, dict[str, int]]:
         if not self.streamed:
             return work(folder), {}
-        with streaming_memory(), PeakMemory(self.device, limit=self.memory) as peak:
+        limited = PeakMemory(self.device, limit=self.memory)
+        with streaming_memory(), exact_products(), limited as peak:
             written = work(folder)
         return written, peak.figures()
 
