@@ -6,7 +6,6 @@ import torch
 import emloc
 from emloc.machine.exact_products import exact_products
 from emloc.streaming import lockstep
-from emloc.testing.toy_family import ToyFamily
 
 
 def precisions():
@@ -49,7 +48,7 @@ def test_what_a_program_has_set_by_the_newer_names_is_left():
         backends.cuda.matmul.fp32_precision, backends.cudnn.rnn.fp32_precision = set_before
 
 
-def test_compress_is_exact(tmp_path, monkeypatch):
+def test_compress_is_exact(toy, tmp_path, monkeypatch):
     seen, advance = [], lockstep._advance
 
     def watched(*given):
@@ -57,7 +56,6 @@ def test_compress_is_exact(tmp_path, monkeypatch):
         return advance(*given)
 
     monkeypatch.setattr(lockstep, "_advance", watched)
-    example = ToyFamily().write_example(tmp_path / "example", seed=0)
-    emloc.compress(output_dir=tmp_path / "emulator", device="cpu", **example)
+    emloc.compress(output_dir=tmp_path / "emulator", device="cpu", **toy.example)
     assert seen
     assert all("tf32" not in one for one in seen)
