@@ -24,6 +24,8 @@ _LONGEST_NUMBER = 24
 MOST_BYTES = 4 << 20
 MOST_VALUES = 100_000
 """Values of a file, and of what its aliases and merged mappings make of it."""
+MOST_OPTIONS = 10_000
+"""The same of a file of options."""
 DEEPEST = 50
 """Mappings and lists within one another."""
 
@@ -31,18 +33,23 @@ DEEPEST = 50
 class BoundedLoader(yaml.SafeLoader):
     """PyYAML's own, within the limits of this module: a ConfigError names the line where one is passed."""
 
+    most = MOST_VALUES
+
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self._sizes: dict[int, int] = {}
-        self._depth = 0
+        self._depth = self._count = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Count what a node holds, that of aliases included; refuse one that holds itself."""
         event: Any = self.peek_event()
         line = event.start_mark.line + 1
         self._depth += 1
+        self._count += 1
         if self._depth > DEEPEST:
             raise ConfigError(f"line {line}: it is nested more than {DEEPEST} deep")
+        if self._count > self.most:
+            raise ConfigError(f"line {line}: it holds more than {self.most:,} values")
         node = cast("Node", super().compose_node(parent, index))
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent):
@@ -54,13 +61,39 @@ class BoundedLoader(yaml.SafeLoader):
             self._sizes[id(node)] = 1 + sum(
                 self._sizes.get(id(n), 1) for part in parts for n in part
             )
-        if self._sizes[id(node)] > MOST_VALUES:
-            raise ConfigError(f"line {line}: it holds more than {MOST_VALUES:,} values")
+        if self._sizes[id(node)] > self.most:
+            raise ConfigError(f"line {line}: it holds more than {self.most:,} values")
         return node
+
+
+def load_bounded(text: str) -> Any:
+    """YAML 1.1 within the limits of this module, ten times as fast where it has no aliases.
+
+    Raises:
+        ConfigError: a limit is passed.
+        yaml.YAMLError: it is no YAML.
+    """
+    parser: Any = getattr(yaml, "CSafeLoader", None)  # of libyaml, which PyYAML may lack
+    if parser is None:
+        return yaml.load(text, BoundedLoader)
+    count = depth = 0
+    for event in yaml.parse(text, parser):
+        if isinstance(event, yaml.AliasEvent):
+            return yaml.load(text, BoundedLoader)
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        count += isinstance(event, yaml.NodeEvent)
+        if count > MOST_VALUES or depth > DEEPEST:
+            raise ConfigError(
+                f"it holds more than {MOST_VALUES:,} values, or is nested more than {DEEPEST} deep"
+            )
+    return yaml.load(text, parser)
 
 
 class _Loader(BoundedLoader):
     """Resolves nothing by itself but the merging of mappings."""
+
+    most = MOST_OPTIONS
 
     yaml_implicit_resolvers: ClassVar[Any] = {
         "<": [(_MERGE, yaml.SafeLoader.yaml_implicit_resolvers["<"][0][1])],

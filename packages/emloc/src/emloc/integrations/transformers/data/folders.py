@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from emloc.artefacts.named_files import named_file, named_path
-from emloc.errors import DataError
+from emloc.errors import ConfigError, DataError
 from emloc.integrations.transformers.data.files import (
     SUFFIXES,
     data_suffix,
@@ -23,7 +23,7 @@ from emloc.integrations.transformers.data.files import (
     read_open,
 )
 from emloc.integrations.transformers.data.rows import Row
-from emloc.options.yaml_file import MOST_BYTES, BoundedLoader
+from emloc.options.yaml_file import MOST_BYTES, load_bounded
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|::")
 """`https://…`, `hf://…`, and the chains of fsspec such as `zip://a::https://…`."""
@@ -191,7 +191,9 @@ def _check_card(folder: Path) -> Path | None:
             if path.suffix == ".md":
                 front = re.match(r"\s*---[^\S\n]*\r?\n(.*?)\n---", text, re.DOTALL)
                 text = front[1] if front else ""
-            content = yaml.load(text, BoundedLoader)
+            content = load_bounded(text)
+        except ConfigError as problem:
+            raise DataError(f"{path}: {problem}; correct or remove it.") from problem
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as problem:
             raise DataError(f"{path} cannot be read as YAML; correct or remove it.") from problem
         configs = (
