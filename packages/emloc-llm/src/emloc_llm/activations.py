@@ -3,7 +3,8 @@
 TRL (1.16) never makes the logits of all tokens. It multiplies tiles of 4096 tokens by 32768 rows of the
 head, folds each into running sums, and makes it once more on the way back. Without Triton, a tile's loss
 is a chain of operations in float32, whose results make up its memory. Where few tokens are labelled, a CPU
-takes less than that (`emloc_llm.training.Trainer`); how many will be is not known beforehand.
+takes less than that (`emloc_llm.training.Trainer`); how many will be is not known beforehand. A streamed
+model gives the logits of its labelled tokens, here of all: its head has no weight outside of its own call.
 """
 
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from torch import nn
 
 from emloc.extend.family import Batch
 from emloc.integrations.transformers.decoder_sizes import Decoder, decoder_of, decoder_stack
+from emloc.integrations.transformers.loss_sizes import logits_loss
 from emloc.integrations.transformers.skeleton import repeated_blocks
 from emloc.integrations.transformers.vocabulary import head_of
 from emloc.planning.blocks import by_block
@@ -45,8 +47,11 @@ def step_sizes(
         forward, decoder, by_block(layers, names), x, "attention_mask" in batch, options
     )
     tape.reach_head()
-    coded = any(layer.working for name, layer in layers.items() if name == head_of(model))
-    loss = fused_loss(forward, decoder, x, config.vocab_size, options.on_gpu, coded)
+    if options.streamed:
+        loss = logits_loss(forward, x, decoder.width, config.vocab_size)
+    else:
+        coded = any(layer.working for name, layer in layers.items() if name == head_of(model))
+        loss = fused_loss(forward, decoder, x, config.vocab_size, options.on_gpu, coded)
     del x
     sizes = tape.finish(loss)
     del given

@@ -14,12 +14,13 @@ from torch import nn
 
 from emloc.extend.family import Batch
 from emloc.integrations.transformers.decoder_sizes import decoder_of, decoder_stack
+from emloc.integrations.transformers.loss_sizes import logits_loss
 from emloc.integrations.transformers.skeleton import repeated_blocks
 from emloc.integrations.transformers.vocabulary import head_of
 from emloc.planning.blocks import BlockLayers, by_block, stack
 from emloc.planning.operations import Forward, Layer
 from emloc.planning.step import FLOAT32, StepOptions, StepSizes, StepTape
-from emloc.planning.tape import Sized, Storage
+from emloc.planning.tape import Sized
 from emloc_vlm.parts import part_of
 
 VISION_BLOCK = "InternVLVisionLayer"
@@ -161,24 +162,3 @@ def _scatter(forward: Forward, x: Sized, features: Sized, mask: Sized) -> Sized:
     features = forward.cast(features, x.itemsize)
     out = forward.tape.new(x.numel, x.itemsize)
     return forward.tape.operation([x, features], out, [mask])
-
-
-def logits_loss(forward: Forward, x: Sized, width: int, vocabulary: int, work: int = 0) -> Sized:
-    """Logits of all tokens, and their cross-entropy in float32.
-
-    Args:
-        work: bytes of the head's rows that are made when they are multiplied.
-    """
-    tape, rows = forward.tape, x.numel // width
-    logits = forward.dense(forward.product_input(x), width, vocabulary, work)
-    wide = forward.cast(logits, FLOAT32)
-    log_probs = tape.operation([wide], made := tape.new(rows * vocabulary, FLOAT32), [made])
-    del wide, made
-    targets = tape.new(2 * rows, 8)
-
-    def back(_: list[Storage]) -> list[Storage]:
-        return [Storage(tape, log_bytes)]
-
-    log_bytes = log_probs.nbytes
-    [loss] = tape.custom([log_probs], [tape.new(1, FLOAT32)], [log_probs, targets], back)
-    return loss

@@ -106,11 +106,13 @@ class StepOptions:
         precision: of weights, LoRA and products.
         checkpointing: whether blocks run twice instead of keeping their activations.
         on_gpu: whether the GPU's fused kernels are there.
+        streamed: whether weights are there while their module is called, and no longer.
     """
 
     precision: Precision
     checkpointing: bool = False
     on_gpu: bool = False
+    streamed: bool = False
 
 
 class StepTape(Tape):

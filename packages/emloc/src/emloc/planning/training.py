@@ -82,6 +82,7 @@ def planned_step(
         Precision(weights, lora_itemsize(weights), autocast=on_gpu),
         config.gradient_checkpointing,
         on_gpu,
+        config.stream,
     )
     if is_plain(config):
         sizes = family.step_sizes(subject.model, layers, batch, options)
@@ -90,7 +91,8 @@ def planned_step(
 
     def count(blocks: Sequence[int]) -> StepSizes:
         model = shallow_model(subject, groups, config, tables, blocks)
-        return trace_step(model, batch, traced_loss(subject.family), on_gpu)
+        loss = subject.family.loss if config.stream else traced_loss(subject.family)
+        return trace_step(model, batch, loss, on_gpu)
 
     return extrapolate(Depths(family.stacks(subject.checkpoint), count)), layers, "trace"
 
