@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +44,13 @@ def in_child(work):
                 file.flush()
                 os._exit(0)
 
-            work(finish)
+            try:
+                work(finish)
+            except (
+                BaseException
+            ):  # what it unwinds here is the parent's, the folder of all parsers too
+                traceback.print_exc()
+            os._exit(1)
     os.close(writing)
     with os.fdopen(reading) as file:
         content = file.read()

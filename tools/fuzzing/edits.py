@@ -53,7 +53,10 @@ def _as_text(container, key, value, number):
 def _scale(container, key, value, number):
     number_like = isinstance(value, (int, float)) and not isinstance(value, bool)
     factors = (0, -1, 2, 0.5, 3, 10**6, 10**12)
-    container[key] = value * factors[number % len(factors)] if number_like else None
+    try:
+        container[key] = value * factors[number % len(factors)] if number_like else None
+    except OverflowError:  # the half of a number of thousands of digits
+        container[key] = 0
 
 
 OPERATIONS = (_replace, _replace, _replace, _drop, _drop, _replace_keys, _add, _wrap, _unwrap, _as_text,
