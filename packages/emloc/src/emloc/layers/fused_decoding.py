@@ -5,7 +5,7 @@ missing, or cannot compile here, those operations do it, with the same values.
 """
 
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,20 +14,11 @@ from emloc.linalg.bit_packing import PLANES, padded
 from emloc.linalg.grid import SCALES, ZERO_BITS
 from emloc.machine.progress import warn
 
-
-class Coded(Protocol):
-    """What is decoded; see `emloc.layers.coded_weight.CodedWeight`."""
-
-    packed: Tensor
-    scale_codes: Tensor
-    largest: Tensor
-    zero_codes: Tensor
-    columns: int
-    bits: int
-    group_size: int
+if TYPE_CHECKING:
+    from emloc.layers.coded_weight import CodedWeight
 
 
-def decode_at_once(coded: Any, into: Tensor) -> bool:
+def decode_at_once(coded: "CodedWeight", into: Tensor) -> bool:
     """Write a weight, d_out × d_in in any floating dtype; returns whether that could be done here."""
     kernel = _kernel() if torch.version.cuda and coded.packed.is_cuda else None
     if kernel is None or not into.numel():
@@ -44,7 +35,7 @@ def decode_at_once(coded: Any, into: Tensor) -> bool:
     return True
 
 
-def launch(kernel: Any, coded: Coded, into: Tensor) -> None:
+def launch(kernel: Any, coded: "CodedWeight", into: Tensor) -> None:
     """Run the kernel of `triton_decoding`."""
     rows, groups = coded.scale_codes.shape
     low, *high = PLANES[coded.bits]
