@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from emloc.testing import pretend_device
 
 TRITON_FOLDER = Path(sys.prefix) / "triton"
 """Where `make install` puts Triton; it is no dependency, and comes with torch's builds for CUDA."""
+
+KERNEL = "emloc.layers.triton_decoding"
 
 SHAPES = [(3, 576), (2, 100), (3, 1), (2, 1100)]
 """Rows and columns: of whole groups, of a shorter last one, of one number, and of more than one program."""
@@ -59,36 +62,60 @@ def test_the_kernel_gives_the_same_numbers():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_where_the_kernel_cannot_run_torch_decodes(monkeypatch, capsys):
-    """Once with a warning, as where no compiler is found; and a lack of memory stays one."""
-    weight = coded(5, 100, 3, 32)
-    expected, problems = weight.dense(torch.float32), []
+@pytest.fixture
+def cuda_build(monkeypatch):
+    """A pretended device in a build that says that it is CUDA's, with a Triton that `problem` decides on."""
+    problems = []
 
-    def fails(*_, **__):
-        raise problems[-1]
+    def launch(kernel, weight, into):
+        if problems:
+            raise problems[-1]
+        for start, part in weight._parts():
+            into[start : start + len(part)] = part
 
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(fused_decoding, "launch", fails)
-    monkeypatch.setattr(fused_decoding, "_kernel", _Kernel())
+    monkeypatch.setattr(fused_decoding, "launch", launch)
+    monkeypatch.setitem(sys.modules, KERNEL, SimpleNamespace(decode=object()))
+    fused_decoding._kernel.cache_clear()
     with pretend_device():
-        there = weight.to(torch.device("cuda"))
-        problems.append(torch.cuda.OutOfMemoryError("no room"))
-        with pytest.raises(torch.cuda.OutOfMemoryError):
-            there.dense(torch.float32)
-        problems.append(RuntimeError("Failed to find C compiler\nmore"))
-        assert torch.equal(there.dense(torch.float32).cpu(), expected)
-        assert torch.equal(there.dense(torch.float32).cpu(), expected)
+        yield problems
+    fused_decoding._kernel.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        RuntimeError("Failed to find C compiler\nmore"),
+        subprocess.CalledProcessError(1, "gcc"),
+        AssertionError(""),
+    ],
+    ids=repr,
+)
+def test_where_the_kernel_cannot_run_torch_decodes(cuda_build, capsys, problem):
+    """Once with a warning: no compiler, none of Python's headers, no library of the driver's."""
+    weight = coded(5, 100, 3, 32)
+    expected = weight.dense(torch.float32)
+    there = weight.to(torch.device("cuda"))
+    cuda_build.append(problem)
+    assert torch.equal(there.dense(torch.float32).cpu(), expected)
+    assert torch.equal(there.dense(torch.float32).cpu(), expected)
     assert capsys.readouterr().err.count("Triton cannot run here") == 1
 
 
-class _Kernel:
-    """`_kernel` as a cache that is emptied when the kernel fails."""
+def test_a_lack_of_memory_stays_one(cuda_build):
+    there = coded(5, 100, 3, 32).to(torch.device("cuda"))
+    cuda_build.append(torch.cuda.OutOfMemoryError("no room"))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        there.dense(torch.float32)
+    cuda_build.clear()
+    assert fused_decoding.decode_at_once(there, torch.empty(5, 100, device="cuda"))
+    cuda_build.append(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        there.dense(torch.float32)
 
-    def __init__(self) -> None:
-        self.kernel = object()
 
-    def __call__(self) -> object:
-        return self.kernel
-
-    def cache_clear(self) -> None:
-        self.kernel = None
+def test_a_weight_is_decoded_into_memory_that_is_there():
+    weight = coded(5, 100, 3, 32)
+    into = torch.empty(5, 100, dtype=torch.float64)
+    assert weight.dense(torch.float64, into) is into
+    assert torch.equal(into, weight.dense(torch.float64))

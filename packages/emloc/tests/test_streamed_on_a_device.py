@@ -103,3 +103,38 @@ def test_copies_and_computing_wait_for_each_other(streamed, monkeypatch):
     # Room is taken where it is computed, so copies wait for that; then what computes waits for them.
     assert len(waits) >= 4 * SIZES.blocks
     assert waits == [("copying", "computing"), ("computing", "copying")] * (len(waits) // 2)
+
+
+def test_a_step_computes_with_the_weights_of_the_step_before_it(checkpoint, tmp_path):
+    """In autocast, which keeps casts of what is learnt: none of them outlives its step."""
+
+    def losses(changed):
+        """Of one step and, after `changed` was added to what is learnt, of the next."""
+        model = StreamedModel(FAMILY, checkpoint, torch.float32, "cpu", "ram", "ram", tmp_path)
+        draw = torch.Generator().manual_seed(0)
+        learnt = torch.randn(SIZES.width, SIZES.width, generator=draw).requires_grad_()
+
+        def add(module, inputs, output):
+            return output + torch.nn.functional.linear(output, learnt)
+
+        [*_, last] = FAMILY.layer_groups(model.model)
+        model.model.get_submodule(last[0]).register_forward_hook(add)
+        pictures = torch.randn(3, SIZES.channels, SIZES.side, SIZES.side, generator=draw)
+        batch = {"pictures": pictures, "labels": torch.arange(3)}
+
+        def loss_of():
+            with torch.autocast("cpu", torch.bfloat16):
+                loss, _ = FAMILY.loss(model.model, batch)
+            return loss, float(loss.detach())
+
+        [before] = model.gradients([loss_of])
+        assert learnt.grad is not None
+        with torch.no_grad():
+            learnt.add_(changed)
+        [after] = model.gradients([loss_of])
+        return before, after
+
+    first, same = losses(0.0)
+    assert same == first
+    _, other = losses(1.0)
+    assert abs(other - first) > 1e-3 * first

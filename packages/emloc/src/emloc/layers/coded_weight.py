@@ -62,10 +62,16 @@ class CodedWeight:
             packed, scale_codes, largest, zero_codes, self.columns, self.bits, self.group_size
         )
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight."""
-        rows = self.packed.shape[0]
-        weight = torch.empty(rows, self.columns, dtype=dtype, device=self.packed.device)
+    def dense(self, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        """The weight.
+
+        Args:
+            into: what it is written into, d_out × d_in and of this dtype; None: new memory.
+        """
+        weight = into
+        if weight is None:
+            shape = self.packed.shape[0], self.columns
+            weight = torch.empty(shape, dtype=dtype, device=self.packed.device)
         if decode_at_once(self, weight):
             return weight
         for start, part in self._parts():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from emloc.linalg.bit_packing import PLANES, padded
 from emloc.linalg.grid import SCALES, ZERO_BITS
+from emloc.machine.memory_limit import is_out_of_memory
 from emloc.machine.progress import warn
 
 if TYPE_CHECKING:
@@ -20,19 +21,13 @@ if TYPE_CHECKING:
 
 def decode_at_once(coded: "CodedWeight", into: Tensor) -> bool:
     """Write a weight, d_out × d_in in any floating dtype; returns whether that could be done here."""
-    kernel = _kernel() if torch.version.cuda and coded.packed.is_cuda else None
-    if kernel is None or not into.numel():
+    if torch.version.cuda is None or not coded.packed.is_cuda or not into.numel():
         return False
-    try:
-        launch(kernel, coded, into)
-    except (RuntimeError, OSError) as problem:  # such as no compiler for what starts the kernel
-        if isinstance(problem, torch.cuda.OutOfMemoryError):
-            raise
-        _refused.append(str(problem))
-        _kernel.cache_clear()
-        warn(f"Triton cannot run here, so weights are decoded more slowly: {_first_line(problem)}")
-        return False
-    return True
+    with torch.cuda.device(coded.packed.device):  # Triton computes on the thread's
+        kernel = _kernel()
+        if kernel is not None:
+            launch(kernel, coded, into)
+    return kernel is not None
 
 
 def launch(kernel: Any, coded: "CodedWeight", into: Tensor) -> None:
@@ -64,20 +59,37 @@ def launch(kernel: Any, coded: "CodedWeight", into: Tensor) -> None:
     )
 
 
-_refused: list[str] = []
-
-
 @cache
 def _kernel() -> Any:
-    """The kernel, or None where Triton is not installed or has failed."""
-    if _refused:
-        return None
+    """The kernel; None where Triton is not installed, or cannot run, as where there is no compiler for it.
+
+    Raises:
+        RuntimeError: the GPU has not the memory to find out, or met an error before.
+    """
     try:
         from emloc.layers.triton_decoding import decode
     except ImportError:
         return None
+    torch.cuda.synchronize()  # an error that was there before is not Triton's
+    try:
+        _try(decode)
+    except Exception as problem:  # of Triton, of the compiler that it calls, of what that writes
+        if is_out_of_memory(problem):
+            raise
+        first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        warn(f"Triton cannot run here, so weights are decoded more slowly: {first}")
+        return None
     return decode
 
 
-def _first_line(problem: Exception) -> str:
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+def _try(kernel: Any) -> None:
+    """Decode a weight of eight numbers."""
+    from emloc.layers.coded_weight import CodedWeight  # which imports this module
+
+    def codes(count: int) -> Tensor:
+        return torch.zeros(1, count, dtype=torch.uint8, device="cuda")
+
+    largest = torch.zeros(1, dtype=torch.int32, device="cuda")
+    weight = CodedWeight(codes(4), codes(1), largest, codes(4), 8, 4, 32)
+    launch(kernel, weight, torch.empty(1, 8, device="cuda"))
+    torch.cuda.synchronize()

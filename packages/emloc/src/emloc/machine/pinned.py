@@ -5,6 +5,7 @@ Here large tensors get the pages that they need, which CUDA is told of.
 """
 
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def to_pinned(tensor: Tensor) -> Tensor:
 
     The host may not read it before the stream is done; copies back to the GPU in the same stream may.
     """
-    room = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    room = torch.empty_like(tensor, device="cpu", pin_memory=True, requires_grad=False)
     return room.copy_(tensor.detach(), non_blocking=True)
 
 
@@ -41,4 +42,9 @@ def pinned(tensor: Tensor) -> Tensor:
     address = pages.data_ptr()
     if int(runtime.cudaHostRegister(address, pages.numel(), 0)) == 0:
         weakref.finalize(made, runtime.cudaHostUnregister, address).atexit = False
+    else:
+        with suppress(
+            RuntimeError
+        ):  # the refusal stays CUDA's last error, which the next kernel would raise
+            torch.zeros(1, device="cuda").add_(1)
     return made

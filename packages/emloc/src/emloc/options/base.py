@@ -26,10 +26,11 @@ class StageConfig(BaseModel):
     @classmethod
     def _names_that_disks_have(cls, value: Any, field: ValidationInfo) -> Any:
         marks = cls.model_fields[str(field.field_name)].metadata
-        if isinstance(value, Path) or any(
-            isinstance(mark, (NamesData, NamesFiles)) for mark in marks
-        ):
-            names = cast("list[Any]", value) if isinstance(value, list) else str(value).split(",")
+        several = any(isinstance(mark, (NamesData, NamesFiles)) for mark in marks)
+        if several or isinstance(value, Path):
+            names = cast("list[Any]", value) if isinstance(value, list) else [value]
+            if several and isinstance(value, str):
+                names = value.split(",")
             if len(names) > MOST_NAMES:
                 raise ValueError(f"it names {len(names):,} files, and may name {MOST_NAMES:,}")
             for name in names:

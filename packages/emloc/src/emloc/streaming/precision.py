@@ -36,9 +36,14 @@ class Autocast:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """The same state inside, and afterwards the one of before."""
+        """The same state inside, and afterwards the one of before.
+
+        Casts are not kept: only leaving `torch.autocast` lets go of them, and the next step would compute
+        with the weights of this one.
+        """
         before = Autocast.now()
         self.set()
+        torch.set_autocast_cache_enabled(False)
         try:
             yield
         finally:

@@ -108,7 +108,8 @@ class WaitingWeights:
     def _send(self, value: Tensor | CodedWeight, into: Tensor) -> None:
         """The same on a GPU; a conversion is made there, of what was stored."""
         if isinstance(value, CodedWeight):
-            into.copy_(value.to(into.device).dense(into.dtype).view(into.shape))
+            here = value.to(into.device)
+            here.dense(into.dtype, into.view(-1, here.columns))
         elif value.dtype == into.dtype:
             into.copy_(value, non_blocking=True)
         else:
