@@ -295,6 +295,8 @@ REFUSALS = [
     ({"methods": ["lorra"]}, "offers the method 'lorra'"),
     ({"methods": {"lora": {"rank": 3}}}, r"methods.lora: unknown option rank"),
     ({"methods": {"base": {}}}, "always there"),
+    ({"methods": {}}, "methods"),
+    ({"datasets": {}}, "datasets"),
     ({"max_lenght": 3}, "unknown key max_lenght. Did you mean max_length"),
     ({"train": {"lora_rank": 3}}, "train: unknown option lora_rank"),
     ({"train": {"seed": 3}}, "train.seed is set by the bench"),

@@ -91,8 +91,10 @@ class BenchConfig(StageConfig):
 
     output_dir: OutputDir = Field(description="where results, tables, plots and all artefacts go")
     model_name_or_path: str = Field(description="the base model")
-    datasets: Sections = Field(description="name: options of its stages")
-    methods: Sections = Field(description="row: its method, stage options, own options")
+    datasets: Sections = Field(min_length=1, description="name: options of its stages")
+    methods: Sections = Field(
+        min_length=1, description="row: its method, stage options, own options"
+    )
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_listed)] = Field(
         [0], min_length=1, description="every cell is run once for each"
     )
