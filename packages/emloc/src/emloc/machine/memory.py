@@ -35,7 +35,7 @@ def anonymous_bytes() -> int:
 
 
 def release_free_memory() -> None:
-    """Give memory that Python and the C library hold unused back to the system.
+    """Give memory that Python, the C library and torch's pinned pool hold unused back to the system.
 
     Without it, a stage that runs after another in one process finds its memory already there, and
     its peak would read as nothing. Where the C library has no `malloc_trim`, nothing happens.
@@ -43,6 +43,10 @@ def release_free_memory() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+    if torch.version.cuda is not None and torch.cuda.is_initialized():
+        empty: Callable[[], None] | None = getattr(torch.accelerator, "empty_host_cache", None)
+        if empty is not None:  # from torch 2.10 on
+            empty()
 
 
 def resident_bytes() -> int:

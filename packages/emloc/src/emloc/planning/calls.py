@@ -76,11 +76,12 @@ class Calls:
 
     @property
     def waiting(self) -> int:
-        """Calls in host memory, at most."""
+        """Calls in host memory, at most: each in torch's pinned memory, which comes in powers of two."""
         if not self.parked:
             return 0
         passings = [passing for of_block in self.blocks.values() for passing in of_block]
-        return self.count * max(max(p.before, p.after) for p in passings)
+        largest = max(max(p.before, p.after) for p in passings)
+        return self.count * (1 << (largest - 1).bit_length() if largest else 0)
 
 
 def folding_elements(model: nn.Module, plan: CompressionPlan) -> Watched:
