@@ -91,8 +91,7 @@ def planned_step(
 
     def count(blocks: Sequence[int]) -> StepSizes:
         model = shallow_model(subject, groups, config, tables, blocks)
-        loss = subject.family.loss if config.stream else traced_loss(subject.family)
-        return trace_step(model, batch, loss, on_gpu)
+        return trace_step(model, batch, traced_loss(subject.family), on_gpu)
 
     return extrapolate(Depths(family.stacks(subject.checkpoint), count)), layers, "trace"
 

@@ -11,7 +11,7 @@ KINDS = ("cpu", "cuda")
 
 @dataclass(frozen=True)
 class Autocast:
-    """What autocast is set to, by kind of device.
+    """The settings of autocast, by kind of device.
 
     Attributes:
         kinds: whether it is on, and its dtype.
