@@ -42,6 +42,18 @@ def test_no_option_takes_a_number_that_no_machine_computes_with(stage):
             build(kind, {**required, name: 10**400}, stage)
 
 
+def test_nor_does_a_list_or_a_mapping_hold_one():
+    given = {"model_name_or_path": "m", "dataset": "d", "output_dir": "o"}
+    kind = with_plugin_options(STAGES["train"].config)
+    for name, value in {
+        "lora_rank_pattern": {"q": 10**400},
+        "lora_layers_to_transform": [10**400],
+    }.items():
+        assert name in kind.model_fields
+        with pytest.raises(ConfigError, match=name):
+            build(kind, {**given, name: value}, "train")
+
+
 def test_a_list_of_data_has_an_end():
     given = {"model_name_or_path": "m", "output_dir": "o"}
     kind = with_plugin_options(STAGES["train"].config)

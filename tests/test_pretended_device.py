@@ -9,9 +9,6 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 import emloc
-import emloc_diffusion.training  # noqa: F401 (libraries look for CUDA when they are imported)
-import emloc_llm.training  # noqa: F401
-import emloc_vlm.training  # noqa: F401
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest

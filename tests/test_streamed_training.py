@@ -64,7 +64,7 @@ def test_adapters_and_losses_are_those_of_training_in_memory(options, in_memory,
 
 
 def test_a_vocabulary_that_is_more_than_a_tile(options, family, tmp_path, monkeypatch):
-    """As of real models, whose trainer in memory multiplies by the head's weight itself."""
+    """Every real model has one, and its trainer in memory multiplies by the head's weight itself."""
     if family.name == "llm":
         monkeypatch.setattr("emloc_llm.training.TILE_ROWS", 1)
     streamed = emloc.train(

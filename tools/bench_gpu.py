@@ -72,7 +72,7 @@ class Shape:
     words: int
 
     def config(self, blocks: int | None = None) -> LlamaConfig:
-        """As transformers takes them."""
+        """The same widths as a configuration of transformers."""
         return LlamaConfig(
             hidden_size=self.hidden, intermediate_size=self.inner,
             num_hidden_layers=blocks or self.blocks, num_attention_heads=self.heads,

@@ -16,7 +16,7 @@ from emloc.linalg.row_rounding import rounded_parts
 from emloc.testing import pretend_device
 
 TRITON_FOLDER = Path(sys.prefix) / "triton"
-"""Where `make install` puts Triton; it is no dependency, and comes with torch's builds for CUDA."""
+"""Where `make install` puts Triton. No package needs it; builds of torch for CUDA bring it along."""
 
 KERNEL = "emloc.layers.triton_decoding"
 

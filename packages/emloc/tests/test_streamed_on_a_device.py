@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.machine import pinned
 from emloc.streaming.streamed_model import StreamedModel
 from emloc.testing import pretend_device
 from emloc.testing.toy_family import ToyFamily, write_toy
@@ -66,14 +67,14 @@ def streamed(checkpoint, tmp_path):
 def test_gradients_are_those_of_the_cpu(streamed, given):
     losses, gradients = streamed("cpu", **given)
     with pretend_device() as card:
-        there, found = streamed("cuda", **given)
+        same_losses, same_gradients = streamed("cuda", **given)
         assert card.unpinned == 0, "copies from ordinary memory stop the processor"
         assert card.peak_bytes > 0
-    assert there == pytest.approx(losses, rel=1e-6)
-    assert gradients.keys() == found.keys()
+    assert same_losses == pytest.approx(losses, rel=1e-6)
+    assert gradients.keys() == same_gradients.keys()
     assert all(gradient.any() for gradient in gradients.values())
     for name, gradient in gradients.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(same_gradients[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_two_units_at_most_lie_on_the_device(streamed, checkpoint):
@@ -109,7 +110,7 @@ def test_a_step_computes_with_the_weights_of_the_step_before_it(checkpoint, tmp_
     """In autocast, which keeps casts of what is learnt: none of them outlives its step."""
 
     def losses(changed):
-        """Of one step and, after `changed` was added to what is learnt, of the next."""
+        """The losses of two steps, between which `changed` is added to what is learnt."""
         model = StreamedModel(FAMILY, checkpoint, torch.float32, "cpu", "ram", "ram", tmp_path)
         draw = torch.Generator().manual_seed(0)
         learnt = torch.randn(SIZES.width, SIZES.width, generator=draw).requires_grad_()
@@ -138,3 +139,25 @@ def test_a_step_computes_with_the_weights_of_the_step_before_it(checkpoint, tmp_
     assert same == first
     _, other = losses(1.0)
     assert abs(other - first) > 1e-3 * first
+
+
+@pytest.mark.parametrize("refused", [0, 2])
+def test_large_weights_wait_in_pages_that_cuda_knows(streamed, monkeypatch, refused):
+    """To the same gradients, also where CUDA refuses more pages, whose error is taken away then."""
+    losses, gradients = streamed("cpu")
+    pages = []
+
+    def register(address, size, flags):
+        assert address % pinned.PAGE == size % pinned.PAGE == 0
+        pages.append(size)
+        return refused
+
+    with pretend_device(), monkeypatch.context() as patch:
+        patch.setattr(pinned, "LARGE", 64)
+        runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda address: 0)
+        patch.setattr(torch.cuda, "cudart", lambda: runtime)
+        same_losses, same_gradients = streamed("cuda")
+    assert len(pages) > 4 * SIZES.blocks
+    assert same_losses == pytest.approx(losses, rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(same_gradients[name], gradient, rtol=1e-4, atol=1e-6)

@@ -55,7 +55,7 @@ class Trainer(SFTTrainer):
         """
         labels = inputs["labels"]
         streamed = getattr(self, "streamed", None) is not None
-        if streamed and self.aux_loss_enabled:  # what a router says within a block leaves no graph
+        if streamed and self.aux_loss_enabled:  # a block's router leaves no graph behind
             self.aux_loss_enabled = False
             warn(
                 "stream=true: experts' routers are not balanced; the loss is that of the tokens alone"

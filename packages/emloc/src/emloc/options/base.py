@@ -1,5 +1,6 @@
 """Options that most stages share: the model's files, the memory that may be taken, the device."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -41,8 +42,11 @@ class StageConfig(BaseModel):
     @classmethod
     def _numbers_of_64_bits(cls, value: Any) -> Any:
         """A larger one is a slip, and fails somewhere inside of a library."""
-        if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
-            raise ValueError(f"it is larger than {LARGEST_NUMBER:,}")
+        inside: Any = value.values() if isinstance(value, dict) else value
+        several = isinstance(value, (list, tuple, dict))
+        for one in cast("Iterable[Any]", inside) if several else [value]:
+            if isinstance(one, int) and abs(one) > LARGEST_NUMBER:
+                raise ValueError(f"it is larger than {LARGEST_NUMBER:,}")
         return value
 
 
