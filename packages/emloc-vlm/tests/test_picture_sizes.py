@@ -60,3 +60,28 @@ def test_a_picture_of_a_million_tokens_is_refused(places):
     require_few_places(SimpleNamespace(), Path("m"))
     with pytest.raises(CheckpointError, match="image_seq_length"):
         require_few_places(SimpleNamespace(image_seq_length=places), Path("m"))
+
+
+@pytest.mark.parametrize("reads_videos", [True, False])
+def test_a_folder_without_a_video_processor_is_read_where_torchvision_is(
+    monkeypatch, tmp_path, reads_videos
+):
+    """transformers asks for one there, of folders that were saved where it was not, too."""
+    from emloc_vlm import processor
+    from emloc_vlm.family import VLMFamily
+
+    example = VLMFamily().write_example(tmp_path / "example", seed=0)
+    folder = Path(example["model_name_or_path"])
+
+    def without(path, **_):
+        raise OSError(f"Can't load video processor for '{path}'.")
+
+    monkeypatch.setattr(processor, "is_torchvision_available", lambda: True)
+    monkeypatch.setattr(processor.AutoProcessor, "from_pretrained", without)
+    if not reads_videos:
+        kind = SimpleNamespace(get_attributes=lambda: ["image_processor", "tokenizer"])
+        monkeypatch.setattr(processor, "_class_of", lambda *_: kind)
+        with pytest.raises(CheckpointError, match="has no processor that transformers can build"):
+            processor.load_processor(folder)
+        return
+    assert processor.load_processor(folder).image_processor is not None

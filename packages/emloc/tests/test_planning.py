@@ -1,5 +1,7 @@
 """The planner's own arithmetic, without a model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from optimizer_reference import OPTIMISED, held_after_a_step
@@ -11,9 +13,11 @@ from emloc.formats.low_rank_bytes import factorise_bytes
 from emloc.linalg.gram import Moments
 from emloc.linalg.lowrank import factorise
 from emloc.options.amounts import Bytes
+from emloc.planning.calls import Calls
 from emloc.planning.ledger import StageMemory, largest, lines_of, total
 from emloc.planning.live import LiveBytes
 from emloc.planning.qlora import quantised_bytes
+from emloc.planning.step import Passing
 from emloc.planning.streaming import moment_bytes
 from emloc.planning.training import optimizer_bytes
 
@@ -95,3 +99,12 @@ def test_nf4_as_bitsandbytes_stores_it():
     numel = 4096 * 4096
     bits = 8 * quantised_bytes(numel) / numel
     assert bits == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=0.001)
+
+
+def test_calls_wait_in_memory_that_comes_in_powers_of_two():
+    """As torch's pinned memory does, in which a device's suspended calls are."""
+    block = [Passing(before=5 << 20, peak=9 << 20, after=3 << 20)]
+    calls = Calls(7, 0, 10, {"block": block}, 0, 0, parked=True)
+    assert calls.waiting == 7 * (8 << 20)
+    assert replace(calls, blocks={"block": [Passing(0, 0, 0)]}).waiting == 0
+    assert replace(calls, parked=False).waiting == 0
