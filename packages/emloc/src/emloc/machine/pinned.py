@@ -43,8 +43,7 @@ def pinned(tensor: Tensor) -> Tensor:
     if int(runtime.cudaHostRegister(address, pages.numel(), 0)) == 0:
         weakref.finalize(made, runtime.cudaHostUnregister, address).atexit = False
     else:
-        with suppress(
-            RuntimeError
-        ):  # the refusal stays CUDA's last error, which the next kernel would raise
+        # The refusal stays CUDA's last error, and a kernel would raise it: this one, and not the next.
+        with suppress(RuntimeError):
             torch.zeros(1, device="cuda").add_(1)
     return made
