@@ -13,7 +13,7 @@ $(INSTALLED): constraints.txt requirements-dev.txt $(wildcard packages/*/pyproje
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
 		-c constraints.txt -r requirements-dev.txt \
-		-e "packages/emloc[prodigy]" -e "packages/emloc-llm[demo,tensorboard]" \
+		-e "packages/emloc[prodigy,numba]" -e "packages/emloc-llm[demo,tensorboard]" \
 		-e "packages/emloc-vlm[sentencepiece]" \
 		-e packages/emloc-diffusion -e "packages/emloc-baselines[qlora]"
 	# Apart from the others: torchvision beside a torch of another build breaks transformers.

@@ -34,6 +34,7 @@ from emloc.formats.layer_format import (
 from emloc.formats.low_rank import LOW_RANK
 from emloc.formats.quantized import QUANTIZED
 from emloc.formats.quantized_residual import QUANTIZED_RESIDUAL
+from emloc.formats.trellis import TRELLIS
 from emloc.integrations.bitsandbytes.nf4_format import NF4_FORMAT
 from emloc.layers.emulated_layer import EmulatedLayer
 from emloc.linalg.gram import Moments
@@ -42,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import rounded_format
 
 ROUNDED = rounded_format.Rounded()
-FORMATS = [LOW_RANK, ROUNDED, QUANTIZED, QUANTIZED_RESIDUAL, CODED_LOW_RANK, NF4_FORMAT]
+FORMATS = [LOW_RANK, ROUNDED, TRELLIS, QUANTIZED, QUANTIZED_RESIDUAL, CODED_LOW_RANK, NF4_FORMAT]
 
 
 class Plugin:
@@ -146,8 +147,9 @@ def test_modules_compute_what_the_operator_says(format, shape):
         x = x.detach()
 
 
-@pytest.mark.parametrize("format", [QUANTIZED, QUANTIZED_RESIDUAL, CODED_LOW_RANK, LOW_RANK, NF4_FORMAT],
-                         ids=lambda format: format.name)  # fmt: skip
+@pytest.mark.parametrize(
+    "format", [f for f in FORMATS if f is not ROUNDED], ids=lambda format: format.name
+)
 def test_convolutions_compute_what_the_operator_says(format):
     shape = SHAPES[3]
     _, form, outcome = fitted(format, shape)
@@ -188,7 +190,7 @@ def test_a_smaller_form_is_the_leading_part_of_a_larger_one():
 def test_formats_are_registered_by_name(installed):
     formats = load_plugins().formats
     assert list(formats) == [
-        "low_rank", "quantized", "quantized_residual", "coded_low_rank", "nf4", "rounded",
+        "low_rank", "trellis", "quantized", "quantized_residual", "coded_low_rank", "nf4", "rounded",
     ]  # fmt: skip
     assert formats["low_rank"].plugin == "emloc"
     assert formats["rounded"].plugin == "rounded-plugin"
@@ -341,7 +343,7 @@ def test_the_default_chooses_bits_and_says_its_budget(llm, tmp_path):
     manifest = Manifest.read(emulator)
     assert (manifest.settings["format"], manifest.settings["bits_per_weight"]) == ("auto", 4.2)
     assert "keep_ratio" not in manifest.settings
-    assert {entry["format"] for entry in manifest.layers.values()} == {"quantized"}
+    assert {entry["format"] for entry in manifest.layers.values()} <= {"trellis", "quantized"}
     assert 4.0 < manifest.summary["predicted_error"]["bits_per_weight"] <= 4.2
     plan = emloc.plan(model_name_or_path=llm["model_name_or_path"], max_length=96)
     assert (plan["format"], plan["sized_by"], plan["keep_ratio"]) == (

@@ -101,6 +101,7 @@ def test_all_stages(example, emulator, tmp_path):
 
 
 FORMS = {
+    "trellis": {"format": "trellis", "bits": 2},
     "residual": {"format": "quantized", "bits": 2, "residual_rank": 3, "factor_bits": 8},
     "factors of few bits": {"format": "low_rank", "factor_bits": 4, "keep_ratio": 0.15},
     "nf4": {"format": "nf4"},
@@ -266,7 +267,7 @@ def test_prices_are_kept_until_the_emulator_is_whole(tmp_path, monkeypatch):
         )
         with pytest.raises(KeyboardInterrupt):
             emloc.compress(output_dir=tmp_path / "again", **options)
-    monkeypatch.setattr(menu_choice, "grid_error", lambda *given: 1.0)
+    monkeypatch.setattr(menu_choice, "trellis_error", lambda *given: 1.0)
     again = emloc.compress(output_dir=tmp_path / "again", **options)
     assert Manifest.read(again).files == Manifest.read(whole).files
     assert (again / "config.json").read_bytes() == (whole / "config.json").read_bytes()
@@ -318,10 +319,10 @@ def test_auto_goes_on_where_it_was_stopped(title, tmp_path, monkeypatch):
 def test_auto_says_what_cannot_be(tmp_path):
     example = family_named("llm").write_example(tmp_path, seed=0)
     auto = {**example, "output_dir": tmp_path / "e", "format": "auto"}
-    with pytest.raises(ConfigError, match="smallest forms take 2.* and the budget is 1.50; raise"):
-        emloc.compress(bits_per_weight=1.5, **auto)
+    with pytest.raises(ConfigError, match="smallest forms take 1.* and the budget is 1.00; raise"):
+        emloc.compress(bits_per_weight=1.0, **auto)
     with pytest.raises(
-        ConfigError, match="bits means nothing to format=auto, .* pass format=quantized"
+        ConfigError, match="bits means nothing to format=auto, .* pass format=trellis"
     ):
         emloc.compress(bits=3, **auto)
     with pytest.raises(ConfigError, match="rank_pattern means .* pass format=low_rank"):

@@ -41,8 +41,10 @@ from emloc.formats.coded_low_rank import CODED_LOW_RANK
 from emloc.formats.layer_format import DenseLayer, Form, GroupShape
 from emloc.formats.low_rank import low_rank
 from emloc.formats.low_rank_sizes import rank_for
-from emloc.formats.menu import grid_form, menu_of
+from emloc.formats.menu import menu_of
+from emloc.formats.quantized import QUANTIZED
 from emloc.formats.quantized_residual import QUANTIZED_RESIDUAL
+from emloc.formats.trellis import TRELLIS
 from emloc.integrations.bitsandbytes.nf4_format import NF4_FORMAT
 from emloc.linalg.gram import Moments
 
@@ -50,6 +52,9 @@ KEEP_RATIO = 0.4
 LORA_RANK = 16
 REFERENCE, AUTO, LINEAR4BIT = "low_rank", "auto", "Linear4bit"
 FORMATS = (
+    "trellis2",
+    "trellis3",
+    "trellis4",
     "quantized2",
     "quantized3",
     "quantized4",
@@ -71,7 +76,10 @@ def form_of(name: str, d_out: int, d_in: int) -> Form:
         "nf4": Form(NF4_FORMAT),
         REFERENCE: low_rank(rank),
     }
-    return others[name] if name in others else grid_form(int(name[-1]), 64)
+    if name in others:
+        return others[name]
+    bits = int(name[-1])
+    return TRELLIS.form(bits, 128) if name.startswith("trellis") else QUANTIZED.form(bits, 64)
 
 
 class WithLora(nn.Module):

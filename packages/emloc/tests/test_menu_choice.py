@@ -10,7 +10,7 @@ from emloc.config import CompressConfig
 from emloc.errors import ConfigError, NumericalError
 from emloc.formats.coded_low_rank import CODED_LOW_RANK
 from emloc.formats.layer_format import GroupShape
-from emloc.formats.menu import grid_form, menu_of
+from emloc.formats.menu import menu_of
 from emloc.formats.quantized import QUANTIZED
 from emloc.formats.quantized_residual import QUANTIZED_RESIDUAL
 from emloc.linalg.gram import Moments
@@ -28,7 +28,7 @@ def test_a_layer_that_the_probe_did_not_show_counts_as_others_do():
     """An expert that only later micro-batches choose is not taken for one whose error costs nothing."""
     shapes = [GroupShape((name,), (128,), 256) for name in ("seen", "unseen")]
     plan = CompressionPlan(
-        tuple(Group(s, grid_form(2, 128), menu=(tuple(menu_of(s, 2)),)) for s in shapes), {}
+        tuple(Group(s, QUANTIZED.form(2, 128), menu=(tuple(menu_of(s, 2)),)) for s in shapes), {}
     )
     forms = menu_of(SHAPE, 2)
     sizes = [2.0 ** (-2 * form.sizes["bits"]) for form in forms]
@@ -83,7 +83,7 @@ def test_what_is_no_number_is_never_the_best():
     moments = Moments.of_matrix("input", "a", torch.full((8, 8), 1e38), 1)
     with pytest.raises(NumericalError):
         QUANTIZED.fit(
-            [torch.full((4, 8), 1e20)], moments, GroupShape(("a",), (4,), 8), grid_form(4, 32)
+            [torch.full((4, 8), 1e20)], moments, GroupShape(("a",), (4,), 8), QUANTIZED.form(4, 32)
         )
     with pytest.raises(NumericalError, match="hold NaN or infinity"):
         ridged_cholesky(torch.full((3, 3), torch.nan), 1.0)

@@ -23,6 +23,7 @@ from emloc.formats.layer_format import (
 )
 from emloc.formats.menu import menu_of
 from emloc.formats.quantized import QUANTIZED
+from emloc.formats.trellis import TRELLIS
 from emloc.formats.vocabulary import VocabularyTable
 from emloc.linalg.convolution import matrix_shape
 from emloc.linalg.menu_allocation import Option, allocate_bytes
@@ -31,8 +32,8 @@ from emloc.options.patterns import match_pattern
 
 OF_FORMATS = {
     "rank_pattern": LOW_RANK_FORMAT,
-    "bits": QUANTIZED.name,
-    "group_size": QUANTIZED.name,
+    "bits": TRELLIS.name,
+    "group_size": TRELLIS.name,
     "residual_rank": QUANTIZED.name,
     "factor_bits": LOW_RANK_FORMAT,
 }
@@ -180,7 +181,7 @@ def _group(shape: GroupShape, config: CompressConfig, itemsize: int) -> Group | 
         return form if isinstance(form, str) else Group(shape, form, _wide(shape, form, config))
     named = match_pattern(config.keep_ratio_pattern, shape.owner) is not None
     if named or keep_ratio_of(shape.owner, config, itemsize) == 1:
-        form = QUANTIZED.decide(shape, config, itemsize)
+        form = TRELLIS.decide(shape, config, itemsize)
         return form if isinstance(form, str) else Group(shape, form)
     menu = tuple(tuple(menu_of(one, itemsize)) for one in shape.singles())
     if not all(menu):

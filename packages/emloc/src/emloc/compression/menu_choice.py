@@ -25,12 +25,13 @@ from emloc.compression.one_pass import Passed, stream_moments, weights_of
 from emloc.compression.output_gradients import OutputGradients
 from emloc.extend.family import Batch
 from emloc.formats.layer_format import Form, tensor_bytes
-from emloc.formats.menu import REFERENCE
+from emloc.formats.trellis import TRELLIS
 from emloc.linalg.finite import refuse_not_finite
 from emloc.linalg.gram import Moments
-from emloc.linalg.grid import choose_grid, grid_error
+from emloc.linalg.grid import grid_error
 from emloc.linalg.menu_allocation import Option, allocate_bytes
 from emloc.linalg.rounding import Feedback, squared_change, squared_output
+from emloc.linalg.trellis_rounding import trellis_error, trellis_values
 from emloc.machine.progress import console
 from emloc.streaming.stream import UnitStream
 
@@ -38,6 +39,9 @@ DENSE = "its bytes lower the error more when it is dense than elsewhere"
 
 PRICED_ROWS = 256
 """Rows of a weight by which forms are priced."""
+
+REFERENCE = (3, 128)
+"""Bits and group size at which it is measured how much a block minds a layer's error."""
 
 Menus = Mapping[str, Mapping[str, Any]]
 """A layer's options, by its name: `bytes` and relative squared `errors` of its forms, in the order of its
@@ -136,7 +140,10 @@ def _priced(
 def price_forms(
     weight: Tensor, moments: Moments, forms: Sequence[Form]
 ) -> tuple[Tensor, float, list[float]]:
-    """A weight rounded to `REFERENCE`, its relative squared error, and those predicted of other forms.
+    """A weight rounded to 3 bits, its relative squared error, and those predicted of other forms.
+
+    What a trellis loses is predicted from the spread of the weights alone. That is off by up to a factor of
+    two, the same at all bits of one layer: so the factor is taken from the 3 bits, whose error is known.
 
     Args:
         weight: d_out × d_in.
@@ -144,15 +151,20 @@ def price_forms(
     """
     feedback, matrix = Feedback.of(moments), moments.matrix
     whole = squared_output(weight, matrix)
-    grid = choose_grid(weight, matrix.diagonal(), *REFERENCE)
-    rounded = grid.values(feedback.round(weight, grid))
+    rounded = trellis_values(weight, moments, *REFERENCE)
     lost = squared_output(weight.float() - rounded, matrix)
     rows, scale = _some_rows(weight, feedback.weights)
-    predicted = [
-        scale * grid_error(rows, feedback.weights, form.sizes["bits"], form.sizes["group_size"])
-        for form in forms
-    ]
-    shares = [error / whole if whole > 0 else 0.0 for error in (lost, *predicted)]
+    guess = scale * trellis_error(rows, feedback.weights, *REFERENCE)
+    truth = lost / guess if guess > 0 else 1.0
+
+    def predicted(form: Form) -> float:
+        sizes = form.sizes["bits"], form.sizes["group_size"]
+        if form.format is TRELLIS:
+            return truth * scale * trellis_error(rows, feedback.weights, *sizes)
+        return scale * grid_error(rows, feedback.weights, *sizes)
+
+    errors = [lost, *map(predicted, forms)]
+    shares = [error / whole if whole > 0 else 0.0 for error in errors]
     return rounded, shares[0], shares[1:]
 
 

@@ -27,15 +27,23 @@ from emloc.linalg.finite import refuse_not_finite
 from emloc.linalg.gram import Moments, Side
 from emloc.linalg.operator import Operator
 from emloc.linalg.rounding import squared_change
-from emloc.options.compress import BITS, GROUP_SIZES, CompressConfig
+from emloc.options.compress import GROUP_SIZES, CompressConfig
 from emloc.options.patterns import match_pattern
+
+GRID_BITS = (2, 3, 4, 8)
+"""Bits that a code on a grid may have."""
 
 GROUP_SIZE = 64
 """Inputs of a group where only bits are given."""
 
 
 def grid_within(
-    shape: GroupShape, config: CompressConfig, itemsize: int, form_of: Callable[[int, int], Form]
+    shape: GroupShape,
+    config: CompressConfig,
+    itemsize: int,
+    form_of: Callable[[int, int], Form],
+    offered: Sequence[int] = GRID_BITS,
+    usual_group: int = GROUP_SIZE,
 ) -> Form | str:
     """The form of the bits that were asked for, or of the most, in the smallest groups, within the budget.
 
@@ -43,22 +51,24 @@ def grid_within(
 
     Args:
         form_of: gives the form of some bits and group size.
+        offered: bits that the format has.
+        usual_group: inputs of a group where only bits are given.
 
     Returns:
         The reason to stay dense, if nothing is within the budget or the budget is all.
     """
     by_pattern = match_pattern(config.keep_ratio_pattern, shape.owner) is not None
     if config.bits is not None and not by_pattern:
-        return form_of(config.bits, config.group_size or GROUP_SIZE)
+        return form_of(config.bits, config.group_size or usual_group)
     if keep_ratio_of(shape.owner, config, itemsize) == 1:
         return "keep_ratio 1"
     sizes = [config.group_size] if config.group_size else GROUP_SIZES
     budget = budget_bytes(shape, config, itemsize)
-    for bits, group_size in product(sorted(BITS, reverse=True), sizes):
+    for bits, group_size in product(sorted(offered, reverse=True), sizes):
         form = form_of(bits, group_size)
         if tensor_bytes(shape, form, itemsize) <= budget:
             return form
-    return f"{min(BITS)} bits are more than its share"
+    return f"{min(offered)} bits are more than its share"
 
 
 def refuse_unknown_grid(bits: int, group_size: int) -> None:
@@ -67,7 +77,7 @@ def refuse_unknown_grid(bits: int, group_size: int) -> None:
     Raises:
         MismatchError: there is no such grid.
     """
-    if bits not in BITS or group_size < 1:
+    if bits not in GRID_BITS or group_size < 1:
         raise MismatchError(
             f"The emulator's config gives layers {bits} bits in groups of {group_size}, which is no "
             f"format; compress the base model again."

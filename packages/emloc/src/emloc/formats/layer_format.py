@@ -306,6 +306,12 @@ CORE_FORMATS = (
         LOW_RANK_FORMAT, "the product of two factors", "emloc.formats.low_rank:LOW_RANK", "emloc"
     ),
     FormatEntry(
+        "trellis",
+        "codes of 1 to 4 bits, each read with those before it, chosen for the data",
+        "emloc.formats.trellis:TRELLIS",
+        "emloc",
+    ),
+    FormatEntry(
         "quantized",
         "integers of 2, 3, 4 or 8 bits, rounded for the data",
         "emloc.formats.quantized:QUANTIZED",

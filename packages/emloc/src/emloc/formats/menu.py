@@ -2,26 +2,23 @@
 
 from emloc.formats.layer_format import Form, GroupShape, tensor_bytes
 from emloc.formats.quantized import QUANTIZED
+from emloc.formats.trellis import GROUP_SIZE, TRELLIS
 
-GRIDS = ((2, 128), (2, 64), (3, 128), (3, 64), (4, 128), (4, 64), (8, 128))
-"""Bits and group sizes."""
-
-REFERENCE = (3, 64)
-"""The grid at which it is measured how much a block minds a layer's error."""
+FINEST = (8, 128)
+"""Bits and group size of the grid beyond what a trellis has."""
 
 
 def menu_of(shape: GroupShape, itemsize: int) -> list[Form]:
     """Forms of one layer, smaller than its dense weight, in the order of their bytes.
 
+    A trellis has about half of the error of a grid of as many bytes, and groups of fewer than 128 inputs
+    lower it less than as many bytes do in bits.
+
     Args:
         itemsize: bytes of an element of the dense weight.
     """
-    forms = [grid_form(*grid) for grid in GRIDS]
+    forms = [TRELLIS.form(bits, GROUP_SIZE) for bits in TRELLIS.bits_of(shape)]
+    forms.append(QUANTIZED.form(*FINEST))
     dense = shape.numel * itemsize
     sizes = [(tensor_bytes(shape, form, itemsize), form) for form in forms]
     return [form for size, form in sorted(sizes, key=lambda pair: pair[0]) if size < dense]
-
-
-def grid_form(bits: int, group_size: int) -> Form:
-    """A form of `quantized`."""
-    return Form(QUANTIZED, {"bits": bits, "group_size": group_size})

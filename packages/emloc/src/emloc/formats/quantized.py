@@ -40,7 +40,7 @@ class Quantized(LayerByLayer):
             raise ConfigError(
                 "factor_bits means nothing to format=quantized without a residual_rank; pass both or neither."
             )
-        return grid_within(shape, config, itemsize, self._form)
+        return grid_within(shape, config, itemsize, self.form)
 
     def layout(self, d_out: int, d_in: int, form: Form) -> CodedMatrix:
         """Codes, scales and zeros.
@@ -69,7 +69,8 @@ class Quantized(LayerByLayer):
         groups = max(shape.d_out) * group_count(shape.d_in, form.sizes["group_size"])
         return max(shape.d_out) * shape.d_in * itemsize + 8 * groups
 
-    def _form(self, bits: int, group_size: int) -> Form:
+    def form(self, bits: int, group_size: int) -> Form:
+        """A form of these sizes."""
         return Form(self, {"bits": bits, "group_size": group_size})
 
 

@@ -16,7 +16,7 @@ Precision: float32.
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, UInt8
@@ -67,12 +67,66 @@ def improved(
     codes: UInt8[Tensor, "rows columns"],
 ) -> Rounded:
     """The grid and the codes after one pass of steps under `moments + ridge`."""
-    size, columns = grid.group_size, grid.columns
-    scale_codes, zeros = grid.scale_codes.T.contiguous().float(), grid.zeros.T.contiguous()
-    units = grid.units.T.contiguous()
     errors = (weight.float() - grid.values(codes)).T.contiguous()
-    # Columns × rows: each step works on one contiguous row.
-    turned = codes.T.contiguous().float()
+    scales = ScaleSteps(grid.scale_codes, grid.units, grid.group_size)
+    on_grid = _OnGrid(codes.T.contiguous().float(), grid.zeros.T.contiguous(), grid)
+    cost = improve(errors, moments, ridge, scales, on_grid)
+    made = on_grid.codes.to(torch.uint8).T.contiguous()
+    return Rounded(replace(grid, scale_codes=scales.coded), made, cost)
+
+
+class ScaleSteps:
+    """The scales of all groups, while they are improved.
+
+    Args:
+        codes: rows × groups.
+        units: the scales of code 1, rows × groups.
+
+    Attributes:
+        codes: of the scales, groups × rows, float32.
+    """
+
+    def __init__(self, codes: Tensor, units: Tensor, group_size: int) -> None:
+        self.codes, self.units = codes.T.contiguous().float(), units.T.contiguous()
+        self.group_size = group_size
+
+    @property
+    def coded(self) -> UInt8[Tensor, "rows groups"]:
+        """The codes as they are stored."""
+        return self.codes.T.to(torch.uint8).contiguous()
+
+
+class Places(Protocol):
+    """What stands for weights, in units of their scales, while it is improved."""
+
+    def offsets(self, columns: slice, group: int) -> Tensor:
+        """A copy of that of some inputs of one group, inputs × rows."""
+        ...
+
+    def move(self, columns: slice, scale: Tensor, slopes: Tensor, square: Tensor) -> Tensor:
+        """Choose it anew for some inputs of one group, one after another; the changes of the weights.
+
+        Args:
+            scale: of each row.
+            slopes: `(e G)` of these inputs, inputs × rows; kept up to date.
+            square: their moments with one another.
+        """
+        ...
+
+
+def improve(
+    errors: Float[Tensor, "columns rows"],
+    moments: Float[Tensor, "columns columns"],
+    ridge: float,
+    scales: ScaleSteps,
+    places: Places,
+) -> float:
+    """One pass of steps over all groups under `moments + ridge`; returns the cost without the ridge.
+
+    Args:
+        errors: of the weights; kept up to date.
+    """
+    size, columns = scales.group_size, len(errors)
     block, cost = size * max(1, BLOCK // size), 0.0
     for start in range(0, columns, block):
         stop = min(start + block, columns)
@@ -84,26 +138,39 @@ def improved(
         for first in range(start, stop, size):
             last, group = min(first + size, stop), first // size
             inside = slice(first - start, last - start)
-            offsets = turned[first:last] - zeros[group]
-            moved = _move_scale(
-                scale_codes[group], units[group], offsets, slopes[inside], within[inside, inside]
-            )
+            offsets = places.offsets(slice(first, last), group)
+            code, unit = scales.codes[group], scales.units[group]
+            moved = _move_scale(code, unit, offsets, slopes[inside], within[inside, inside])
             errors[first:last].sub_(offsets.mul_(moved))
             slopes[inside.start :].addmm_(within[inside.start :, inside], offsets, alpha=-1)
-            scale = scale_codes[group] * units[group]
+            scale = code * unit
             for at in range(first, last, STRIP):
                 strip = slice(at - start, min(at + STRIP, last) - start)
                 part = slice(at, strip.stop + start)
-                shifts = _move_codes(
-                    turned[part], scale, slopes[strip], within[strip, strip], grid.levels
-                )
+                shifts = places.move(part, scale, slopes[strip], within[strip, strip])
                 errors[part].sub_(shifts)
                 slopes[strip.stop :].addmm_(within[strip.stop :, strip], shifts, alpha=-1)
         cost += float(final.mul_(2).addmm_(rows[:, start:stop], now).mul_(now).sum())
-    cost = 0.0 if cost < 0 else cost  # rounding may make nothing negative; NaN stays NaN
-    coded = scale_codes.T.to(torch.uint8).contiguous()
-    made = turned.to(torch.uint8).T.contiguous()
-    return Rounded(replace(grid, scale_codes=coded), made, cost)
+    return 0.0 if cost < 0 else cost  # rounding may make nothing negative; NaN stays NaN
+
+
+class _OnGrid(NamedTuple):
+    """`Places`: codes on a grid.
+
+    Attributes:
+        codes: columns × rows, float32.
+        zeros: groups × rows.
+    """
+
+    codes: Tensor
+    zeros: Tensor
+    grid: Grid
+
+    def offsets(self, columns: slice, group: int) -> Tensor:
+        return self.codes[columns] - self.zeros[group]
+
+    def move(self, columns: slice, scale: Tensor, slopes: Tensor, square: Tensor) -> Tensor:
+        return _move_codes(self.codes[columns], scale, slopes, square, self.grid.levels)
 
 
 def _move_scale(

@@ -14,6 +14,7 @@ by about 6e-8 of the largest of the diagonal, so by 6e-8 · columns of its mean 
 at 11008 inputs.
 """
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -34,6 +35,10 @@ BLOCK = 128
 
 STRIP = 32
 """Inputs of a block that are rounded one by one before their errors are carried on within the block."""
+
+
+Nearest = Callable[[int, Tensor], Tensor]
+"""Gives what stands for the weights of a column, rows, given what they should come to."""
 
 
 class Feedback:
@@ -65,11 +70,30 @@ class Feedback:
         self, weight: Float[Tensor, "rows columns"], grid: Grid
     ) -> UInt8[Tensor, "rows columns"]:
         """The codes on `grid`, each input making up for the errors of those before it."""
-        order, carried = self._order, self._carried
-        columns = weight.float().T[order]  # columns × rows: each step works on one contiguous row
         scales, inverses, zeros = (part.T.contiguous() for part in grid.by_group())
-        groups = (order // grid.group_size).tolist()
-        codes, errors = torch.empty_like(columns), torch.zeros_like(columns)
+        codes = torch.empty(weight.shape[1], weight.shape[0], device=weight.device)
+
+        def nearest(column: int, target: Tensor) -> Tensor:
+            code, group = codes[column], column // grid.group_size
+            torch.addcmul(zeros[group], target, inverses[group], out=code)
+            code.round_().clamp_(0, grid.levels)
+            return (code - zeros[group]).mul_(scales[group])
+
+        self.carry(weight, nearest)
+        return codes.to(torch.uint8).T.contiguous()
+
+    def carry(self, weight: Float[Tensor, "rows columns"], nearest: Nearest) -> None:
+        """Choose what stands for each input's weights, after the errors of those before it.
+
+        Args:
+            nearest: gives what stands for a column's weights, by the column and what it should come to,
+                once for each.
+        """
+        order, carried = self._order.tolist(), self._carried
+        columns = weight.float().T[
+            self._order
+        ]  # columns × rows: each step works on a contiguous row
+        errors = torch.zeros_like(columns)
         for start in range(0, len(order), BLOCK):
             stop = min(start + BLOCK, len(order))
             targets = columns[start:stop]
@@ -82,16 +106,11 @@ class Feedback:
                     within = carried[start:first, first:last]
                     strip = torch.addmm(strip, within.T, errors[start:first])
                 for at in range(first, last):
-                    target, group = strip[at - first], groups[at]
+                    target = strip[at - first]
                     if at > first:
                         within = carried[first:at, at]
                         target = torch.addmv(target, errors[first:at].T, within)
-                    code, zero = codes[at], zeros[group]
-                    torch.addcmul(zero, target, inverses[group], out=code)
-                    code.round_().clamp_(0, grid.levels)
-                    value = (code - zero).mul_(scales[group])
-                    torch.sub(columns[at], value, out=errors[at])
-        return codes.to(torch.uint8)[torch.argsort(order)].T.contiguous()
+                    torch.sub(columns[at], nearest(order[at], target), out=errors[at])
 
 
 def squared_output(

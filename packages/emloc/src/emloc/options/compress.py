@@ -16,9 +16,6 @@ AUTO = "auto"
 LOW_RANK_FORMAT = "low_rank"
 """The format of two factors, and of a group whose entry in a config or a manifest names none."""
 
-BITS = (2, 3, 4, 8)
-"""Bits that a code may have."""
-
 GROUP_SIZES = (32, 64, 128)
 """Inputs that may share a scale."""
 
@@ -54,11 +51,13 @@ class CompressConfig(CalibrationOptions, ModelOptions, MemoryOptions):
         description="share of each layer's bytes kept; by default what memory allows, if that is given, or "
         f"{DEFAULT_BITS_PER_WEIGHT} bits per weight, or {DEFAULT_KEEP_RATIO} of a format other than auto",
     )
-    bits: Annotated[Literal[2, 3, 4, 8] | None, UnlessDefault()] = Field(
-        None, description="of format=quantized; by default the most that keep_ratio allows"
+    bits: Annotated[Literal[1, 2, 3, 4, 8] | None, UnlessDefault()] = Field(
+        None,
+        description="of a code: 1 to 4 of format=trellis, 2, 3, 4 or 8 of format=quantized; by default the "
+        "most that keep_ratio allows",
     )
     group_size: Annotated[Literal[32, 64, 128] | None, UnlessDefault()] = Field(
-        None, description="inputs that share a scale in format=quantized"
+        None, description="inputs that share a scale in format=trellis and format=quantized"
     )
     bits_per_weight: Annotated[float | None, UnlessDefault()] = Field(
         None,

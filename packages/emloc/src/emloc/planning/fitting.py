@@ -28,7 +28,7 @@ LARGEST_RATIO = 0.95
 SMALL_RATIO, LEAST_RATIO = 0.25, 0.1
 """The ratio below which an emulator goes only when other things were given up, and the smallest."""
 
-SMALL_BITS, LEAST_BITS = 3.2, 2.24
+SMALL_BITS, LEAST_BITS = 3.2, 1.1
 """The same of `format=auto`, in bits per weight; the smallest forms take a little less."""
 
 FEWEST_SAMPLES = 16

@@ -1,0 +1,125 @@
+"""The codes with the least squared error along a trellis (`emloc.linalg.trellis`), by dynamic programming.
+
+Every step takes a few operations on the costs of all windows. Where Numba is installed, the same sums are
+compiled (`emloc.linalg.trellis_compiled`): some twenty times as fast, and the same codes.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from emloc.linalg.trellis import STATES, levels, values_of
+
+JUNCTION = 16
+"""Numbers on either side of a sequence's ends by which the codes at its ends are chosen."""
+
+
+def best_codes(
+    numbers: Float[Tensor, "steps sequences"],
+    weights: Float[Tensor, "steps sequences"],
+    bits: int,
+    known: UInt8[Tensor, "steps sequences"] | None = None,
+) -> UInt8[Tensor, "steps sequences"]:
+    """The codes of sequences with about the least weighted squared error.
+
+    Args:
+        numbers: at least `least_steps` of each sequence, in units of the levels; float32.
+        weights: of their squared errors.
+        known: windows of sequences of codes, as `windows_of` gives them, than which the outcome is no worse;
+            None: where sequences are long, the ends are chosen by the numbers near them.
+    """
+    if len(numbers) < 2 * JUNCTION:
+        path = _best_of_all_ends(numbers, weights, bits)
+    elif known is None:
+        joint = [torch.cat((part[-JUNCTION:], part[:JUNCTION])) for part in (numbers, weights)]
+        ends = best_path(joint[0], joint[1], bits, None)[JUNCTION - 1]
+        path = best_path(numbers, weights, bits, ends)
+    else:  # the window in the middle is kept, and both sides of the ends are chosen together
+        half = len(numbers) // 2
+        turned = [part.roll(-half, dims=0) for part in (numbers, weights)]
+        path = best_path(turned[0], turned[1], bits, known[half - 1]).roll(half, dims=0)
+    return path & ((1 << bits) - 1)
+
+
+def _best_of_all_ends(numbers: Tensor, weights: Tensor, bits: int) -> Tensor:
+    """`best_path` with whatever ends are best: what is on one side of them is too near to the other side."""
+    steps, count = numbers.shape
+    ends = torch.arange(STATES >> bits, dtype=torch.uint8, device=numbers.device)
+    every = ends.repeat_interleave(count)
+    several = [part.repeat(1, len(ends)) for part in (numbers, weights)]
+    paths = best_path(several[0], several[1], bits, every)
+    costs = (values_of(paths, bits) - several[0]).square_().mul_(several[1]).sum(dim=0)
+    best = costs.view(len(ends), count).argmin(dim=0)
+    return paths.view(steps, len(ends), count)[:, best, torch.arange(count, device=best.device)]
+
+
+def best_path(
+    numbers: Float[Tensor, "steps sequences"],
+    weights: Float[Tensor, "steps sequences"],
+    bits: int,
+    ends: UInt8[Tensor, " sequences"] | None,
+) -> UInt8[Tensor, "steps sequences"]:
+    """The windows of the sequences with the least weighted squared error.
+
+    Args:
+        ends: the window before the first number and of the last, but for its `bits` first bits, which may
+            differ; None: any.
+    """
+    compiled = compiled_search() if numbers.device.type == "cpu" else None
+    if compiled is not None:
+        return compiled(numbers, weights, bits, ends)
+    return path_by_tensors(numbers, weights, bits, ends)
+
+
+@cache
+def compiled_search() -> Any:
+    """The compiled search; None where Numba is not installed."""
+    try:
+        from emloc.linalg.trellis_compiled import compiled_path
+    except ImportError:
+        return None
+    return compiled_path
+
+
+def path_by_tensors(
+    numbers: Tensor, weights: Tensor, bits: int, ends: Tensor | None
+) -> UInt8[Tensor, "steps sequences"]:
+    """`best_path` in operations on tensors."""
+    steps, count = numbers.shape
+    fan, classes = (
+        1 << bits,
+        STATES >> bits,
+    )  # codes; and classes of windows that the same may follow
+    table = levels(bits, numbers.device)[:, None, None]
+    # Σ w (x − level)², less what no choice changes.
+    slopes = -2 * weights * numbers
+    costs = weights * table.square() + slopes * table
+    least = costs.new_zeros(steps, classes, count)
+    kept = None if ends is None else (ends.long() & (classes - 1))[None]
+    if kept is not None:
+        least[0].fill_(torch.inf).scatter_(0, kept, 0.0)
+    by_class = costs.view(classes, fan, steps, count).unbind(2)
+    merging = costs.view(fan, classes, steps, count)
+    for here, leaving, best, following in zip(by_class, merging.unbind(2), least, least[1:]):
+        here.add_(best[:, None])
+        torch.amin(leaving, dim=0, out=following)
+    by_class[-1].add_(least[-1][:, None])
+    last, fans = costs[:, -1], torch.arange(fan, device=numbers.device)[:, None]
+    places = torch.arange(STATES, device=numbers.device)[:, None].expand(-1, count)
+    if kept is not None:
+        places = kept + classes * fans
+    window = places.gather(0, last.gather(0, places).argmin(0, keepdim=True))
+    # Of the windows that a class may follow, the first with the least cost.
+    first = torch.zeros(classes, steps - 1, count, dtype=torch.uint8, device=numbers.device)
+    for tried in merging[:-1, :, :-1].flip(0):
+        first.add_(1).mul_(tried != least[1:].transpose(0, 1))
+    earlier = first.long() * classes + torch.arange(classes, device=numbers.device)[:, None, None]
+    kind, kinds = window >> bits, list[Tensor]()
+    for kind_before in (earlier >> bits).unbind(1)[::-1]:
+        kinds.append(kind)
+        kind = kind_before.gather(0, kind)
+    path = earlier.gather(0, torch.stack(kinds[::-1], dim=1))[0]
+    return torch.cat((path, window)).to(torch.uint8)
