@@ -1,5 +1,10 @@
 """The core by itself in every test, and the toy family with its example and its artefacts."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from alone import alone
 
@@ -30,3 +35,34 @@ def toy(_made):
     """The toy's `Subject`, while its plugin is installed."""
     with plugin_installed(PLUGIN):
         yield _made
+
+
+TRITON_FOLDER = Path(sys.prefix) / "triton"
+"""Where `make install` puts Triton. No package needs it; builds of torch for CUDA bring it along."""
+
+
+@pytest.fixture
+def in_triton():
+    """Runs a function of a test file in Triton's interpreter and gives the number that it returns.
+
+    In a process of its own: Triton decides at its import whether it interprets.
+    """
+
+    def run(file: str, function: str) -> int:
+        here = Path(file)
+        code = (
+            f"import sys; sys.path.insert(0, {str(here.parent)!r}); import {here.stem} as tests; "
+        )
+        code += f"print(tests.{function}())"
+        paths = [str(TRITON_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return int(done.stdout)
+
+    return run

@@ -1,22 +1,19 @@
 """Decoding in one pass: the kernel in Triton's interpreter against torch's operations, and without Triton."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from emloc.formats.coded_matrix import CodedMatrix
+from emloc.formats.trellis_matrix import TrellisMatrix
 from emloc.layers import fused_decoding
 from emloc.layers.coded_weight import CodedWeight
+from emloc.layers.trellis_weight import TrellisWeight
 from emloc.linalg.row_rounding import rounded_parts
 from emloc.testing import pretend_device
-
-TRITON_FOLDER = Path(sys.prefix) / "triton"
-"""Where `make install` puts Triton. No package needs it; builds of torch for CUDA bring it along."""
 
 KERNEL = "emloc.layers.triton_decoding"
 
@@ -34,9 +31,23 @@ def coded(rows: int, columns: int, bits: int, group_size: int) -> CodedWeight:
     return matrix.decoded(stored.__getitem__)
 
 
-def check_the_kernel() -> None:
-    """Compare the kernel with torch's operations, bit for bit; run where Triton is."""
-    from emloc.layers.triton_decoding import decode
+def along_a_trellis(rows: int, columns: int, bits: int, group_size: int) -> TrellisWeight:
+    """A weight of random codes."""
+    draw = torch.Generator().manual_seed(rows)
+    matrix = TrellisMatrix(rows, columns, bits, group_size)
+    stored = {
+        name: torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw)
+        if kind == torch.uint8
+        else torch.rand(shape, generator=draw).view(torch.int32)
+        for name, (shape, kind) in matrix.stored()
+    }
+    return matrix.decoded(stored.__getitem__)
+
+
+def check_the_kernels() -> int:
+    """Compare the kernels with torch's operations, bit for bit, where Triton is; returns how many."""
+    compared = 0
+    from emloc.layers.triton_decoding import decode, decode_trellis
 
     for bits, group_size in ((2, 32), (3, 64), (4, 128), (8, 32)):
         for rows, columns in SHAPES:
@@ -45,21 +56,19 @@ def check_the_kernel() -> None:
                 into = torch.full((rows, columns), float("nan"), dtype=dtype)
                 fused_decoding.launch(decode, weight, into)
                 assert torch.equal(into, weight.dense(dtype)), (bits, group_size, rows, columns)
+                compared += 1
+    for bits, group_size in ((1, 32), (2, 128), (3, 64), (4, 128)):
+        for rows, columns in [(9, 100), (66, 20), (7, 1100)]:
+            weight = along_a_trellis(rows, columns, bits, group_size)
+            into = torch.full((rows, columns), float("nan"), dtype=torch.float16)
+            fused_decoding.launch_trellis(decode_trellis, weight, into)
+            assert torch.equal(into, weight.dense(torch.float16)), (bits, rows, columns)
+            compared += 1
+    return compared
 
 
-def test_the_kernel_gives_the_same_numbers():
-    """In a process of its own: Triton decides at its import whether it interprets."""
-    here = Path(__file__)
-    code = f"import sys; sys.path.insert(0, {str(here.parent)!r}); import {here.stem} as tests; "
-    paths = [str(TRITON_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_the_kernels_give_the_same_numbers(in_triton):
+    assert in_triton(__file__, "check_the_kernels") == 44
 
 
 @pytest.fixture
@@ -75,11 +84,13 @@ def cuda_build(monkeypatch):
 
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(fused_decoding, "launch", launch)
-    monkeypatch.setitem(sys.modules, KERNEL, SimpleNamespace(decode=object()))
-    fused_decoding._kernel.cache_clear()
+    monkeypatch.setitem(
+        sys.modules, KERNEL, SimpleNamespace(decode=object(), decode_trellis=object())
+    )
+    fused_decoding._kernels.cache_clear()
     with pretend_device():
         yield problems
-    fused_decoding._kernel.cache_clear()
+    fused_decoding._kernels.cache_clear()
 
 
 @pytest.mark.parametrize(

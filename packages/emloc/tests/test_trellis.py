@@ -86,6 +86,26 @@ def test_the_compiled_search_finds_the_same(bits, steps, count):
         assert torch.equal(compiled(numbers, weights, bits, known), expected)
 
 
+def check_the_kernel() -> int:
+    """Compare the kernel for GPUs with operations on tensors, where Triton is; returns how many searches."""
+    from emloc.linalg.trellis_triton import triton_path
+
+    compared = 0
+    for bits, steps, count in itertools.product(BITS, (9, 20), (2,)):
+        torch.manual_seed(steps + bits)
+        numbers, weights = 1.3 * torch.randn(steps, count), torch.rand(steps, count)
+        ends = torch.randint(0, 256, (count,), dtype=torch.uint8)
+        for known in (None, ends):
+            expected = path_by_tensors(numbers, weights, bits, known)
+            assert torch.equal(triton_path(numbers, weights, bits, known), expected), (bits, steps)
+            compared += 1
+    return compared
+
+
+def test_the_kernel_for_gpus_finds_the_same(in_triton):
+    assert in_triton(__file__, "check_the_kernel") == 16
+
+
 def test_without_numba_tensors_do_it(monkeypatch):
     numbers = torch.randn(20, 4)
     expected = best_codes(numbers, torch.ones(20, 4), 3)

@@ -4,6 +4,7 @@ Composed of torch's operations, decoding writes and reads a weight some ten time
 missing, or cannot compile here, those operations do it, with the same values.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -12,74 +13,113 @@ from torch import Tensor
 
 from emloc.linalg.bit_packing import PLANES, padded
 from emloc.linalg.grid import SCALES, ZERO_BITS
+from emloc.linalg.trellis import WINDOW, levels, sequences_of
 from emloc.machine.memory_limit import is_out_of_memory
 from emloc.machine.progress import warn
 
 if TYPE_CHECKING:
     from emloc.layers.coded_weight import CodedWeight
+    from emloc.layers.trellis_weight import TrellisWeight
 
 
 def decode_at_once(coded: "CodedWeight", into: Tensor) -> bool:
-    """Write a weight, d_out × d_in in any floating dtype; returns whether that could be done here."""
-    if torch.version.cuda is None or not coded.packed.is_cuda or not into.numel():
+    """Write a weight on a grid, d_out × d_in of any floating dtype; returns whether that is done here."""
+    return _decoded(coded.packed, into, lambda kernels: launch(kernels.decode, coded, into))
+
+
+def decode_trellis_at_once(coded: "TrellisWeight", into: Tensor) -> bool:
+    """Write a weight along a trellis, as `decode_at_once` does."""
+    return _decoded(
+        coded.packed, into, lambda kernels: launch_trellis(kernels.decode_trellis, coded, into)
+    )
+
+
+def _decoded(packed: Tensor, into: Tensor, write: Callable[[Any], None]) -> bool:
+    if torch.version.cuda is None or not packed.is_cuda or not into.numel():
         return False
-    with torch.cuda.device(coded.packed.device):  # Triton computes on the thread's
-        kernel = _kernel()
-        if kernel is not None:
-            launch(kernel, coded, into)
-    return kernel is not None
+    with torch.cuda.device(packed.device):  # Triton computes on the thread's
+        kernels = _kernels()
+        if kernels is not None:
+            write(kernels)
+    return kernels is not None
+
+
+BLOCK = 1024
+"""Columns that one program decodes."""
 
 
 def launch(kernel: Any, coded: "CodedWeight", into: Tensor) -> None:
-    """Run the kernel of `triton_decoding`."""
+    """Run `decode` of `triton_decoding`."""
     rows, groups = coded.scale_codes.shape
-    low, *high = PLANES[coded.bits]
-    size = padded(coded.columns)
-    block = 1024
-    kernel[(rows, -(-coded.columns // block))](
+    kernel[(rows, -(-coded.columns // BLOCK))](
         coded.packed,
         coded.scale_codes,
         coded.largest.view(torch.float32) / 255,
         coded.zero_codes,
         into,
         ((1 << coded.bits) - 1) / ((1 << ZERO_BITS) - 1),
-        COLUMNS=coded.columns,
-        GROUPS=groups,
-        GROUP=coded.group_size,
-        BYTES=coded.packed.shape[1],
         ZERO_BYTES=coded.zero_codes.shape[1],
-        LOW=low,
-        LOW_STEP=size * low // 8,
-        HIGH=bool(high),
-        HIGH_STEP=size // 8,
         ZERO_STEP=padded(groups) * ZERO_BITS // 8,
-        SCALES=SCALES,
-        BLOCK=block,
-        enable_fp_fusion=False,
+        **_places(coded),
     )
 
 
+def launch_trellis(kernel: Any, coded: "TrellisWeight", into: Tensor) -> None:
+    """Run `decode_trellis` of `triton_decoding`."""
+    rows = coded.scale_codes.shape[0]
+    kernel[(rows, -(-coded.columns // BLOCK))](
+        coded.packed,
+        coded.scale_codes,
+        coded.largest.view(torch.float32) / 255,
+        levels(coded.bits, coded.packed.device),
+        into,
+        BITS=coded.bits,
+        CODES=-(-WINDOW // coded.bits),
+        STEPS=sequences_of(rows)[1],
+        **_places(coded),
+    )
+
+
+def _places(coded: "CodedWeight | TrellisWeight") -> dict[str, Any]:
+    """The constants that say where codes and scales lie."""
+    low, *high = PLANES[coded.bits]
+    size = padded(coded.columns)
+    return {
+        "COLUMNS": coded.columns,
+        "GROUPS": coded.scale_codes.shape[1],
+        "GROUP": coded.group_size,
+        "BYTES": coded.packed.shape[1],
+        "LOW": low,
+        "LOW_STEP": size * low // 8,
+        "HIGH": bool(high),
+        "HIGH_STEP": size // 8,
+        "SCALES": SCALES,
+        "BLOCK": BLOCK,
+        "enable_fp_fusion": False,
+    }
+
+
 @cache
-def _kernel() -> Any:
-    """The kernel; None where Triton is not installed, or cannot run, as where there is no compiler for it.
+def _kernels() -> Any:
+    """The module of the kernels; None where Triton is not installed, or cannot run, as without a compiler.
 
     Raises:
         RuntimeError: the GPU has not the memory to find out, or met an error before.
     """
     try:
-        from emloc.layers.triton_decoding import decode
+        from emloc.layers import triton_decoding
     except ImportError:
         return None
     torch.cuda.synchronize()  # an error that was there before is not Triton's
     try:
-        _try(decode)
+        _try(triton_decoding.decode)
     except Exception as problem:  # of Triton, of the compiler that it calls, of what that writes
         if is_out_of_memory(problem):
             raise
         first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         warn(f"Triton cannot run here, so weights are decoded more slowly: {first}")
         return None
-    return decode
+    return triton_decoding
 
 
 def _try(kernel: Any) -> None:

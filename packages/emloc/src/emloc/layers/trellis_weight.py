@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from emloc.layers.coded_weight import ELEMENTS, ELEMENTS_ELSEWHERE
+from emloc.layers.fused_decoding import decode_trellis_at_once
 from emloc.linalg.bit_packing import unpack
 from emloc.linalg.grid import decoded_scales
 from emloc.linalg.trellis import sequences_of, values_of, windows_of
@@ -57,6 +58,8 @@ class TrellisWeight:
         """The weight."""
         shape = self.scale_codes.shape[0], self.columns
         weight = torch.empty(shape, dtype=dtype, device=self.packed.device)
+        if decode_trellis_at_once(self, weight):
+            return weight
         for start, part in self._parts():
             weight[start : start + len(part)] = part
         return weight

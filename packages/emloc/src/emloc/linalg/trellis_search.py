@@ -1,17 +1,18 @@
 """The codes with the least squared error along a trellis (`emloc.linalg.trellis`), by dynamic programming.
 
 Every step takes a few operations on the costs of all windows. Where Numba is installed, the same sums are
-compiled (`emloc.linalg.trellis_compiled`): some twenty times as fast, and the same codes.
+compiled for CPUs (`emloc.linalg.trellis_compiled`), some twenty times as fast, and where Triton is, for GPUs
+(`emloc.linalg.trellis_triton`); the codes are the same.
 """
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from emloc.linalg.trellis import STATES, levels, values_of
+from emloc.linalg.trellis import STATES, STEPS, TRELLIS_BITS, levels, values_of
 
 JUNCTION = 16
 """Numbers on either side of a sequence's ends by which the codes at its ends are chosen."""
@@ -68,14 +69,45 @@ def best_path(
         ends: the window before the first number and of the last, but for its `bits` first bits, which may
             differ; None: any.
     """
-    compiled = compiled_search() if numbers.device.type == "cpu" else None
-    if compiled is not None:
-        return compiled(numbers, weights, bits, ends)
-    return path_by_tensors(numbers, weights, bits, ends)
+    search = path_by_tensors
+    if numbers.device.type == "cpu":
+        search = compiled_search() or search
+    elif torch.version.cuda is not None and numbers.is_cuda:
+        with torch.cuda.device(numbers.device):  # Triton computes on the thread's
+            return (_triton_search() or search)(numbers, weights, bits, ends)
+    return search(numbers, weights, bits, ends)
+
+
+Search = Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
+"""A function with the arguments of `best_path`."""
 
 
 @cache
-def compiled_search() -> Any:
+def _triton_search() -> Search | None:
+    """The kernel; None where Triton is not installed or cannot run.
+
+    Raises:
+        RuntimeError: the GPU has not the memory to find out, or met an error before.
+    """
+    try:
+        from emloc.linalg.trellis_triton import triton_path
+    except ImportError:
+        return None
+    torch.cuda.synchronize()  # an error that was there before is not Triton's
+    try:
+        for bits in TRELLIS_BITS:
+            some = torch.zeros(STEPS, 1, device="cuda")
+            triton_path(some, some, bits, None)
+        torch.cuda.synchronize()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # of Triton, of the compiler that it calls, of what that writes
+        return None
+    return triton_path
+
+
+@cache
+def compiled_search() -> Search | None:
     """The compiled search; None where Numba is not installed."""
     try:
         from emloc.linalg.trellis_compiled import compiled_path
