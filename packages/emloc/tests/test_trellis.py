@@ -14,7 +14,13 @@ from emloc.linalg.refinement import fitted_grid
 from emloc.linalg.rounding import squared_output
 from emloc.linalg.trellis import least_steps, levels, sequences_of, values_of, windows_of
 from emloc.linalg.trellis_rounding import choose_scales, fitted_trellis, trellis_values
-from emloc.linalg.trellis_search import best_codes, best_path, compiled_search, path_by_tensors
+from emloc.linalg.trellis_search import (
+    best_codes,
+    best_path,
+    compiled_search,
+    follow_column,
+    path_by_tensors,
+)
 
 BITS = [1, 2, 3, 4]
 
@@ -78,8 +84,7 @@ def test_the_compiled_search_finds_the_same(bits, steps, count):
     torch.manual_seed(steps + bits)
     numbers, weights = 1.3 * torch.randn(steps, count), torch.rand(steps, count)
     weights[-2:] = 0
-    compiled = compiled_search()
-    assert compiled is not None
+    compiled = compiled_search().compiled_path
     ends = torch.randint(0, 256, (count,), dtype=torch.uint8)
     for known in (None, ends):
         expected = path_by_tensors(numbers, weights, bits, known)
@@ -106,11 +111,28 @@ def test_the_kernel_for_gpus_finds_the_same(in_triton):
     assert in_triton(__file__, "check_the_kernel") == 16
 
 
-def test_without_numba_tensors_do_it(monkeypatch):
-    numbers = torch.randn(20, 4)
-    expected = best_codes(numbers, torch.ones(20, 4), 3)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("rows", [9, 33, 70, 128])
+def test_without_numba_tensors_find_the_same(bits, rows, monkeypatch):
+    torch.manual_seed(rows)
+    numbers, weights = torch.randn(rows), torch.rand(rows)
+    count, steps = sequences_of(rows)
+
+    def followed():
+        windows, values = torch.zeros(steps, count, dtype=torch.uint8), torch.zeros(rows)
+        for known in (False, True):
+            follow_column(numbers, weights, bits, known, windows, values)
+            yield windows.clone(), values.clone()
+
+    expected = list(followed())
     monkeypatch.setattr(trellis_search, "compiled_search", lambda: None)
-    assert torch.equal(best_codes(numbers, torch.ones(20, 4), 3), expected)
+    costs = []
+    for (windows, values), (others, same) in zip(followed(), expected, strict=True):
+        assert torch.equal(windows, others)
+        assert torch.equal(values, same)
+        assert torch.equal(values, values_of(windows, bits).T.flatten()[:rows])
+        costs.append(float((weights * (values - numbers) ** 2).sum()))
+    assert costs[1] <= costs[0] * (1 + 1e-6)
 
 
 @pytest.mark.parametrize(

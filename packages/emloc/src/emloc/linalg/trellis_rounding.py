@@ -28,8 +28,8 @@ from emloc.linalg.grid import (
 )
 from emloc.linalg.refinement import ScaleSteps, fitted_bytes, improve
 from emloc.linalg.rounding import Feedback
-from emloc.linalg.trellis import levels, sequences_of, values_of, windows_of
-from emloc.linalg.trellis_search import best_codes
+from emloc.linalg.trellis import levels, sequences_of
+from emloc.linalg.trellis_search import follow_column
 
 ERRORS = {1: 0.299, 2: 0.078, 3: 0.0204, 4: 0.0056}
 """Mean squared errors of normally distributed numbers, by the bits of a code."""
@@ -175,7 +175,7 @@ class _Paths:
         self._count, self._steps = sequences_of(self._rows)
         self._bits, self._size = bits, scales.group_size
         self._scales = decoded_scales(scales.codes, scales.largest).T.contiguous()
-        self._units = list(map(self._in_units, self._scales))
+        self._units = list(map(_Units.of, self._scales))
         shape = columns, self._steps, self._count
         self._windows = torch.zeros(shape, dtype=torch.uint8, device=weight.device)
         self._places = torch.zeros(columns, self._rows, device=weight.device)
@@ -194,8 +194,7 @@ class _Paths:
     def nearest(self, column: int, target: Tensor) -> Tensor:
         """What stands for a column, rows."""
         group = column // self._size
-        inverse, weights = self._units[group]
-        self._follow(column, target * inverse, weights, None)
+        self._follow(column, target, self._units[group], False)
         return self._places[column] * self._scales[group]
 
     def offsets(self, columns: slice, group: int) -> Tensor:
@@ -204,33 +203,31 @@ class _Paths:
 
     def move(self, columns: slice, scale: Tensor, slopes: Tensor, square: Tensor) -> Tensor:
         """See `Places`; no sequence becomes worse."""
-        inverse, weights = self._in_units(scale)
-        shifts = torch.zeros_like(slopes)
+        units, shifts = _Units.of(scale), torch.zeros_like(slopes)
         for k, curvature in enumerate(square.diagonal().tolist()):
-            column, before = columns.start + k, self._places[columns.start + k].clone()
             if curvature <= 0:
                 continue
-            target = torch.addcmul(before, slopes[k], inverse, value=1 / curvature)
-            self._follow(column, target, weights, self._windows[column])
+            column, before = columns.start + k, self._places[columns.start + k].clone()
+            target = torch.add(before * scale, slopes[k], alpha=1 / curvature)
+            self._follow(column, target, units, True)
             torch.sub(self._places[column], before, out=shifts[k]).mul_(scale)
             slopes[k + 1 :].addr_(square[k + 1 :, k], shifts[k], alpha=-1)
         return shifts
 
-    def _follow(self, column: int, numbers: Tensor, weights: Tensor, known: Tensor | None) -> None:
-        """Choose the codes of a column for numbers in units of the levels."""
-        numbers = self._in_sequences(numbers.clamp(-FARTHEST, FARTHEST))
-        codes = best_codes(numbers, weights, self._bits, known)
-        windows = windows_of(codes, self._bits)
-        self._windows[column] = windows
-        self._places[column] = values_of(windows.T.flatten()[: self._rows], self._bits)
+    def _follow(self, column: int, target: Tensor, units: "_Units", known: bool) -> None:
+        """Choose the windows of a column for what its weights should come to."""
+        numbers = (target * units.inverse).clamp_(-FARTHEST, FARTHEST)
+        windows, places = self._windows[column], self._places[column]
+        follow_column(numbers, units.weights, self._bits, known, windows, places)
 
-    def _in_units(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Inverse scales (of 0: 0), and the weights of squared errors in units of the levels."""
+
+class _Units(NamedTuple):
+    """The units of a group by rows: inverse scales (of 0: 0), and the weights of squared errors in them."""
+
+    inverse: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, scale: Tensor) -> "_Units":
         inverse = torch.where(scale > 0, 1 / scale, 0.0)
-        relative = scale / scale.amax().clamp(min=SMALLEST_SCALE)
-        return inverse, self._in_sequences(relative.square())
-
-    def _in_sequences(self, numbers: Tensor) -> Tensor:
-        """Numbers by rows as steps × sequences; what is padded is zero."""
-        room = self._count * self._steps - self._rows
-        return torch.nn.functional.pad(numbers, (0, room)).view(self._count, self._steps).T
+        return cls(inverse, (scale / scale.amax().clamp(min=SMALLEST_SCALE)).square())

@@ -7,15 +7,43 @@ compiled for CPUs (`emloc.linalg.trellis_compiled`), some twenty times as fast, 
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from emloc.linalg.trellis import STATES, STEPS, TRELLIS_BITS, levels, values_of
+from emloc.linalg.trellis import STATES, STEPS, TRELLIS_BITS, levels, values_of, windows_of
 
 JUNCTION = 16
 """Numbers on either side of a sequence's ends by which the codes at its ends are chosen."""
+
+
+def follow_column(
+    numbers: Float[Tensor, " rows"],
+    weights: Float[Tensor, " rows"],
+    bits: int,
+    known: bool,
+    windows: UInt8[Tensor, "steps sequences"],
+    values: Float[Tensor, " rows"],
+) -> None:
+    """Write the windows of a column of a weight, and the levels that they stand for.
+
+    Args:
+        numbers: in units of the levels, float32.
+        weights: of their squared errors.
+        known: whether `windows` holds some already, than which the outcome is no worse.
+        windows, values: written.
+    """
+    compiled, (steps, count) = compiled_search(), windows.shape
+    if numbers.device.type == "cpu" and compiled is not None and steps >= 2 * JUNCTION:
+        compiled.compiled_column(numbers, weights, bits, JUNCTION, known, windows, values)
+        return
+    room = steps * count - len(numbers)
+    cut = [torch.nn.functional.pad(part, (0, room)) for part in (numbers, weights)]
+    own, heavy = (part.view(count, steps).T for part in cut)
+    windows.copy_(windows_of(best_codes(own, heavy, bits, windows if known else None), bits))
+    values.copy_(values_of(windows, bits).T.flatten()[: len(values)])
 
 
 def best_codes(
@@ -69,9 +97,9 @@ def best_path(
         ends: the window before the first number and of the last, but for its `bits` first bits, which may
             differ; None: any.
     """
-    search = path_by_tensors
-    if numbers.device.type == "cpu":
-        search = compiled_search() or search
+    search, compiled = path_by_tensors, compiled_search()
+    if numbers.device.type == "cpu" and compiled is not None:
+        search = compiled.compiled_path
     elif torch.version.cuda is not None and numbers.is_cuda:
         with torch.cuda.device(numbers.device):  # Triton computes on the thread's
             return (_triton_search() or search)(numbers, weights, bits, ends)
@@ -107,13 +135,13 @@ def _triton_search() -> Search | None:
 
 
 @cache
-def compiled_search() -> Search | None:
-    """The compiled search; None where Numba is not installed."""
+def compiled_search() -> Any:
+    """The module of the compiled search; None where Numba is not installed."""
     try:
-        from emloc.linalg.trellis_compiled import compiled_path
+        from emloc.linalg import trellis_compiled
     except ImportError:
         return None
-    return compiled_path
+    return trellis_compiled
 
 
 def path_by_tensors(

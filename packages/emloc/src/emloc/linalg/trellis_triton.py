@@ -4,7 +4,7 @@ The sums and their order are those of `emloc.linalg.trellis_search.path_by_tenso
 come out.
 """
 
-# pyright: basic, reportMissingImports=false, reportUntypedFunctionDecorator=false
+# pyright: basic, reportMissingImports=false, reportUntypedFunctionDecorator=false, reportIndexIssue=false
 import torch
 import triton
 import triton.language as tl
