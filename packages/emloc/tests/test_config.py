@@ -120,8 +120,8 @@ def test_every_choice_can_be_made_in_text(config):
             made = build(config, {**required, name: str(value)}, "here")
             assert getattr(made, name) in (value, [value]), name
     if config is CompressConfig:
-        assert choices["bits"] == [2, 3, 4, 8]
-        with pytest.raises(ConfigError, match="bits = 5: input should be 2, 3, 4 or 8"):
+        assert choices["bits"] == [1, 2, 3, 4, 8]
+        with pytest.raises(ConfigError, match="bits = 5: input should be 1, 2, 3, 4 or 8"):
             build(config, {**required, "bits": "5"}, "here")
 
 

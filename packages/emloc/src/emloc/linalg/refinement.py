@@ -97,14 +97,14 @@ class ScaleSteps:
 
 
 class Places(Protocol):
-    """What stands for weights, in units of their scales, while it is improved."""
+    """The numbers that stand for weights, in units of their scales, while they are improved."""
 
     def offsets(self, columns: slice, group: int) -> Tensor:
-        """A copy of that of some inputs of one group, inputs × rows."""
+        """A copy of those of some inputs of one group, inputs × rows."""
         ...
 
     def move(self, columns: slice, scale: Tensor, slopes: Tensor, square: Tensor) -> Tensor:
-        """Choose it anew for some inputs of one group, one after another; the changes of the weights.
+        """Choose them anew for some inputs of one group, one after another, and return how weights change.
 
         Args:
             scale: of each row.

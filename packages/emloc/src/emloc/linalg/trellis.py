@@ -39,11 +39,11 @@ _PARITIES = {
     3: (9, 22, 13, 11, 7, 13, 30, 27),
     4: (9, 4, 7, 11, 4, 12, 7, 6),
 }
-"""By the bits of a code, which earlier bits of a window decide the bits of its level's rank: the best of 60
-that were drawn at random, by the error on normally distributed numbers."""
+"""Masks of the earlier bits of a window that decide the bits of its level's rank, by the bits of a code: the
+best of 60 that were drawn at random, by the error on normally distributed numbers."""
 
 _WIDTHS = {1: 0.97, 2: 1.08, 3: 1.15, 4: 1.22}
-"""By the bits of a code, the levels' standard deviation for numbers whose own is 1."""
+"""Standard deviations of the levels for numbers whose own is 1, by the bits of a code."""
 
 
 @cache

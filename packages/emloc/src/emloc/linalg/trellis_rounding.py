@@ -35,7 +35,8 @@ ERRORS = {1: 0.299, 2: 0.078, 3: 0.0204, 4: 0.0056}
 """Mean squared errors of normally distributed numbers, by the bits of a code."""
 
 WIDENINGS = tuple(1.2**step for step in range(8))
-"""What a scale may be over the root mean square of its group; the largest reach about any number of 128."""
+"""Ratios that are tried of a scale to the root mean square of its group; the largest reaches about any
+number of a group of 128."""
 
 FARTHEST = 1e3
 """Numbers farther from zero, in units of the levels, are no more off than they would be from here."""
@@ -192,7 +193,7 @@ class _Paths:
         return codes.permute(2, 1, 0).reshape(-1, len(codes)).contiguous()
 
     def nearest(self, column: int, target: Tensor) -> Tensor:
-        """What stands for a column, rows."""
+        """Choose what stands for a column, and return it, rows."""
         group = column // self._size
         self._follow(column, target, self._units[group], False)
         return self._places[column] * self._scales[group]
