@@ -33,8 +33,9 @@ from emloc.formats.layer_format import (
 )
 from emloc.formats.low_rank import LOW_RANK
 from emloc.formats.quantized import QUANTIZED
-from emloc.formats.quantized_residual import QUANTIZED_RESIDUAL
+from emloc.formats.quantized_residual import QUANTIZED_RESIDUAL, QuantizedResidual
 from emloc.formats.trellis import TRELLIS
+from emloc.formats.trellis_residual import TRELLIS_RESIDUAL
 from emloc.integrations.bitsandbytes.nf4_format import NF4_FORMAT
 from emloc.layers.emulated_layer import EmulatedLayer
 from emloc.linalg.gram import Moments
@@ -43,7 +44,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import rounded_format
 
 ROUNDED = rounded_format.Rounded()
-FORMATS = [LOW_RANK, ROUNDED, TRELLIS, QUANTIZED, QUANTIZED_RESIDUAL, CODED_LOW_RANK, NF4_FORMAT]
+FORMATS = [
+    LOW_RANK, ROUNDED, TRELLIS, TRELLIS_RESIDUAL, QUANTIZED, QUANTIZED_RESIDUAL, CODED_LOW_RANK,
+    NF4_FORMAT,
+]  # fmt: skip
 
 
 class Plugin:
@@ -78,7 +82,7 @@ def config_of(**options):
 
 
 def budget_of(format):
-    residual = {"residual_rank": 2} if format is QUANTIZED_RESIDUAL else {}
+    residual = {"residual_rank": 2} if isinstance(format, QuantizedResidual) else {}
     return config_of(keep_ratio=0.6, **residual)
 
 
@@ -190,7 +194,8 @@ def test_a_smaller_form_is_the_leading_part_of_a_larger_one():
 def test_formats_are_registered_by_name(installed):
     formats = load_plugins().formats
     assert list(formats) == [
-        "low_rank", "trellis", "quantized", "quantized_residual", "coded_low_rank", "nf4", "rounded",
+        "low_rank", "trellis", "trellis_residual", "quantized", "quantized_residual", "coded_low_rank",
+        "nf4", "rounded",
     ]  # fmt: skip
     assert formats["low_rank"].plugin == "emloc"
     assert formats["rounded"].plugin == "rounded-plugin"

@@ -13,6 +13,8 @@ from emloc.formats.layer_format import GroupShape
 from emloc.formats.menu import menu_of
 from emloc.formats.quantized import QUANTIZED
 from emloc.formats.quantized_residual import QUANTIZED_RESIDUAL
+from emloc.formats.trellis import TRELLIS
+from emloc.formats.trellis_residual import TRELLIS_RESIDUAL
 from emloc.linalg.gram import Moments
 from emloc.linalg.ridged_cholesky import ridged_cholesky
 from emloc.linalg.rounding import squared_output
@@ -69,6 +71,11 @@ def test_a_pattern_is_a_layers_own_budget():
 
 @pytest.mark.parametrize(("format", "options", "said"), [
     (CODED_LOW_RANK, {"format": "coded_low_rank", "factor_bits": 16}, "pass format=low_rank"),
+    (QUANTIZED, {"format": "quantized", "bits": 1}, "pass format=trellis"),
+    (TRELLIS, {"format": "trellis", "bits": 8}, "pass format=quantized"),
+    (TRELLIS, {"format": "trellis", "bits": 8, "residual_rank": 2}, "pass format=quantized"),
+    (TRELLIS, {"format": "trellis", "factor_bits": 8}, "without a residual_rank"),
+    (TRELLIS_RESIDUAL, {"format": "trellis_residual", "residual_rank": 0}, "pass format=trellis"),
     (QUANTIZED, {"format": "quantized", "factor_bits": 8}, "without a residual_rank"),
     (QUANTIZED_RESIDUAL, {"format": "quantized_residual", "residual_rank": 0},
      "pass format=quantized"),

@@ -22,7 +22,6 @@ from emloc.formats.layer_format import (
     tensor_bytes,
 )
 from emloc.formats.menu import menu_of
-from emloc.formats.quantized import QUANTIZED
 from emloc.formats.trellis import TRELLIS
 from emloc.formats.vocabulary import VocabularyTable
 from emloc.linalg.convolution import matrix_shape
@@ -34,7 +33,7 @@ OF_FORMATS = {
     "rank_pattern": LOW_RANK_FORMAT,
     "bits": TRELLIS.name,
     "group_size": TRELLIS.name,
-    "residual_rank": QUANTIZED.name,
+    "residual_rank": TRELLIS.name,
     "factor_bits": LOW_RANK_FORMAT,
 }
 """Options that mean something to some formats, and one that each means something to."""

@@ -25,10 +25,11 @@ from emloc.compression.one_pass import Passed, stream_moments, weights_of
 from emloc.compression.output_gradients import OutputGradients
 from emloc.extend.family import Batch
 from emloc.formats.layer_format import Form, tensor_bytes
-from emloc.formats.trellis import TRELLIS
+from emloc.formats.quantized import QUANTIZED
 from emloc.linalg.finite import refuse_not_finite
 from emloc.linalg.gram import Moments
 from emloc.linalg.grid import grid_error
+from emloc.linalg.leading_energy import left_by_rank
 from emloc.linalg.menu_allocation import Option, allocate_bytes
 from emloc.linalg.rounding import Feedback, squared_change, squared_output
 from emloc.linalg.trellis_rounding import trellis_error, trellis_values
@@ -143,7 +144,9 @@ def price_forms(
     """A weight rounded to 3 bits, its relative squared error, and those predicted of other forms.
 
     What a trellis loses is predicted from the spread of the weights alone. That is off by up to a factor of
-    two, the same at all bits of one layer: so the factor is taken from the 3 bits, whose error is known.
+    two, about the same at 2 to 4 bits of one layer and its root at 1: so the factor is taken from the 3 bits,
+    whose error is known. So is what a residual takes away: inputs make the same directions expensive at all
+    bits.
 
     Args:
         weight: d_out × d_in.
@@ -157,15 +160,35 @@ def price_forms(
     guess = scale * trellis_error(rows, feedback.weights, *REFERENCE)
     truth = lost / guess if guess > 0 else 1.0
 
+    ranks = sorted({rank_of(form) for form in forms})
+    left = dict(zip(ranks, left_by_rank(weight.float() - rounded, matrix, ranks)))
+    coded = {
+        bits: truth ** (0.5 if bits == 1 else 1)
+        * scale
+        * trellis_error(rows, feedback.weights, bits, REFERENCE[1])
+        for bits in {form.sizes["bits"] for form in forms if form.format is not QUANTIZED}
+    }
+
     def predicted(form: Form) -> float:
-        sizes = form.sizes["bits"], form.sizes["group_size"]
-        if form.format is TRELLIS:
-            return truth * scale * trellis_error(rows, feedback.weights, *sizes)
-        return scale * grid_error(rows, feedback.weights, *sizes)
+        bits, group_size = form.sizes["bits"], form.sizes["group_size"]
+        if form.format is QUANTIZED:
+            return scale * grid_error(rows, feedback.weights, bits, group_size)
+        return coded[bits] * left[rank_of(form)]
 
     errors = [lost, *map(predicted, forms)]
     shares = [error / whole if whole > 0 else 0.0 for error in errors]
     return rounded, shares[0], shares[1:]
+
+
+def _said(form: Form) -> str:
+    """A form in a line of all."""
+    bits = f"at {form.sizes['bits']} bits"
+    return f"{bits} and rank {rank_of(form)}" if rank_of(form) else bits
+
+
+def rank_of(form: Form) -> int:
+    """The rank of its residual; 0: it has none."""
+    return form.sizes.get("residual_rank", 0)
 
 
 def _some_rows(weight: Tensor, importance: Tensor) -> tuple[Tensor, float]:
@@ -212,7 +235,7 @@ def with_chosen(
             else:
                 groups.append(Group(shape, form, reads_with=group.owner))
             if shape.owner in places:
-                kind = "dense" if form is None else f"at {form.sizes['bits']} bits"
+                kind = "dense" if form is None else _said(form)
                 counts[kind] = counts.get(kind, 0) + 1
     chosen = [options[name][place] for name, place in places.items()]
     error = sum(option.error for option in chosen) ** (1 if of_loss else 0.5)

@@ -37,6 +37,11 @@ GROUP_SIZE = 64
 """Inputs of a group where only bits are given."""
 
 
+FACTORS_OF_NOTHING = (
+    "factor_bits means nothing to format={name} without a residual_rank; pass both or neither."
+)
+
+
 def grid_within(
     shape: GroupShape,
     config: CompressConfig,
@@ -59,6 +64,8 @@ def grid_within(
     """
     by_pattern = match_pattern(config.keep_ratio_pattern, shape.owner) is not None
     if config.bits is not None and not by_pattern:
+        if config.bits not in offered:
+            return f"too few outputs for codes of {config.bits} bits"
         return form_of(config.bits, config.group_size or usual_group)
     if keep_ratio_of(shape.owner, config, itemsize) == 1:
         return "keep_ratio 1"

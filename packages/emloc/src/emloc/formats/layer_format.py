@@ -312,6 +312,12 @@ CORE_FORMATS = (
         "emloc",
     ),
     FormatEntry(
+        "trellis_residual",
+        "the same, and a product of two factors for what is lost",
+        "emloc.formats.trellis_residual:TRELLIS_RESIDUAL",
+        "emloc",
+    ),
+    FormatEntry(
         "quantized",
         "integers of 2, 3, 4 or 8 bits, rounded for the data",
         "emloc.formats.quantized:QUANTIZED",

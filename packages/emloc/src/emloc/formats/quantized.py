@@ -9,7 +9,13 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from emloc.errors import ConfigError
-from emloc.formats.coded_layers import LayerByLayer, grid_within, refuse_unknown_grid
+from emloc.formats.coded_layers import (
+    FACTORS_OF_NOTHING,
+    GRID_BITS,
+    LayerByLayer,
+    grid_within,
+    refuse_unknown_grid,
+)
 from emloc.formats.coded_matrix import CodedMatrix
 from emloc.formats.layer_format import Form, GroupShape, tensor_bytes
 from emloc.formats.quantized_residual import QUANTIZED_RESIDUAL
@@ -32,14 +38,16 @@ class Quantized(LayerByLayer):
         """The bits that were asked for; else the most, in the smallest groups, that the share allows.
 
         Raises:
-            ConfigError: `factor_bits` without a residual.
+            ConfigError: there are no codes of so many bits, or `factor_bits` without a residual.
         """
+        if config.bits is not None and config.bits not in GRID_BITS:
+            raise ConfigError(
+                f"format={self.name} has codes of 2, 3, 4 or 8 bits; for {config.bits} pass format=trellis."
+            )
         if config.residual_rank:
             return QUANTIZED_RESIDUAL.decide(shape, config, itemsize)
         if config.factor_bits is not None:
-            raise ConfigError(
-                "factor_bits means nothing to format=quantized without a residual_rank; pass both or neither."
-            )
+            raise ConfigError(FACTORS_OF_NOTHING.format(name=self.name))
         return grid_within(shape, config, itemsize, self.form)
 
     def layout(self, d_out: int, d_in: int, form: Form) -> CodedMatrix:

@@ -9,13 +9,20 @@ Rank has its price: 32 in 16 bits are 0.25 bits per weight at a width of 4096, a
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from emloc.errors import ConfigError
-from emloc.formats.coded_layers import LayerByLayer, grid_within, refuse_unknown_grid
+from emloc.formats.coded_layers import (
+    GRID_BITS,
+    GROUP_SIZE,
+    LayerByLayer,
+    Layout,
+    grid_within,
+    refuse_unknown_grid,
+)
 from emloc.formats.coded_matrix import CodedMatrix, Kind, ReadName
 from emloc.formats.factor_pair import PLAIN_BITS, FactorPair
 from emloc.formats.layer_format import Form, GroupShape, tensor_bytes
@@ -40,6 +47,8 @@ class QuantizedResidual(LayerByLayer):
     """`LayerFormat`, and `WeighsRows`: its factors do, and the choice of an order; rounding need not."""
 
     name = "quantized_residual"
+    without = "quantized"
+    usual_group = GROUP_SIZE
     weighs_rows = True
     options: tuple[str, ...] = SIZES
     size_names: tuple[str, ...] = SIZES
@@ -52,15 +61,25 @@ class QuantizedResidual(LayerByLayer):
         """
         if config.residual_rank == 0:
             raise ConfigError(
-                f"format={self.name} has a residual; without one (residual_rank=0) pass format=quantized."
+                f"format={self.name} has a residual; without one (residual_rank=0) pass "
+                f"format={self.without}."
             )
         rank = min(config.residual_rank or DEFAULT_RANK, *shape.d_out, shape.d_in)
         number = config.factor_bits or PLAIN_BITS
 
         def form_of(bits: int, group_size: int) -> Form:
-            return Form(self, dict(zip(SIZES, (bits, group_size, rank, number))))
+            return self.form(bits, group_size, rank, number)
 
-        return grid_within(shape, config, itemsize, form_of)
+        offered = self.bits_of(shape)
+        return grid_within(shape, config, itemsize, form_of, offered, self.usual_group)
+
+    def form(self, bits: int, group_size: int, rank: int, factor_bits: int) -> Form:
+        """A form of these sizes."""
+        return Form(self, dict(zip(SIZES, (bits, group_size, rank, factor_bits))))
+
+    def bits_of(self, shape: GroupShape) -> Sequence[int]:
+        """The bits that codes of such layers may have."""
+        return GRID_BITS
 
     def layout(self, d_out: int, d_in: int, form: Form) -> "CodesAndFactors":
         """Codes, scales and zeros, and the factors.
@@ -69,17 +88,52 @@ class QuantizedResidual(LayerByLayer):
             MismatchError: there is no grid of these sizes.
         """
         bits, group_size, rank, number = (form.sizes[name] for name in SIZES)
-        refuse_unknown_grid(bits, group_size)
-        codes = CodedMatrix(d_out, d_in, bits, group_size)
+        codes = self.codes_of(d_out, d_in, bits, group_size)
         return CodesAndFactors(codes, FactorPair(d_out, d_in, rank, number))
+
+    def codes_of(self, d_out: int, d_in: int, bits: int, group_size: int) -> Layout:
+        """The tensors of the codes.
+
+        Raises:
+            MismatchError: there is no grid of these sizes.
+        """
+        refuse_unknown_grid(bits, group_size)
+        return CodedMatrix(d_out, d_in, bits, group_size)
+
+    def round(
+        self, target: Tensor, moments: Moments, form: Form
+    ) -> tuple[Mapping[str, Tensor], Tensor]:
+        """The tensors of codes that are fitted to a weight, and what they stand for, float32."""
+        rows, columns = target.shape
+        matrix = CodedMatrix(rows, columns, form.sizes[BITS], form.sizes[GROUP])
+        grid, codes, _ = fitted_grid(target, moments, matrix.bits, matrix.group_size)
+        return matrix.encoded(grid, codes), grid.values(codes)
 
     def fit_layer(
         self, weight: Tensor, moments: Moments, form: Form
     ) -> tuple[Mapping[str, Tensor], float]:
         """The better of both orders."""
         layout = self.layout(weight.shape[0], weight.shape[1], form)
-        attempts = list(_attempts(weight.float(), moments, layout))
+        attempts = list(self._attempts(weight.float(), moments, form, layout.pair))
         return min(attempts, key=lambda attempt: attempt[1])
+
+    def _attempts(
+        self, weight: Tensor, moments: Moments, form: Form, pair: FactorPair
+    ) -> Iterator[tuple[dict[str, Tensor], float]]:
+        """Tensors and squared changes of the outputs: rounding first, then leading directions first."""
+
+        def factored(target: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+            stored = pair.fit(target, moments)
+            return stored, pair.decoded(stored.__getitem__).dense(target.dtype)
+
+        for rounds, leading_first in ((1, False), (ALTERNATIONS, True)):
+            added = factored(weight)[1] if leading_first else None
+            for _ in range(rounds):
+                target = weight if added is None else weight - added
+                codes, on_grid = self.round(target, moments, form)
+                factors, added = factored(weight - on_grid)
+                cost = squared_change(weight - on_grid - added, moments)
+                yield {**codes, **factors}, (cost if math.isfinite(cost) else math.inf)
 
     def fitting_bytes(self, shape: GroupShape, form: Form, itemsize: int) -> int:
         """Shares that are carried on, what is left of the largest layer and both of its parts, and the
@@ -100,7 +154,7 @@ class QuantizedResidual(LayerByLayer):
 class CodesAndFactors(NamedTuple):
     """The tensors of a sum."""
 
-    codes: CodedMatrix
+    codes: Layout
     pair: FactorPair
 
     def stored(self) -> Iterator[tuple[str, Kind]]:
@@ -111,29 +165,6 @@ class CodesAndFactors(NamedTuple):
     def decoded(self, read: ReadName) -> Operator:
         """The weight."""
         return Sum(self.codes.decoded(read), self.pair.decoded(read))
-
-
-def _attempts(
-    weight: Tensor, moments: Moments, layout: CodesAndFactors
-) -> Iterator[tuple[dict[str, Tensor], float]]:
-    """Tensors and squared changes of the outputs: rounding first, then leading directions first."""
-    codes_of, pair = layout
-
-    def rounded(target: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        grid, codes, _ = fitted_grid(target, moments, codes_of.bits, codes_of.group_size)
-        return codes_of.encoded(grid, codes), grid.values(codes)
-
-    def factored(target: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        stored = pair.fit(target, moments)
-        return stored, pair.decoded(stored.__getitem__).dense(target.dtype)
-
-    for rounds, leading_first in ((1, False), (ALTERNATIONS, True)):
-        added = factored(weight)[1] if leading_first else None
-        for _ in range(rounds):
-            codes, on_grid = rounded(weight if added is None else weight - added)
-            factors, added = factored(weight - on_grid)
-            cost = squared_change(weight - on_grid - added, moments)
-            yield {**codes, **factors}, (cost if math.isfinite(cost) else math.inf)
 
 
 QUANTIZED_RESIDUAL = QuantizedResidual()

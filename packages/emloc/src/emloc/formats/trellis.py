@@ -10,7 +10,7 @@ from functools import cache
 from torch import Tensor
 
 from emloc.errors import ConfigError, MismatchError
-from emloc.formats.coded_layers import LayerByLayer, grid_within
+from emloc.formats.coded_layers import FACTORS_OF_NOTHING, LayerByLayer, grid_within
 from emloc.formats.layer_format import Form, GroupShape, tensor_bytes
 from emloc.formats.trellis_matrix import TrellisMatrix
 from emloc.linalg.gram import Moments
@@ -31,23 +31,27 @@ class Trellis(LayerByLayer):
     """`LayerFormat`."""
 
     name = "trellis"
-    options: tuple[str, ...] = SIZES
+    options: tuple[str, ...] = (*SIZES, "residual_rank", "factor_bits")
     size_names: tuple[str, ...] = SIZES
 
     def decide(self, shape: GroupShape, config: CompressConfig, itemsize: int) -> Form | str:
         """The bits that were asked for; else the most, in the smallest groups, that the share allows.
 
         Raises:
-            ConfigError: there are no codes of so many bits.
+            ConfigError: there are no codes of so many bits, or `factor_bits` without a residual.
         """
         if config.bits is not None and config.bits not in TRELLIS_BITS:
             raise ConfigError(
                 f"format={self.name} has codes of {TRELLIS_BITS[0]} to {TRELLIS_BITS[-1]} bits; for "
                 f"{config.bits} pass format=quantized."
             )
+        if config.residual_rank:
+            from emloc.formats.trellis_residual import TRELLIS_RESIDUAL  # which imports this module
+
+            return TRELLIS_RESIDUAL.decide(shape, config, itemsize)
+        if config.factor_bits is not None:
+            raise ConfigError(FACTORS_OF_NOTHING.format(name=self.name))
         offered = self.bits_of(shape)
-        if config.bits is not None and config.bits not in offered:
-            return f"fewer than {least_steps(config.bits)} outputs"
         return grid_within(shape, config, itemsize, self.form, offered, GROUP_SIZE)
 
     def bits_of(self, shape: GroupShape) -> list[int]:

@@ -66,7 +66,10 @@ class CompressConfig(CalibrationOptions, ModelOptions, MemoryOptions):
         description="budget in place of keep_ratio: bits of each layer's bytes, per weight",
     )
     residual_rank: Annotated[int | None, UnlessDefault()] = Field(
-        None, ge=0, le=1024, description="rank of what format=quantized adds to its codes"
+        None,
+        ge=0,
+        le=1024,
+        description="rank of what format=trellis or quantized adds to its codes",
     )
     factor_bits: Annotated[Literal[4, 8, 16] | None, UnlessDefault()] = Field(
         None,

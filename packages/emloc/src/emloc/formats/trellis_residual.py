@@ -1,0 +1,52 @@
+"""A weight along a trellis plus a product of two factors; see `emloc.formats.quantized_residual`."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from emloc.formats.coded_layers import Layout
+from emloc.formats.layer_format import Form, GroupShape
+from emloc.formats.quantized_residual import BITS, GROUP, QuantizedResidual
+from emloc.formats.trellis import GROUP_SIZE, TRELLIS
+from emloc.formats.trellis_matrix import TrellisMatrix
+from emloc.linalg.gram import Moments
+from emloc.linalg.refinement import fitted_bytes
+from emloc.linalg.trellis_rounding import fitted_trellis, fitted_trellis_bytes
+
+
+class TrellisResidual(QuantizedResidual):
+    """`LayerFormat`, and `WeighsRows`: its factors do, and the choice of an order; codes need not."""
+
+    name = "trellis_residual"
+    without = "trellis"
+    usual_group = GROUP_SIZE
+
+    def bits_of(self, shape: GroupShape) -> Sequence[int]:
+        """The bits for which every layer has enough outputs."""
+        return TRELLIS.bits_of(shape)
+
+    def codes_of(self, d_out: int, d_in: int, bits: int, group_size: int) -> Layout:
+        """The tensors of the codes.
+
+        Raises:
+            MismatchError: there are no codes of these sizes.
+        """
+        return TRELLIS.layout(d_out, d_in, TRELLIS.form(bits, group_size))
+
+    def round(
+        self, target: Tensor, moments: Moments, form: Form
+    ) -> tuple[Mapping[str, Tensor], Tensor]:
+        """The tensors of codes that are fitted to a weight, and what they stand for, float32."""
+        rows, columns = target.shape
+        matrix = TrellisMatrix(rows, columns, form.sizes[BITS], form.sizes[GROUP])
+        tensors = matrix.encoded(fitted_trellis(target, moments, matrix.bits, matrix.group_size))
+        return tensors, matrix.decoded(tensors.__getitem__).dense(target.dtype)
+
+    def fitting_bytes(self, shape: GroupShape, form: Form, itemsize: int) -> int:
+        """As much as with a grid, and what a trellis takes beyond it."""
+        rows, columns = max(shape.d_out), shape.d_in
+        beyond = fitted_trellis_bytes(rows, columns) - fitted_bytes(rows, columns)
+        return super().fitting_bytes(shape, form, itemsize) + beyond
+
+
+TRELLIS_RESIDUAL = TrellisResidual()
