@@ -348,7 +348,11 @@ def test_the_default_chooses_bits_and_says_its_budget(llm, tmp_path):
     manifest = Manifest.read(emulator)
     assert (manifest.settings["format"], manifest.settings["bits_per_weight"]) == ("auto", 4.2)
     assert "keep_ratio" not in manifest.settings
-    assert {entry["format"] for entry in manifest.layers.values()} <= {"trellis", "quantized"}
+    assert {entry["format"] for entry in manifest.layers.values()} <= {
+        "trellis",
+        "trellis_residual",
+        "quantized",
+    }
     assert 4.0 < manifest.summary["predicted_error"]["bits_per_weight"] <= 4.2
     plan = emloc.plan(model_name_or_path=llm["model_name_or_path"], max_length=96)
     assert (plan["format"], plan["sized_by"], plan["keep_ratio"]) == (
