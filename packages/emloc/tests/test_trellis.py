@@ -96,7 +96,7 @@ def check_the_kernel() -> int:
     from emloc.linalg.trellis_triton import triton_path
 
     compared = 0
-    for bits, steps, count in itertools.product(BITS, (9, 20), (2,)):
+    for bits, steps, count in itertools.product(BITS, (9,), (2,)):
         torch.manual_seed(steps + bits)
         numbers, weights = 1.3 * torch.randn(steps, count), torch.rand(steps, count)
         ends = torch.randint(0, 256, (count,), dtype=torch.uint8)
@@ -108,7 +108,7 @@ def check_the_kernel() -> int:
 
 
 def test_the_kernel_for_gpus_finds_the_same(in_triton):
-    assert in_triton(__file__, "check_the_kernel") == 16
+    assert in_triton(__file__, "check_the_kernel") == 8
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -38,7 +38,8 @@ def compiled_column(
 
     Args:
         numbers, weights: by rows, float32.
-        junction: see `emloc.linalg.trellis_search`; sequences have twice as many steps at least.
+        junction: see `emloc.linalg.trellis_search`; of sequences that are not twice as long, all ends are
+            tried.
         known: whether `windows` is to be improved.
         windows: steps × sequences; written.
         values: by rows; written.
@@ -79,35 +80,48 @@ def _made(bits: int, compiled: Any) -> Any:
         own, heavy = np.empty(steps, np.float32), np.empty(steps, np.float32)
         joint, joint_heavy = np.empty(2 * junction, np.float32), np.empty(2 * junction, np.float32)
         path, joint_path = np.empty(steps, np.uint8), np.empty(2 * junction, np.uint8)
+        short, tried = steps < 2 * junction, np.empty(steps, np.uint8)
         for one in range(count):
             start = one * steps
-            turned = half if known else 0  # the first step of the search
+            turned = half if known and not short else 0  # the first step of the search
             for step in range(steps):
                 row = start + (step + turned) % steps
                 own[step] = numbers[row] if row < rows else np.float32(0)
                 heavy[step] = weights[row] if row < rows else np.float32(0)
-            if known:
-                end = np.int64(windows[half - 1, one])
-            else:
+            first, last = np.int64(0), np.int64(CLASSES)  # the ends that are tried
+            if known and not short:
+                first = np.int64(windows[half - 1, one])
+            elif not short:
                 for step in range(2 * junction):
                     place = (step - junction) % steps
                     joint[step], joint_heavy[step] = own[place], heavy[place]
                 any_end = np.int64(-1)
                 _follow(joint, joint_heavy, level, square, any_end, joint_path, BITS, FAN, CLASSES)
-                end = np.int64(joint_path[junction - 1])
-            _follow(own, heavy, level, square, end, path, BITS, FAN, CLASSES)
+                first = np.int64(joint_path[junction - 1])
+            if not short:
+                last = first + 1
+            least = np.inf
+            for end in range(first, last):
+                _follow(own, heavy, level, square, end, tried, BITS, FAN, CLASSES)
+                cost = 0.0
+                for step in range(steps):
+                    off = np.float64(levels[tried[step]]) - np.float64(own[step])
+                    cost += off * off * np.float64(heavy[step])
+                if cost < least or end == first:
+                    least = cost
+                    path[:] = tried
             for step in range(steps):
                 windows[(step + turned) % steps, one] = path[step]
-        # Windows by the codes alone: the last one's first bits are not those of its sequence.
+        # Windows by the codes alone: of the last one, the first bits need not be those that it ends with.
         for one in range(count):
             window = np.int64(0)
-            for step in range(steps):
-                window = ((window << BITS) | (windows[step, one] & (FAN - 1))) & (STATES - 1)
-            for step in range(steps):
-                window = ((window << BITS) | (windows[step, one] & (FAN - 1))) & (STATES - 1)
-                windows[step, one] = window
-                if one * steps + step < rows:
-                    values[one * steps + step] = levels[window]
+            for step in range(2 * steps):
+                at = step % steps
+                window = ((window << BITS) | (windows[at, one] & (FAN - 1))) & (STATES - 1)
+                if step >= steps:
+                    windows[at, one] = window
+                    if one * steps + at < rows:
+                        values[one * steps + at] = levels[window]
 
     return sequences, column
 

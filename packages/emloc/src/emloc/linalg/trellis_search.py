@@ -36,7 +36,7 @@ def follow_column(
         windows, values: written.
     """
     compiled, (steps, count) = compiled_search(), windows.shape
-    if numbers.device.type == "cpu" and compiled is not None and steps >= 2 * JUNCTION:
+    if numbers.device.type == "cpu" and compiled is not None:
         compiled.compiled_column(numbers, weights, bits, JUNCTION, known, windows, values)
         return
     room = steps * count - len(numbers)
@@ -80,7 +80,8 @@ def _best_of_all_ends(numbers: Tensor, weights: Tensor, bits: int) -> Tensor:
     every = ends.repeat_interleave(count)
     several = [part.repeat(1, len(ends)) for part in (numbers, weights)]
     paths = best_path(several[0], several[1], bits, every)
-    costs = (values_of(paths, bits) - several[0]).square_().mul_(several[1]).sum(dim=0)
+    off = values_of(paths, bits).double() - several[0]
+    costs = off.square_().mul_(several[1]).sum(dim=0)
     best = costs.view(len(ends), count).argmin(dim=0)
     return paths.view(steps, len(ends), count)[:, best, torch.arange(count, device=best.device)]
 
