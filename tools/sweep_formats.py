@@ -11,11 +11,14 @@ per answer token, for models that predict tokens; `output` the relative error of
 as predicted noise. Bits per weight count all bytes of a layer's form, numbers without a dtype of their own as
 16 bits, layers that stay dense as well. A form is `format:option=value,...`, with the options of compress.
 NF4 is bitsandbytes' (groups of 64, scales quantised doubly). `emulator:FOLDER` is what compress has written,
-such as one of `format=auto`. Each line of --out is one form.
+such as one of `format=auto`. `loram-stru:keep_ratio=0.26` is the pruned model that LoRAM-STRU trains on, of
+the bytes of such a low-rank emulator. Each line of --out is one form; --from shows and plots lines of
+earlier runs beside those of this one.
 """
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +36,7 @@ from emloc.compression.groups import dense_shapes, written_groups
 from emloc.config import CompressConfig
 from emloc.extend.capabilities import kept_dense_of, token_mask_of
 from emloc.extend.formats import format_named
+from emloc.extend.methods import Task
 from emloc.extend.opening import open_model
 from emloc.extend.plugin_options import of_family, with_plugin_options
 from emloc.formats.layer_format import Form, GroupShape, Tensors, tensor_bytes
@@ -46,10 +50,13 @@ from emloc.streaming.real_rows import real_rows
 ITEMSIZE = 2
 NF4 = "nf4"
 EMULATOR = "emulator:"
+LORAM = "loram-stru:"
 NF4_BITS = 4.127  # 4, 8 per group of 64, 32 per 256 groups
 
 FORMS = (
     NF4,
+    *(f"trellis:bits={b}" for b in (4, 3, 2, 1)),
+    *(f"trellis:bits={b},residual_rank={r},factor_bits=8" for b, r in ((3, 16), (2, 16), (2, 32))),
     *(f"quantized:bits={b},group_size={g}" for b, g in
       ((4, 32), (4, 64), (4, 128), (3, 32), (3, 64), (3, 128), (2, 32), (2, 64), (2, 128))),
     *(f"quantized:bits={b},group_size=64,residual_rank={r},factor_bits={f}"
@@ -164,6 +171,29 @@ class Subject:
             "fit_cpu_seconds": manifest.measured["seconds"],
         }
 
+    def pruned(self, form: str, options: argparse.Namespace) -> dict[str, Any]:
+        """The pruned model of LoRAM-STRU in place of the model."""
+        import emloc_baselines  # noqa: F401 - its loader of pruned models
+        from emloc_baselines.loram import LoramStru
+
+        started, ratio = time.process_time(), float(form.partition("keep_ratio=")[2])
+        data = {"dataset": str(options.dataset), "num_calibration_samples": options.samples}
+        columns = {"column_map": options.column_map} if options.column_map else {}
+        compress = {**data, **columns, **options.more, "format": "low_rank"}
+        task = Task(str(options.model_name_or_path), ratio, 0, compress, {}, {}, {})
+        base = self.model
+        with tempfile.TemporaryDirectory() as folder:
+            light = LoramStru().build(task, Path(folder) / "light")
+            self.model = self.family.load(Checkpoint.open(str(light)), "float32", "cpu")
+            compared = self.compare()
+        gone = sum(p.numel() for p in base.parameters())
+        gone -= sum(p.numel() for p in self.model.parameters())
+        self.model = base
+        weights = sum(shape.numel for shape in self.shapes)
+        bits = 8 * ITEMSIZE * (weights - gone) / weights
+        spent = time.process_time() - started
+        return {"form": form, "bits_per_weight": bits, **compared, "fit_cpu_seconds": spent}
+
     def compare(self) -> dict[str, float]:
         """KL to the base per token, or the relative error of the outputs."""
         predicts = "labels" in self.test[0]
@@ -240,6 +270,8 @@ def measure(subject: Subject, form: str, options: argparse.Namespace) -> dict[st
     """One form of all layers."""
     if form.startswith(EMULATOR):
         return subject.emulator(form.removeprefix(EMULATOR))
+    if form.startswith(LORAM):
+        return subject.pruned(form, options)
     started, spent, weights, errors = time.process_time(), 0.0, 0, []
     for shape, stood, size in fitted(subject, form, options):
         spent, weights = spent + size, weights + shape.numel
@@ -266,7 +298,8 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     table = Table("form", "bits per weight", "error of outputs", "KL or output error", "CPU s")
     for row in sorted(rows, key=lambda row: -row["bits_per_weight"]):
         table.add_row(
-            row["form"], f"{row['bits_per_weight']:.2f}", f"{row['error']:.4f}",
+            row["form"], f"{row['bits_per_weight']:.2f}",
+            f"{row['error']:.4f}" if "error" in row else "–",
             f"{row.get('kl', row.get('output')):.4f}", f"{row['fit_cpu_seconds']:.0f}",
         )  # fmt: skip
     Console(width=130).print(table)
@@ -283,6 +316,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     kinds: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         kind = row["form"].partition(":")[0]
+        kind += ", propagated" if "propagated" in row["form"] else ""
         kind += ", residual" if "residual_rank" in row["form"] else ""
         kind += (
             ", factors of few bits" if kind == "low_rank" and "factor_bits" in row["form"] else ""
@@ -315,11 +349,15 @@ def main() -> None:
     parser.add_argument("--test_samples", type=int, default=40)
     parser.add_argument("--forms", nargs="*", default=list(FORMS))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--from", dest="earlier", type=Path, nargs="*", default=[])
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     options.test = options.test or options.dataset
-    subject, rows = Subject(options), []
+    lines = [line for path in options.earlier for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in lines]
+    subject = Subject(options) if options.forms else None
     for form in options.forms:
+        assert subject is not None
         rows.append(measure(subject, form, options))
         print(json.dumps(rows[-1]), flush=True)
         if options.out:
