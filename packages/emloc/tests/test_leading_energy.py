@@ -27,13 +27,13 @@ def test_shares_are_those_of_all_eigenvalues(rows, columns, size):
     values = torch.linalg.eigvalsh(product).flip(0)
     ranks = [0, 1, 3, 6]
     expected = [1 - float(values[:rank].sum() / values.sum()) for rank in ranks]
-    assert left_by_rank(error * size, moments, ranks) == pytest.approx(expected, abs=2e-3)
+    assert left_by_rank(error * size, moments, 0.0, ranks) == pytest.approx(expected, abs=2e-3)
 
 
 def test_nothing_is_left_of_nothing_and_of_all():
     error, moments = drawn(12, 20)
-    assert left_by_rank(torch.zeros(12, 20), moments, [0, 4]) == [1.0, 0.0]
-    assert left_by_rank(error, moments, [12]) == pytest.approx([0.0], abs=1e-5)
+    assert left_by_rank(torch.zeros(12, 20), moments, 1.0, [0, 4]) == [1.0, 0.0]
+    assert left_by_rank(error, moments, 0.0, [12]) == pytest.approx([0.0], abs=1e-5)
 
 
 def test_residuals_are_priced_as_they_come_out():

@@ -34,7 +34,8 @@ def test_a_layer_that_the_probe_did_not_show_counts_as_others_do():
     )
     forms = menu_of(SHAPE, 2)
     sizes = [2.0 ** (-2 * form.sizes["bits"]) for form in forms]
-    menu = {"bytes": [100 * f.sizes["bits"] + 100 / f.sizes["group_size"] for f in forms],
+    menu = {"forms": [f.as_json() for f in forms],
+            "bytes": [100 * f.sizes["bits"] + 100 / f.sizes["group_size"] for f in forms],
             "errors": sizes, "dense_bytes": 1600}  # fmt: skip
     menus = {"seen": {**menu, "sensitivity": 3.0}, "unseen": {**menu, "sensitivity": None}}
     chosen, _ = with_chosen(plan, menus, {"seen": 0.27, "unseen": 0.27})

@@ -77,6 +77,11 @@ class Group:
         return self.reads_with or self.owner
 
     @property
+    def guesses(self) -> tuple[Form, ...]:
+        """The forms of a menu that all its layers may take, by their bytes."""
+        return tuple(form for form in self.menu[0] if all(form in menu for menu in self.menu))
+
+    @property
     def fitted(self) -> Form:
         """The form that the pass fits."""
         return self.form if self.wide is None else self.wide
@@ -178,14 +183,17 @@ def _group(shape: GroupShape, config: CompressConfig, itemsize: int) -> Group | 
     if config.format != AUTO:
         form = format_named(config.format).decide(shape, config, itemsize)
         return form if isinstance(form, str) else Group(shape, form, _wide(shape, form, config))
-    named = match_pattern(config.keep_ratio_pattern, shape.owner) is not None
-    if named or keep_ratio_of(shape.owner, config, itemsize) == 1:
-        form = TRELLIS.decide(shape, config, itemsize)
-        return form if isinstance(form, str) else Group(shape, form)
+    if keep_ratio_of(shape.owner, config, itemsize) == 1:
+        return "keep_ratio 1"
     menu = tuple(tuple(menu_of(one, itemsize)) for one in shape.singles())
-    if not all(menu):
+    group = Group(shape, menu[0][0], None, menu) if all(menu) else None
+    if group is None or not group.guesses:
         return f"no form of {shape.owner} is smaller than its weight"
-    return Group(shape, menu[0][0], None, menu)
+    if match_pattern(config.keep_ratio_pattern, shape.owner) is None:
+        return group
+    budget = budget_bytes(shape, config, itemsize)
+    within = [f for f in group.guesses if tensor_bytes(shape, f, itemsize) <= budget]
+    return Group(shape, within[-1]) if within else "the smallest form is more than its share"
 
 
 def _guessed(
@@ -201,7 +209,7 @@ def _guessed(
     budget = 0
     for owner, group in open_groups.items():
         itemsize, numel = itemsize_of(owner), group.shape.numel
-        sizes = [tensor_bytes(group.shape, form, itemsize) for form in group.menu[0]]
+        sizes = [tensor_bytes(group.shape, form, itemsize) for form in group.guesses]
         options[owner] = [
             *(Option(size, numel * 4.0 ** (-8 * size / numel)) for size in sizes),
             Option(numel * itemsize, 0.0),
@@ -220,7 +228,7 @@ def _guessed(
 
 
 def _placed(group: Group, place: int) -> Group:
-    forms = group.menu[0]
+    forms = group.guesses
     dense = place == len(forms)
     return replace(group, form=forms[-1 if dense else place], guessed_dense=dense)
 

@@ -2,10 +2,10 @@
 
 The first pass knows, of every layer, what each form of its menu would do to its outputs. Rounding with
 feedback (`emloc.linalg.rounding`) makes input k cost `R_kk²` times its own squared error, whatever is carried
-on, so the error of a grid is that of rounding to the nearest under these weights: no form has to be fitted,
-and a few hundred rows tell. (On SmolLM2-135M it is within 5 % of what refined rounding comes to for most
-layers, 25 % for the last ones, by the same factor for all grids.) Once per layer it is measured how much its
-block's output minds such an error (`emloc.compression.sensitivity`). Bytes are allocated by both
+on, so that the error of a form follows from the spread of the weights under these costs, and a few hundred
+rows tell. One form of 3 bits is followed through: it says by how much the others are off, and what residuals
+take away. Once per layer it is measured how much its block's output minds such an error
+(`emloc.compression.sensitivity`). Bytes are allocated by both
 (`emloc.linalg.menu_allocation`), and the second pass is that of any plan whose forms are known.
 
 Prices are written block by block; a run that is killed goes on, and ends with the same bytes.
@@ -32,6 +32,7 @@ from emloc.linalg.grid import grid_error
 from emloc.linalg.leading_energy import left_by_rank
 from emloc.linalg.menu_allocation import Option, allocate_bytes
 from emloc.linalg.rounding import Feedback, squared_change, squared_output
+from emloc.linalg.trellis import TRELLIS_BITS, least_steps
 from emloc.linalg.trellis_rounding import trellis_error, trellis_values
 from emloc.machine.progress import console
 from emloc.streaming.stream import UnitStream
@@ -44,11 +45,15 @@ PRICED_ROWS = 256
 REFERENCE = (3, 128)
 """Bits and group size at which it is measured how much a block minds a layer's error."""
 
+TOKENS_PER_RANK = 8
+"""Tokens that a layer has read for each rank of a residual, at least: fewer say too little of the directions
+that are dear, and factors would be fitted to them alone."""
+
 Menus = Mapping[str, Mapping[str, Any]]
-"""A layer's options, by its name: `bytes` and relative squared `errors` of its forms, in the order of its
-menu, `dense_bytes`, and its `sensitivity`: what its block's output loses per relative squared error, None
-where that did not show (an expert that the tokens of the probe did not choose). With gradients it is by how
-much the loss rises."""
+"""A layer's options, by its name: `forms` of its menu, with their `bytes` and relative squared `errors`;
+`dense_bytes`; its `sensitivity`: what its block's output loses per relative squared error, None where that
+did not show (an expert that the tokens of the probe did not choose), with gradients by how much the loss
+rises; and the whole menu, `offered`, by which prices of another version are told apart."""
 
 
 def price_menus(
@@ -83,9 +88,23 @@ def price_menus(
                 del passed.moments[group.source]
         write_json(paths[passed.block], menus)
 
-    done = {block for block, path in paths.items() if path.is_file()}
+    done = {block for block, path in paths.items() if _are_prices_of(path, plan.within(block))}
     stream_moments(stream, plan, batches, done, "price", finish)
     return {name: menu for path in paths.values() for name, menu in read_json(path).items()}
+
+
+def _are_prices_of(path: Path, groups: Sequence[Group]) -> bool:
+    """Whether a file holds the prices of these groups' menus, and not those of other forms."""
+    if not path.is_file():
+        return False
+    menus = read_json(path)
+    offered = {
+        shape.owner: [form.as_json() for form in forms]
+        for group in groups
+        if group.menu
+        for shape, forms in zip(group.shape.singles(), group.menu)
+    }
+    return all(menu.get("offered") == offered.get(name) for name, menu in menus.items())
 
 
 def prices_in(work: Path) -> list[str]:
@@ -127,10 +146,13 @@ def _priced(
     parts = zip(group.shape.singles(), weights, group.menu)
     for number, (shape, weight, forms) in enumerate(parts):
         own = moments.for_layer(number)
-        rounded, share, errors = price_forms(weight, own, forms)
+        known = [f for f in forms if TOKENS_PER_RANK * rank_of(f) <= own.tokens]
+        rounded, share, errors = price_forms(weight, own, known)
         minded = minds(shape.owner, weight, rounded, own)
         menus[shape.owner] = {
-            "bytes": [tensor_bytes(shape, form, itemsize) for form in forms],
+            "offered": [form.as_json() for form in forms],
+            "forms": [form.as_json() for form in known],
+            "bytes": [tensor_bytes(shape, form, itemsize) for form in known],
             "errors": errors,
             "dense_bytes": shape.numel * itemsize,
             "sensitivity": minded / share if minded > 0 and share > 1e-12 else None,
@@ -154,18 +176,22 @@ def price_forms(
     """
     feedback, matrix = Feedback.of(moments), moments.matrix
     whole = squared_output(weight, matrix)
-    rounded = trellis_values(weight, moments, *REFERENCE)
-    lost = squared_output(weight.float() - rounded, matrix)
+    bits, group_size = REFERENCE
+    if weight.shape[0] < least_steps(bits):
+        bits = max(TRELLIS_BITS)
+    rounded = trellis_values(weight, moments, bits, group_size)
+    error = weight.float() - rounded
+    lost = squared_output(error, matrix)
     rows, scale = _some_rows(weight, feedback.weights)
-    guess = scale * trellis_error(rows, feedback.weights, *REFERENCE)
+    guess = scale * trellis_error(rows, feedback.weights, bits, group_size)
     truth = lost / guess if guess > 0 else 1.0
-
     ranks = sorted({rank_of(form) for form in forms})
-    left = dict(zip(ranks, left_by_rank(weight.float() - rounded, matrix, ranks)))
+    left = dict(zip(ranks, left_by_rank(error, matrix, feedback.ridge, ranks)))
+    del error
     coded = {
         bits: truth ** (0.5 if bits == 1 else 1)
         * scale
-        * trellis_error(rows, feedback.weights, bits, REFERENCE[1])
+        * trellis_error(rows, feedback.weights, bits, group_size)
         for bits in {form.sizes["bits"] for form in forms if form.format is not QUANTIZED}
     }
 
@@ -227,7 +253,10 @@ def with_chosen(
         if not group.menu:
             groups.append(group)
             continue
-        for shape, forms in zip(group.shape.singles(), group.menu):
+        for shape, offered in zip(group.shape.singles(), group.menu):
+            known = [form.as_json() for form in offered]
+            priced = menus[shape.owner]["forms"] if shape.owner in places else known
+            forms = [offered[known.index(form)] for form in priced]
             place = places.get(shape.owner, 0)  # what no token reached stays dense all the same
             form = None if place == len(forms) else forms[place]
             if form is None:

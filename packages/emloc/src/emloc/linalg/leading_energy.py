@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emloc.linalg.rounding import squared_output
+
 BEYOND = 16
 """Directions that are followed beside those that are asked for."""
 
@@ -20,29 +22,39 @@ ROUNDS = 3
 
 
 def left_by_rank(
-    error: Float[Tensor, "d_out d_in"], moments: Float[Tensor, "d_in d_in"], ranks: Sequence[int]
+    error: Float[Tensor, "d_out d_in"],
+    moments: Float[Tensor, "d_in d_in"],
+    ridge: float,
+    ranks: Sequence[int],
 ) -> list[float]:
     """The share of the squared outputs of an error that is left by the best factors of each rank.
 
     Args:
-        moments: of the inputs.
+        moments: of the inputs, float32.
+        ridge: that is added to their diagonal.
     """
-    error, moments = error.float(), moments.float()
-    # Numbers of any size: shares are the same.
+    error = error.float()
     error = error / error.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-    moments = moments / moments.diagonal().amax().clamp(min=torch.finfo(torch.float32).tiny)
-    whole = float(((error @ moments) * error).sum(dtype=torch.float64))
-    if not whole > 0 or not ranks:
+    dearest = float(moments.diagonal().amax()) + ridge
+    if not dearest > 0 or not bool(error.any()):
         return [1.0 if rank == 0 else 0.0 for rank in ranks]
+
+    def read(columns: Tensor) -> Tensor:
+        """`(G + ridge) Eᵀ` of some columns, in units of the dearest input."""
+        seen = error.T @ columns
+        return (moments.float() @ seen).add_(seen, alpha=ridge).div_(dearest)
+
+    whole = squared_output(error, moments) + ridge * float(error.square().sum())
+    whole /= dearest
     count = min(max(ranks) + BEYOND, *error.shape)
     draw = torch.Generator().manual_seed(0)
     basis = torch.randn(error.shape[0], count, generator=draw).to(error.device)
     for _ in range(ROUNDS):
         basis, _ = torch.linalg.qr(basis)
-        basis = error @ (moments @ (error.T @ basis))
+        basis = error @ read(basis)
     basis, _ = torch.linalg.qr(basis)
-    read = error.T @ basis
-    values = torch.linalg.eigvalsh((read.T @ (moments @ read)).double()).flip(0).clamp(min=0)
+    small = ((error.T @ basis).T @ read(basis)).double()
+    values = torch.linalg.eigvalsh((small + small.T) / 2).flip(0).clamp(min=0)
     taken = values.cumsum(0) / whole
     return [
         1.0 if rank == 0 else max(0.0, 1.0 - float(taken[min(rank, count) - 1])) for rank in ranks

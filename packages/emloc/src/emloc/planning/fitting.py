@@ -179,7 +179,7 @@ def _least_bits(setting: Setting) -> float:
     itemsize = _itemsize(setting)
     groups = [each for each in _at(setting, LARGEST_RATIO).compressed.groups if each.menu]
     held = sum(
-        min(tensor_bytes(each.shape, form, itemsize) for form in each.menu[0]) for each in groups
+        min(tensor_bytes(each.shape, form, itemsize) for form in each.guesses) for each in groups
     )
     return 8 * held / (sum(each.shape.numel for each in groups) or 1)
 
