@@ -84,6 +84,7 @@ def cuda_build(monkeypatch):
 
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(fused_decoding, "launch", launch)
+    monkeypatch.setattr(fused_decoding, "launch_trellis", launch)
     monkeypatch.setitem(
         sys.modules, KERNEL, SimpleNamespace(decode=object(), decode_trellis=object())
     )

@@ -1,10 +1,13 @@
 """Forms under one budget: what is not known of a layer, and what is refused."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from emloc.compression import menu_choice
-from emloc.compression.groups import CompressionPlan, Group
+from emloc.compression.groups import CompressionPlan, Group, make_plan
 from emloc.compression.menu_choice import with_chosen
 from emloc.config import CompressConfig
 from emloc.errors import ConfigError, NumericalError
@@ -76,6 +79,8 @@ def test_a_pattern_is_a_layers_own_budget():
     (TRELLIS, {"format": "trellis", "bits": 8}, "pass format=quantized"),
     (TRELLIS, {"format": "trellis", "bits": 8, "residual_rank": 2}, "pass format=quantized"),
     (TRELLIS, {"format": "trellis", "factor_bits": 8}, "without a residual_rank"),
+    (TRELLIS_RESIDUAL, {"format": "trellis_residual", "bits": 8}, "codes of 1, 2, 3, 4 bits, not 8"),
+    (QUANTIZED_RESIDUAL, {"format": "quantized_residual", "bits": 1}, "codes of 2, 3, 4, 8 bits, not 1"),
     (TRELLIS_RESIDUAL, {"format": "trellis_residual", "residual_rank": 0}, "pass format=trellis"),
     (QUANTIZED, {"format": "quantized", "factor_bits": 8}, "without a residual_rank"),
     (QUANTIZED_RESIDUAL, {"format": "quantized_residual", "residual_rank": 0},
@@ -95,3 +100,92 @@ def test_what_is_no_number_is_never_the_best():
         )
     with pytest.raises(NumericalError, match="hold NaN or infinity"):
         ridged_cholesky(torch.full((3, 3), torch.nan), 1.0)
+
+
+def test_layers_of_one_input_may_differ_much_in_size():
+    """A router's gate of one output beside its experts: the guess is a form that both may take."""
+    shapes = {"wide": (64, 64), "gate": (1, 64)}
+    config = config_of(format="auto", bits_per_weight=8.0)
+    for order in (["wide", "gate"], ["gate", "wide"]):
+        [group] = make_plan([order], shapes.__getitem__, config, lambda _: 4).groups
+        assert group.guesses
+        assert {form.sizes["bits"] for form in group.guesses} == {4, 8}
+        sizes = [{form.sizes["bits"] for form in menu} for menu in group.menu]
+        assert sizes == [{1, 2, 3, 4, 8} if name == "wide" else {4, 8} for name in order]
+
+
+def test_a_pattern_may_ask_for_more_than_a_trellis_has():
+    config = config_of(format="auto", keep_ratio_pattern={"a": 0.6})
+    [group] = make_plan([["a"]], {"a": (256, 256)}.__getitem__, config, lambda _: 2).groups
+    assert (group.form.format.name, group.form.sizes["bits"]) == ("quantized", 8)
+    assert not group.menu
+
+
+class _Stream:
+    """A stream of one block whose layer is `weight`."""
+
+    blocks = ("block",)
+    device = torch.device("cpu")
+
+
+@pytest.fixture
+def priced(tmp_path, monkeypatch):
+    """Prices the layer `block.a` by some tokens; gives its menu, and how often it was priced."""
+    torch.manual_seed(0)
+    weight = torch.randn(256, 256)
+    shape = GroupShape(("block.a",), (256,), 256)
+    plan = CompressionPlan(
+        (Group(shape, QUANTIZED.form(8, 128), menu=(tuple(menu_of(shape, 2)),)),), {}
+    )
+    count = [0]
+
+    def price(tokens):
+        x = torch.randn(tokens, 256)
+        moments = Moments.of_matrix("input", "block.a", x.T @ x, tokens)
+
+        def streamed(stream, plan, batches, done, what, finish):
+            if "block" not in done:
+                count[0] += 1
+                probe = SimpleNamespace(sensitivity=lambda *given: 1.0)
+                finish(SimpleNamespace(block="block", moments={"block.a": moments}, probe=probe))
+
+        monkeypatch.setattr(menu_choice, "stream_moments", streamed)
+        monkeypatch.setattr(menu_choice, "weights_of", lambda *given: [weight])
+        menus = menu_choice.price_menus(_Stream(), plan, [], {"block.a": 2}, tmp_path)
+        return menus["block.a"], count[0]
+
+    price.folder = tmp_path
+    price.plan = plan
+    return price
+
+
+def test_few_tokens_say_too_little_for_residuals(priced):
+    """Factors would be fitted to the samples alone, and be priced as free of errors."""
+    menu, _ = priced(100)
+    assert {form.get("residual_rank", 0) for form in menu["forms"]} == {0, 8}
+    assert len(menu["errors"]) == len(menu["bytes"]) == len(menu["forms"])
+    for file in priced.folder.iterdir():
+        file.unlink()
+    menu, _ = priced(8)
+    assert {form.get("residual_rank", 0) for form in menu["forms"]} == {0}
+    assert all(error > 0 for error in menu["errors"])
+    chosen, _ = with_chosen(priced.plan, {"block.a": menu}, {"block.a": 0.15})
+    assert "residual_rank" not in chosen.groups[0].form.sizes
+
+
+def test_prices_of_another_menu_are_not_taken_for_this_ones(priced):
+    """As of a run that an earlier version began: places in a list would name other forms."""
+    menu, count = priced(600)
+    assert priced(600) == (menu, count)
+    [path] = priced.folder.iterdir()
+    old = json.loads(path.read_text())
+    for change in (
+        lambda entry: entry.pop("offered"),
+        lambda entry: entry["offered"].pop(),
+        lambda entry: entry["offered"][0].update(bits=3),
+    ):
+        changed = json.loads(json.dumps(old))
+        change(changed["block.a"])
+        path.write_text(json.dumps(changed))
+        assert priced(600)[1] == count + 1
+        count += 1

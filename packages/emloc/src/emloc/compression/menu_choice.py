@@ -26,6 +26,7 @@ from emloc.compression.output_gradients import OutputGradients
 from emloc.extend.family import Batch
 from emloc.formats.layer_format import Form, tensor_bytes
 from emloc.formats.quantized import QUANTIZED
+from emloc.formats.trellis import advise
 from emloc.linalg.finite import refuse_not_finite
 from emloc.linalg.gram import Moments
 from emloc.linalg.grid import grid_error
@@ -75,6 +76,7 @@ def price_menus(
         NumericalError: a weight or an activation is NaN; names the layer.
         ConfigError: see `stream_moments`.
     """
+    advise(stream.device)
     paths = {b: work / f"menu-{n + 1:05d}.json" for n, b in enumerate(stream.blocks)}
 
     def finish(passed: Passed) -> None:

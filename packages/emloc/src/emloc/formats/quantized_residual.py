@@ -49,6 +49,7 @@ class QuantizedResidual(LayerByLayer):
     name = "quantized_residual"
     without = "quantized"
     usual_group = GROUP_SIZE
+    known_bits: tuple[int, ...] = GRID_BITS
     weighs_rows = True
     options: tuple[str, ...] = SIZES
     size_names: tuple[str, ...] = SIZES
@@ -57,8 +58,13 @@ class QuantizedResidual(LayerByLayer):
         """Bits as of `quantized`, with what the rank that was asked for takes.
 
         Raises:
-            ConfigError: a rank of 0, which is `quantized`.
+            ConfigError: a rank of 0, which is another format's, or bits that codes cannot have.
         """
+        if config.bits is not None and config.bits not in self.known_bits:
+            bits = ", ".join(map(str, self.known_bits))
+            raise ConfigError(
+                f"format={self.name} has codes of {bits} bits, not {config.bits}; pass one of them."
+            )
         if config.residual_rank == 0:
             raise ConfigError(
                 f"format={self.name} has a residual; without one (residual_rank=0) pass "

@@ -7,6 +7,7 @@ longer, and decoding them looks each number up in a table.
 from collections.abc import Mapping
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from emloc.errors import ConfigError, MismatchError
@@ -76,8 +77,7 @@ class Trellis(LayerByLayer):
         self, weight: Tensor, moments: Moments, form: Form
     ) -> tuple[Mapping[str, Tensor], float]:
         """See `emloc.linalg.trellis_rounding`."""
-        if weight.device.type == "cpu" and compiled_search() is None:
-            _advise()
+        advise(weight.device)
         layout = self.layout(weight.shape[0], weight.shape[1], form)
         rounded = fitted_trellis(weight, moments, layout.bits, layout.group_size)
         return layout.encoded(rounded), rounded.cost
@@ -97,9 +97,14 @@ class Trellis(LayerByLayer):
         return Form(self, {"bits": bits, "group_size": group_size})
 
 
+def advise(device: torch.device) -> None:
+    """Say once what would make finding the codes faster."""
+    if device.type == "cpu" and compiled_search() is None:
+        _say_numba()
+
+
 @cache
-def _advise() -> None:
-    """Say once what would make the search faster."""
+def _say_numba() -> None:
     warn(
         "codes along a trellis are found some twenty times as fast with Numba, which is not installed: "
         "pip install 'emloc[numba]'"

@@ -7,19 +7,21 @@ from torch import Tensor
 from emloc.formats.coded_layers import Layout
 from emloc.formats.layer_format import Form, GroupShape
 from emloc.formats.quantized_residual import BITS, GROUP, QuantizedResidual
-from emloc.formats.trellis import GROUP_SIZE, TRELLIS
+from emloc.formats.trellis import GROUP_SIZE, TRELLIS, advise
 from emloc.formats.trellis_matrix import TrellisMatrix
 from emloc.linalg.gram import Moments
 from emloc.linalg.refinement import fitted_bytes
+from emloc.linalg.trellis import TRELLIS_BITS
 from emloc.linalg.trellis_rounding import fitted_trellis, fitted_trellis_bytes
 
 
 class TrellisResidual(QuantizedResidual):
-    """`LayerFormat`, and `WeighsRows`: its factors do, and the choice of an order; codes need not."""
+    """`LayerFormat`, and `WeighsRows`: its factors do, and the choice of an order; codes do not."""
 
     name = "trellis_residual"
     without = "trellis"
     usual_group = GROUP_SIZE
+    known_bits: tuple[int, ...] = TRELLIS_BITS
 
     def bits_of(self, shape: GroupShape) -> Sequence[int]:
         """The bits for which every layer has enough outputs."""
@@ -37,6 +39,7 @@ class TrellisResidual(QuantizedResidual):
         self, target: Tensor, moments: Moments, form: Form
     ) -> tuple[Mapping[str, Tensor], Tensor]:
         """The tensors of codes that are fitted to a weight, and what they stand for, float32."""
+        advise(target.device)
         rows, columns = target.shape
         matrix = TrellisMatrix(rows, columns, form.sizes[BITS], form.sizes[GROUP])
         tensors = matrix.encoded(fitted_trellis(target, moments, matrix.bits, matrix.group_size))

@@ -112,7 +112,7 @@ def _kernels() -> Any:
         return None
     torch.cuda.synchronize()  # an error that was there before is not Triton's
     try:
-        _try(triton_decoding.decode)
+        _try(triton_decoding)
     except Exception as problem:  # of Triton, of the compiler that it calls, of what that writes
         if is_out_of_memory(problem):
             raise
@@ -122,14 +122,17 @@ def _kernels() -> Any:
     return triton_decoding
 
 
-def _try(kernel: Any) -> None:
-    """Decode a weight of eight numbers."""
+def _try(kernels: Any) -> None:
+    """Decode weights of eight numbers with each kernel."""
     from emloc.layers.coded_weight import CodedWeight  # which imports this module
+    from emloc.layers.trellis_weight import TrellisWeight
 
-    def codes(count: int) -> Tensor:
-        return torch.zeros(1, count, dtype=torch.uint8, device="cuda")
+    def codes(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.uint8, device="cuda")
 
     largest = torch.zeros(1, dtype=torch.int32, device="cuda")
-    weight = CodedWeight(codes(4), codes(1), largest, codes(4), 8, 4, 32)
-    launch(kernel, weight, torch.empty(1, 8, device="cuda"))
+    on_grid = CodedWeight(codes(1, 4), codes(1, 1), largest, codes(1, 4), 8, 4, 32)
+    launch(kernels.decode, on_grid, torch.empty(1, 8, device="cuda"))
+    along = TrellisWeight(codes(1, 4), codes(1, 1), largest, 8, 4, 32)
+    launch_trellis(kernels.decode_trellis, along, torch.empty(1, 8, device="cuda"))
     torch.cuda.synchronize()

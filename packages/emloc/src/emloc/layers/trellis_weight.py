@@ -9,12 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emloc.layers.coded_weight import ELEMENTS, ELEMENTS_ELSEWHERE
+from emloc.layers.coded_weight import ELEMENTS
 from emloc.layers.fused_decoding import decode_trellis_at_once
 from emloc.linalg.bit_packing import unpack
 from emloc.linalg.grid import decoded_scales
 from emloc.linalg.trellis import sequences_of, values_of, windows_of
 from emloc.machine.pinned import pinned
+
+ELEMENTS_ELSEWHERE = 1 << 22
+"""Weights that are decoded at a time on other devices than CPUs; each takes some eleven bytes then."""
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,15 @@ def best_path(
     return search(numbers, weights, bits, ends)
 
 
+def prepare_search() -> None:
+    """Compile the search for CPUs, where it can be and was not yet."""
+    compiled = compiled_search()
+    if compiled is not None:
+        for bits in TRELLIS_BITS:
+            numbers, windows = torch.zeros(STEPS), torch.zeros(STEPS, 1, dtype=torch.uint8)
+            follow_column(numbers, numbers, bits, False, windows, torch.zeros(STEPS))
+
+
 Search = Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
 """A function with the arguments of `best_path`."""
 
@@ -128,9 +137,9 @@ def _triton_search() -> Search | None:
             some = torch.zeros(STEPS, 1, device="cuda")
             triton_path(some, some, bits, None)
         torch.cuda.synchronize()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # of Triton, of the compiler that it calls, of what that writes
+    except Exception as problem:  # of Triton, of the compiler that it calls, of what that writes
+        if isinstance(problem, torch.OutOfMemoryError) or "out of memory" in str(problem):
+            raise
         return None
     return triton_path
 

@@ -53,7 +53,8 @@ def _form_sizes(group: Group, itemsize: int) -> tuple[int | None, int]:
     """The numbers per token between two products, if there are two; and bytes made for a moment."""
     form = group.form
     inner = form.format.inner(form) if isinstance(form.format, TwoProducts) else None
-    return inner, form.format.running_bytes(group.shape, form, itemsize)
+    forms = group.guesses if group.menu else (form,)
+    return inner, max(f.format.running_bytes(group.shape, f, itemsize) for f in forms)
 
 
 def layer_shapes(model: nn.Module, transposed: Container[str] = ()) -> dict[str, tuple[int, int]]:

@@ -12,7 +12,7 @@ from emloc.compression.groups import CompressionPlan, Group
 from emloc.formats.layer_format import tensor_bytes
 from emloc.planning.calls import Calls, compute_itemsize
 from emloc.planning.ledger import Lines, largest, lines_of
-from emloc.planning.streaming import blocks_of, loaded_bytes
+from emloc.planning.streaming import blocks_of, fitting_bytes, loaded_bytes
 from emloc.planning.subject import Subject
 
 
@@ -43,9 +43,9 @@ def propagating_lines(
             )
         suspended = calls.behind(block.passings) if calls else 0
         for group, size in zip(block.groups, sums):
-            shape, form = group.shape, group.form
+            shape = group.shape
             regression = size + 2 * shape.numel * 8
-            fitting = form.format.fitting_bytes(shape, form, itemsize)
+            fitting = fitting_bytes(group, itemsize)
             instants["fitting a layer"].append(
                 lines_of(
                     **common,

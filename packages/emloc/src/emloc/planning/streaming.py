@@ -28,6 +28,7 @@ from emloc.compression.vocabulary import rounding_bytes
 from emloc.formats.layer_format import GroupShape, tensor_bytes
 from emloc.linalg.gram import Side
 from emloc.linalg.merging import ROWS
+from emloc.linalg.trellis_rounding import fitted_trellis_bytes
 from emloc.planning.calls import Calls, Matrices, compute_itemsize
 from emloc.planning.ledger import Lines, largest, lines_of, total
 from emloc.planning.step import Passing
@@ -126,7 +127,7 @@ def compress_lines(
                 lines_of(
                     **common,
                     moments=sum(kept.values()),
-                    fitting=form.format.fitting_bytes(shape, form, itemsize),
+                    fitting=fitting_bytes(group, itemsize),
                     fitted_layers=fitted,
                 )
             )
@@ -141,6 +142,16 @@ def compress_lines(
     sizes_by_name = {name: largest(parts) for name, parts in instants.items() if parts}
     name = max(sizes_by_name, key=lambda name: sum(sizes_by_name[name].values()))
     return sizes_by_name[name], name
+
+
+def fitting_bytes(group: Group, itemsize: int) -> int:
+    """The most that fitting a group takes beside weights and moments, and pricing its menu, if it has one."""
+    shape, form = group.shape, group.form
+    if not group.menu:
+        return form.format.fitting_bytes(shape, form, itemsize)
+    # The error of a layer and what it is multiplied with, beside what following one form takes.
+    pricing = fitted_trellis_bytes(max(shape.d_out), shape.d_in) + 8 * max(shape.d_out) * shape.d_in
+    return max(pricing, *(f.format.fitting_bytes(shape, f, itemsize) for f in group.guesses))
 
 
 def _probe_bytes(block: Block, itemsize: int) -> tuple[int, int]:

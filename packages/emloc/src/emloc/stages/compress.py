@@ -24,6 +24,7 @@ from emloc.extend.opening import named_family, open_model
 from emloc.extend.plugin_options import of_family, own_options
 from emloc.formats.abilities import WeighsRows
 from emloc.formats.layer_format import keep_ratio_of
+from emloc.linalg.trellis_search import prepare_search
 from emloc.machine.progress import console
 from emloc.options.compress import with_size
 from emloc.planning.contract import compress_contract
@@ -55,6 +56,7 @@ def compress(config: CompressConfig) -> Path:
         raise CheckpointError(
             f"{base.name} is quantised or an emulator already; compress the full-precision original."
         )
+    prepare_search()  # compiling takes memory that no layer does
     contract = None
     if config.memory is not None:
         config, contract = compress_contract(config, base, family, planned_stages())
@@ -135,8 +137,8 @@ def _minded(
                 else f"format {group.form.format.name}"
             )
             raise ConfigError(
-                f"weigh_errors=gradients: {what} fits the outputs of a layer apart from one another, which "
-                f"weights would not change; leave it out, or pass format=auto, low_rank or one with factors."
+                f"weigh_errors=gradients: {what} does not weigh the outputs of a layer by them; leave it "
+                f"out, or pass format=auto, low_rank or one with factors."
             )
     return OutputGradients.gather(stream, plan, batches, work)
 
