@@ -96,7 +96,7 @@ def price_menus(
 
 
 def _are_prices_of(path: Path, groups: Sequence[Group]) -> bool:
-    """Whether a file holds the prices of these groups' menus, and not those of other forms."""
+    """Return whether a file holds the prices of these groups' menus, and not those of other forms."""
     if not path.is_file():
         return False
     menus = read_json(path)

@@ -46,7 +46,7 @@ class TrellisResidual(QuantizedResidual):
         return tensors, matrix.decoded(tensors.__getitem__).dense(target.dtype)
 
     def fitting_bytes(self, shape: GroupShape, form: Form, itemsize: int) -> int:
-        """As much as with a grid, and what a trellis takes beyond it."""
+        """The bytes of fitting with a grid, and those that a trellis takes beyond it."""
         rows, columns = max(shape.d_out), shape.d_in
         beyond = fitted_trellis_bytes(rows, columns) - fitted_bytes(rows, columns)
         return super().fitting_bytes(shape, form, itemsize) + beyond

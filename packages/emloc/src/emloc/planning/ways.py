@@ -18,7 +18,7 @@ from emloc.planning.setting import POLISH_SAMPLES, Setting, Stages
 from emloc.planning.training import step_seconds
 
 GAINS: Mapping[str, Mapping[float, float]] = {
-    AUTO: {2.35: 0.88, 3.2: 0.97, 4.2: 0.97},
+    AUTO: {2.35: 0.94, 3.2: 0.97, 4.2: 0.97},
     LOW_RANK_FORMAT: {6.4: 0.53, 9.6: 0.82},
 }
 """Shares of LoRA's gain by format and bits per weight."""
