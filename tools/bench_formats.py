@@ -200,7 +200,7 @@ class Block:
         return {part: sum(times[part] for times in found) for part in found[0]}
 
     def _group(self, name: str, shape: GroupShape, weights: Sequence[Tensor]) -> dict[str, float]:
-        form = form_of("quantized4" if name == AUTO else name, shape.rows, shape.d_in)
+        form = form_of("trellis4" if name == AUTO else name, shape.rows, shape.d_in)
         torch.manual_seed(shape.d_in)
         x, side, passes = self.tokens(shape.d_in), form.format.side(shape), 1 + (name == AUTO)
         moments, stacked, y = Moments(side, shape.owner), torch.cat(list(weights)), None

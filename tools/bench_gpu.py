@@ -1,7 +1,8 @@
 """Large models on one GPU: decoding, steps of training, and training streamed from pinned memory.
 
     python tools/bench_gpu.py decode
-    python tools/bench_gpu.py step [--shapes 7B 38B 70B] [--ways lora qlora quantized4 quantized2 low_rank]
+    python tools/bench_gpu.py fit
+    python tools/bench_gpu.py step [--shapes 7B 38B 70B] [--ways lora qlora trellis2 quantized2 low_rank]
     python tools/bench_gpu.py streamed [--shapes 7B 38B] [--tokens 4096 16384] [--memory 24]
 
 Weights are random and of a language model of the given widths: Llama-2-7B's and 70B's, and Qwen2.5-32B's
@@ -9,6 +10,8 @@ with 75 blocks, which makes 38 B parameters. No checkpoint of theirs is needed o
 
 `decode`: the time to make a dense bfloat16 weight of its codes, against bitsandbytes' `dequantize_4bit` on
 the same shape [decode_ratio], and that both ways of ours give the same numbers.
+
+`fit`: the time to find the codes of one weight along a trellis, against the same on the CPU [fit_ratio].
 
 `step`: forward, backward and AdamW of a LoRA of rank 16 on every linear layer of the blocks, one sample of
 `--length` tokens (2,048), gradient checkpointing, bfloat16 autocast, as `emloc train` has it: seconds
@@ -51,11 +54,18 @@ from emloc.extend.plugins import family_named
 from emloc.formats.layer_format import DenseLayer
 from emloc.integrations.peft.fused_lora import fuse_lora
 from emloc.layers.coded_weight import CodedWeight
+from emloc.layers.trellis_weight import TrellisWeight
+from emloc.linalg.gram import Moments
+from emloc.linalg.trellis_rounding import fitted_trellis
 from emloc.machine.memory import format_bytes
 from emloc.streaming.streamed_model import StreamedModel
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 RANK, MICRO = 16, 2048
+DECODED = (
+    "trellis2", "trellis3", "trellis4", "quantized2", "quantized3", "quantized4", "quantized8",
+)  # fmt: skip
+
 STORED = 4
 """Blocks that lie on disk."""
 
@@ -191,29 +201,53 @@ def free() -> None:
 
 def decode(console: Console) -> dict[str, Any]:
     """Time of decoding against bitsandbytes'."""
-    table = Table("shape", "bits", "ms", "GB/s written", "bitsandbytes NF4, ms", "decode_ratio")
+    table = Table("shape", "form", "ms", "GB/s written", "bitsandbytes NF4, ms", "decode_ratio")
     figures: dict[str, Any] = {}
     for d_out, d_in in ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192)):
         weight = torch.randn(d_out, d_in, device=DEVICE, dtype=DTYPE)
         packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
         theirs = seconds(lambda p=packed, s=state: dequantize_4bit(p, s), 3, 9)
-        for bits in (2, 3, 4, 8):
-            module: Any = drawn(f"quantized{bits}", d_out, d_in)
+        for form in DECODED:
+            module: Any = drawn(form, d_out, d_in)
             coded = module._operator(*module._stored())
-            assert isinstance(coded, CodedWeight)
+            assert isinstance(coded, (CodedWeight, TrellisWeight))
             ours = seconds(lambda c=coded: c.dense(DTYPE), 3, 9)
             unfused = torch.empty(d_out, d_in, device=DEVICE, dtype=DTYPE)
             for start, part in coded._parts():
                 unfused[start : start + len(part)] = part
             if not torch.equal(unfused, coded.dense(DTYPE)):
-                raise SystemExit(f"error: {bits} bits, {d_out} x {d_in}: both ways differ")
-            figures[f"{d_out}x{d_in} {bits}"] = ours / theirs
+                raise SystemExit(f"error: {form}, {d_out} x {d_in}: both ways differ")
+            figures[f"{d_out}x{d_in} {form}"] = ours / theirs
             table.add_row(
-                f"{d_out} x {d_in}", str(bits), f"{ours * 1e3:.3f}",
+                f"{d_out} x {d_in}", form, f"{ours * 1e3:.3f}",
                 f"{weight.nbytes / ours / 1e9:.0f}", f"{theirs * 1e3:.3f}", f"{ours / theirs:.2f}",
             )  # fmt: skip
     console.print(table)
     return {"decode_ratio": figures}
+
+
+def fit(console: Console) -> dict[str, Any]:
+    """Time of finding codes along a trellis, against the same on one core of the CPU."""
+    table = Table("shape", "bits", "s", "CPU, s", "fit_ratio")
+    figures: dict[str, Any] = {}
+    x = torch.randn(8192, 4096, device=DEVICE)
+    weight, sums = torch.randn(4096, 4096, device=DEVICE), x.T @ x
+    for bits in (2, 4):
+        taken: list[float] = []
+        for device in (DEVICE, torch.device("cpu")):
+            here, matrix = weight.to(device), sums.to(device)
+
+            def run(here: Tensor = here, matrix: Tensor = matrix, bits: int = bits) -> object:
+                return fitted_trellis(here, Moments.of_matrix("input", "", matrix, 8192), bits, 128)
+
+            taken.append(seconds(run, 1, 1))
+        ours, theirs = taken
+        figures[f"4096x4096 {bits}"] = ours / theirs
+        table.add_row(
+            "4096 x 4096", str(bits), f"{ours:.1f}", f"{theirs:.1f}", f"{ours / theirs:.2f}"
+        )
+    console.print(table)
+    return {"fit_ratio": figures}
 
 
 def step(
@@ -406,9 +440,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["decode", "step", "streamed"])
+    parser.add_argument("part", choices=["decode", "fit", "step", "streamed"])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["7B", "38B"])
-    ways = ["qlora", "lora", "quantized4", "quantized3", "quantized2", "low_rank"]
+    ways = ["qlora", "lora", "trellis4", "trellis2", "quantized2", "low_rank"]
     parser.add_argument("--ways", nargs="+", default=ways)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384])
     parser.add_argument("--memory", type=float, default=24, help="GiB")
@@ -419,6 +453,8 @@ def main() -> None:
     console = Console(width=140)
     if options.part == "decode":
         figures = decode(console)
+    elif options.part == "fit":
+        figures = fit(console)
     elif options.part == "step":
         figures = step(console, options.shapes, options.ways, options.length)
     else:

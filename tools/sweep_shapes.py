@@ -35,6 +35,9 @@ from emloc.options.build import build
 
 FORMS = (
     NF4,
+    *(f"trellis:bits={b}" for b in (4, 3, 2, 1)),
+    *(f"trellis:bits={b},residual_rank={r},factor_bits=8"
+      for b, r in ((3, 16), (3, 32), (2, 16), (2, 32), (1, 32))),
     *(f"quantized:bits={b},group_size={g}" for b, g in
       ((4, 64), (4, 128), (3, 32), (3, 64), (3, 128), (2, 32), (2, 64), (2, 128))),
     *(f"quantized:bits={b},group_size={g},residual_rank={r},factor_bits=8"

@@ -19,7 +19,7 @@ def calls(subject):
     base = subject.example["model_name_or_path"]
     options = {
         "compress": {**subject.example, **subject.compressed_to},
-        "compress to bits": {**subject.example, "format": "quantized", "bits": 3},
+        "compress to bits": {**subject.example, "format": "trellis", "bits": 3},
         "train": {"emulator": str(made["emulator"]), **data, **TRAIN},
         "correct": {
             "adapter": str(made["adapter"]), "emulator": str(made["emulator"]), "limit": "none", **data,

@@ -6,8 +6,12 @@ import itertools
 import pytest
 import torch
 
+from emloc.compression.groups import Group
+from emloc.compression.menu_choice import price_forms
 from emloc.formats.layer_format import GroupShape
+from emloc.formats.menu import menu_of
 from emloc.formats.trellis import TRELLIS
+from emloc.formats.trellis_residual import TRELLIS_RESIDUAL
 from emloc.layers.remade_weight import remade_linear
 from emloc.linalg import trellis_search
 from emloc.linalg.gram import Moments
@@ -22,6 +26,8 @@ from emloc.linalg.trellis_search import (
     follow_column,
     path_by_tensors,
 )
+from emloc.planning.live import LiveBytes
+from emloc.planning.streaming import fitting_bytes
 
 BITS = [1, 2, 3, 4]
 
@@ -288,3 +294,21 @@ def test_products_and_gradients_are_the_dense_ones():
     torch.testing.assert_close(x.grad, other.grad)
     columns = torch.randn(70, 4, dtype=torch.float64)
     torch.testing.assert_close(operator @ columns, dense.double() @ columns)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(256, 256), (128, 512), (512, 128)])
+def test_fitting_and_pricing_take_what_is_planned(rows, columns):
+    weight, moments = drawn(rows, columns)
+    shape = GroupShape(("a",), (rows,), columns)
+    menu = menu_of(shape, 4)
+    group = Group(shape, TRELLIS.form(2, 128), menu=(tuple(menu),))
+    for form in (TRELLIS.form(2, 128), TRELLIS_RESIDUAL.form(2, 128, 8, 8)):
+        moments.derived.clear()
+        with LiveBytes() as live:
+            form.format.fit([weight], moments, shape, form)
+        planned = form.format.fitting_bytes(shape, form, 4)
+        assert 0.4 * planned < live.peak.total <= planned, form.sizes
+    moments.derived.clear()
+    with LiveBytes() as live:
+        price_forms(weight, moments, menu)
+    assert live.peak.total <= fitting_bytes(group, 4)

@@ -49,7 +49,8 @@ class TrellisResidual(QuantizedResidual):
         """The bytes of fitting with a grid, and those that a trellis takes beyond it."""
         rows, columns = max(shape.d_out), shape.d_in
         beyond = fitted_trellis_bytes(rows, columns) - fitted_bytes(rows, columns)
-        return super().fitting_bytes(shape, form, itemsize) + beyond
+        stood = 6 * rows * columns
+        return super().fitting_bytes(shape, form, itemsize) + beyond + stood
 
 
 TRELLIS_RESIDUAL = TrellisResidual()

@@ -27,7 +27,7 @@ from emloc.linalg.grid import (
     group_count,
 )
 from emloc.linalg.refinement import ScaleSteps, fitted_bytes, improve
-from emloc.linalg.rounding import Feedback
+from emloc.linalg.rounding import BLOCK, Feedback
 from emloc.linalg.trellis import levels, sequences_of
 from emloc.linalg.trellis_search import follow_column
 
@@ -105,7 +105,8 @@ def trellis_values(
 
 def fitted_trellis_bytes(rows: int, columns: int) -> int:
     """The most that `fitted_trellis` holds beside weight and moments, with the shares that are carried on."""
-    return fitted_bytes(rows, columns) + 5 * rows * columns
+    block = 12 * min(BLOCK, columns) * rows + (1 << 16)
+    return fitted_bytes(rows, columns) + 5 * rows * columns + block
 
 
 def choose_scales(
