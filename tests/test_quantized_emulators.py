@@ -322,7 +322,7 @@ def test_auto_says_what_cannot_be(tmp_path):
     with pytest.raises(ConfigError, match="smallest forms take 1.* and the budget is 1.00; raise"):
         emloc.compress(bits_per_weight=1.0, **auto)
     with pytest.raises(
-        ConfigError, match="bits means nothing to format=auto, .* pass format=trellis"
+        ConfigError, match="bits means nothing to format=auto, .* pass format=trellis or quantized"
     ):
         emloc.compress(bits=3, **auto)
     with pytest.raises(ConfigError, match="rank_pattern means .* pass format=low_rank"):

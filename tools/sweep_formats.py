@@ -173,7 +173,6 @@ class Subject:
 
     def pruned(self, form: str, options: argparse.Namespace) -> dict[str, Any]:
         """The pruned model of LoRAM-STRU in place of the model."""
-        import emloc_baselines  # noqa: F401 - its loader of pruned models
         from emloc_baselines.loram import LoramStru
 
         started, ratio = time.process_time(), float(form.partition("keep_ratio=")[2])

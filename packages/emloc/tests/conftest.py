@@ -38,7 +38,7 @@ def toy(_made):
 
 
 TRITON_FOLDER = Path(sys.prefix) / "triton"
-"""Where `make install` puts Triton. No package needs it; builds of torch for CUDA bring it along."""
+"""The folder that `make install` puts Triton in. No package needs it; builds of torch for CUDA bring it."""
 
 
 @pytest.fixture

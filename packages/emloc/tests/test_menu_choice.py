@@ -174,7 +174,7 @@ def test_few_tokens_say_too_little_for_residuals(priced):
 
 
 def test_prices_of_another_menu_are_not_taken_for_this_ones(priced):
-    """As of a run that an earlier version began: places in a list would name other forms."""
+    """An earlier version began the run: its places in a list would name other forms now."""
     menu, count = priced(600)
     assert priced(600) == (menu, count)
     [path] = priced.folder.iterdir()

@@ -102,7 +102,7 @@ def test_nf4_as_bitsandbytes_stores_it():
 
 
 def test_calls_wait_in_memory_that_comes_in_powers_of_two():
-    """As torch's pinned memory does, in which a device's suspended calls are."""
+    """The suspended calls of a device are in torch's pinned memory, which comes so."""
     block = [Passing(before=5 << 20, peak=9 << 20, after=3 << 20)]
     calls = Calls(7, 0, 10, {"block": block}, 0, 0, parked=True)
     assert calls.waiting == 7 * (8 << 20)

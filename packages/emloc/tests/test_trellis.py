@@ -2,18 +2,24 @@
 
 import hashlib
 import itertools
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from emloc.compression.groups import Group
 from emloc.compression.menu_choice import price_forms
+from emloc.formats import trellis_matrix
+from emloc.formats.abilities import Prepares
 from emloc.formats.layer_format import GroupShape
 from emloc.formats.menu import menu_of
+from emloc.formats.quantized import QUANTIZED
 from emloc.formats.trellis import TRELLIS
 from emloc.formats.trellis_residual import TRELLIS_RESIDUAL
 from emloc.layers.remade_weight import remade_linear
-from emloc.linalg import trellis_search
+from emloc.linalg import trellis, trellis_rounding, trellis_search
 from emloc.linalg.gram import Moments
 from emloc.linalg.refinement import fitted_grid
 from emloc.linalg.rounding import squared_output
@@ -28,12 +34,13 @@ from emloc.linalg.trellis_search import (
 )
 from emloc.planning.live import LiveBytes
 from emloc.planning.streaming import fitting_bytes
+from emloc.testing import pretend_device
 
 BITS = [1, 2, 3, 4]
 
 
 def plain_windows(codes, bits):
-    """Of one sequence of whole numbers, by the definition."""
+    """The windows of one sequence of whole numbers, by the definition."""
     window = 0
     for code in [*codes, *codes]:  # the second round begins with the end of the first
         window = ((window << bits) | code) & 255
@@ -116,7 +123,7 @@ def check_the_kernel() -> int:
     from emloc.linalg.trellis_triton import triton_path
 
     compared = 0
-    for bits, steps, count in itertools.product(BITS, (9,), (2,)):
+    for bits, steps, count in [(1, 9, 2), (2, 9, 2), (3, 9, 2), (4, 9, 2), (2, 34, 1)]:
         torch.manual_seed(steps + bits)
         numbers, weights = 1.3 * torch.randn(steps, count), torch.rand(steps, count)
         ends = torch.randint(0, 256, (count,), dtype=torch.uint8)
@@ -128,7 +135,7 @@ def check_the_kernel() -> int:
 
 
 def test_the_kernel_for_gpus_finds_the_same(in_triton):
-    assert in_triton(__file__, "check_the_kernel") == 8
+    assert in_triton(__file__, "check_the_kernel") == 10
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -312,3 +319,123 @@ def test_fitting_and_pricing_take_what_is_planned(rows, columns):
     with LiveBytes() as live:
         price_forms(weight, moments, menu)
     assert live.peak.total <= fitting_bytes(group, 4)
+
+
+def test_an_output_without_weights_does_not_count():
+    """Its neighbours in a sequence choose as if it were not there."""
+    units = trellis_rounding._Units.of(torch.tensor([0.0, 1.0, 1e-6, 0.5]))
+    assert units.weights[0] == 0
+    assert units.inverse[0] == 0
+    a_tenth_of_the_mean = 0.1 * (1 + 1e-6 + 0.5) / 3
+    assert units.weights[2] == pytest.approx(a_tenth_of_the_mean**2, rel=1e-4)
+
+
+@pytest.mark.parametrize("rows", [12, 70])
+def test_a_device_finds_the_same_as_the_cpu(rows):
+    """In tensors, where there is no kernel; levels come from the CPU, wherever they are asked for first."""
+    weight, moments = drawn(rows, 40)
+    expected = fitted_trellis(weight, moments, 2, 32)
+    trellis._TABLES.clear()
+    with pretend_device():
+        there = Moments.of_matrix("input", "a", moments.matrix.to("cuda"), 600)
+        made = fitted_trellis(weight.to("cuda"), there, 2, 32)
+        codes, scales = made.codes.cpu(), made.scales.codes.cpu()
+    assert torch.equal(codes, expected.codes)
+    assert torch.equal(scales, expected.scales.codes)
+    assert all(type(table) is torch.Tensor for table in trellis._TABLES.values())
+    assert {device.type for _, device in trellis._TABLES} <= {"cpu"}  # the device's ended with it
+
+
+def test_a_backward_may_be_the_first_to_ask_for_levels():
+    """Modes that stand in for a device see operations there, and no calls that make tensors on it."""
+    weight, moments = drawn(24, 40)
+    operator, _ = stored(weight, moments, 4, 32)
+    with pretend_device():
+        there = replace(operator, **{
+            name: getattr(operator, name).to("cuda") for name in ("packed", "scale_codes", "largest")
+        })  # fmt: skip
+        x = torch.randn(3, 40).to("cuda").requires_grad_()
+        y = remade_linear(x, lambda codes: there.dense(x.dtype), None, there.packed)
+        trellis._TABLES.clear()
+        y.square().sum().backward()
+        gradient, sides = x.grad.cpu(), (x.detach().cpu(), operator.dense(torch.float32))
+    torch.testing.assert_close(gradient, 2 * sides[0] @ sides[1].T @ sides[1])
+
+
+@pytest.fixture
+def cuda_build(monkeypatch):
+    """A pretended device in a build that says that it is CUDA's, with a kernel that `problems` decides on."""
+    problems, searched = [], []
+
+    def triton_path(*given):
+        searched.append(given[2])
+        if problems:
+            raise problems[-1]
+        return path_by_tensors(*given)
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    kernel = SimpleNamespace(triton_path=triton_path)
+    monkeypatch.setitem(sys.modules, "emloc.linalg.trellis_triton", kernel)
+    trellis_search._triton_search.cache_clear()
+    with pretend_device():
+        yield problems, searched
+    trellis_search._triton_search.cache_clear()
+
+
+def test_a_gpu_searches_with_the_kernel_where_it_runs(cuda_build):
+    problems, searched = cuda_build
+    numbers = torch.randn(20, 2).to("cuda")
+    expected = best_path(numbers.cpu(), torch.ones(20, 2), 2, None)
+    assert torch.equal(best_path(numbers, torch.ones_like(numbers), 2, None).cpu(), expected)
+    assert searched == [1, 2, 3, 4, 2]  # each once to see whether it runs
+    trellis_search._triton_search.cache_clear()
+    problems.append(RuntimeError("Failed to find C compiler"))
+    for _ in range(2):
+        assert torch.equal(best_path(numbers, torch.ones_like(numbers), 2, None).cpu(), expected)
+    assert searched == [1, 2, 3, 4, 2, 1]  # found out once
+    trellis_search._triton_search.cache_clear()
+    problems.append(torch.cuda.OutOfMemoryError("no room"))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        best_path(numbers, torch.ones_like(numbers), 2, None)
+
+
+def test_without_numba_it_is_said_once(monkeypatch, capsys):
+    monkeypatch.setattr(trellis_matrix, "compiled_search", lambda: None)
+    monkeypatch.setattr(trellis_search, "compiled_search", lambda: None)
+    trellis_matrix._say_numba.cache_clear()
+    weight, moments = drawn(8, 10)
+    for format in (TRELLIS, TRELLIS_RESIDUAL):
+        sizes = (2, 32) if format is TRELLIS else (2, 32, 1, 16)
+        format.fit([weight], moments, GroupShape(("a",), (8,), 10), format.form(*sizes))
+    assert capsys.readouterr().err.count("emloc[numba]") == 1
+    trellis_matrix._say_numba.cache_clear()
+
+
+def test_what_cannot_be_kept_on_disk_is_compiled_all_the_same(monkeypatch):
+    """Numba refuses where neither the package's folder nor the user's may be written."""
+    compiled = compiled_search()
+    real = compiled.numba.njit
+
+    def njit(*given, **options):
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(*given, **options)
+
+    monkeypatch.setattr(compiled.numba, "njit", njit)
+    compiled._functions.cache_clear()
+    numbers = torch.randn(40, 2)
+    path = compiled.compiled_path(numbers, torch.ones(40, 2), 2, None)
+    assert torch.equal(path, path_by_tensors(numbers, torch.ones(40, 2), 2, None))
+    compiled._functions.cache_clear()
+
+
+def test_only_formats_along_a_trellis_compile_beforehand(monkeypatch):
+    asked = []
+    monkeypatch.setattr(trellis_search, "follow_column", lambda *given: asked.append(given[2]))
+    assert isinstance(TRELLIS, Prepares)
+    assert isinstance(TRELLIS_RESIDUAL, Prepares)
+    assert not isinstance(QUANTIZED, Prepares)
+    TRELLIS.prepare(torch.device("cpu"))
+    assert asked == BITS
+    TRELLIS_RESIDUAL.prepare(torch.device("cuda"))
+    assert asked == BITS

@@ -22,6 +22,7 @@ from emloc.formats.layer_format import (
     tensor_bytes,
 )
 from emloc.formats.menu import menu_of
+from emloc.formats.quantized import QUANTIZED
 from emloc.formats.trellis import TRELLIS
 from emloc.formats.vocabulary import VocabularyTable
 from emloc.linalg.convolution import matrix_shape
@@ -29,14 +30,16 @@ from emloc.linalg.menu_allocation import Option, allocate_bytes
 from emloc.options.compress import AUTO, LOW_RANK_FORMAT, SIZING
 from emloc.options.patterns import match_pattern
 
+OF_CODES = f"{TRELLIS.name} or {QUANTIZED.name}"
+
 OF_FORMATS = {
     "rank_pattern": LOW_RANK_FORMAT,
-    "bits": TRELLIS.name,
-    "group_size": TRELLIS.name,
-    "residual_rank": TRELLIS.name,
+    "bits": OF_CODES,
+    "group_size": OF_CODES,
+    "residual_rank": OF_CODES,
     "factor_bits": LOW_RANK_FORMAT,
 }
-"""Options that mean something to some formats, and one that each means something to."""
+"""Options that mean something to some formats, and the ones to pass for each."""
 
 Shape = Sequence[int]
 """The shape of a dense weight: d_out, inputs or channels, and the axes of a kernel."""

@@ -12,6 +12,7 @@ Prices are written block by block; a run that is killed goes on, and ends with t
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from emloc.compression.groups import CompressionPlan, Group
 from emloc.compression.one_pass import Passed, stream_moments, weights_of
 from emloc.compression.output_gradients import OutputGradients
 from emloc.extend.family import Batch
-from emloc.formats.layer_format import Form, tensor_bytes
+from emloc.formats.layer_format import Form, GroupShape, tensor_bytes
 from emloc.formats.quantized import QUANTIZED
-from emloc.formats.trellis import advise
+from emloc.formats.trellis_matrix import advise
 from emloc.linalg.finite import refuse_not_finite
 from emloc.linalg.gram import Moments
 from emloc.linalg.grid import grid_error
@@ -34,7 +35,7 @@ from emloc.linalg.leading_energy import left_by_rank
 from emloc.linalg.menu_allocation import Option, allocate_bytes
 from emloc.linalg.rounding import Feedback, squared_change, squared_output
 from emloc.linalg.trellis import TRELLIS_BITS, least_steps
-from emloc.linalg.trellis_rounding import trellis_error, trellis_values
+from emloc.linalg.trellis_rounding import fitted_trellis_bytes, trellis_error, trellis_values
 from emloc.machine.progress import console
 from emloc.streaming.stream import UnitStream
 
@@ -190,22 +191,28 @@ def price_forms(
     ranks = sorted({rank_of(form) for form in forms})
     left = dict(zip(ranks, left_by_rank(error, matrix, feedback.ridge, ranks)))
     del error
-    coded = {
-        bits: truth ** (0.5 if bits == 1 else 1)
-        * scale
-        * trellis_error(rows, feedback.weights, bits, group_size)
-        for bits in {form.sizes["bits"] for form in forms if form.format is not QUANTIZED}
-    }
+
+    @cache
+    def along_trellis(bits: int, group_size: int) -> float:
+        expected = scale * trellis_error(rows, feedback.weights, bits, group_size)
+        return expected * truth ** (0.5 if bits == 1 else 1)
 
     def predicted(form: Form) -> float:
         bits, group_size = form.sizes["bits"], form.sizes["group_size"]
         if form.format is QUANTIZED:
             return scale * grid_error(rows, feedback.weights, bits, group_size)
-        return coded[bits] * left[rank_of(form)]
+        return along_trellis(bits, group_size) * left[rank_of(form)]
 
     errors = [lost, *map(predicted, forms)]
     shares = [error / whole if whole > 0 else 0.0 for error in errors]
     return rounded, shares[0], shares[1:]
+
+
+def pricing_bytes(shape: GroupShape) -> int:
+    """The most that `price_forms` holds beside weights and moments, of the largest layer."""
+    # The error of a layer and what it is multiplied with, beside what following one form takes.
+    rows = max(shape.d_out)
+    return fitted_trellis_bytes(rows, shape.d_in) + 8 * rows * shape.d_in
 
 
 def _said(form: Form) -> str:

@@ -2,6 +2,8 @@
 
 from typing import Protocol, runtime_checkable
 
+import torch
+
 from emloc.formats.layer_format import Form, GroupShape
 
 
@@ -33,6 +35,19 @@ class TwoProducts(Protocol):
 
     def inner(self, form: Form) -> int:
         """Numbers per token between the two products."""
+        ...
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A `LayerFormat` whose fit has something to get ready, which takes memory that no layer does."""
+
+    def prepare(self, device: torch.device) -> None:
+        """Get it ready, before memory is measured or limited.
+
+        Args:
+            device: that layers are fitted on.
+        """
         ...
 
 

@@ -4,18 +4,19 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from emloc.errors import MismatchError, NumericalError
+from emloc.errors import ConfigError, MismatchError, NumericalError
 from emloc.formats.coded_matrix import Kind, ReadName
 from emloc.formats.layer_format import (
     DenseLayer,
     Fitted,
     Form,
     GroupShape,
+    LayerFormat,
     Read,
     StoredTensor,
     budget_bytes,
@@ -35,11 +36,6 @@ GRID_BITS = (2, 3, 4, 8)
 
 GROUP_SIZE = 64
 """Inputs of a group where only bits are given."""
-
-
-FACTORS_OF_NOTHING = (
-    "factor_bits means nothing to format={name} without a residual_rank; pass both or neither."
-)
 
 
 def grid_within(
@@ -188,3 +184,51 @@ class LayerByLayer(ABC):
             layer.d_in, layer.d_out, layer.bias, tensors, layout.decoded, shown, layer.dtype,
             layer.device,
         )  # fmt: skip
+
+
+class Codes(LayerByLayer):
+    """The part of a `LayerFormat` that is the same for codes on a grid and along a trellis.
+
+    Attributes:
+        known_bits: that a code may have.
+        usual_group: inputs of a group where only bits are given.
+        other: the format that has other bits.
+        residual: the format of the same codes with a product of factors.
+    """
+
+    options: tuple[str, ...] = ("bits", "group_size", "residual_rank", "factor_bits")
+    size_names: tuple[str, ...] = ("bits", "group_size")
+    name: str
+    known_bits: tuple[int, ...]
+    usual_group: int
+    other: str
+    residual: LayerFormat
+
+    def decide(self, shape: GroupShape, config: CompressConfig, itemsize: int) -> Form | str:
+        """The bits that were asked for; else the most, in the smallest groups, that the share allows.
+
+        Raises:
+            ConfigError: there are no codes of so many bits, or `factor_bits` without a residual.
+        """
+        if config.bits is not None and config.bits not in self.known_bits:
+            bits = ", ".join(map(str, self.known_bits))
+            raise ConfigError(
+                f"format={self.name} has codes of {bits} bits; for {config.bits} pass format={self.other}."
+            )
+        if config.residual_rank:
+            return self.residual.decide(shape, config, itemsize)
+        if config.factor_bits is not None:
+            raise ConfigError(
+                f"factor_bits means nothing to format={self.name} without a residual_rank; pass both or "
+                f"neither."
+            )
+        offered = self.bits_of(shape)
+        return grid_within(shape, config, itemsize, self.form, offered, self.usual_group)
+
+    def bits_of(self, shape: GroupShape) -> Sequence[int]:
+        """The bits that codes of such layers may have."""
+        return self.known_bits
+
+    def form(self, bits: int, group_size: int) -> Form:
+        """A form of these sizes."""
+        return Form(cast(LayerFormat, self), {"bits": bits, "group_size": group_size})

@@ -4,8 +4,8 @@ from itertools import product
 
 from emloc.formats.layer_format import Form, GroupShape, tensor_bytes
 from emloc.formats.quantized import QUANTIZED
-from emloc.formats.trellis import GROUP_SIZE, TRELLIS
-from emloc.formats.trellis_residual import TRELLIS_RESIDUAL
+from emloc.formats.trellis import TRELLIS
+from emloc.formats.trellis_residual import GROUP_SIZE, TRELLIS_RESIDUAL
 
 FINEST = (8, 128)
 """Bits and group size of the grid beyond what a trellis has."""

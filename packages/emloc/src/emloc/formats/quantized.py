@@ -8,47 +8,23 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from emloc.errors import ConfigError
-from emloc.formats.coded_layers import (
-    FACTORS_OF_NOTHING,
-    GRID_BITS,
-    LayerByLayer,
-    grid_within,
-    refuse_unknown_grid,
-)
+from emloc.formats.coded_layers import GRID_BITS, GROUP_SIZE, Codes, refuse_unknown_grid
 from emloc.formats.coded_matrix import CodedMatrix
 from emloc.formats.layer_format import Form, GroupShape, tensor_bytes
 from emloc.formats.quantized_residual import QUANTIZED_RESIDUAL
 from emloc.linalg.gram import Moments
 from emloc.linalg.grid import group_count
 from emloc.linalg.refinement import fitted_bytes, fitted_grid
-from emloc.options.compress import CompressConfig
-
-SIZES: tuple[str, ...] = ("bits", "group_size")
 
 
-class Quantized(LayerByLayer):
+class Quantized(Codes):
     """`LayerFormat`."""
 
     name = "quantized"
-    options: tuple[str, ...] = (*SIZES, "residual_rank", "factor_bits")
-    size_names: tuple[str, ...] = SIZES
-
-    def decide(self, shape: GroupShape, config: CompressConfig, itemsize: int) -> Form | str:
-        """The bits that were asked for; else the most, in the smallest groups, that the share allows.
-
-        Raises:
-            ConfigError: there are no codes of so many bits, or `factor_bits` without a residual.
-        """
-        if config.bits is not None and config.bits not in GRID_BITS:
-            raise ConfigError(
-                f"format={self.name} has codes of 2, 3, 4 or 8 bits; for {config.bits} pass format=trellis."
-            )
-        if config.residual_rank:
-            return QUANTIZED_RESIDUAL.decide(shape, config, itemsize)
-        if config.factor_bits is not None:
-            raise ConfigError(FACTORS_OF_NOTHING.format(name=self.name))
-        return grid_within(shape, config, itemsize, self.form)
+    known_bits = GRID_BITS
+    usual_group = GROUP_SIZE
+    other = "trellis"
+    residual = QUANTIZED_RESIDUAL
 
     def layout(self, d_out: int, d_in: int, form: Form) -> CodedMatrix:
         """Codes, scales and zeros.
@@ -56,7 +32,7 @@ class Quantized(LayerByLayer):
         Raises:
             MismatchError: there is no grid of these sizes.
         """
-        bits, group_size = (form.sizes[name] for name in SIZES)
+        bits, group_size = (form.sizes[name] for name in self.size_names)
         refuse_unknown_grid(bits, group_size)
         return CodedMatrix(d_out, d_in, bits, group_size)
 
@@ -76,10 +52,6 @@ class Quantized(LayerByLayer):
         """One dense weight, and its scales and zeros."""
         groups = max(shape.d_out) * group_count(shape.d_in, form.sizes["group_size"])
         return max(shape.d_out) * shape.d_in * itemsize + 8 * groups
-
-    def form(self, bits: int, group_size: int) -> Form:
-        """A form of these sizes."""
-        return Form(self, {"bits": bits, "group_size": group_size})
 
 
 QUANTIZED = Quantized()

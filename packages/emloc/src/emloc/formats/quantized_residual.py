@@ -120,7 +120,7 @@ class QuantizedResidual(LayerByLayer):
     ) -> tuple[Mapping[str, Tensor], float]:
         """The better of both orders."""
         layout = self.layout(weight.shape[0], weight.shape[1], form)
-        attempts = list(self._attempts(weight.float(), moments, form, layout.pair))
+        attempts = self._attempts(weight.float(), moments, form, layout.pair)
         return min(attempts, key=lambda attempt: attempt[1])
 
     def _attempts(

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from emloc.linalg.bit_packing import PLANES, padded
+from emloc.linalg.gpu_kernels import why_not
 from emloc.linalg.grid import SCALES, ZERO_BITS
 from emloc.linalg.trellis import WINDOW, levels, sequences_of
-from emloc.machine.memory_limit import is_out_of_memory
 from emloc.machine.progress import warn
 
 if TYPE_CHECKING:
@@ -110,14 +110,9 @@ def _kernels() -> Any:
         from emloc.layers import triton_decoding
     except ImportError:
         return None
-    torch.cuda.synchronize()  # an error that was there before is not Triton's
-    try:
-        _try(triton_decoding)
-    except Exception as problem:  # of Triton, of the compiler that it calls, of what that writes
-        if is_out_of_memory(problem):
-            raise
-        first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        warn(f"Triton cannot run here, so weights are decoded more slowly: {first}")
+    problem = why_not(lambda: _try(triton_decoding))
+    if problem is not None:
+        warn(f"Triton cannot run here, so weights are decoded more slowly: {problem}")
         return None
     return triton_decoding
 
@@ -135,4 +130,3 @@ def _try(kernels: Any) -> None:
     launch(kernels.decode, on_grid, torch.empty(1, 8, device="cuda"))
     along = TrellisWeight(codes(1, 4), codes(1, 1), largest, 8, 4, 32)
     launch_trellis(kernels.decode_trellis, along, torch.empty(1, 8, device="cuda"))
-    torch.cuda.synchronize()

@@ -3,7 +3,7 @@
 Decoding runs over a few sequences of rows at a time, in float32 whatever the dtype of the product.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,6 @@ from emloc.layers.fused_decoding import decode_trellis_at_once
 from emloc.linalg.bit_packing import unpack
 from emloc.linalg.grid import decoded_scales
 from emloc.linalg.trellis import sequences_of, values_of, windows_of
-from emloc.machine.pinned import pinned
 
 ELEMENTS_ELSEWHERE = 1 << 22
 """Weights that are decoded at a time on other devices than CPUs; each takes some eleven bytes then."""
@@ -40,22 +39,6 @@ class TrellisWeight:
     columns: int
     bits: int
     group_size: int
-
-    def to(self, device: torch.device) -> "TrellisWeight":
-        """The same on a device; without waiting for it where its tensors are pinned."""
-        return self._with([t.to(device, non_blocking=True) for t in self._tensors])
-
-    def pinned(self) -> "TrellisWeight":
-        """The same in memory from which a GPU copies while it computes."""
-        return self._with([pinned(tensor) for tensor in self._tensors])
-
-    @property
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.packed, self.scale_codes, self.largest
-
-    def _with(self, tensors: Sequence[Tensor]) -> "TrellisWeight":
-        packed, scale_codes, largest = tensors
-        return TrellisWeight(packed, scale_codes, largest, self.columns, self.bits, self.group_size)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight."""

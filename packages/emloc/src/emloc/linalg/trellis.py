@@ -55,8 +55,9 @@ def levels(bits: int, device: torch.device | None = None) -> Float[Tensor, "256"
     """
     key = bits, torch.device("cpu") if device is None else device
     if key not in _TABLES:
-        made = torch.tensor(_exact_levels(bits), dtype=torch.float32, device=key[1])
-        if type(made) is not Tensor:  # a stand-in without values, of somebody who counts operations
+        # Copied there: what makes tensors on a device at once is no operation that a stand-in for one sees.
+        made = torch.tensor(_exact_levels(bits), dtype=torch.float32).to(key[1])
+        if type(made) is not Tensor:  # a stand-in's own, which ends with it
             return made
         _TABLES[key] = made
     return _TABLES[key]

@@ -83,13 +83,11 @@ def fitted_trellis(
         weight: of at least `least_steps` rows.
         moments: of the inputs.
     """
-    weight, feedback = weight.float(), Feedback.of(moments)
-    scales = choose_scales(weight, moments.matrix.diagonal(), bits, group_size)
-    paths = _Paths(weight, scales, bits)
-    feedback.carry(weight, paths.nearest)
+    weight, ridge = weight.float(), Feedback.of(moments).ridge
+    scales, paths = _carried(weight, moments, bits, group_size)
     steps = ScaleSteps(scales.codes, scales.units, group_size)
     errors = weight.T - paths.values
-    cost = improve(errors, moments.matrix, feedback.ridge, steps, paths)
+    cost = improve(errors, moments.matrix, ridge, steps, paths)
     return TrellisRounded(scales._replace(codes=steps.coded), paths.stored, cost)
 
 
@@ -97,10 +95,17 @@ def trellis_values(
     weight: Float[Tensor, "rows columns"], moments: Moments, bits: int, group_size: int
 ) -> Float[Tensor, "rows columns"]:
     """The weight along a trellis, chosen with feedback and not improved, float32."""
+    return _carried(weight, moments, bits, group_size)[1].values.T
+
+
+def _carried(
+    weight: Tensor, moments: Moments, bits: int, group_size: int
+) -> tuple[TrellisScales, "_Paths"]:
+    """Scales, and codes that make up for the errors of those before them."""
     scales = choose_scales(weight, moments.matrix.diagonal(), bits, group_size)
     paths = _Paths(weight, scales, bits)
     Feedback.of(moments).carry(weight, paths.nearest)
-    return paths.values.T
+    return scales, paths
 
 
 def fitted_trellis_bytes(rows: int, columns: int) -> int:
@@ -239,4 +244,5 @@ class _Units(NamedTuple):
         inverse = torch.where(scale > 0, 1 / scale, 0.0)
         relative = scale / scale.amax().clamp(min=SMALLEST_SCALE)
         there = relative.sum() / (scale > 0).sum().clamp(min=1)
-        return cls(inverse, relative.maximum(LEAST_WEIGHT * there).square())
+        weights = relative.maximum(LEAST_WEIGHT * there).square()
+        return cls(inverse, torch.where(scale > 0, weights, 0.0))

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 
 from emloc.compression.groups import CompressionPlan, Group
+from emloc.compression.menu_choice import pricing_bytes
 from emloc.compression.vocabulary import rounding_bytes
 from emloc.formats.layer_format import GroupShape, tensor_bytes
 from emloc.linalg.gram import Side
 from emloc.linalg.merging import ROWS
-from emloc.linalg.trellis_rounding import fitted_trellis_bytes
 from emloc.planning.calls import Calls, Matrices, compute_itemsize
 from emloc.planning.ledger import Lines, largest, lines_of, total
 from emloc.planning.step import Passing
@@ -149,9 +149,9 @@ def fitting_bytes(group: Group, itemsize: int) -> int:
     shape, form = group.shape, group.form
     if not group.menu:
         return form.format.fitting_bytes(shape, form, itemsize)
-    # The error of a layer and what it is multiplied with, beside what following one form takes.
-    pricing = fitted_trellis_bytes(max(shape.d_out), shape.d_in) + 8 * max(shape.d_out) * shape.d_in
-    return max(pricing, *(f.format.fitting_bytes(shape, f, itemsize) for f in group.guesses))
+    return max(
+        pricing_bytes(shape), *(f.format.fitting_bytes(shape, f, itemsize) for f in group.guesses)
+    )
 
 
 def _probe_bytes(block: Block, itemsize: int) -> tuple[int, int]:

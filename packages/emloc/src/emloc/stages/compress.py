@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from emloc.artefacts.digest import batches_digest
 from emloc.artefacts.kinds import BASE, EMULATOR
 from emloc.artefacts.manifest import ModelReference
@@ -20,13 +22,14 @@ from emloc.errors import CheckpointError, ConfigError
 from emloc.extend.capabilities import token_count
 from emloc.extend.data_capabilities import calibration_tokens_of
 from emloc.extend.family import Batch, ModelFamily
+from emloc.extend.formats import format_named
 from emloc.extend.opening import named_family, open_model
 from emloc.extend.plugin_options import of_family, own_options
-from emloc.formats.abilities import WeighsRows
+from emloc.formats.abilities import Prepares, WeighsRows
 from emloc.formats.layer_format import keep_ratio_of
-from emloc.linalg.trellis_search import prepare_search
+from emloc.formats.trellis import TRELLIS
 from emloc.machine.progress import console
-from emloc.options.compress import with_size
+from emloc.options.compress import AUTO, with_size
 from emloc.planning.contract import compress_contract
 from emloc.planning.setting import Setting
 from emloc.stages.frame import Artefact, Written
@@ -56,7 +59,9 @@ def compress(config: CompressConfig) -> Path:
         raise CheckpointError(
             f"{base.name} is quantised or an emulator already; compress the full-precision original."
         )
-    prepare_search()  # compiling takes memory that no layer does
+    format = TRELLIS if config.format == AUTO else format_named(config.format)
+    if isinstance(format, Prepares):
+        format.prepare(torch.device(config.device))
     contract = None
     if config.memory is not None:
         config, contract = compress_contract(config, base, family, planned_stages())
