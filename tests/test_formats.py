@@ -16,7 +16,14 @@ from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
 from emloc.artefacts.settings import same
 from emloc.config import CompressConfig, TrainConfig
-from emloc.errors import CheckpointError, ConfigError, DependencyError, OutputError, PluginError
+from emloc.errors import (
+    CheckpointError,
+    ConfigError,
+    DependencyError,
+    MismatchError,
+    OutputError,
+    PluginError,
+)
 from emloc.extend.formats import Forms, format_named
 from emloc.extend.plugin_options import with_plugin_options
 from emloc.extend.plugins import load_plugins
@@ -386,3 +393,18 @@ def test_nf4_without_bitsandbytes_is_one_sentence(monkeypatch, llm, tmp_path):
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(DependencyError, match=r"pip install 'emloc\[bitsandbytes\]'"):
         emloc.compress(output_dir=tmp_path / "e", format="nf4", **llm)
+
+
+@pytest.mark.parametrize(("format", "sizes"), [
+    (TRELLIS, (5, 64)), (TRELLIS, (2, 0)), (TRELLIS, (0, 64)), (QUANTIZED, (1, 64)),
+    *((f, (2, 64, *more)) for f in (TRELLIS_RESIDUAL, QUANTIZED_RESIDUAL)
+      for more in ((4, 5), (0, 8), (-1, 8), (99, 8))),
+    (TRELLIS_RESIDUAL, (9, 64, 4, 8)), (QUANTIZED_RESIDUAL, (2, -1, 4, 8)),
+    (CODED_LOW_RANK, (4, 5)), (CODED_LOW_RANK, (0, 4)), (CODED_LOW_RANK, (99, 4)),
+])  # fmt: skip
+def test_sizes_of_a_config_that_no_compression_writes_are_refused(format, sizes):
+    """Before a module is made, and not with Python's own words."""
+    form = Form(format, dict(zip(format.size_names, sizes, strict=True)))
+    layer = DenseLayer("a", 48, 32, True, torch.float32, torch.device("cpu"))
+    with pytest.raises(MismatchError, match="no format; compress the base model again"):
+        format.modules([layer], form)

@@ -62,8 +62,12 @@ class CodedLowRank(LayerByLayer):
         return self._form(least, bits) if least else "rank 1 is more than its share"
 
     def layout(self, d_out: int, d_in: int, form: Form) -> FactorPair:
-        """Codes, scales and zeros of both factors."""
-        return FactorPair(d_out, d_in, form.sizes[RANK], form.sizes[BITS])
+        """Codes, scales and zeros of both factors.
+
+        Raises:
+            MismatchError: there are no factors of these sizes.
+        """
+        return FactorPair.known(d_out, d_in, form.sizes[RANK], form.sizes[BITS])
 
     def fit_layer(
         self, weight: Tensor, moments: Moments, form: Form

@@ -13,12 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emloc.errors import MismatchError
 from emloc.formats.coded_matrix import CodedMatrix, Kind, ReadName
 from emloc.linalg.gram import Moments
 from emloc.linalg.lowrank import factorise
 from emloc.linalg.operator import Chain, Matrix, Operator
 from emloc.linalg.refinement import fitted_grid
 from emloc.linalg.ridged_cholesky import ridged_cholesky
+from emloc.options.compress import FACTOR_BITS
 
 LEFT, RIGHT = "left", "right"
 
@@ -44,6 +46,20 @@ class FactorPair(NamedTuple):
     d_in: int
     rank: int
     bits: int
+
+    @classmethod
+    def known(cls, d_out: int, d_in: int, rank: int, bits: int) -> "FactorPair":
+        """The sizes, if there are factors of them.
+
+        Raises:
+            MismatchError: there are none.
+        """
+        if bits not in FACTOR_BITS or not 1 <= rank <= min(d_out, d_in):
+            raise MismatchError(
+                f"The emulator's config gives layers of {d_out} outputs and {d_in} inputs factors of rank "
+                f"{rank} in {bits} bits, which is no format; compress the base model again."
+            )
+        return cls(d_out, d_in, rank, bits)
 
     @property
     def left(self) -> CodedMatrix:

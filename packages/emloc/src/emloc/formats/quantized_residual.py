@@ -91,11 +91,11 @@ class QuantizedResidual(LayerByLayer):
         """Codes, scales and zeros, and the factors.
 
         Raises:
-            MismatchError: there is no grid of these sizes.
+            MismatchError: there are no codes or no factors of these sizes.
         """
         bits, group_size, rank, number = (form.sizes[name] for name in SIZES)
         codes = self.codes_of(d_out, d_in, bits, group_size)
-        return CodesAndFactors(codes, FactorPair(d_out, d_in, rank, number))
+        return CodesAndFactors(codes, FactorPair.known(d_out, d_in, rank, number))
 
     def codes_of(self, d_out: int, d_in: int, bits: int, group_size: int) -> Layout:
         """The tensors of the codes.
