@@ -284,21 +284,21 @@ def test_auto_goes_on_where_it_was_stopped(title, tmp_path, monkeypatch):
     whole = emloc.compress(output_dir=tmp_path / "whole", **options)
     asked = []
 
-    def stopping(stream, plan, batches, done, what, finish):
+    def stopping(stream, plan, batches, done, what, finish, *more):
         def stop(passed):
             asked.append((what, passed.block))
             if what == title and passed.block.endswith(".1"):
                 raise KeyboardInterrupt
             finish(passed)
 
-        stream_moments(stream, plan, batches, done, what, stop)
+        stream_moments(stream, plan, batches, done, what, stop, *more)
 
-    def counting(stream, plan, batches, done, what, finish):
+    def counting(stream, plan, batches, done, what, finish, *more):
         def count(passed):
             asked.append((what, passed.block))
             finish(passed)
 
-        stream_moments(stream, plan, batches, done, what, count)
+        stream_moments(stream, plan, batches, done, what, count, *more)
 
     for module in (fitting, menu_choice):
         monkeypatch.setattr(module, "stream_moments", stopping)

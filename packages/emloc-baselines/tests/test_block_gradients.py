@@ -51,13 +51,54 @@ def test_blocks_go_back_in_the_order_in_which_they_ran(tmp_path, tiny):
         assert gradient.any(), name
 
 
-def test_a_block_that_runs_again_is_refused(tmp_path, tiny):
-    stream, batches = stream_of(write_model(tmp_path / "base"), tiny.data)
-    first, second, *_ = stream.model.model.layers
-    run = second.forward
-    second.forward = lambda x, *more, **named: run(first(x, *more, **named), *more, **named)
-    with pytest.raises(ConfigError, match=r"Block model\.layers\.0 runs more than once"):
+def run_in(model, order):
+    """Have a model go through its blocks in this order, by their numbers."""
+
+    class InOrder(torch.nn.ModuleList):
+        def __getitem__(self, index):
+            blocks = list(self._modules.values())
+            return [blocks[n] for n in order] if isinstance(index, slice) else blocks[index]
+
+    model.model.layers.__class__ = InOrder
+
+
+def test_a_block_that_runs_again_has_the_gradients_of_all_its_runs(tmp_path, tiny):
+    base = write_model(tmp_path / "base")
+    stream, batches = stream_of(base, tiny.data)
+    whole = load(base)
+    for model in (stream.model, whole):
+        run_in(model, [0, 1, 0, 2, 0])
+    expected, found = gradients(whole, batches), {}
+
+    @contextmanager
+    def visit(block, module):
+        for parameter in module.parameters():
+            parameter.requires_grad_(True)
+        yield
+        for name, parameter in module.named_parameters():
+            sums = found.setdefault(f"{block}.{name}", torch.zeros_like(parameter))
+            sums += parameter.grad
+
+    backward_by_block(stream, batches, visit, in_parts=True)
+    assert len(found) == sum(".layers." in name for name in expected)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-3)
+    with pytest.raises(ConfigError, match=r"Block model\.layers\.0 runs again after others"):
         found_by(stream, batches)
+
+
+def test_runs_that_follow_each_other_share_a_visit(tmp_path, tiny):
+    """As ALBERT's, whose one block runs at all depths; what is read when the block is left is all of it."""
+    base = write_model(tmp_path / "base")
+    stream, batches = stream_of(base, tiny.data)
+    whole = load(base)
+    for model in (stream.model, whole):
+        run_in(model, [0, 0, 0, 1])
+    expected, found = gradients(whole, batches), found_by(stream, batches)
+    reached = {name: gradient for name, gradient in found.items() if gradient is not None}
+    assert {name.split(".")[2] for name in reached} == {"0", "1"}
+    for name, gradient in reached.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-3)
 
 
 def test_a_loss_that_is_no_number_is_an_error(tmp_path, tiny):

@@ -31,7 +31,7 @@ REFUSED = {
     "blt": "a byte model of four transformers, one of which cuts the input into patches",
     "gemma4_assistant": "a drafting head that reads another model's cache",
     "gemma4_unified_assistant": "a drafting head that reads another model's cache",
-    "hrm_text": "its blocks run several times in one forward",
+    "hrm_text": "its checkpoints hold fused projections, of whose parts a LoRA cannot be merged",
     "laguna": "PEFT garbles the names of its shared experts when it loads an adapter",
     "rwkv": "it rescales weights in place when it is evaluated, which products of factors cannot bear",
     "reformer": "its forward builds tensors on the device of its parameters, which are not there",
@@ -194,13 +194,41 @@ def test_layers_that_the_forward_leaves_out_stay_dense(tmp_path, capfd):
     )
 
 
-def test_blocks_that_run_twice_are_refused(tmp_path):
+def test_blocks_that_run_again_are_streamed_as_they_run(tmp_path):
+    """All stages of a model that goes through its blocks several times, most of them without gradients."""
     write_tiny(tmp_path / "base", "hrm_text")
-    data = write_rows(tmp_path / "train.jsonl", 8, seed=1)
-    with pytest.raises(ConfigError, match="runs more than once"):
-        emloc.compress(
-            model_name_or_path=str(tmp_path / "base"), dataset=str(data), output_dir=tmp_path / "e"
+    data = {"dataset": str(write_rows(tmp_path / "train.jsonl", 8, seed=1)), "max_length": 64}
+    base = {"model_name_or_path": str(tmp_path / "base"), **data}
+    emulators = [
+        emloc.compress(output_dir=tmp_path / weighed, weigh_errors=weighed, **base)
+        for weighed in ("alike", "gradients")
+    ]
+    for emulator in emulators:
+        layers = Manifest.read(emulator).layers
+        tokens = {name.split(".layers.")[0]: entry["tokens"] for name, entry in layers.items()}
+        assert tokens["model.L_module"] > tokens["model.H_module"] > 0
+    steps = {"max_steps": 2, "learning_rate": 1e-2, "lora_r": 3, "lora_dropout": 0.0, **data}
+    whole, streamed = (
+        emloc.train(
+            model_name_or_path=base["model_name_or_path"], stream=stream, device="cpu",
+            output_dir=tmp_path / str(stream), **steps,
         )
+        for stream in (False, True)
+    )  # fmt: skip
+    ours, stock = (load_file(folder / "adapter_model.safetensors") for folder in (streamed, whole))
+    for name, tensor in stock.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5)
+    adapter = emloc.train(emulator=str(emulators[0]), output_dir=tmp_path / "a", **steps)
+    corrected = emloc.correct(
+        adapter=str(adapter),
+        emulator=str(emulators[0]),
+        output_dir=tmp_path / "c",
+        limit="auto",
+        **data,
+    )
+    assert Manifest.read(corrected).layers.keys() == Manifest.read(emulators[0]).layers.keys()
+    with pytest.raises(ConfigError, match="propagate_errors: block .* runs more than once"):
+        emloc.compress(output_dir=tmp_path / "p", propagate_errors=True, **base)
 
 
 def test_the_list_of_what_is_refused_is_short(pytestconfig):

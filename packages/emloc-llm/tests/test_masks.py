@@ -86,7 +86,7 @@ class MaskedLM(LLMFamily):
 
 
 @pytest.mark.parametrize(("groups", "layers"), [(1, 3), (2, 4)])
-def test_albert_runs_its_blocks_again_and_is_refused(tmp_path, groups, layers):
+def test_albert_runs_its_blocks_again_and_all_runs_count(tmp_path, groups, layers):
     tokenizer = byte_tokenizer()
     config = AlbertConfig(
         vocab_size=len(tokenizer), embedding_size=16, hidden_size=24, num_hidden_layers=layers,
@@ -105,8 +105,13 @@ def test_albert_runs_its_blocks_again_and_is_refused(tmp_path, groups, layers):
     )  # fmt: skip
     (tmp_path / "work").mkdir()
     folder = EmulatorFolder(stream, _plan(stream), "auto", tmp_path / "work")
-    with pytest.raises(ConfigError, match="runs more than once"):
-        compress_blocks(stream, folder, family.calibration_batches(checkpoint, options))
+    batches = family.calibration_batches(checkpoint, options)
+    compress_blocks(stream, folder, batches)
+    real = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    assert any(not batch["attention_mask"].all() for batch in batches)
+    for block in stream.blocks:
+        entries = folder.read_report(block)["layers"].values()
+        assert {entry["tokens"] for entry in entries} == {real * layers // groups}
 
 
 def _plan(stream):

@@ -1,192 +1,53 @@
 """The pass over models of unusual shape: what is folded is what layers read, or the model is refused."""
 
-import json
+import contextlib
+import shutil
 from contextlib import contextmanager
-from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from odd_models import (
+    REAL,
+    WIDTH,
+    Again,
+    AlwaysGated,
+    Backwards,
+    Block,
+    EachTwice,
+    Family,
+    Gated,
+    Idle,
+    InsideTwice,
+    LastTwice,
+    Looping,
+    Plain,
+    Prompted,
+    SharedLayer,
+    TokensFirst,
+    real_batches,
+    written,
+)
 from torch import nn
 
-from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.file_digest import file_sha256
+from emloc.compression import one_pass
 from emloc.compression.emulator_folder import EmulatorFolder
 from emloc.compression.fitting import compress_blocks
 from emloc.compression.groups import CompressionPlan, Group
 from emloc.compression.sensitivity import BlockProbe
 from emloc.errors import ConfigError
-from emloc.extend.family import StoredParameter
 from emloc.formats.layer_format import GroupShape
 from emloc.formats.low_rank import low_rank
 from emloc.streaming.call import Call
 from emloc.streaming.lockstep import lockstep
 from emloc.streaming.stream import UnitStream
 
-WIDTH = 6
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up = nn.Linear(WIDTH, 10)
-        self.down = nn.Linear(10, WIDTH)
-
-    def forward(self, x):
-        return x + self.down(self.up(x).relu())
-
-
-class Plain(nn.Module):
-    """Two blocks, one after the other."""
-
-    count = 2
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(self.count))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, 300)
-
-    def body(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-    def forward(self, x):
-        return self.head(self.norm(self.body(x)))
-
-
-class Again(Plain):
-    """One block that is called three times in a row, as ALBERT's."""
-
-    count = 1
-
-    def body(self, x):
-        return self.blocks[0](self.blocks[0](self.blocks[0](x)))
-
-
-class Looping(Plain):
-    """All blocks in turn, a norm, and all of them once more, as a universal transformer."""
-
-    def body(self, x):
-        for _ in range(2):
-            x = self.norm(super().body(x))
-        return x
-
-
-class LastTwice(Plain):
-    def body(self, x):
-        return self.blocks[1](super().body(x))
-
-
-class Backwards(Plain):
-    def body(self, x):
-        return self.blocks[0](self.blocks[1](x))
-
-
-class Idle(Plain):
-    """A block that no sample needs, as a tower without images."""
-
-    def body(self, x):
-        return self.blocks[0](x)
-
-
-class InsideTwice(Plain):
-    """A layer that reads two things inside its block."""
-
-    def body(self, x):
-        block = self.blocks[1]
-        block.forward = lambda x: block.down(block.up(block.down(block.up(x)).relu()).relu())
-        return super().body(x)
-
-
-class SharedLayer(Plain):
-    def __init__(self):
-        super().__init__()
-        self.blocks[1].up = self.blocks[0].up
-
-
-class Gated(Plain):
-    """Two layers that read the same, except in the last micro-batch."""
-
-    def __init__(self):
-        super().__init__()
-        for block in self.blocks:
-            block.gate = nn.Linear(WIDTH, 10)
-            block.forward = partial(self.run, block)
-
-    @staticmethod
-    def run(block, x):
-        other = x if x.shape[1] == 5 else x + 1
-        return block.down(block.up(x) * block.gate(other))
-
-
-class AlwaysGated(Gated):
-    @staticmethod
-    def run(block, x):
-        return block.down(block.up(x) * block.gate(x.clone()))
-
-
-class TokensFirst(Plain):
-    def body(self, x):
-        return super().body(x.transpose(0, 1)).transpose(0, 1)
-
-
-class Prompted(Plain):
-    """Learnt tokens in front of the text's."""
-
-    def body(self, x):
-        return super().body(torch.cat([torch.ones(x.shape[0], 2, WIDTH), x], 1))[:, 2:]
-
-
-class Family:
-    """What the pass asks of a family, for the models above."""
-
-    def __init__(self, kind, mask=None):
-        self.kind, self.mask = kind, mask
-
-    def skeleton(self, checkpoint, dtype):
-        with torch.device("meta"):
-            return self.kind().eval()
-
-    def stored(self, model, parameter, checkpoint):
-        return StoredParameter((parameter,)) if parameter in checkpoint.tensors else None
-
-    def blocks(self, model):
-        return [f"blocks.{index}" for index in range(self.kind.count)]
-
-    def token_mask(self, batch, layer=None):
-        return batch["mask"] if self.mask is None else self.mask(batch, layer)
-
-    def loss(self, model, batch):
-        return model(batch["x"]).sum(), 1
-
-
-def real_batches():
-    draw = torch.Generator().manual_seed(1)
-    batches = []
-    for lengths in ((5, 3), (4, 4), (1, 4)):
-        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-        batches.append({"x": torch.randn(*mask.shape, WIDTH, generator=draw), "mask": mask})
-    return batches
-
-
-REAL = 5 + 3 + 4 + 4 + 1 + 4
-
-
-def written(model, folder):
-    """A model as a checkpoint."""
-    folder.mkdir(exist_ok=True)
-    tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"model_type": "toy"}))
-    return Checkpoint.open(folder)
-
 
 @pytest.fixture
 def compressed(tmp_path):
     """Runs the pass over a family's model; returns the blocks' reports and the model."""
 
-    def run(kind, mask=None, span=None, shared=False):
+    def run(kind, mask=None, span=None, shared=False, go_on=False):
         torch.manual_seed(0)
         model = kind().eval()
         stream = UnitStream(Family(kind, mask), written(model, tmp_path / "base"))
@@ -203,9 +64,12 @@ def compressed(tmp_path):
                     shape = GroupShape(layers, (d_out,) * len(layers), d_in)
                     wide = low_rank(span[1]) if span else None
                     groups.append(Group(shape, low_rank(3), wide))
-        (tmp_path / "work").mkdir()
-        folder = EmulatorFolder(
-            stream, CompressionPlan(tuple(groups), {}), "auto", tmp_path / "work"
+        work = tmp_path / "work"
+        if not go_on:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+        run.folder = folder = EmulatorFolder(
+            stream, CompressionPlan(tuple(groups), {}), "auto", work
         )
         compress_blocks(stream, folder, real_batches())
         return {block: folder.read_report(block) for block in stream.blocks}, model
@@ -236,10 +100,71 @@ def test_every_real_token_is_folded_as_often_as_it_is_read(compressed, kind):
     assert twice == (2 * REAL if kind is InsideTwice else REAL)
 
 
-@pytest.mark.parametrize("kind", [Again, Looping, LastTwice])
-def test_a_block_that_runs_again_is_refused(compressed, kind):
-    with pytest.raises(ConfigError, match=r"Block blocks\.\d runs more than once"):
-        compressed(kind)
+@pytest.mark.parametrize("kind", [Again, Looping, LastTwice, EachTwice, Backwards])
+def test_a_block_is_fitted_to_all_of_its_runs(compressed, kind, tmp_path):
+    """Tokens, and the error that the fitted weight makes on them, are those of plain forwards."""
+    reports, model = compressed(kind)
+    folder = compressed.folder
+    for block, report in reports.items():
+        fitted = folder.emulated(block)
+        for layer, entry in report["layers"].items():
+            rows, weight = read_by(model, layer), model.get_parameter(f"{layer}.weight").double()
+            lost = (rows @ (weight - fitted[f"{layer}.weight"].double()).T).square().sum()
+            assert entry["tokens"] == len(rows) == counted(model, layer)
+            expected = float((lost / (rows @ weight.T).square().sum()).sqrt().detach())
+            assert entry["relative_error"] == pytest.approx(expected, rel=1e-3)
+
+
+def read_by(model, layer):
+    """Real rows that a layer reads in plain forwards, in float64."""
+    rows = []
+    for batch in real_batches():
+        handle = model.get_submodule(layer).register_forward_pre_hook(
+            lambda _, inputs, mask=batch["mask"]: rows.append(inputs[0][mask].detach().double())
+        )
+        model(batch["x"])
+        handle.remove()
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("kind", [Plain, Again, Looping, LastTwice, EachTwice])
+def test_a_pass_that_was_killed_ends_with_the_same_bytes(compressed, kind, monkeypatch):
+    """Wherever it was killed: before a block was written, after it, or before the runs were counted."""
+    compressed(kind)
+    whole = [file_sha256(compressed.folder.work / name) for name in compressed.folder.shards[:-1]]
+    points = [(EmulatorFolder, "write_block"), (one_pass, "write_runs"), (one_pass, "known_runs")]
+    for owner, name in points:
+        real = getattr(owner, name)
+        for kept in range(3):
+            for before in (True, False):
+                calls = []
+
+                def killed(*given, real=real, calls=calls, kept=kept, before=before):
+                    calls.append(given)
+                    if len(calls) > kept and before:
+                        raise KeyboardInterrupt
+                    made = real(*given)
+                    if len(calls) > kept:
+                        raise KeyboardInterrupt
+                    return made
+
+                with monkeypatch.context() as patch:
+                    patch.setattr(owner, name, killed)
+                    with contextlib.suppress(KeyboardInterrupt):
+                        compressed(kind)
+                compressed(kind, go_on=True)
+                again = [
+                    file_sha256(compressed.folder.work / file)
+                    for file in compressed.folder.shards[:-1]
+                ]
+                assert again == whole, (name, kept, before)
+
+
+def test_sizes_of_a_block_that_runs_again_follow_its_last_run(compressed):
+    """What is allocated by how much the block's output minds, of the first micro-batch."""
+    reports, _ = compressed(Again, span=(1, 6))
+    for entry in reports["blocks.0"]["layers"].values():
+        assert entry["sensitivity"] > 0
 
 
 def test_a_block_that_is_not_reached_stays_dense(compressed):

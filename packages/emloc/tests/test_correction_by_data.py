@@ -91,7 +91,7 @@ def test_the_best_on_one_half_must_not_be_worse_than_none_on_the_other():
 
 
 def test_sums_of_a_layer_are_taken_once(tmp_path):
-    """A layer that is called again, as in a model that loops, keeps its own sum, whatever else is closed."""
+    """A layer keeps its own sum, whatever else is closed, until all are forgotten."""
     draw = torch.Generator().manual_seed(0)
     reads = Reads(tmp_path, {"a", "b"}, calls=2)
     rows = {name: torch.randn(9, 4, generator=draw) for name in "abc"}
@@ -106,6 +106,14 @@ def test_sums_of_a_layer_are_taken_once(tmp_path):
     for name in ("a", "b"):
         torch.testing.assert_close(reads.crossed(name), rows[name].T @ rows[name][:, :2])
     assert reads.crossed("c") is None
+    assert [reads.has(name) for name in "abc"] == [True, True, False]
+    reads.forget()
+    assert reads.wants("a", 0)
+    assert not list(tmp_path.iterdir())
+    for name in ("a", "b"):
+        reads.fold(name, rows[name], rows[name][:, :2])
+    reads.close_all()
+    torch.testing.assert_close(reads.crossed("b"), rows["b"].T @ rows["b"][:, :2])
     assert Reads(tmp_path, {"a"}, calls=1).wants("a", 0)
     assert not Reads(tmp_path, {"a"}, calls=1).wants("a", 1)
 

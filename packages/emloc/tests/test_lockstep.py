@@ -121,3 +121,22 @@ def test_each_call_has_its_own_autocast():
             call.advance()
             assert not torch.is_autocast_enabled("cpu")
     assert seen == [torch.bfloat16, False, torch.float16, False]
+
+
+def test_each_call_records_its_own_graph():
+    """Calls that turn gradients off and on between units: of no other, and not of what runs between them."""
+    seen = []
+
+    def run(inside, outside):
+        torch.set_grad_enabled(outside)
+        with torch.set_grad_enabled(inside):
+            wait_before("unit", None)
+            seen.append(torch.is_grad_enabled())
+        seen.append(torch.is_grad_enabled())
+
+    calls = [Call(partial(run, *modes)) for modes in ((False, True), (True, False))]
+    for _ in range(2):
+        for call in calls:
+            call.advance()
+            assert torch.is_grad_enabled()
+    assert seen == [False, True, True, False]

@@ -143,7 +143,7 @@ def priced(tmp_path, monkeypatch):
         x = torch.randn(tokens, 256)
         moments = Moments.of_matrix("input", "block.a", x.T @ x, tokens)
 
-        def streamed(stream, plan, batches, done, what, finish):
+        def streamed(stream, plan, batches, done, what, finish, forget, work):
             if "block" not in done:
                 count[0] += 1
                 probe = SimpleNamespace(sensitivity=lambda *given: 1.0)

@@ -98,4 +98,4 @@ def accumulate_gradients(
         yield
 
     with masked(stream.model, masks):
-        return backward_by_block(stream, batches, visit)
+        return backward_by_block(stream, batches, visit, in_parts=True)

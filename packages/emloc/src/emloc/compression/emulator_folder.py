@@ -146,6 +146,10 @@ class EmulatorFolder:
                 shard.write(name, tensors[name])
         write_json(self.report_path(block), {**report, "sha256": {file: shard.sha256}})
 
+    def forget_block(self, block: str) -> None:
+        """Have a block count as not done, if it was."""
+        self.report_path(block).unlink(missing_ok=True)
+
     def emulated(self, block: str) -> dict[str, Tensor]:
         """The weights that a finished block's tensors on disk stand for; see `dense_of`."""
         file = self.shards[self.stream.blocks.index(block)]

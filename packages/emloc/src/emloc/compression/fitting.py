@@ -73,7 +73,10 @@ def compress_blocks(
         report = {"layers": layers, "unreached": unreached, "seconds": seconds if layers else 0.0}
         folder.write_block(passed.block, fitted, report)
 
-    stream_moments(stream, folder.plan, batches, folder.finished_blocks(), "compress", finish)
+    done = folder.finished_blocks()
+    stream_moments(
+        stream, folder.plan, batches, done, "compress", finish, folder.forget_block, folder.work
+    )
 
 
 def fit_group(

@@ -92,7 +92,11 @@ def price_menus(
         write_json(paths[passed.block], menus)
 
     done = {block for block, path in paths.items() if _are_prices_of(path, plan.within(block))}
-    stream_moments(stream, plan, batches, done, "price", finish)
+
+    def forget(block: str) -> None:
+        paths[block].unlink(missing_ok=True)
+
+    stream_moments(stream, plan, batches, done, "price", finish, forget, work)
     return {name: menu for path in paths.values() for name, menu in read_json(path).items()}
 
 

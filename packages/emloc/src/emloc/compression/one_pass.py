@@ -3,18 +3,22 @@
 All micro-batches advance in lockstep. At a block its weights are loaded, hooks fold the moments of every
 group's side, and when all are through, the block is handed over: to be fitted and written
 (`emloc.compression.fitting`), or for its layers' forms to be priced (`emloc.compression.menu_choice`).
-Peak memory is one block in float32, its moments, what is done with them, and the hidden states.
+Peak memory is one block in float32, its moments, what is done with them, and the hidden states. Moments of
+blocks that run more than once in a forward are held until their last run.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from emloc.compression.block_runs import known_runs, write_runs
 from emloc.compression.groups import CompressionPlan, Group
 from emloc.compression.sensitivity import BlockProbe
 from emloc.errors import ConfigError
@@ -25,7 +29,7 @@ from emloc.linalg.gram import Moments
 from emloc.machine.progress import progress_bar
 from emloc.streaming.call import Call, current_call
 from emloc.streaming.input_rows import input_rows
-from emloc.streaming.lockstep import lockstep, refuse_again
+from emloc.streaming.lockstep import LockstepError, lockstep
 from emloc.streaming.real_rows import is_expert, real_rows
 from emloc.streaming.stream import UnitStream
 
@@ -60,56 +64,138 @@ def stream_moments(
     done: Set[str],
     title: str,
     finish: Callable[[Passed], None],
+    forget: Callable[[str], None],
+    work: Path,
 ) -> None:
-    """Run the micro-batches through the base once, and hand every block's moments to `finish`.
+    """Run the micro-batches through the base, and hand every block's moments to `finish`.
 
-    Blocks that no sample needs are handed over in the end, without any.
+    They are summed over all runs of the block. One pass does it unless a block turns out to run again after
+    it was handed over; then another follows, in which it is known how often each one runs
+    (`emloc.compression.block_runs`). Blocks that no sample needs are handed over in the end, without moments.
 
     Args:
         plan: its groups' moments are summed.
         done: blocks that are only run.
         title: of the progress bar.
+        forget: told the blocks of which some were handed over too early; they are handed over again.
+        work: folder in which the numbers of runs are kept.
 
     Raises:
         NumericalError: an activation is NaN; names the layer.
-        ConfigError: a block runs more than once in a forward, layers share a weight, or it is not known
-            which of the rows that a layer reads are padding.
+        ConfigError: layers share a weight, or it is not known which of the rows that a layer reads are
+            padding.
     """
     refuse_shared(stream, plan)
-    blocks, seen = stream.blocks, set[str]()
-    if done >= set(blocks):
+    runs = known_runs(work)
+    if runs is not None and done >= set(stream.blocks):
         return
-    calls = [Call(running(stream, batch)) for batch in batches]
-    probe = BlockProbe(stream)
-    probed = [b for b in blocks if any(group.wide or group.menu for group in plan.within(b))]
-    with progress_bar(title, len(blocks)) as advance:
+    one = _Pass(stream, plan, done, title, finish, runs)
+    one.run(batches)
+    if runs is not None:
+        return
+    again = {block for block, count in one.seen.items() if count > 1}
+    for block in again:
+        forget(block)
+    write_runs(work, one.seen)
+    if one.stopped is not None:
+        _Pass(stream, plan, one.stopped - again, title, finish, one.seen).run(batches)
 
-        @contextmanager
-        def visit(unit: str) -> Iterator[None]:
-            if unit in blocks:
-                refuse_again(unit, seen)
-                seen.add(unit)
-            with stream.filled(unit):
-                if unit in blocks and unit not in done:
-                    started = time.monotonic()
-                    with probe.of(unit):
-                        with _folding_block(stream, plan, unit) as moments:
+
+class _Pass:
+    """One forward of all micro-batches.
+
+    Args:
+        runs: how often each block runs; None: not known, so that blocks are handed over after their first
+            run, until one of them runs again.
+
+    Attributes:
+        seen: how often each block ran.
+        stopped: blocks that had been handed over or were done when a block ran again; None: none did.
+    """
+
+    def __init__(
+        self,
+        stream: UnitStream,
+        plan: CompressionPlan,
+        done: Set[str],
+        title: str,
+        finish: Callable[[Passed], None],
+        runs: Mapping[str, int] | None,
+    ) -> None:
+        self._stream, self._plan, self._done = stream, plan, done
+        self._title, self._finish, self._runs = title, finish, runs
+        self._probe = BlockProbe(stream)
+        self._open: dict[str, dict[str, Moments]] = {}
+        self.seen = Counter[str]()
+        self.stopped: set[str] | None = None
+
+    def run(self, batches: Sequence[Batch]) -> None:
+        """Run all calls as far as the last run of a block."""
+        stream = self._stream
+        calls = [Call(running(stream, batch)) for batch in batches]
+        probed = [
+            block
+            for block in stream.blocks
+            if any(group.wide or group.menu for group in self._plan.within(block))
+        ]
+        with progress_bar(self._title, len(stream.blocks)) as advance, self._probe.watching(probed):
+
+            @contextmanager
+            def visit(unit: str) -> Iterator[None]:
+                with stream.filled(unit):
+                    if unit not in stream.blocks:
+                        yield
+                        return
+                    self._count(unit)
+                    if self.stopped is None and unit not in self._done:
+                        with self._summing(unit):
                             yield
-                        finish(Passed(unit, moments, probe, started))
-                else:
-                    yield
-            if unit in blocks:
-                advance(note=unit)
+                    else:
+                        yield
+                if self.seen[unit] == self._expected(unit):
+                    advance(note=unit)
 
-        def enough(waiting: Set[str | None]) -> bool:
-            return seen.issuperset(blocks) and none_comes_again(stream, waiting)
+            lockstep(stream.model, stream.units, calls, visit, self._enough, stream.device)
+            for block in stream.blocks:
+                if self.seen[block] == 0 and self.stopped is None:  # a tower that no sample needs
+                    if block not in self._done:
+                        self._finish(Passed(block, {}, self._probe, time.monotonic()))
+                    advance(note=block)
 
-        with probe.watching(probed):
-            lockstep(stream.model, stream.units, calls, visit, enough, stream.device)
-        for block in blocks:
-            if block not in seen | done:  # a tower that no sample needs
-                finish(Passed(block, {}, probe, time.monotonic()))
-                advance(note=block)
+    def _expected(self, block: str) -> int:
+        return 1 if self._runs is None else self._runs.get(block, 0)
+
+    def _count(self, block: str) -> None:
+        if self._runs is None and self.seen[block] == 1 and self.stopped is None:
+            self.stopped = set(self._done) | set(self.seen)
+        self.seen[block] += 1
+        if self._runs is not None and self.seen[block] > self._expected(block):
+            raise LockstepError(
+                f"Block {block} runs more often than in the pass before; give all micro-batches the same "
+                f"structure."
+            )
+
+    @contextmanager
+    def _summing(self, block: str) -> Iterator[None]:
+        """Fold what the block's layers read, and hand it over after its last run."""
+        started = time.monotonic()
+        moments = self._open.pop(block, None)
+        if moments is None:
+            moments = _moments(self._plan, block)
+        with self._probe.of(block):
+            with _folding_block(self._stream, self._plan, block, moments):
+                yield
+            if self.seen[block] == self._expected(block):
+                self._finish(Passed(block, moments, self._probe, started))
+            else:
+                self._open[block] = moments
+
+    def _enough(self, waiting: Set[str | None]) -> bool:
+        if self._runs is not None:
+            return all(self.seen[block] == count for block, count in self._runs.items())
+        return self.seen.keys() >= set(self._stream.blocks) and none_comes_again(
+            self._stream, waiting
+        )
 
 
 def none_comes_again(stream: UnitStream, waiting: Set[str | None]) -> bool:
@@ -157,15 +243,20 @@ def running(stream: UnitStream, batch: Batch) -> Callable[[], LossSum]:
     return run
 
 
+def _moments(plan: CompressionPlan, block: str) -> dict[str, Moments]:
+    """Moments of a block's groups, of nothing yet, by `Group.source`."""
+    return {
+        group.source: Moments(group.form.format.side(group.shape), group.source)
+        for group in plan.within(block)
+    }
+
+
 @contextmanager
 def _folding_block(
-    stream: UnitStream, plan: CompressionPlan, block: str
-) -> Iterator[dict[str, Moments]]:
+    stream: UnitStream, plan: CompressionPlan, block: str, moments: Mapping[str, Moments]
+) -> Iterator[None]:
     """Fold the moments of a block's groups while it runs."""
     sources = {group.source: group for group in plan.within(block)}
-    moments = {
-        name: Moments(group.form.format.side(group.shape), name) for name, group in sources.items()
-    }
     handles = [
         stream.model.get_submodule(name).register_forward_hook(
             _folding(stream, block, group, moments[name])
@@ -176,7 +267,7 @@ def _folding_block(
         handle for group in sources.values() for handle in _watch_shared_input(stream, group)
     ]
     try:
-        yield moments
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -14,15 +14,21 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from emloc.artefacts.shard_writer import ShardWriter
+from emloc.artefacts.small_files import write_json
 from emloc.compression.groups import CompressionPlan, Group
 from emloc.extend.family import Batch
 from emloc.linalg.row_weights import FULL_BELOW, RowWeights
 from emloc.streaming.block_gradients import backward_by_block
 from emloc.streaming.kept_inputs import OnDisk
 from emloc.streaming.stream import UnitStream
+
+WHOLE = "gradients.json"
+"""Name of the file that is written when all sums are: of a model that goes through its blocks again, every
+block may have a file long before."""
 
 
 class OutputGradients:
@@ -39,12 +45,11 @@ class OutputGradients:
     def gather(
         cls, stream: UnitStream, plan: CompressionPlan, batches: Sequence[Batch], work: Path
     ) -> "OutputGradients":
-        """Run the pass, unless all of its files are there.
+        """Run the pass, unless one has ended in this folder.
 
         Raises:
             DataError: no token has a label.
             NumericalError: the loss or a gradient is NaN or infinite; names the block.
-            ConfigError: a block runs more than once in a forward.
         """
         paths = {
             b: work / f"gradients-{n + 1:05d}.safetensors" for n, b in enumerate(stream.blocks)
@@ -56,9 +61,13 @@ class OutputGradients:
             for layer in group.layers
         }
         made = cls(paths, block_of)
-        if not all(path.is_file() for path in paths.values()):
-            kept = OnDisk(stream.device, work)
-            backward_by_block(stream, batches, partial(_visit, stream, plan, paths), kept)
+        whole = work / WHOLE
+        if not whole.is_file():
+            for path in paths.values():
+                path.unlink(missing_ok=True)
+            visit = partial(_visit, stream, plan, paths)
+            backward_by_block(stream, batches, visit, OnDisk(stream.device, work), in_parts=True)
+            write_json(whole, {"blocks": len(paths)})
         return made
 
     def of(self, group: Group) -> RowWeights | None:
@@ -75,7 +84,8 @@ class OutputGradients:
 def _visit(
     stream: UnitStream, plan: CompressionPlan, paths: dict[str, Path], block: str, _: nn.Module
 ) -> Iterator[None]:
-    sums: dict[str, Tensor] = {}
+    # A block that was visited before, in a model that goes through its blocks again, has sums already.
+    sums = load_file(paths[block], str(stream.device)) if paths[block].is_file() else {}
     # Nothing in the first block has a graph unless something there wants a gradient.
     anchor = torch.zeros((), device=stream.device, requires_grad=True)
     handles: list[Any] = [
@@ -115,4 +125,6 @@ def _watching(
 
 def gradients_in(work: Path) -> list[str]:
     """Names of the files of moments in a folder, which only a continuation needs."""
-    return [path.name for path in work.glob("gradients-*.safetensors")]
+    return [
+        path.name for pattern in (WHOLE, "gradients-*.safetensors") for path in work.glob(pattern)
+    ]

@@ -33,6 +33,7 @@ from emloc.compression.one_pass import (
     running,
     weights_of,
 )
+from emloc.errors import ConfigError
 from emloc.extend.capabilities import token_mask_of
 from emloc.extend.family import Batch
 from emloc.formats.layer_format import Tensors
@@ -41,7 +42,7 @@ from emloc.linalg.regression import regressed
 from emloc.machine.progress import progress_bar
 from emloc.streaming.call import Call, current_call, wait_before
 from emloc.streaming.input_rows import input_rows
-from emloc.streaming.lockstep import lockstep, refuse_again
+from emloc.streaming.lockstep import lockstep
 from emloc.streaming.real_rows import is_expert
 from emloc.streaming.stream import UnitStream
 
@@ -121,7 +122,8 @@ def compress_propagating(
 
     Raises:
         NumericalError: a weight or an activation is NaN; names the layer.
-        ConfigError: see `emloc.compression.one_pass.stream_moments`.
+        ConfigError: a block runs more than once in a forward, or see
+            `emloc.compression.one_pass.stream_moments`.
     """
     done = folder.finished_blocks()
     if done < set(stream.blocks):
@@ -188,7 +190,11 @@ class _Propagation:
             with stream.filled(unit):
                 yield
             return
-        refuse_again(unit, self._seen)
+        if unit in self._seen:
+            raise ConfigError(
+                f"propagate_errors: block {unit} runs more than once in a forward of this model, and would "
+                f"have to be fitted before its later runs are known; leave the option out."
+            )
         self._seen.add(unit)
         if unit not in self._done:
             self._turns = _Turns(self._groups(unit), time.monotonic())

@@ -12,7 +12,7 @@ they are through.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -66,10 +66,16 @@ class Watched:
     Attributes:
         reads: where they are summed.
         original: gives a layer's LoRA as it is, as the one candidate.
+        apart: whether they are made in a pass of their own, or were: all units may run again then.
     """
 
     reads: Reads
     original: Callable[[str], CandidateLora]
+    apart: bool = False
+
+
+class _RunsAgain(Exception):
+    """A layer whose sum was taken is about to read more."""
 
 
 def losses(
@@ -112,6 +118,29 @@ def batch_losses(
         watched: sums to be made, on which `lora_of` may depend.
         other: the candidate that runs on other weights, if one does.
     """
+    run_all = partial(_run, stream, batches, layers, lora_of)
+    try:
+        return run_all(candidates, watched, other)
+    except _RunsAgain:
+        # Of a model that goes through its blocks again, all runs are summed before others depend on them.
+        assert watched is not None
+        watched.reads.forget()
+        apart = replace(watched, apart=True)
+        few = batches[: watched.reads.calls]
+        _run(stream, few, layers, lora_of, [0], apart, None)
+        watched.reads.close_all()
+        return run_all(candidates, apart, other)
+
+
+def _run(
+    stream: UnitStream,
+    batches: Sequence[Batch],
+    layers: Sequence[str],
+    lora_of: Callable[[str], CandidateLora],
+    candidates: Sequence[int],
+    watched: Watched | None,
+    other: OtherWeights | None,
+) -> list[list[LossSum]]:
     device = stream.device
 
     def run(batch: Batch) -> LossSum:
@@ -133,6 +162,9 @@ def batch_losses(
                 # By module: two units may hold the same one.
                 held = set(stream.model.get_submodule(unit).modules())
                 inside = [n for n in layers if stream.model.get_submodule(n) in held]
+                reads = None if watched is None or watched.apart else watched.reads
+                if reads is not None and any(map(reads.has, inside)):
+                    raise _RunsAgain
                 handles: list[Any] = []
                 if other is not None:
                     changed = [n for n in other.layers if stream.model.get_submodule(n) in held]
@@ -148,9 +180,9 @@ def batch_losses(
                 finally:
                     for handle in handles:
                         handle.remove()
-                if watched is not None:
+                if reads is not None:
                     for name in inside:
-                        watched.reads.close(name)
+                        reads.close(name)
             advance(note=unit)
 
         results: list[LossSum] = lockstep(stream.model, stream.units, calls, visit, device=device)
@@ -185,7 +217,8 @@ def _hook(
                     reads.fold(name, rows, rows.to(down.dtype) @ down.T)
             return plain(module, inputs, output)
         if not others:
-            reads.close(name)
+            if not watched.apart:
+                reads.close(name)
             others["add"] = _adding(lora_of(name).to(stream))
         return others["add"](module, inputs, output)
 

@@ -35,9 +35,25 @@ class Reads:
     def wants(self, layer: str, call: int) -> bool:
         """Return whether the layer reads, in the micro-batch of that number, something to be summed.
 
-        A layer that is called again after its sum was taken, as in a model that loops, adds no more to it.
+        A layer whose sum was taken adds no more to it.
         """
         return call < self.calls and layer in self.layers and layer not in self._kept
+
+    def has(self, layer: str) -> bool:
+        """Return whether the layer's sum was taken."""
+        return layer in self._kept
+
+    def close_all(self) -> None:
+        """Write all sums that are open; see `close`."""
+        for layer in list(self._open):
+            self.close(layer)
+
+    def forget(self) -> None:
+        """Drop all sums, to begin anew."""
+        for path in self._kept.values():
+            path.unlink()
+        self._kept.clear()
+        self._open.clear()
 
     def fold(self, layer: str, inputs: Tensor, read: Tensor) -> None:
         """Add rows.

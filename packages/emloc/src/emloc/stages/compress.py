@@ -10,6 +10,7 @@ from emloc.artefacts.digest import batches_digest
 from emloc.artefacts.kinds import BASE, EMULATOR
 from emloc.artefacts.manifest import ModelReference
 from emloc.artefacts.output_place import has_place
+from emloc.compression.block_runs import runs_in
 from emloc.compression.choice import choose_streamed, streamed_itemsize
 from emloc.compression.emulator_folder import EmulatorFolder
 from emloc.compression.fitting import compress_blocks
@@ -207,5 +208,10 @@ def _written(
             "block_seconds": [report["seconds"] for report in reports],
             "device": config.device,
         },
-        leftovers=[*folder.reports, *prices_in(folder.work), *gradients_in(folder.work)],
+        leftovers=[
+            *folder.reports,
+            *prices_in(folder.work),
+            *gradients_in(folder.work),
+            *runs_in(folder.work),
+        ],
     )

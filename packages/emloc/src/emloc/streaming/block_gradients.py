@@ -15,30 +15,35 @@ Products of a bfloat16 checkpoint are in bfloat16, as in training; gradients of 
 float32.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar, cast
+from itertools import groupby
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from emloc.errors import NumericalError
+from emloc.errors import ConfigError, NumericalError
 from emloc.extend.family import Batch
 from emloc.extend.losses import LossSum, summed
 from emloc.linalg.finite import is_finite
 from emloc.machine.progress import progress_bar
 from emloc.streaming.call import Call, current_call
 from emloc.streaming.kept_inputs import InMemory, KeptInputs, Random
-from emloc.streaming.lockstep import lockstep, refuse_again
+from emloc.streaming.lockstep import lockstep
 from emloc.streaming.precision import Autocast
 from emloc.streaming.stream import UnitStream
 
 Visit = Callable[[str, nn.Module], AbstractContextManager[None]]
-"""Entered with a block's weights loaded, left when all micro-batches went back through it."""
+"""Entered with a block's weights loaded, left when all micro-batches went back through it.
+
+Runs of a block that follow each other share a visit.
+"""
 
 
 Fill = Callable[[str, str | None], AbstractContextManager[None]]
@@ -85,16 +90,28 @@ class _Entered:
     autocast: Autocast
 
 
+class _Run(NamedTuple):
+    """A run of a block in a forward; most blocks have one."""
+
+    block: str
+    number: int
+
+
 @dataclass
 class _Passage:
     """One micro-batch on its way: what entered every block, and where what left it went on."""
 
-    entered: dict[str, _Entered] = field(default_factory=dict[str, _Entered])
-    left: dict[str, list[_Landed]] = field(default_factory=dict[str, list[_Landed]])
+    runs: Counter[str] = field(default_factory=Counter[str])
+    entered: dict[_Run, _Entered] = field(default_factory=dict[_Run, _Entered])
+    left: dict[_Run, list[_Landed]] = field(default_factory=dict[_Run, list[_Landed]])
 
 
 def backward_by_block(
-    stream: UnitStream, batches: Sequence[Batch], visit: Visit, kept: KeptInputs | None = None
+    stream: UnitStream,
+    batches: Sequence[Batch],
+    visit: Visit,
+    kept: KeptInputs | None = None,
+    in_parts: bool = False,
 ) -> float:
     """Back-propagate the summed loss of all labelled tokens; returns their mean loss.
 
@@ -104,11 +121,13 @@ def backward_by_block(
 
     Args:
         kept: where what enters blocks is kept in between; by default in memory.
+        in_parts: whether `visit` adds up by itself what a block gets in several visits, as where a model
+            goes through all of its blocks again.
 
     Raises:
         DataError: no token has a label.
         NumericalError: the loss or a gradient is NaN or infinite; names the block.
-        ConfigError: a block runs more than once in a forward.
+        ConfigError: a block runs again after others, and `visit` takes it for all of its gradients.
     """
 
     def loss_of(batch: Batch) -> tuple[Tensor, LossSum]:
@@ -123,7 +142,7 @@ def backward_by_block(
     with _precision(stream):
         parts = passes.forward([partial(loss_of, batch) for batch in batches])
         mean = summed(parts).mean("The calibration samples")
-        passes.backward(visit)
+        passes.backward(visit, in_parts)
     return mean
 
 
@@ -147,13 +166,10 @@ class BlockPasses:
 
         Args:
             losses: each runs the model once; returns a scalar loss, and what is to be known of it.
-
-        Raises:
-            ConfigError: a block runs more than once in a forward.
         """
 
         def run(loss_of: Callable[[], tuple[Tensor, Made]]) -> Made:
-            torch.set_grad_enabled(True)  # each call sets it whenever it goes on
+            torch.set_grad_enabled(True)
             loss, made = loss_of()
             if loss.requires_grad:
                 loss.backward()
@@ -176,23 +192,33 @@ class BlockPasses:
             with _hooks(stream, self._kept):
                 return lockstep(stream.model, stream.units, calls, visit, device=stream.device)
 
-    def backward(self, visit: Visit) -> None:
+    def backward(self, visit: Visit, in_parts: bool = True) -> None:
         """Add the gradients of all losses; see `backward_by_block`.
 
         Raises:
             NumericalError: the gradient of a block's output is NaN or infinite; names the block.
+            ConfigError: a block runs again after others, and not `in_parts`.
         """
         stream, passages = self._stream, self._passages
         # As the forward came by them, which need not be as they are listed; others have no gradient.
-        reached = list(dict.fromkeys(block for passage in passages for block in passage.entered))
-        others = [block for block in stream.blocks if block not in reached]
-        order = [*reversed(reached), *others]
+        runs = list(dict.fromkeys(run for passage in passages for run in passage.entered))
+        reached = [list(each) for _, each in groupby(reversed(runs), lambda run: run.block)]
+        order = [each[0].block for each in reached]
+        again = next((block for block, times in Counter(order).items() if times > 1), None)
+        if again is not None and not in_parts:
+            raise ConfigError(
+                f"Block {again} runs again after others in a forward of this model, so its gradients come in "
+                f"parts, which this method would take for all of them; choose another method."
+            )
+        others = [block for block in stream.blocks if block not in order]
+        order, visits = [*order, *others], [*reached, *([] for _ in others)]
         with self._progress("gradients", len(order)) as advance:
-            for block, following in zip(order, [*order[1:], None]):
+            for block, each, following in zip(order, visits, [*order[1:], None]):
                 module = stream.model.get_submodule(block)
                 with self._fill(block, following), torch.enable_grad(), visit(block, module):
-                    for passage in passages:
-                        _back_through(module, block, passage, self._kept)
+                    for run in each:
+                        for passage in passages:
+                            _back_through(module, run, passage, self._kept)
                 advance(note=block)
         self._kept.forget()
         self._passages = []
@@ -223,22 +249,30 @@ def _hooks(stream: UnitStream, kept: KeptInputs) -> Iterator[None]:
 
     def enter(block: str) -> Any:
         def before(module: nn.Module, inputs: Any, named: Any) -> None:
-            refuse_again(block, _passage().entered)
+            passage = _passage()
+            run = _Run(block, passage.runs[block])
+            passage.runs[block] += 1
+            if not torch.is_grad_enabled():  # by the model itself, which stops gradients here
+                return
             parts, form = tree_flatten((inputs, named))
             edges = [_edge(part) for part in parts]
             held = [part if edge is None else kept.put(part) for part, edge in zip(parts, edges)]
             random = Random.now(stream.device) if module.training else None
-            _passage().entered[block] = _Entered(held, edges, form, random, Autocast.now())
+            passage.entered[run] = _Entered(held, edges, form, random, Autocast.now())
             torch.set_grad_enabled(False)
 
         return before
 
     def leave(block: str) -> Any:
         def after(_: nn.Module, __: Any, ___: Any, output: Any) -> Any:
+            passage = _passage()
+            run = _Run(block, passage.runs[block] - 1)
+            if run not in passage.entered:
+                return output
             torch.set_grad_enabled(True)
             parts, form = tree_flatten(output)
             landed = [_Landed() if _is_float(part) else None for part in parts]
-            _passage().left[block] = [place for place in landed if place is not None]
+            passage.left[run] = [place for place in landed if place is not None]
             gone = [
                 part if place is None else _Landing.apply(part, anchor, place)
                 for part, place in zip(parts, landed)
@@ -275,17 +309,17 @@ def _edge(part: Any) -> GradientEdge | None:
     return get_gradient_edge(part) if _is_float(part) and part.requires_grad else None
 
 
-def _back_through(module: nn.Module, block: str, passage: _Passage, kept: KeptInputs) -> None:
+def _back_through(module: nn.Module, run: _Run, passage: _Passage, kept: KeptInputs) -> None:
     """Once more forward with a graph, then back; gradients of the inputs go on through the glue."""
-    if block not in passage.entered:  # an image tower that this micro-batch did not need
+    if run not in passage.entered:  # an image tower that this micro-batch did not need
         return
-    entered, landed = passage.entered.pop(block), passage.left.pop(block)
+    entered, landed = passage.entered.pop(run), passage.left.pop(run)
     gradients = [place.gradient for place in landed]
     if all(gradient is None for gradient in gradients):
         return
     if not all(gradient is None or is_finite(gradient) for gradient in gradients):
         raise NumericalError(
-            f"The gradient of what block {block} writes holds NaN or infinity; check the base model's "
+            f"The gradient of what block {run.block} writes holds NaN or infinity; check the base model's "
             f"weights (emloc verify), and in training use a lower learning_rate."
         )
     # A block that stands before all others reads nothing that has a graph, and needs one all the same

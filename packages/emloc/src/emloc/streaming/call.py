@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from greenlet import getcurrent, greenlet
 
 from emloc.streaming.precision import Autocast
@@ -23,21 +24,25 @@ class Call(greenlet):
         self.use: Callable[[Any], None] | None = None
         self.result: Any = None
         self._autocast: Autocast | None = None
+        self._with_graph: bool | None = None
 
     def advance(self) -> None:
         """Run until the call stands before its next unit or has returned.
 
-        Autocast belongs to the thread, so a call that entered it would leave it on for the others, and
-        for good once two of them have left it in another order: each call has its own.
+        Autocast, and whether a graph is recorded, belong to the thread, so a call that entered `autocast` or
+        `no_grad` would leave it on for the others, and for good once two of them have left it in another
+        order: each call has its own.
         """
-        before = Autocast.now()
-        if self._autocast is not None:
+        before, with_graph = Autocast.now(), torch.is_grad_enabled()
+        if self._autocast is not None and self._with_graph is not None:
             self._autocast.set()
+            torch.set_grad_enabled(self._with_graph)
         try:
             outcome = self.switch()
         finally:
-            self._autocast = Autocast.now()
+            self._autocast, self._with_graph = Autocast.now(), torch.is_grad_enabled()
             before.set()
+            torch.set_grad_enabled(with_graph)
         if self.dead:
             self.waiting_for, self.result = None, outcome
         else:

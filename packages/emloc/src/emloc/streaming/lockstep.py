@@ -11,10 +11,10 @@ lies on the host where the device has memory of its own (`emloc.streaming.parkin
 A call runs on to the next unit before the next call is resumed, so after the last unit (the head)
 only one call's logits exist at a time.
 
-`torch.no_grad` belongs to the thread, not to a greenlet: enter it once, outside. Autocast is each call's own.
+Autocast and `torch.no_grad` are each call's own; a call begins without gradients.
 """
 
-from collections.abc import Callable, Container, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -22,26 +22,13 @@ import torch
 from greenlet import GreenletExit
 from torch import nn
 
-from emloc.errors import ConfigError, EmlocError
+from emloc.errors import EmlocError
 from emloc.streaming.call import Call, wait_before
 from emloc.streaming.parking import Parking
 
 
 class LockstepError(EmlocError, RuntimeError):
     """The calls do not pass the model's units in the same order."""
-
-
-def refuse_again(block: str, seen: Container[str]) -> None:
-    """Refuse a block's second run, since what is kept of its first would be taken for all of it.
-
-    Raises:
-        ConfigError: the block was run already in these forwards.
-    """
-    if block in seen:
-        raise ConfigError(
-            f"Block {block} runs more than once in a forward of this model; what it reads would have to be "
-            f"kept for all blocks, which is not supported."
-        )
 
 
 @contextmanager
