@@ -43,6 +43,7 @@ class ClassifierFamily(TransformersFamily):
 
     name = "classifier"
     auto_class = AutoModelForSequenceClassification
+    new_head = ("classifier", "pooler")
 
     def example(self, config: Any, samples: int, length: int) -> Batch:
         """Texts of a class each."""
@@ -96,7 +97,8 @@ def emloc_register_families() -> Sequence[FamilyEntry]:
     """Encoders of transformers with a classification head."""
 
     def recognises(config: Mapping[str, Any]) -> bool:
-        return "ForSequenceClassification" in str(config.get("architectures"))
+        kinds = ("ForSequenceClassification", "ForMaskedLM")
+        return str(config.get("architectures")).strip("[']").endswith(kinds)
 
     target = f"{__name__}:ClassifierFamily"
     options = {DataOptions: (SplitOptions, LengthOptions)}

@@ -45,9 +45,11 @@ class Checkpoint:
         tensors: every tensor by name, in name order.
         single_file_config: what was named as the configuration of a model in one file, if it was one.
         translated: whether config and tensors are of another layout than the files'.
+        drawn: modules whose tensors are in no file, and were drawn by a seed: a head that is to be trained.
     """
 
     translated: ClassVar[bool] = False
+    drawn: ClassVar[tuple[str, ...]] = ()
 
     name: str
     path: Path

@@ -203,6 +203,7 @@ def _written(
             "widest_input": max(group.shape.d_in for group in folder.plan.groups),
             "emulator_digest": written.digest(),
             **({"predicted_error": errors} if errors else {}),
+            **({"drawn": list(base.drawn)} if base.drawn else {}),
         },
         measured={
             "block_seconds": [report["seconds"] for report in reports],

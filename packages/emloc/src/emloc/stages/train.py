@@ -27,7 +27,7 @@ from emloc.planning.setting import Setting
 from emloc.stages.data_digest import data_digests, digested
 from emloc.stages.frame import Artefact, Written, digests
 from emloc.stages.stage import stage
-from emloc.stages.training_needs import check_training, require_modules
+from emloc.stages.training_needs import check_training, require_modules, require_trained
 
 PATHS = {
     "output_dir",
@@ -61,6 +61,9 @@ def _can_train(config: TrainConfig) -> None:
 def _has_modules(config: TrainConfig, model: Checkpoint, family: ModelFamily) -> None:
     skeleton = family.skeleton(model, torch.float32)
     require_modules(config, [name for name, _ in skeleton.named_modules()])
+    manifest = Manifest.find(model.path)
+    recorded = manifest.summary.get("drawn", []) if manifest else []
+    require_trained(config, model, [*model.drawn, *map(str, recorded)])
 
 
 @stage(

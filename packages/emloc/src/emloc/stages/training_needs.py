@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import LoraOptions, TrainConfig, nearest
 from emloc.errors import ConfigError, DependencyError
 
@@ -146,6 +147,27 @@ def require_modules(config: LoraOptions, names: Sequence[str]) -> None:
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 hint = nearest(target, sorted({name.rpartition(".")[2] for name in names} - {""}))
                 raise ConfigError(f"{option}: the model has no module {target}.{hint}")
+
+
+def require_trained(config: LoraOptions, model: Checkpoint, drawn: Sequence[str]) -> None:
+    """Refuse to leave a head as it was drawn: it would stay random, and be another one in other libraries.
+
+    Args:
+        drawn: modules that are in no file of the model.
+
+    Raises:
+        ConfigError: names those that are not trained whole.
+    """
+    ends = tuple(f".{name}" for name in config.lora_modules_to_save)
+    left = [name for name in drawn if not ends or not f".{name}".endswith(ends)]
+    if left:
+        names = sorted(
+            {name.rpartition(".")[2] for name in left} | set(config.lora_modules_to_save)
+        )
+        raise ConfigError(
+            f"train: {model.name} holds no {', '.join(left)}, so its numbers are drawn and have to be "
+            f"trained whole; pass lora_modules_to_save={','.join(names)}."
+        )
 
 
 def _listed() -> str:

@@ -23,6 +23,7 @@ from emloc.integrations.transformers.conversion import module_name, stored_param
 from emloc.integrations.transformers.few_bits import layers_in_few_bits
 from emloc.integrations.transformers.fitting_data import fitting
 from emloc.integrations.transformers.loading import load_model
+from emloc.integrations.transformers.new_head import with_new_head
 from emloc.integrations.transformers.planned import PlannedTransformer
 from emloc.integrations.transformers.quantizer import emulator_config
 from emloc.integrations.transformers.sampling import TrainingData, drawn, in_batches
@@ -46,9 +47,12 @@ class TransformersFamily(PlannedTransformer):
     Attributes:
         trainer_class: a subclass of transformers' Trainer that comes by the family's loss in a way of its
             own; None: by `loss`.
+        new_head: ends of the names of modules that a checkpoint of another class may lack, such as
+            `classifier`: they are drawn by a seed, and trained whole where `lora_modules_to_save` names them.
     """
 
     name: str
+    new_head: tuple[str, ...] = ()
     trainer_class: Any = None
     streams_training = True
     continues_adapters = True
@@ -60,6 +64,12 @@ class TransformersFamily(PlannedTransformer):
     def data(self, checkpoint: Checkpoint, options: Any) -> TrainingData:
         """The data that the options name, read for this model, in their order."""
         raise NotImplementedError
+
+    def native(self, checkpoint: Checkpoint) -> Checkpoint:
+        """See `HasOtherLayouts`; a model of another class of transformers, where there is `new_head`."""
+        if not self.new_head:
+            return checkpoint
+        return with_new_head(checkpoint, self.auto_class, self.new_head)
 
     def skeleton(self, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         """See `ModelFamily`."""
