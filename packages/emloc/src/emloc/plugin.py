@@ -73,7 +73,7 @@ from emloc.extend.data_capabilities import CountsTokens, NamesDataFiles, ReadsWh
 from emloc.extend.emulated_layers import quantization_config, refuse_missing, replace_layers
 from emloc.extend.family import Batch, EmulatorLayers, FamilyEntry, ModelFamily, StoredParameter
 from emloc.extend.hookspecs import hookimpl
-from emloc.extend.losses import LossSum, loss_sum, summed
+from emloc.extend.losses import LossSum, ScoresBatches, loss_sum, summed
 from emloc.extend.methods import Method, MethodEntry, NoOptions, Task
 from emloc.extend.single_file import SingleFileReader
 from emloc.extend.stages import StageEntry
@@ -201,6 +201,7 @@ __all__ = [
     "ReadsWhole",
     "RowOptions",
     "SampleSize",
+    "ScoresBatches",
     "SingleFileReader",
     "SplitOf",
     "SplitOptions",

@@ -1,8 +1,8 @@
 """Losses as sums with their number of terms, so that micro-batches can be added up."""
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -51,3 +51,27 @@ def loss_sum(family: ModelFamily, model: nn.Module, batch: Batch) -> LossSum:
     """A family's loss of one micro-batch as a number, without its graph."""
     total, terms = family.loss(model, batch)
     return LossSum(float(total.detach()), terms)
+
+
+@runtime_checkable
+class ScoresBatches(Protocol):
+    """A family with more to say of a micro-batch than its loss, such as how many classes were right."""
+
+    def scores(self, model: nn.Module, batch: Batch) -> Mapping[str, LossSum]:
+        """Sums over a micro-batch, each with what it is divided by, in one forward of the model.
+
+        Args:
+            batch: on the model's device.
+
+        Returns:
+            `loss` as `ModelFamily.loss` gives it, and others by the names under which `emloc evaluate`
+            prints them, for example `accuracy`.
+        """
+        ...
+
+
+def scores_of(family: ModelFamily, model: nn.Module, batch: Batch) -> Mapping[str, LossSum]:
+    """Sums over a micro-batch by their names; by default the loss alone."""
+    if isinstance(family, ScoresBatches):
+        return family.scores(model, batch)
+    return {"loss": loss_sum(family, model, batch)}

@@ -8,10 +8,10 @@ import torch
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.locate import locate
 from emloc.config import CalibrationOptions, EvaluateConfig
-from emloc.errors import DependencyError
+from emloc.errors import DependencyError, PluginError
 from emloc.extend.capabilities import native_of
 from emloc.extend.family import Batch, ModelFamily
-from emloc.extend.losses import LossSum, loss_sum, summed
+from emloc.extend.losses import LossSum, scores_of, summed
 from emloc.extend.plugin_options import with_family_options
 from emloc.machine.memory import PeakMemory
 from emloc.machine.progress import progress_bar
@@ -42,30 +42,38 @@ def evaluate_drawn(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any
 def evaluate_loss(
     config: EvaluateConfig, family: ModelFamily, checkpoint: Checkpoint, batches: Sequence[Batch]
 ) -> dict[str, Any]:
-    """The loss per term over micro-batches with labels.
+    """The loss per term over micro-batches with labels, and what else the family scores.
 
     Args:
         checkpoint: the model in the family's layout.
 
     Returns:
-        `loss`, `exact_match` (None), `samples` and `peak_bytes`.
+        `loss`, further scores (`ScoresBatches`), `exact_match` (None), `samples` and `peak_bytes`.
 
     Raises:
-        DataError, CheckpointError, MismatchError, DependencyError: see their messages.
+        DataError, CheckpointError, MismatchError, DependencyError, PluginError: see their messages.
     """
     with PeakMemory(config.device, mapped=True) as peak:
         model: Any = family.load(checkpoint, config.dtype, config.device).eval()
         if config.adapter:
             model = _attached(model, config.adapter, checkpoint, family)
-        parts: list[LossSum] = []
+        parts: dict[str, list[LossSum]] = {}
         with torch.inference_mode(), progress_bar("loss", len(batches)) as advance:
             for batch in batches:
                 here = {name: tensor.to(config.device) for name, tensor in batch.items()}
-                parts.append(loss_sum(family, model, here))
+                for name, score in scores_of(family, model, here).items():
+                    parts.setdefault(name, []).append(score)
                 advance()
         samples = sum(len(next(iter(batch.values()))) for batch in batches)
-        loss = summed(parts).mean(f"Data set {config.dataset}")
-    return {"loss": loss, "exact_match": None, "samples": samples, **peak.figures()}
+        what = f"Data set {config.dataset}"
+        means = {name: summed(each).mean(what) for name, each in parts.items()}
+    figures = {"exact_match": None, "samples": samples, **peak.figures()}
+    if "loss" not in means or not means.keys().isdisjoint(figures):
+        raise PluginError(
+            f"The family {family.name} scores {', '.join(sorted(means))}; there must be a loss, and none of "
+            f"{', '.join(figures)}, which mean something else. Report it to the plugin's author."
+        )
+    return {**means, **figures}
 
 
 def _attached(model: Any, adapter: str, checkpoint: Checkpoint, family: ModelFamily) -> Any:

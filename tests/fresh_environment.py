@@ -1,0 +1,61 @@
+"""An environment in which nothing of this repository is installed but the wheels that it is given.
+
+Libraries of others are those of this environment, by links: installing torch anew would show nothing.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+class FreshEnvironment:
+    """A virtual environment in a folder.
+
+    Attributes:
+        bin: folder of its commands.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.bin = folder, folder / "env/bin"
+        libraries = folder / "libraries"
+        libraries.mkdir(parents=True)
+        for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+            ours = entry.name.lower().startswith(("emloc", "__editable__", "_emloc", "pip"))
+            if not ours and entry.suffix != ".pth":
+                (libraries / entry.name).symlink_to(entry)
+        venv.create(folder / "env", with_pip=True, symlinks=True)
+        [site] = (folder / "env/lib").glob("python*/site-packages")
+        for entry in site.glob("setuptools*"):  # an older one than torch asks for
+            shutil.rmtree(entry)
+        (site / "libraries.pth").write_text(f"{libraries}\n")
+
+    def run(self, *words, where=None, check=True, paths=()):
+        """A command of the environment, with no other path to import from than `paths`."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("PY")}
+        path = f"{self.bin}{os.pathsep}{os.environ['PATH']}"
+        more = {"PATH": path, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+        run = subprocess.run(
+            list(map(str, words)), cwd=where or self.folder, env={**kept, **more, "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert not check or run.returncode == 0, run.stdout[-6000:] + run.stderr[-6000:]
+        return run
+
+    def install(self, *packages):
+        """Wheels of these folders, as pip builds them from a copy, and what they need from beside."""
+        wheels = self.folder / "wheels"
+        for package in packages:
+            copied = shutil.copytree(
+                package, self.folder / "sources" / package.name,
+                ignore=shutil.ignore_patterns("__pycache__", ".*", "tests"),
+            )  # fmt: skip
+            build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet"]
+            subprocess.run([*build, "--wheel-dir", wheels, copied], check=True, capture_output=True)
+            shutil.rmtree(copied)
+        self.run("python", "-m", "pip", "install", "--quiet", "--no-index", *wheels.glob("*.whl"))
