@@ -1,0 +1,7 @@
+"""The contract of every family: the whole method on a tiny model, promise by promise."""
+
+from emloc.testing import FamilyContract
+
+
+class TestEncoder(FamilyContract):
+    family = "encoder"
