@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from emloc.testing import FamilyContract
 from emloc_encoder.example import write_example
+
+from emloc.testing import FamilyContract
 
 
 class EncoderContract(FamilyContract):

@@ -11,14 +11,14 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from emloc.plugin import (
     Batch,
     Checkpoint,
-    DataError,
     EvaluateConfig,
     TrainingData,
     TransformersFamily,
-    dataset_names,
-    load_table,
     load_tokenizer,
 )
+from emloc_encoder.rows import Labelled, labelled_rows
+
+DISTANCES = "reads distances between tokens as well as tokens"
 
 
 class EncoderFamily(TransformersFamily):
@@ -26,25 +26,24 @@ class EncoderFamily(TransformersFamily):
 
     name = "encoder"
     auto_class = AutoModelForSequenceClassification
-    task_type = "SEQ_CLS"
     right = 0
 
     def example(self, config: Any, samples: int, length: int) -> Batch:
-        """Texts of the first class, of zeros alone."""
+        """Texts of zeros, of the first class."""
         ids = torch.zeros(samples, length, dtype=torch.int64)
         labels = torch.zeros(samples, dtype=torch.int64)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-        """Cross-entropy, summed over texts; counts those whose class is told right."""
+        """Cross-entropy summed over texts; `evaluate` wants to know how many were told right."""
         logits = model(**{name: batch[name] for name in batch if name != "labels"}).logits
         labels, high = batch["labels"], torch.promote_types(logits.dtype, torch.float32)
-        if not torch.is_grad_enabled():
+        if torch.is_inference_mode_enabled():
             self.right += int((logits.argmax(-1) == labels).sum())
         return nn.functional.cross_entropy(logits.to(high), labels, reduction="sum"), len(labels)
 
     def evaluate(self, config: EvaluateConfig) -> dict[str, Any]:
-        """The mean loss, and the share of texts whose class is told right."""
+        """The mean loss, and the share of texts that were told right."""
         self.right = 0
         scores = super().evaluate(config)
         return {**scores, "accuracy": self.right / scores["samples"]}
@@ -54,40 +53,39 @@ class EncoderFamily(TransformersFamily):
         inside = tuple(f"{block}." for block in self.blocks(model))
         return {name for name, _ in model.named_modules() if not name.startswith(inside)}
 
+    def layer_groups(self, model: nn.Module) -> Sequence[Sequence[str]]:
+        """See `ModelFamily`; without the layers that `kept_dense` names."""
+        kept = self.kept_dense(model)
+        groups = [[name for name in g if name not in kept] for g in super().layer_groups(model)]
+        return [group for group in groups if group]
+
+    def kept_dense(self, model: nn.Module) -> Mapping[str, str]:
+        """Also queries and keys of DeBERTa, whose inputs are more than the tokens of a mask."""
+        kept = dict(super().kept_dense(model))
+        if getattr(model.config, "relative_attention", False):
+            ends = ("query_proj", "key_proj")
+            kept |= {name: DISTANCES for name, _ in model.named_modules() if name.endswith(ends)}
+        return kept
+
     def data(self, checkpoint: Checkpoint, options: Any) -> TrainingData:
-        """Rows of `text`, `text_pair` where there are pairs, and `label`, a class's name or number."""
+        """Rows of `text`, perhaps `text_pair`, and `label`: a class's name or its number."""
         tokenizer = load_tokenizer(checkpoint.path)
         config: Any = AutoConfig.from_pretrained(checkpoint.path)
-        segments = {"token_type_ids"} if getattr(config, "type_vocab_size", 0) > 1 else set[str]()
-        numbers = {**config.label2id, **{str(number): number for number in config.id2label}}
-        rows = [
-            _classified(row, numbers, f"{name}, row {number}")
-            for name in dataset_names(options)
-            for number, row in enumerate(load_table(name, options.dataset_split, False), 1)
-        ]
+        wanted = {"input_ids", "attention_mask"}
+        if getattr(config, "type_vocab_size", 0) > 1:
+            wanted.add("token_type_ids")
 
-        def collate(part: Sequence[Any]) -> Batch:
-            texts = [row[:-1] if row[1] else row[0] for row in part]
+        def collate(part: Sequence[Labelled]) -> Batch:
+            texts = [row.text if row.pair is None else (row.text, row.pair) for row in part]
             made = tokenizer(texts, padding=True, truncation=True, max_length=options.max_length)
-            names = made.keys() & ({"input_ids", "attention_mask"} | segments)
-            inputs = {name: torch.tensor(made[name]) for name in sorted(names)}
-            return {**inputs, "labels": torch.tensor([row[-1] for row in part])}
+            inputs = {name: torch.tensor(made[name]) for name in made if name in wanted}
+            return {**inputs, "labels": torch.tensor([row.label for row in part])}
 
+        rows = list(labelled_rows(options, config.label2id))
         return TrainingData(rows, collate, processing=tokenizer)
 
     def write_example(self, folder: Path, seed: int) -> Mapping[str, Any]:
-        """A tiny BERT and data; see `example.py`."""
+        """A tiny BERT and its data."""
         from emloc_encoder.example import write_example
 
         return write_example(folder, seed)
-
-
-def _classified(row: Any, numbers: Mapping[str, int], place: str) -> tuple[str, str | None, int]:
-    for column in ("text", "label"):
-        if row.get(column) is None:
-            raise DataError(f"{place}: the column {column!r} is missing or empty.")
-    if str(row["label"]) not in numbers:
-        raise DataError(
-            f"{place}: the model knows no class {row['label']!r}; its config names {list(numbers)}."
-        )
-    return str(row["text"]), row.get("text_pair"), numbers[str(row["label"])]
