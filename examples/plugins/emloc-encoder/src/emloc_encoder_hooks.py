@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from emloc.plugin import (
+    IN_FEW_BITS,
     TRANSFORMERS_MODEL,
     DataOptions,
     FamilyEntry,
@@ -16,12 +17,16 @@ from emloc.plugin import (
     hookimpl,
 )
 
+MODEL_TYPES = frozenset(
+    {"albert", "bert", "deberta-v2", "distilbert", "electra", "modernbert", "roberta"}
+)
+
 
 def recognises(config: Mapping[str, Any]) -> bool:
-    """Tell from a parsed `config.json` alone."""
-    # yours: the classes that checkpoints of this kind name.
+    """Tell from a parsed `config.json` whether it is of an encoder with a classification head."""
     names = config.get("architectures") or []
-    return any(str(name).endswith("ForSequenceClassification") for name in names)
+    heads = any(str(name).endswith("ForSequenceClassification") for name in names)
+    return heads and config.get("model_type") in MODEL_TYPES
 
 
 @hookimpl
@@ -30,11 +35,10 @@ def emloc_register_families() -> Sequence[FamilyEntry]:
     return [
         FamilyEntry(
             name="encoder",
-            summary="models of the kind encoder",
+            summary="text classifiers of transformers: BERT, RoBERTa, DeBERTa, ModernBERT and others",
             target="emloc_encoder.family:EncoderFamily",
             recognises=recognises,
-            # yours: the options that `data` reads, as `dataset_split` and `max_length` here.
             options={DataOptions: (SplitOptions, LengthOptions)},
-            offers=(TRANSFORMERS_MODEL,),
+            offers=(TRANSFORMERS_MODEL, IN_FEW_BITS),
         )
     ]
