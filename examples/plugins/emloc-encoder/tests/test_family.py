@@ -26,7 +26,12 @@ class TestBert(EncoderContract):
 
 
 class TestRoberta(EncoderContract):
+    """RoBERTa, whose head of two layers is trained whole."""
+
     model_type = "roberta"
+    stage_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        stage: {"lora_modules_to_save": ["classifier"]} for stage in ("train", "plan")
+    }
 
 
 class TestDistilbert(EncoderContract):
