@@ -115,6 +115,11 @@ def _refuse_compressed(config: TrainConfig, model: Any) -> None:
                 f"lora_modules_to_save: {name} is compressed in the emulator, so what it learns would not "
                 f"fit the base; leave it out, or compress without it (exclude, embedding_bits)."
             )
+        if held and not all(each.is_floating_point() for each in module.parameters()):
+            raise ConfigError(
+                f"lora_modules_to_save: {name} is in few bits, and cannot be trained whole; leave it out, "
+                f"or load the model with it as it is (llm_int8_skip_modules)."
+            )
 
 
 @torch.no_grad()

@@ -58,7 +58,9 @@ def emulator_skeleton(
 
 
 def run_blocks_twice(model: Any) -> None:
-    """Gradient checkpointing, as the Trainer turns it on."""
+    """Gradient checkpointing, as the Trainer turns it on; of a model that cannot, nothing."""
+    if not model.supports_gradient_checkpointing:
+        return
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
 

@@ -97,7 +97,7 @@ class StageLaws(SubjectFixture):
             assert "activations" not in lines
             return
         trained = Manifest.read(subject.stages["adapter"]).summary
-        assert lines["LoRA"] == trained["trainable_bytes"]
+        assert lines["LoRA"] + lines.get("modules to save", 0) == trained["trainable_bytes"]
         assert lines["weights"] == written
         held = trained["train_weight_bytes"] - trained["trainable_bytes"]
         assert held == _bytes(subject.stages["emulator"])
@@ -123,7 +123,10 @@ class StageLaws(SubjectFixture):
                 assert not same, layer.name
 
     def test_merged_weights_are_the_sum(self, subject: Subject) -> None:
-        """`W + s·B·A` in float64 of every adapted layer; every other tensor is the base's."""
+        """`W + s·B·A` in float64 of every adapted layer; what was trained whole is the adapter's.
+
+        Every other tensor is the base's.
+        """
         family, base = subject.family, subject.checkpoint
         merged = Checkpoint.open(str(subject.stages["merged"]))
         adapter = Adapter.open(str(subject.stages["corrected"]))
@@ -139,6 +142,12 @@ class StageLaws(SubjectFixture):
                 stored.layer_weight(merged.read).double(), wanted, rtol=1e-5, atol=1e-5
             )
         assert changed
+        for parameter, key in adapter.saved.items():
+            stored = family.stored(model, parameter, base)
+            assert stored is not None, parameter
+            changed |= set(stored.names)
+            if stored.plain_name is not None:
+                torch.testing.assert_close(merged.read(stored.plain_name), adapter.read(key))
         assert merged.tensors.keys() == base.tensors.keys()
         for name in base.tensors.keys() - changed:
             assert torch.equal(merged.read(name), base.read(name)), name
