@@ -53,7 +53,7 @@ class FreshEnvironment:
         for package in packages:
             copied = shutil.copytree(
                 package, self.folder / "sources" / package.name,
-                ignore=shutil.ignore_patterns("__pycache__", ".*", "tests"),
+                ignore=shutil.ignore_patterns("__pycache__", ".*"),
             )  # fmt: skip
             build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet"]
             subprocess.run([*build, "--wheel-dir", wheels, copied], check=True, capture_output=True)

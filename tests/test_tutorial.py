@@ -45,7 +45,8 @@ def test_every_block_runs_as_it_stands(environment, tmp_path):
             if append:
                 file.write_text(before[1] + rest)
             elif function:
-                file.write_text(re.sub(rf"def {function}\(.*?\n\n\n", lambda _: f"{rest}\n\n", before[1], flags=re.DOTALL))  # fmt: skip
+                old = re.search(rf"def {function}\(.*?\n\n\n", before[1], re.DOTALL)[0]
+                file.write_text(before[1].replace(old, f"{rest}\n\n"))
                 assert rest in file.read_text()
             else:
                 file.write_text(rest)

@@ -22,10 +22,13 @@ MODEL_TYPES = frozenset(
 )
 
 
+HEADS = ("ForSequenceClassification", "ForMaskedLM", "ForPreTraining", "Model")
+
+
 def recognises(config: Mapping[str, Any]) -> bool:
-    """Tell from a parsed `config.json` whether it is of an encoder with a classification head."""
+    """Tell from a parsed `config.json` whether it is of a classifier, or of what may become one."""
     names = config.get("architectures") or []
-    heads = any(str(name).endswith("ForSequenceClassification") for name in names)
+    heads = any(str(name).endswith(HEADS) for name in names)
     return heads and config.get("model_type") in MODEL_TYPES
 
 

@@ -104,8 +104,10 @@ def build_light(
         )
     works_for = families_for(method_named(method))
     if family.name not in works_for:
+        needs = ", ".join(method_named(method).needs)
         raise ConfigError(
-            f"{method} works for {', '.join(works_for)}, and {base.name} is of {family.name}."
+            f"{method} works for {', '.join(works_for)}, and {base.name} is of {family.name}, which does not "
+            f"offer what the method needs ({needs}); choose another method."
         )
     given = {**task.compress, "keep_ratio": task.keep_ratio, "seed": task.seed}
     kind: type[CompressConfig] = with_plugin_options(CompressConfig)

@@ -60,7 +60,7 @@ def quantised(source: Source) -> LightModel:
     for name in linear:
         stored = source.family.stored(model, f"{name}.weight", base)
         tensor = None if stored is None else stored.plain_name
-        if name == head or stored is None or tensor is None:
+        if name in head or stored is None or tensor is None:
             kept.append(name)
             continue
 
@@ -71,10 +71,10 @@ def quantised(source: Source) -> LightModel:
     return LightModel(_config(base.config, dtype, kept), pieces)
 
 
-def _linear_layers(family: ModelFamily, model: Any) -> tuple[Sequence[str], str]:
-    """The layers that the family's library would quantise, and the one of them that is the output head."""
+def _linear_layers(family: ModelFamily, model: Any) -> tuple[Sequence[str], Sequence[str]]:
+    """The layers that the family's library would quantise, and those of them that are of the head."""
     if not isinstance(model, PreTrainedModel):
-        return layers_in_few_bits(family, model, None), ""
+        return layers_in_few_bits(family, model, None), ()
     # These two classes and no others that derive from them.
     names = {
         name: module
@@ -82,7 +82,11 @@ def _linear_layers(family: ModelFamily, model: Any) -> tuple[Sequence[str], str]
         if type(module) is nn.Linear or isinstance(module, Conv1D)
     }
     head: Any = model.get_output_embeddings()
-    return list(names), next((name for name, module in names.items() if module is head), "")
+    if head is not None:
+        return list(names), [name for name, module in names.items() if module is head]
+    # Of a model without one, transformers leaves the module that comes last, such as a classifier.
+    last = list(dict(model.named_children()))[-1]
+    return list(names), [name for name in names if name == last or name.startswith(f"{last}.")]
 
 
 def _config(config: Mapping[str, Any], dtype: torch.dtype, kept: Sequence[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from emloc.plugin import (
     Batch,
     Checkpoint,
-    EvaluateConfig,
+    LossSum,
     TrainingData,
     TransformersFamily,
     load_tokenizer,
@@ -26,7 +26,8 @@ class EncoderFamily(TransformersFamily):
 
     name = "encoder"
     auto_class = AutoModelForSequenceClassification
-    right = 0
+    task_type = "SEQ_CLS"
+    new_head = ("classifier", "pre_classifier", "pooler", "head")
 
     def example(self, config: Any, samples: int, length: int) -> Batch:
         """Texts of zeros, of the first class."""
@@ -35,18 +36,19 @@ class EncoderFamily(TransformersFamily):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-        """Cross-entropy summed over texts; `evaluate` wants to know how many were told right."""
-        logits = model(**{name: batch[name] for name in batch if name != "labels"}).logits
-        labels, high = batch["labels"], torch.promote_types(logits.dtype, torch.float32)
-        if torch.is_inference_mode_enabled():
-            self.right += int((logits.argmax(-1) == labels).sum())
-        return nn.functional.cross_entropy(logits.to(high), labels, reduction="sum"), len(labels)
+        """Cross-entropy summed over texts, and their number."""
+        logits, labels = logits_of(model, batch), batch["labels"]
+        return nn.functional.cross_entropy(logits, labels, reduction="sum"), len(labels)
 
-    def evaluate(self, config: EvaluateConfig) -> dict[str, Any]:
-        """The mean loss, and the share of texts that were told right."""
-        self.right = 0
-        scores = super().evaluate(config)
-        return {**scores, "accuracy": self.right / scores["samples"]}
+    def scores(self, model: nn.Module, batch: Batch) -> Mapping[str, LossSum]:
+        """The loss, and how many texts were told right."""
+        logits, labels = logits_of(model, batch), batch["labels"]
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        right = (logits.argmax(-1) == labels).sum()
+        return {
+            name: LossSum(float(total), len(labels))
+            for name, total in (("loss", loss), ("accuracy", right))
+        }
 
     def frozen(self, model: nn.Module, options: Any) -> Container[str]:
         """All that is in no block, such as the head: no LoRA goes on it."""
@@ -89,3 +91,9 @@ class EncoderFamily(TransformersFamily):
         from emloc_encoder.example import write_example
 
         return write_example(folder, seed)
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Texts × classes, in float32 or better."""
+    logits = model(**{name: batch[name] for name in batch if name != "labels"}).logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

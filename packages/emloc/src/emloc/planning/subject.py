@@ -29,7 +29,7 @@ from emloc.planning.family import PlannedFamily
 from emloc.planning.layers import layer_shapes
 from emloc.planning.operations import Layer
 from emloc.planning.step import BlockKind
-from emloc.planning.whole import Shapes, whole_parameters
+from emloc.planning.whole import Shapes, trained_whole, whole_parameters
 
 KINDS = 2
 """Blocks of a shallow model's stack."""
@@ -177,7 +177,7 @@ class Subject:
 
     def whole(self, config: TrainConfig) -> Shapes:
         """Parameters that are trained whole."""
-        return whole_parameters(self.model, config.lora_modules_to_save)
+        return whole_parameters(self.model, trained_whole(self.family, config))
 
     @cached_property
     def _kept_dense(self) -> Mapping[str, str]:

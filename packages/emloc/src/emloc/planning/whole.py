@@ -5,11 +5,30 @@ is on neither. Parameters that are tied are copied apart.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
+from emloc.config import LoraOptions
+
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape by parameter."""
+
+
+OF_CLASSIFIERS = ("classifier", "score")
+"""Modules that PEFT trains whole unasked, where a `task_type` is of classifiers."""
+
+TASKS = ("SEQ_CLS", "TOKEN_CLS")
+
+
+def trained_whole(family: Any, options: LoraOptions) -> list[str]:
+    """Ends of the names of modules that PEFT trains whole: those of the options, and a classifier's head.
+
+    Args:
+        family: may have PEFT's `task_type`.
+    """
+    head = OF_CLASSIFIERS if getattr(family, "task_type", None) in TASKS else ()
+    return [*options.lora_modules_to_save, *head]
 
 
 def whole_parameters(model: nn.Module, names: Sequence[str]) -> Shapes:

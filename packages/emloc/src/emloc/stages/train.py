@@ -24,6 +24,7 @@ from emloc.extend.family import ModelFamily
 from emloc.extend.opening import named_family, of_folder, open_model
 from emloc.extend.plugin_options import of_family, own_options
 from emloc.planning.setting import Setting
+from emloc.planning.whole import trained_whole
 from emloc.stages.data_digest import data_digests, digested
 from emloc.stages.frame import Artefact, Written, digests
 from emloc.stages.stage import stage
@@ -63,7 +64,8 @@ def _has_modules(config: TrainConfig, model: Checkpoint, family: ModelFamily) ->
     require_modules(config, [name for name, _ in skeleton.named_modules()])
     manifest = Manifest.find(model.path)
     recorded = manifest.summary.get("drawn", []) if manifest else []
-    require_trained(config, model, [*model.drawn, *map(str, recorded)])
+    drawn = [*model.drawn, *map(str, recorded)]
+    require_trained(trained_whole(family, config), model, drawn)
 
 
 @stage(

@@ -38,7 +38,6 @@ ON_GPU = frozenset({"adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_a
 
 
 STREAM_EXCLUDES = {
-    "lora_modules_to_save": "modules that are trained whole",
     "gradient_checkpointing": "which it does already, block by block",
 }
 """Options that exclude stream, and what they are for."""
@@ -149,21 +148,20 @@ def require_modules(config: LoraOptions, names: Sequence[str]) -> None:
                 raise ConfigError(f"{option}: the model has no module {target}.{hint}")
 
 
-def require_trained(config: LoraOptions, model: Checkpoint, drawn: Sequence[str]) -> None:
+def require_trained(whole: Sequence[str], model: Checkpoint, drawn: Sequence[str]) -> None:
     """Refuse to leave a head as it was drawn: it would stay random, and be another one in other libraries.
 
     Args:
+        whole: ends of the names of modules that are trained whole.
         drawn: modules that are in no file of the model.
 
     Raises:
         ConfigError: names those that are not trained whole.
     """
-    ends = tuple(f".{name}" for name in config.lora_modules_to_save)
+    ends = tuple(f".{name}" for name in whole)
     left = [name for name in drawn if not ends or not f".{name}".endswith(ends)]
     if left:
-        names = sorted(
-            {name.rpartition(".")[2] for name in left} | set(config.lora_modules_to_save)
-        )
+        names = sorted({name.rpartition(".")[2] for name in left} | set(whole))
         raise ConfigError(
             f"train: {model.name} holds no {', '.join(left)}, so its numbers are drawn and have to be "
             f"trained whole; pass lora_modules_to_save={','.join(names)}."

@@ -99,6 +99,13 @@ class StreamedModel:
             with self._weights.fill(unit, None), torch.no_grad():
                 yield self._stream.model.get_submodule(unit)
 
+    def values(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """Every parameter of a unit: the module that holds it, its name there, and its numbers."""
+        stream = self._stream
+        for unit in stream.units:
+            for place, value in zip(stream.places[unit], stream.read(unit)):
+                yield place.owner, place.leaf, value
+
     def gradients(self, losses: Sequence[Callable[[], tuple[Tensor, Made]]]) -> list[Made]:
         """Add the gradients of several losses to whatever requires them; see `BlockPasses`."""
         passes = BlockPasses(self._stream, self._weights.fill, self._kept, shown=False)

@@ -35,6 +35,7 @@ from emloc.integrations.transformers.optimizers import (
     warn_of_slow_learning,
 )
 from emloc.integrations.transformers.streamed_training import (
+    fill_saved,
     set_magnitudes,
     stream_steps,
 )
@@ -90,8 +91,10 @@ def train_lora(
             model, start = new_lora(model, config, batches, excluded, task_type)
         else:
             model, start = put_on(model, adapter, trained=True), {}
-    if streamed is not None and config.use_dora and adapter is None:
-        set_magnitudes(streamed)
+    if streamed is not None and adapter is None:
+        fill_saved(streamed)
+        if config.use_dora:
+            set_magnitudes(streamed)
     fuse_lora(model)
     if config.gradient_checkpointing:
         model.enable_input_require_grads()

@@ -19,6 +19,7 @@ from emloc.integrations.transformers.held_back import hold_back
 from emloc.integrations.transformers.lora_training import train_lora, training_arguments
 from emloc.integrations.transformers.sampling import TrainingData, in_batches
 from emloc.integrations.transformers.streamed_training import frozen_model
+from emloc.machine.progress import console
 
 
 class Samples(Dataset[Any]):
@@ -90,6 +91,13 @@ def train_on(
     Raises:
         DataError, ConfigError, NumericalError: see their messages.
     """
+    model = frozen_model(family, checkpoint, config, work)
+    if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        console.print(
+            f"train: {type(model).__name__} runs no block twice (gradient_checkpointing), so all of its "
+            f"activations are kept"
+        )
+        config = config.model_copy(update={"gradient_checkpointing": False})
     arguments = training_arguments(TrainingArguments, config, work, remove_unused_columns=False)
     torch.manual_seed(config.seed)
     kind = partial(LossTrainer, family) if how.trainer_class is None else how.trainer_class
@@ -102,7 +110,6 @@ def train_on(
         data_collator=data.collate,
         processing_class=data.processing,
     )
-    model = frozen_model(family, checkpoint, config, work)
 
     def batches() -> Iterator[Batch]:
         for part in in_batches(samples, config.per_device_train_batch_size):

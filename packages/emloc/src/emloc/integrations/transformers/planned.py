@@ -70,7 +70,8 @@ class PlannedTransformer:
 
     Attributes:
         auto_class: of transformers.
-        task_type: PEFT's name of what the models are for, if it has one.
+        task_type: PEFT's name of what the models are for, if it has one. With `SEQ_CLS` and `TOKEN_CLS`
+            PEFT trains the modules `classifier` and `score` whole.
         towers: sub-configs that have a stack of blocks each; none: the config itself has one.
     """
 

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from emloc.artefacts.checkpoint import Checkpoint
@@ -49,6 +50,22 @@ def set_magnitudes(streamed: StreamedModel) -> None:
                     held = cast(Any, magnitude)
                     norm = held.get_weight_norm(weight, torch.zeros_like(weight), 1)
                     held.weight.data.copy_(norm.reshape(held.weight.shape))
+
+
+@torch.no_grad()
+def fill_saved(streamed: StreamedModel) -> None:
+    """Give modules that are trained whole the weights that were not there when PEFT copied them."""
+    copies: dict[int, nn.Module] = {}
+    for wrapper in streamed.model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            [copied] = cast(Any, wrapper.modules_to_save).values()
+            original = cast(nn.Module, wrapper.original_module)
+            for path, module in original.named_modules():
+                copies[id(module)] = copied.get_submodule(path)
+    if copies:
+        for owner, leaf, value in streamed.values():
+            if id(owner) in copies:
+                copies[id(owner)].get_parameter(leaf).copy_(value)
 
 
 class StreamedSteps:
