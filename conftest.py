@@ -15,6 +15,11 @@ settings.load_profile("same")
 # Stages compute on a GPU where there is one; what tests compare are numbers of the CPU.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+# Nothing that is written here has to outlive the machine, and every stage syncs all its files, which takes
+# disks longer than the rest. What is synced, and when, is seen at the call (`test_durable.py`); processes of
+# their own sync as ever.
+os.fsync = os.fstat
+
 KEY = "emloc/causal_lm_types"
 NEW_MODULES = 300
 """Imported modules that make it worth while to freeze again."""

@@ -10,6 +10,9 @@ import time
 import pytest
 from warm_python import run_python
 
+from emloc.demos.comparison import run_stage
+from emloc.errors import EmlocError
+
 
 def emloc_command(*arguments, **more):
     return subprocess.run(
@@ -41,7 +44,7 @@ def test_help_lists_every_stage():
 
 
 def test_families():
-    assert "llm" in emloc_command("families").stdout
+    assert "llm" in warm_command("families").stdout
 
 
 def test_methods():
@@ -135,13 +138,8 @@ def test_a_log_gets_lines_and_no_control_characters(llm, tmp_path):
         "train: {max_steps: 4, logging_steps: 1}\ncorrect: {limit: 1}\nmerge:\n"
         "evaluate: {num_samples: 2, max_new_tokens: 1}\n"
     )
-    log = tmp_path / "log"
-    with log.open("w") as file:
-        done = subprocess.run(
-            [sys.executable, "-m", "emloc", "run", str(config)],
-            stderr=file, stdout=file, check=False,
-        )  # fmt: skip
-    text = log.read_text()
+    done = warm_command("run", config)
+    text = done.stdout + done.stderr
     assert done.returncode == 0, text
     assert all(character.isprintable() or character == "\n" for character in text)
     for name in ("compress", "train", "correct", "merge", "loss", "answers"):
@@ -150,6 +148,13 @@ def test_a_log_gets_lines_and_no_control_characters(llm, tmp_path):
         assert any("(100%)" in line for line in lines)
     assert "train: 4/4 (100%)" in text
     assert ", loss " in text
+
+
+def test_a_demo_stops_where_one_of_its_stages_does(tmp_path, capfd):
+    with pytest.raises(EmlocError, match="It stopped in emloc compress; the reason") as stopped:
+        run_stage("compress", tmp_path / "x", model_name_or_path="/no/where", resume=True)
+    assert stopped.value.exit_code == 2
+    assert "no option" in capfd.readouterr().err.lower()
 
 
 def test_ctrl_c_is_one_sentence(llm, tmp_path):

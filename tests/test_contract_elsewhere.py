@@ -53,7 +53,7 @@ def test_pytest_starts_without_torch_where_no_contract_is_asked_for(tmp_path):
     (tmp_path / "test_none.py").write_text(
         "import sys\n\ndef test_none():\n    assert 'torch' not in sys.modules\n"
     )
-    run = run_pytest(tmp_path, "-p", "emloc.testing.pytest_plugin", "test_none.py")
+    run = run_pytest(tmp_path, "-p", "emloc.testing.pytest_plugin", "test_none.py", fresh=True)
     assert run.returncode == 0, run.stdout
 
 

@@ -14,10 +14,16 @@ from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
 from emloc.config import CompressConfig, EvaluateConfig
 from emloc.extend.plugin_options import with_family_options, with_plugin_options
+from emloc.extend.plugins import load_plugins
 from emloc.options.marks import loss_alone
 from emloc.streaming.block_gradients import backward_by_block
 from emloc.streaming.stream import UnitStream
 from emloc.testing import pretend_device
+
+with_own = pytest.mark.parametrize(
+    "subject", [*sorted(load_plugins().families), "classifier"], indirect=True, scope="session"
+)
+"""For what nothing but a family of one's own uses: the trainer that `TransformersFamily` gives it."""
 
 
 @pytest.fixture
@@ -88,6 +94,7 @@ def test_a_loss_is_measured(family, stages, data, card):
     assert there == emloc.evaluate(device="cpu", **emulator, **data, **few)["loss"]
 
 
+@with_own
 def test_an_adapter_is_trained(stages, data, card, tmp_path):
     """With the family's own trainer, in bfloat16 as on a card: to numbers, on the device."""
     adapter = emloc.train(
@@ -98,6 +105,7 @@ def test_an_adapter_is_trained(stages, data, card, tmp_path):
     assert card.peak_bytes > 0
 
 
+@with_own
 def test_blocks_come_and_go_while_a_lora_is_trained(family, example, card, tmp_path):
     """In bfloat16, as the Trainer has it on a card: the same losses, and autocast is off afterwards."""
     options = {

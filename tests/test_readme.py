@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -71,8 +72,8 @@ def check_summary(folder, names=WAYS, measure="exact_match"):
     return summary, rows
 
 
-ENDS = 2
-"""Blocks at each end of SmolLM2-135M by which all 30 are stood for."""
+ENDS = 0, 1, 28, 29
+"""Blocks at the ends of SmolLM2-135M by which all 30 are stood for."""
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +87,65 @@ def ends_of_smollm2(tmp_path_factory):
     model = AutoModelForCausalLM.from_pretrained(smollm2())
     blocks = model.model.layers
     assert len(blocks) == 30
-    model.model.layers = torch.nn.ModuleList([*blocks[:ENDS], *blocks[-ENDS:]])
-    model.config.num_hidden_layers = 2 * ENDS
+    model.model.layers = torch.nn.ModuleList([blocks[number] for number in ENDS])
+    model.config.num_hidden_layers = len(ENDS)
     if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[: 2 * ENDS]
+        model.config.layer_types = model.config.layer_types[: len(ENDS)]
     folder = tmp_path_factory.mktemp("smollm2") / "ends"
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(smollm2()).save_pretrained(folder)
     return folder
+
+
+DEMO = """
+import runpy
+import sys
+from importlib import import_module
+from types import SimpleNamespace
+
+from emloc.demos import comparison
+from warm_python import forked_python
+
+comparison.subprocess = SimpleNamespace(
+    DEVNULL=None, run=lambda command, stdout, check: forked_python(command)
+)
+family, few = {family!r}, {few!r}
+demo = import_module("emloc_" + family + ".demo.demo")
+if family == "diffusion":
+    demo.INFERENCE_STEPS = 3
+
+class Fewer(comparison.Comparison):
+    def __init__(self, **given):
+        super().__init__(**{{**given, **{{name: {{**given[name], **few[name]}} for name in few}}}})
+
+demo.Comparison = Fewer
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""A command whose stages are processes of their own as ever, but need not import the libraries again."""
+
+FEW_SAMPLES = {"num_calibration_samples": 8}
+FEW = {
+    "llm": {"evaluate": {"max_new_tokens": 8}},
+    "vlm": {"compress": FEW_SAMPLES, "correct": FEW_SAMPLES},
+    "diffusion": {
+        "compress": FEW_SAMPLES,
+        "correct": FEW_SAMPLES,
+        "evaluate": {"num_noise_samples": 16},
+    },
+}
+"""Less than the demos ask their stages for, of what no option of theirs says."""
+
+
+def run_demo(family, command):
+    run = run_python("-c", DEMO.format(family=family, few=FEW[family]), *command)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout.strip().splitlines()[-1]
+
+
+def demo_of(family, folder, *more):
+    script = Path(sys.executable).with_name("emloc")
+    return [script, "demo", "--family", family, "--output_dir", folder, *more]
 
 
 @pytest.mark.long
@@ -103,18 +155,17 @@ def test_make_demo_on_a_real_model(ends_of_smollm2, tmp_path):
         f"--output_dir {tmp_path}/demo --model_name_or_path {ends_of_smollm2} "
         "--max_steps 2 --num_samples 3"
     )
-    run = subprocess.run(
-        ["make", "--no-print-directory", "demo", f"VENV={sys.prefix}", f"ARGS={arguments}"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    last = run.stdout.strip().splitlines()[-1]
-    assert last.startswith("Next, your own model and data: emloc run")
+    made = subprocess.run(
+        ["make", "--dry-run", "demo", f"VENV={sys.prefix}", f"ARGS={arguments}"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.splitlines()[-1]  # fmt: skip
+    said = run_demo("llm", shlex.split(made))
+    assert said.startswith("Next, your own model and data: emloc run")
     _, rows = check_summary(tmp_path / "demo")
     # The limit is chosen on other samples than these, so a little slack.
     assert rows["emloc"]["loss"] < 1.1 * rows["uncorrected"]["loss"]
     errors = json.loads((tmp_path / "demo/emulator/emloc.json").read_text())["layers"]
-    assert len(errors) == 7 * 2 * ENDS
+    assert len(errors) == 7 * len(ENDS)
     assert {entry["format"] for entry in errors.values()} <= {
         "trellis",
         "trellis_residual",
@@ -132,13 +183,8 @@ def test_the_vlm_demo_on_a_base_trained_shortly(tmp_path):
     shape = Shape(vision_width=48, vision_layers=2, width=64, layers=2)
     recipe = Recipe(shape, vision_steps=10, steps=20)
     arguments = ["--model_name_or_path", trained_base(recipe), "--max_steps", 6, "--num_samples", 8]
-    run = subprocess.run(
-        [sys.executable, "-m", "emloc", "demo", "--family", "vlm", "--output_dir",
-         str(tmp_path / "demo"), *map(str, arguments)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.strip().splitlines()[-1].startswith("Next, your own model and data")
+    said = run_demo("vlm", demo_of("vlm", tmp_path / "demo", *arguments))
+    assert said.startswith("Next, your own model and data")
     summary, _ = check_summary(tmp_path / "demo")
     assert 0 <= summary["base_own_accuracy"] <= 1
     assert (tmp_path / "demo/samples.png").read_bytes().startswith(b"\x89PNG")
@@ -154,14 +200,9 @@ def test_the_diffusion_demo_on_a_base_trained_shortly(tmp_path):
 
     shape = Shape(vae_widths=(8, 8, 16), widths=(16, 24), text_width=16, text_layers=1)
     recipe = Recipe(shape, cuts=1, vae_steps=4, steps=4, batch=8)
-    arguments = ["--model_name_or_path", trained_base(recipe), "--max_steps", 6, "--num_samples", 2]
-    run = subprocess.run(
-        [sys.executable, "-m", "emloc", "demo", "--family", "diffusion", "--output_dir",
-         str(tmp_path / "demo"), *map(str, arguments)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.strip().splitlines()[-1].startswith("Next, your own subject: emloc run")
+    arguments = ["--model_name_or_path", trained_base(recipe), "--max_steps", 2, "--num_samples", 2]
+    said = run_demo("diffusion", demo_of("diffusion", tmp_path / "demo", *arguments))
+    assert said.startswith("Next, your own subject: emloc run")
     summary, rows = check_summary(tmp_path / "demo", names=(), measure="fidelity")
     assert summary["measure"].startswith("fidelity: ")
     assert rows["emloc"]["seconds_per_step"] > 0
@@ -175,9 +216,7 @@ def test_the_python_block_runs(example, tmp_path):
     code = code.replace("Qwen/Qwen2.5-7B-Instruct", example["model_name_or_path"])
     code = code.replace("train.jsonl", example["dataset"]).replace("max_steps=300", "max_steps=1")
     code += "\nprint(type(tuned).__name__)\n"
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    run = run_python("-c", code, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.split()[-1].startswith("PeftModel")
 

@@ -6,6 +6,7 @@ streams, memory, signals and exit code. Tests of what starting itself does (whic
 which plugins lie on the path) start a fresh interpreter instead.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -20,6 +21,9 @@ IMPORTED = [
     "emloc_llm.family",
     "emloc_llm.training",
     "emloc_llm.evaluation",
+    "emloc_vlm.family",
+    "emloc_diffusion.training",
+    "emloc_diffusion.evaluation",
 ]
 
 
@@ -43,7 +47,19 @@ def run_python(*arguments, cwd=None, env=None):
     return subprocess.CompletedProcess([sys.executable, *given], process.exitcode, *texts)
 
 
+def forked_python(command):
+    """`subprocess.run(command, stdout=DEVNULL)` for what `run_python` runs and starts Python itself."""
+    executable, *given = command
+    assert executable == sys.executable
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_begin, args=(given, ".", dict(os.environ), os.devnull))
+    process.start()
+    process.join()
+    return subprocess.CompletedProcess(command, process.exitcode)
+
+
 def _begin(arguments, folder, environment, *streams):
+    gc.freeze()  # every stage collects several times, and need not look through imported libraries
     for number, path in enumerate(streams, start=1):
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, number)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from reproduce_tools import load
+from warm_python import run_python
 
 import emloc
 from emloc.errors import ConfigError, DataError, EmlocError, NumericalError
@@ -256,10 +257,9 @@ def test_cells_run_in_processes_from_the_command_line(options, tmp_path):
 
     config = tmp_path / "bench.yaml"
     config.write_text(yaml.safe_dump({**options, "methods": ["lora"]}))
-    run = subprocess.run(
-        [sys.executable, "-m", "emloc", "bench", str(config), f"output_dir={tmp_path / 'out'}",
-         "keep_ratio=0.4", "train.learning_rate=0.001", "train.max_steps=2"],
-        capture_output=True, text=True, check=False,
+    run = run_python(
+        "-m", "emloc", "bench", config, f"output_dir={tmp_path / 'out'}",
+        "keep_ratio=0.4", "train.learning_rate=0.001", "train.max_steps=2",
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == str(tmp_path / "out")

@@ -79,12 +79,14 @@ def _indexed(path: Path, layout: Layout, index: Path) -> WeightFiles:
     weight_map = conforming(_Index, read_json(index), index).weight_map
     if not weight_map:
         raise CheckpointError(f"{index} has no weight_map; download the checkpoint again.")
-    promised: dict[str, set[str]] = {}
+    named: dict[str, set[str]] = {}
     for tensor, file in weight_map.items():
+        named.setdefault(file, set()).add(tensor)
+    for file in named:
         named_path(index.parent, file, index)
         if Path(file).name != file:
             raise CheckpointError(f"{index} names a shard outside of its folder: {file}.")
-        promised.setdefault(layout.folder + file, set()).add(tensor)
+    promised = {layout.folder + file: tensors for file, tensors in named.items()}
     for file in promised:
         if not (path / file).is_file():
             raise CheckpointError(

@@ -38,15 +38,15 @@ def check_options(added: Sequence[FamilyEntry], others: Iterable[FamilyEntry]) -
     known = list(others)
     for entry in added:
         for stage in STAGES:
+            there = [(other, *option) for other in known for option in _options(other, stage)]
             for name, field in _options(entry, stage):
                 _check(entry, stage, name, field)
-                for other in known:
-                    for taken, theirs in _options(other, stage):
-                        if name == taken and _type(field) != _type(theirs):
-                            raise PluginError(
-                                f"its option {name} for {_called(stage)} is of another type than that of "
-                                f"the family {other.name} ({_said(field)}, and {_said(theirs)} there)"
-                            )
+                for other, taken, theirs in there:
+                    if name == taken and _type(field) != _type(theirs):
+                        raise PluginError(
+                            f"its option {name} for {_called(stage)} is of another type than that of "
+                            f"the family {other.name} ({_said(field)}, and {_said(theirs)} there)"
+                        )
         known.append(entry)
 
 

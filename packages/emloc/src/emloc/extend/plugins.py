@@ -5,8 +5,11 @@ the others go on working.
 """
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import pluggy
@@ -59,13 +62,33 @@ def load_plugins() -> Plugins:
     """Import every plugin module of the entry-point group and collect what it offers."""
     plugins = Plugins(pluggy.PluginManager(GROUP))
     plugins.manager.add_hookspecs(hookspecs)
-    entries = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: entry.name)
-    for entry in entries:
+    places = tuple((place, _changed(place)) for place in sys.path)
+    for entry in _entries(importlib.metadata.entry_points, places):
         try:
             add_plugin(plugins, entry.name, entry.load())
         except Exception as problem:  # a third party's import may raise anything
             plugins.broken[entry.name] = f"{type(problem).__name__}: {problem}"
     return plugins
+
+
+@lru_cache(maxsize=1)
+def _entries(
+    find: Callable[..., Any], places: tuple[tuple[str, int | None], ...]
+) -> Sequence[importlib.metadata.EntryPoint]:
+    """The group's entry points by name.
+
+    Reading those of every installed package takes longer than all else here, and stages load the plugins
+    several times: they are read again where a folder of the path is another one or has changed, as it does
+    when something is installed or removed.
+    """
+    return sorted(find(group=GROUP), key=lambda entry: entry.name)
+
+
+def _changed(place: str) -> int | None:
+    try:
+        return os.stat(place or os.curdir).st_mtime_ns
+    except OSError:  # it is not there, or not a name
+        return None
 
 
 def add_plugin(plugins: Plugins, name: str, module: Any) -> None:

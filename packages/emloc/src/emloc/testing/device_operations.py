@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from emloc.testing.device_tensor import HOST, DeviceTensor
 from emloc.testing.traffic import Traffic
@@ -74,7 +74,7 @@ def run(
             traffic.pin(tensor)
         return DeviceTensor(tensor, traffic) if on_device else tensor
 
-    return tree_map_only(Tensor, wrapped, made)
+    return _changed(Tensor, wrapped, made)
 
 
 def _is_view(func: Any) -> bool:
@@ -85,7 +85,61 @@ def _is_view(func: Any) -> bool:
 
 def tensors_of(tree: Any) -> list[Tensor]:
     """All tensors in nested arguments."""
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+    found: list[Tensor] = []
+    _gather(tree, found)
+    return found
+
+
+def _gather(tree: Any, found: list[Tensor]) -> None:
+    """Add all tensors of nested arguments.
+
+    Arguments of operations are tensors and lists: torch's own walk through them takes longer than operations
+    on tiny tensors, and is left to what is neither.
+    """
+    kind = type(tree)
+    if isinstance(tree, Tensor):
+        found.append(tree)
+    elif kind is tuple or kind is list:
+        for part in tree:
+            _gather(part, found)
+    elif kind is dict:
+        for part in tree.values():
+            _gather(part, found)
+    elif kind not in _LEAVES:
+        found += [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _changed(of: type[Tensor], change: Callable[[Any], Any], tree: Any) -> Any:
+    """Nested arguments with their tensors of one class changed."""
+    kind = type(tree)
+    if isinstance(tree, of):
+        return change(tree)
+    if kind is tuple:
+        return tuple([_changed(of, change, part) for part in tree])
+    if kind is list:
+        return [_changed(of, change, part) for part in tree]
+    if kind is dict:
+        return {name: _changed(of, change, part) for name, part in tree.items()}
+    if kind in _LEAVES or isinstance(tree, Tensor):
+        return tree
+    return tree_map_only(of, change, tree)
+
+
+_LEAVES = frozenset(
+    [
+        int,
+        float,
+        bool,
+        str,
+        complex,
+        type(None),
+        torch.device,
+        torch.dtype,
+        torch.layout,
+        torch.memory_format,
+    ]
+)
+"""Kinds of arguments that hold nothing."""
 
 
 def values_of(tree: Any) -> Any:
@@ -94,7 +148,7 @@ def values_of(tree: Any) -> Any:
     Raises:
         RuntimeError: a tensor's storage has been freed.
     """
-    return tree_map_only(DeviceTensor, _values, tree)
+    return _changed(DeviceTensor, _values, tree)
 
 
 def _values(tensor: DeviceTensor) -> Tensor:
