@@ -93,7 +93,10 @@ class TransformersFamily(PlannedTransformer):
 
         def forward(fake: Any) -> None:
             inputs = self.example(fake.config, 1, 4)
-            fake(**{k: _halved(v) for k, v in inputs.items() if k != "labels"})
+            # A decoder behind an encoder may be given its tokens, or make them of the labels.
+            told = any(name.startswith("decoder_") for name in inputs)
+            learns = getattr(fake.config, "is_encoder_decoder", False) and not told
+            fake(**{k: _halved(v) for k, v in inputs.items() if learns or k != "labels"})
 
         return [forward]
 
