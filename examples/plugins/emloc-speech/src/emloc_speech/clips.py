@@ -58,5 +58,7 @@ def read_samples(path: Path, rate: int, most: int) -> np.ndarray:
     if len(content) != 2 * count:
         raise DataError(f"{path} is cut short: its header promises {count} samples.")
     if count > most:
-        raise DataError(f"{path} lasts {count / rate:.1f} s; cut it into clips of {most / rate:.1f} s.")
+        raise DataError(
+            f"{path} lasts {count / rate:.1f} s; cut it into clips of {most / rate:.1f} s."
+        )
     return np.frombuffer(content, "<i2").astype(np.float32) / 32768
