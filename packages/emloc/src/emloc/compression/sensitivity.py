@@ -95,15 +95,20 @@ class BlockProbe:
     def _hidden(self, outputs: Sequence[Tensor], mask: Tensor | None) -> list[Tensor]:
         """Hidden states, values last; where there is a mask, only the first output must be of tokens.
 
-        Others may be positions' biases or attention maps that the block hands on.
+        Others may be positions' biases or attention maps that the block hands on, which no error changes:
+        they have an axis more.
         """
         modules = () if self._module is None else list(self._module.modules())
         images = any(isinstance(module, nn.Conv2d) for module in modules)
         last = [o.movedim(-3, -1) if images and o.ndim == 4 else o for o in outputs]
-        if mask is None:
-            return last
         first = last[0].shape[:-1]
-        return [output for output in last if output.shape[:-1] == first]
+        return [
+            output
+            for output in last
+            if (
+                len(output.shape[:-1]) == len(first) if mask is None else output.shape[:-1] == first
+            )
+        ]
 
 
 @contextmanager
