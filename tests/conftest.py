@@ -1,28 +1,27 @@
 """Every installed family with its example on disk, for the contract that all must pass.
 
-So must a family of one's own (`classifier_family`), whose plugin is installed while its turn lasts.
+So must families of one's own (`own_families`), whose plugins are installed while their turn lasts.
 """
 
 import os
 from pathlib import Path
 
 import pytest
+from own_families import OWN
 
 from emloc.extend.plugins import load_plugins
 from emloc.testing.contract.fixtures import made_subject
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-OWN = "classifier"
-
-FAMILIES = [*sorted(load_plugins().families), OWN]
+FAMILIES = [*sorted(load_plugins().families), "classifier", "text-to-text"]
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
 def subject(request, tmp_path_factory):
     """One family with its tiny checkpoint and data, and the folders of all stages."""
     name = request.param
-    plugin = "classifier_family" if name == OWN else None
+    plugin = OWN.get(name)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parent)
         with made_subject(name, tmp_path_factory.mktemp(name), plugin=plugin) as subject:

@@ -47,7 +47,7 @@ class Seq2SeqFamily(TransformersFamily):
     model_type = "t5"
     sizes: ClassVar[dict[str, Any]] = {
         "d_model": 32, "d_kv": 12, "d_ff": 40, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 2,
-        "relative_attention_num_buckets": 8, "feed_forward_proj": "gated-gelu",
+        "relative_attention_num_buckets": 8, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0,
     }  # fmt: skip
 
     def example(self, config: Any, samples: int, length: int) -> Batch:
@@ -66,8 +66,9 @@ class Seq2SeqFamily(TransformersFamily):
 
     def token_mask(self, batch: Batch, layer: str | None = None) -> Tensor | None:
         """Of the text in the encoder and where decoders look at it, of what is written elsewhere."""
-        reads = layer is not None and (f".{layer}".find(".encoder.") >= 0 or layer.endswith(CROSS))
-        return batch["attention_mask"].bool() if reads else batch["labels"] != IGNORED
+        reads = layer is not None and (".encoder." in f".{layer}" or layer.endswith(CROSS))
+        mask = batch["attention_mask"].bool() if reads else batch["labels"] != IGNORED
+        return None if layer is not None and bool(mask.all()) else mask
 
     def data(self, checkpoint: Checkpoint, options: Any) -> TrainingData:
         """Rows of a source and a target."""
@@ -114,7 +115,7 @@ class BartFamily(Seq2SeqFamily):
     sizes: ClassVar[dict[str, Any]] = {
         "d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4,
         "decoder_attention_heads": 2, "encoder_ffn_dim": 40, "decoder_ffn_dim": 48,
-        "max_position_embeddings": 32, "bos_token_id": 1, "forced_eos_token_id": 2,
+        "max_position_embeddings": 32, "dropout": 0.0, "bos_token_id": 1, "forced_eos_token_id": 2,
     }  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def write_example(folder: Path, seed: int) -> Mapping[str, Any]:
         rows.append(json.dumps({"audio": audio, "text": word}))
     (folder / "train.jsonl").write_text("\n".join(rows) + "\n")
     data = str(folder / "train.jsonl")
-    return {"model_name_or_path": str(folder / "model"), "dataset": data, "max_length": 32}
+    return {"model_name_or_path": str(folder / "model"), "dataset": data, "max_length": 20}
 
 
 def _write_hum(path: Path, word: str, seed: int) -> None:

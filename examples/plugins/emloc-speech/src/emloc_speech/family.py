@@ -59,7 +59,6 @@ class SpeechFamily(TransformersFamily):
         tokenizer = load_tokenizer(checkpoint.path)
         extractor = WhisperFeatureExtractor.from_pretrained(checkpoint.path)
         config = WhisperConfig.from_pretrained(checkpoint.path)
-        most = min(options.max_length, config.max_target_positions)
         names = dataset_names(options)
         clips = [clip for name in names for clip in read_clips(name, options.dataset_split)]
 
@@ -68,7 +67,7 @@ class SpeechFamily(TransformersFamily):
             # The model begins with this token by itself.
             ids = ids[1:] if ids[:1] == [config.decoder_start_token_id] else ids
             ended = ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
-            return ended[:most]
+            return ended[: options.max_length]
 
         def collate(part: Sequence[Clip]) -> Batch:
             rate, window = extractor.sampling_rate, extractor.n_samples
