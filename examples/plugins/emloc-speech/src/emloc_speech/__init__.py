@@ -1,4 +1,4 @@
-"""EMLoC for models of the kind speech.
+"""EMLoC for Whisper, which writes down what it hears.
 
 Importing it lets transformers' `from_pretrained` load an emulator.
 """
