@@ -155,7 +155,7 @@ def compute_itemsize(subject: Subject) -> int:
 
 
 def _tokens(batch: Batch) -> int:
-    """Those that are read, or those that are written where these are more."""
+    """Tokens that a micro-batch reads, or writes where these are more."""
     first = next(iter(batch.values()))
     read = first.numel() if first.ndim == 2 else first[:, 0].numel()
     return max(read, _learnt(batch))
