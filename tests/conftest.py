@@ -1,20 +1,19 @@
 """Every installed family with its example on disk, for the contract that all must pass.
 
-Tests of what `TransformersFamily` gives a family of one's own ask for `classifier_family` as well, whose
-plugin is installed while its turn lasts.
+Tests of what `TransformersFamily` gives a family of one's own ask for those of `own_families` as well, whose
+plugins are installed while their turn lasts.
 """
 
 import os
 from pathlib import Path
 
 import pytest
+from own_families import OWN
 
 from emloc.extend.plugins import load_plugins
 from emloc.testing.contract.fixtures import made_subject
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-OWN = "classifier"
 
 FAMILIES = sorted(load_plugins().families)
 
@@ -23,7 +22,7 @@ FAMILIES = sorted(load_plugins().families)
 def subject(request, tmp_path_factory):
     """One family with its tiny checkpoint and data, and the folders of all stages."""
     name = request.param
-    plugin = "classifier_family" if name == OWN else None
+    plugin = OWN.get(name)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parent)
         with made_subject(name, tmp_path_factory.mktemp(name), plugin=plugin) as subject:

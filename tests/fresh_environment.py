@@ -33,6 +33,9 @@ class FreshEnvironment:
         [site] = (folder / "env/lib").glob("python*/site-packages")
         for entry in site.glob("setuptools*"):  # an older one than torch asks for
             shutil.rmtree(entry)
+        pytest = self.bin / "pytest"
+        pytest.write_text(f'#!/bin/sh\nexec {self.bin}/python -m pytest "$@"\n')
+        pytest.chmod(0o755)
         (site / "libraries.pth").write_text(f"{libraries}\n")
 
     def run(self, *words, where=None, check=True, paths=()):

@@ -89,6 +89,8 @@ def test_a_family_of_ones_own_imports_the_kit_alone():
     """A third party's family imports `emloc.plugin` alone, which its pin is about; so do our hooks."""
     for path in (
         PACKAGES.parent / "tests/classifier_family.py",
+        PACKAGES.parent / "tests/seq2seq_family.py",
+        *(PACKAGES.parent / "examples/plugins").glob("*/src/*/family.py"),
         *PACKAGES.glob("*/src/*_hooks.py"),
         PACKAGES / "emloc-vlm/src/emloc_vlm_options.py",
     ):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from own_families import installed
 from safetensors.torch import load_file
 
 import emloc
@@ -22,10 +23,11 @@ def manifest(folder):
     return json.loads((folder / "emloc.json").read_text())
 
 
-@pytest.fixture(scope="module", params=["llm", "vlm", "diffusion"])
+@pytest.fixture(scope="module", params=["llm", "vlm", "diffusion", "text-to-text"])
 def example(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    return {**family_named(request.param).write_example(folder, seed=0), "family": request.param}
+    with installed(request.param):
+        yield {**family_named(request.param).write_example(folder, seed=0), "family": request.param}
 
 
 @pytest.fixture(scope="module")

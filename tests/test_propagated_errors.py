@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from own_families import installed
 
 import emloc
 from emloc.artefacts.checkpoint import Checkpoint
@@ -21,7 +22,12 @@ LOW_RANK = {"format": "low_rank", "keep_ratio": 0.4}
 MOST = ["(down_blocks|mid_block|up_blocks.0).*", "up_blocks.1.(attentions.0|resnets.0).*"]
 
 
-@pytest.mark.parametrize("name", ["llm", "vlm", "diffusion"])
+@pytest.fixture(params=["llm", "vlm", "diffusion", "text-to-text"])
+def name(request):
+    with installed(request.param):
+        yield request.param
+
+
 def test_each_layer_makes_up_for_the_errors_of_those_before(name, tmp_path):
     """Layer after layer, on what the emulator's earlier layers leave to read: the weight that is rounded is
     the regression, in float64, and the codes are nearer to it than to the base's own.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from own_families import installed
 from safetensors.torch import load_file
 
 import emloc
@@ -14,9 +15,10 @@ from emloc.extend.plugins import family_named
 from emloc.streaming.stream import UnitStream
 
 
-@pytest.fixture(scope="module", params=["llm", "vlm", "diffusion"])
+@pytest.fixture(scope="module", params=["llm", "vlm", "diffusion", "text-to-text"])
 def family(request):
-    return family_named(request.param)
+    with installed(request.param):
+        yield family_named(request.param)
 
 
 @pytest.fixture(scope="module")

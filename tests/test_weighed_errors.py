@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from own_families import installed
 from safetensors import safe_open
 
 import emloc
@@ -90,16 +91,13 @@ def test_without_gradients_all_outputs_count_alike():
     torch.testing.assert_close(ratio, ratio[:1, :1].expand(5, 4))
 
 
-@pytest.fixture(scope="module", params=["llm", "vlm", "diffusion"])
+@pytest.fixture(scope="module", params=["llm", "vlm", "diffusion", "text-to-text"])
 def example(request, tmp_path_factory):
-    family = family_named(request.param)
-    options = family.write_example(tmp_path_factory.mktemp(request.param), seed=0)
-    return family, {
-        **options,
-        "device": "cpu",
-        "num_calibration_samples": 4,
-        "calibration_batch_size": 2,
-    }
+    with installed(request.param):
+        family = family_named(request.param)
+        options = family.write_example(tmp_path_factory.mktemp(request.param), seed=0)
+        few = {"num_calibration_samples": 4, "calibration_batch_size": 2}
+        yield family, {**options, "device": "cpu", **few}
 
 
 def test_moments_are_those_of_autograd_on_the_whole_model(example, tmp_path, monkeypatch):

@@ -5,7 +5,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emloc.planning.live import SAVED, LiveBytes
-from emloc.planning.trace import Depths, count_step, extrapolate, materialise, trace_step
+from emloc.planning.trace import (
+    Depths,
+    count_step,
+    extrapolate,
+    materialise,
+    trace_forward,
+    trace_step,
+)
 
 KIB = 1024
 
@@ -119,3 +126,31 @@ def test_what_lies_in_a_file_is_ignored():
         assert live.now == 255 * 4
         del view, copy
         assert live.now == 0
+
+
+def test_blocks_are_passed_in_whichever_order_they_run():
+    """A decoder may be listed before the encoder that runs first, and a block may be skipped."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder, self.skipped, self.encoder, self.head = (
+                nn.Linear(4, size, bias=False, device="meta") for size in (8, 2, 4, 1000)
+            )
+
+        def forward(self, x):
+            x = self.decoder(self.encoder(x))
+            return self.head(x[:, :4]).sum()
+
+    def passed(*blocks):
+        batch = {"x": torch.empty(3, 4, device="meta")}
+        sizes = trace_forward(
+            Model(), blocks, batch, lambda model, fake: model(fake["x"]), watched={}
+        )
+        return [tuple(one) for one in sizes.blocks[None]]
+
+    listed = passed("encoder", "decoder")
+    assert listed[1][2] - listed[1][0] == 3 * 8 * 4
+    assert max(peak for _, peak, _ in listed) < 3 * 1000 * 4
+    assert passed("decoder", "encoder") == listed
+    assert passed("decoder", "skipped", "encoder") == listed

@@ -78,7 +78,10 @@ class BlockProbe:
             changed = self._run()
         mask = token_mask_of(self._stream.family, self._batch, self._name)
         errors: list[Tensor] = []
-        for before, after in zip(self._hidden(self._output, mask), self._hidden(changed, mask)):
+        first = self._output[0].shape[:-1]
+        for before, after in zip(self._output, changed):
+            if mask is not None and before.shape[:-1] != first:  # not of these tokens
+                continue
             rows, others = (real_rows(v, mask, f"Block {self._name}") for v in (before, after))
             size = rows.square().sum(dim=1)
             floor = float(size.mean()) * 1e-12 or 1.0  # of a row that is nothing, nothing is lost
@@ -90,20 +93,19 @@ class BlockProbe:
         assert self._module is not None
         args, named = self._given
         # A block may write into what it is given, hidden states or a cache.
-        return _tensors(self._module(*_cloned(args), **_cloned(named)))
+        return hidden_states(self._module, self._module(*_cloned(args), **_cloned(named)))
 
-    def _hidden(self, outputs: Sequence[Tensor], mask: Tensor | None) -> list[Tensor]:
-        """Hidden states, values last; where there is a mask, only the first output must be of tokens.
 
-        Others may be positions' biases or attention maps that the block hands on.
-        """
-        modules = () if self._module is None else list(self._module.modules())
-        images = any(isinstance(module, nn.Conv2d) for module in modules)
-        last = [o.movedim(-3, -1) if images and o.ndim == 4 else o for o in outputs]
-        if mask is None:
-            return last
-        first = last[0].shape[:-1]
-        return [output for output in last if output.shape[:-1] == first]
+def hidden_states(block: nn.Module, output: Any) -> list[Tensor]:
+    """The hidden states in what a block returned, values last; the first one is of its tokens.
+
+    Positions' biases and attention maps, which a block may hand on, are none: they have an axis more, and no
+    error of the block changes them.
+    """
+    images = any(isinstance(module, nn.Conv2d) for module in block.modules())
+    made = _tensors(output)
+    last = [o.movedim(-3, -1) if images and o.ndim == 4 else o for o in made]
+    return [state for state in last if state.ndim == last[0].ndim]
 
 
 @contextmanager
@@ -136,7 +138,7 @@ def _cloned(value: Any) -> Any:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    """The hidden states in what a block returned."""
+    """The tensors of numbers in what a block returned."""
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() and output.ndim > 1 else []
     if isinstance(output, dict):

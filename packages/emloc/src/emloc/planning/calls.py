@@ -35,11 +35,12 @@ class Calls:
     Attributes:
         count: micro-batches.
         batch: bytes of one as it is given.
-        tokens: of one micro-batch.
+        tokens: of one micro-batch, of the longer of its sequences where it has two.
         blocks: what one holds as it passes a block, by the block's name or kind; the batch included.
         at_head: what one holds when it stands before the head.
         shared: what is counted more than once: on a CPU, candidates read the same micro-batches.
         parked: whether those that wait are in host memory.
+        learnt: rows of logits that a micro-batch's loss is of, where labels say so.
     """
 
     count: int
@@ -49,6 +50,7 @@ class Calls:
     at_head: int
     shared: int = 0
     parked: bool = False
+    learnt: int = 0
 
     def at(self, block: str, kind: BlockKind) -> Sequence[Passing]:
         """The ways through a block; those through any, where it is not known by itself."""
@@ -134,7 +136,7 @@ def calibration_calls(
     if tokens is not None:
         samples = -(-tokens // max(1, _tokens(batch) // size))
     itemsize = compute_itemsize(subject)
-    padded = any(name.endswith("mask") for name in batch)
+    padded = _learnt(batch) > 0 or any(name.endswith("mask") for name in batch)
     elements = {name: always + more * padded for name, (always, more) in watched.items()}
     sizes = _forward(subject, options, batch, itemsize, elements)
     given = sum(tensor.numel() * tensor.element_size() for tensor in batch.values())
@@ -143,7 +145,8 @@ def calibration_calls(
     at_head = between if sizes.at_head is None else sizes.at_head
     copied = options.device.startswith("cuda")
     shared = 0 if copied else (count - count // candidates) * given
-    return Calls(count, given, _tokens(batch), sizes.blocks, at_head, shared, parked=copied)
+    tokens, learnt = _tokens(batch), _learnt(batch)
+    return Calls(count, given, tokens, sizes.blocks, at_head, shared, copied, learnt)
 
 
 def compute_itemsize(subject: Subject) -> int:
@@ -152,8 +155,16 @@ def compute_itemsize(subject: Subject) -> int:
 
 
 def _tokens(batch: Batch) -> int:
+    """Tokens that a micro-batch reads, or writes where these are more."""
     first = next(iter(batch.values()))
-    return first.numel() if first.ndim == 2 else first[:, 0].numel()
+    read = first.numel() if first.ndim == 2 else first[:, 0].numel()
+    return max(read, _learnt(batch))
+
+
+def _learnt(batch: Batch) -> int:
+    """Labels, each of which may have a loss of its own; without labels of tokens, 0."""
+    labels = batch.get("labels")
+    return labels.numel() if labels is not None and labels.ndim == 2 else 0
 
 
 def _forward(

@@ -11,7 +11,7 @@ from emloc.planning.training import without_lora
 
 def inference_lines(subject: Subject, options: Any) -> Lines:
     """The device's lines for one sample of the largest size, without the allocator's slack."""
-    weights = subject.parameters * subject.itemsize(options.dtype)
+    weights = subject.weight_bytes(options.dtype)
     family = subject.planned
     if family is None:
         return lines_of(weights=weights)

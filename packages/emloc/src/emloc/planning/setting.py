@@ -280,7 +280,7 @@ class Setting:
     @property
     def _base_weights(self) -> int:
         """Bytes of the base's weights as training holds them."""
-        return self.subject.parameters * self.subject.itemsize(self.options.dtype)
+        return self.subject.weight_bytes(self.options.dtype)
 
     def _trained(
         self, weights: int, step: StepSizes | None, layers: Mapping[str, Layer], work: int

@@ -220,7 +220,7 @@ def correct_lines(
             )
     instants = {"running a block": largest(running), "writing": writing}
     if head is not None:
-        logits = 3 * calls.tokens * head[0] * itemsize
+        logits = 3 * (calls.learnt or calls.tokens) * head[0] * itemsize
         instants["the head"] = lines_of(
             head_in_float32=loaded_bytes(subject, head[0] * head[1], device),
             suspended_calls=calls.ending,

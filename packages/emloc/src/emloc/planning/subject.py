@@ -77,7 +77,22 @@ class Subject:
     @cached_property
     def bytes(self) -> int:
         """Bytes of the weights as they are stored."""
-        return sum(info.nbytes for info in self.checkpoint.tensors.values())
+        stored = sum(info.nbytes for info in self.checkpoint.tensors.values())
+        return stored + self._buffer_bytes("auto")
+
+    def weight_bytes(self, dtype: str) -> int:
+        """Bytes of the whole model's weights; `auto`: as they are stored."""
+        return self.parameters * self.itemsize(dtype) + self._buffer_bytes(dtype)
+
+    def _buffer_bytes(self, dtype: str) -> int:
+        """Bytes of what is no parameter and stored all the same, such as BART's bias of the logits."""
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        buffers = [b for name, b in self.model.state_dict().items() if name not in parameters]
+        return sum(
+            b.numel() * (self.itemsize(dtype) if b.is_floating_point() else b.itemsize)
+            for b in buffers
+            if isinstance(b, torch.Tensor)
+        )
 
     @property
     def stored(self) -> torch.dtype:
@@ -225,7 +240,7 @@ class Subject:
             for group in plan.groups
         )
         saved += sum(table.numel * itemsize - table.nbytes for table in plan.tables)
-        return self.parameters * itemsize - saved
+        return self.weight_bytes(dtype) - saved
 
     def bits_per_weight(self, plan: CompressionPlan, dtype: str) -> float:
         """Bits that stand for a weight of a compressed layer; 0 where none is."""

@@ -72,7 +72,7 @@ def trace_step(model: nn.Module, batch: Batch, loss_of: LossOf, autocast: bool) 
 
 
 class _Reached(Exception):
-    """The last block is done."""
+    """All blocks are done."""
 
 
 def trace_forward(
@@ -94,28 +94,37 @@ def trace_forward(
             live.mark([*model.parameters(), *model.buffers()], WEIGHTS)
             weights, passings = live.now, list[Passing]()
             before: list[int] = []
+            left: list[Passing] = []
+            to_come = set(blocks)
 
-            def leave() -> None:
-                if before:
-                    totals = (before.pop(), live.peak.total, live.now)
-                    passings.append(Passing(*(count - weights for count in totals)))
-                live.peak = Peak(live.now)
+            def passing() -> Passing:
+                totals = (before[-1], live.peak.total, live.now)
+                return Passing(*(count - weights for count in totals))
 
             def reach(*_: object) -> None:
-                leave()
+                if before:
+                    passings.append(passing())
+                live.peak = Peak(live.now)
                 before.append(live.now)
 
-            def finish(*_: object) -> None:
-                leave()
-                raise _Reached
+            def leave(name: str) -> Callable[..., None]:
+                def leaving(*_: object) -> None:
+                    left[:] = [passing()]
+                    to_come.discard(name)
+                    if not to_come:
+                        raise _Reached
+
+                return leaving
 
             for name in blocks:
                 model.get_submodule(name).register_forward_pre_hook(reach)
             for name, elements in watched.items():
                 model.get_submodule(name).register_forward_hook(_watching(elements))
-            model.get_submodule(blocks[-1]).register_forward_hook(finish)
+            for name in blocks:  # whichever is the last to run
+                model.get_submodule(name).register_forward_hook(leave(name))
             with contextlib.suppress(_Reached):
                 run(model, fake)
+            passings += left
     return StepSizes(blocks={None: passings})
 
 

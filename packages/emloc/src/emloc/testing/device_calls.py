@@ -108,7 +108,8 @@ def _attention(
     if torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if isinstance(query, DeviceTensor):
+    learnt = attn_mask is not None and attn_mask.requires_grad  # no fused kernel has its gradient
+    if isinstance(query, DeviceTensor) and not learnt:
         given = (query, key, value, attn_mask, dropout_p, is_causal)
         if torch._fused_sdp_choice(*values_of(given), **named) == FUSED:  # pyright: ignore
             if attn_mask is not None and attn_mask.dtype == torch.bool:

@@ -104,13 +104,18 @@ def load_capacity(path: Path, auto_class: Any) -> Capacity:
     return capacity_of(empty_model(Checkpoint.open(path), auto_class, torch.float32))
 
 
-def capacity_of(model: Any) -> Capacity:
-    """Read the capacity off a model's modules, which may be on the meta device."""
+def capacity_of(model: Any, read: bool = False) -> Capacity:
+    """Read the capacity off a model's modules, which may be on the meta device.
+
+    Args:
+        read: what an encoder reads, where a decoder behind it writes.
+    """
     rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    part = "get_encoder" if read else "get_decoder"
+    stack = getattr(model, part)() if hasattr(model, part) else model
     positions = [
         count
-        for name, module in (decoder or model).named_modules()
+        for name, module in (stack or model).named_modules()
         if not _OTHER_SENSES.search(name)
         for count in _limits(name.rpartition(".")[2], module)
     ]

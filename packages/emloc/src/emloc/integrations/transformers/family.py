@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.locate import locate
 from emloc.config import CalibrationOptions, EvaluateConfig, TrainConfig
-from emloc.errors import ConfigError
+from emloc.errors import ConfigError, PluginError
 from emloc.extend.capabilities import native_of
 from emloc.extend.family import Batch, EmulatorLayers, ModelFamily, StoredParameter
 from emloc.integrations.transformers.conversion import module_name, stored_parameter
@@ -103,12 +103,16 @@ class TransformersFamily(PlannedTransformer):
 
         def forward(fake: Any) -> None:
             inputs = self.example(fake.config, 1, 4)
-            fake(**{k: _halved(v) for k, v in inputs.items() if k != "labels"})
+            # A decoder behind an encoder may be given its tokens, or make them of the labels.
+            told = any(name.startswith("decoder_") for name in inputs)
+            learns = getattr(fake.config, "is_encoder_decoder", False) and not told
+            fake(**{k: _halved(v) for k, v in inputs.items() if learns or k != "labels"})
 
         return [forward]
 
     def layer_groups(self, model: nn.Module) -> Sequence[Sequence[str]]:
         """See `ModelFamily`; found out by tracing `forwards`."""
+        self._require_masks(model)
         layers = linears_within(model, self.blocks(model))
         return shared_input_groups(model, layers, *self.forwards(model))
 
@@ -125,7 +129,10 @@ class TransformersFamily(PlannedTransformer):
         return layers_in_few_bits(model, skip)
 
     def token_mask(self, batch: Batch, layer: str | None = None) -> Tensor | None:
-        """See `MasksPadding`; by `attention_mask`, where there is one."""
+        """See `MasksPadding`; by `attention_mask`, where there is one.
+
+        A family of models with an encoder and a decoder has one of its own.
+        """
         given = batch.get("attention_mask")
         mask = None if given is None else given.bool()
         return None if mask is None or (layer is not None and bool(mask.all())) else mask
@@ -194,6 +201,15 @@ class TransformersFamily(PlannedTransformer):
         samples = data.samples[: config.num_samples]
         parts = in_batches(samples, config.per_device_eval_batch_size)
         return evaluate_loss(config, self, checkpoint, [data.collate(part) for part in parts])
+
+    def _require_masks(self, model: Any) -> None:
+        """Refuse the default mask, which is of one sequence, for a model that reads two."""
+        two = getattr(model.config, "is_encoder_decoder", False)
+        if two and type(self).token_mask is TransformersFamily.token_mask:
+            raise PluginError(
+                f"The family {self.name} has models of an encoder and a decoder, whose layers read two "
+                f"sequences; give it a token_mask that says which of their rows each layer reads are real."
+            )
 
     def _refuse(self, options: BaseModel, name: str) -> None:
         """Refuse an option of text that a subclass registers and the defaults here do not read."""

@@ -1,10 +1,13 @@
-"""Data that a model has rows for: each micro-batch is checked when it is made, before it is run."""
+"""Data that a model has rows for: each micro-batch is checked when it is made, before it is run.
+
+An encoder reads `input_ids`, and the decoder behind it is given `labels`, each with positions of its own.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from emloc.extend.family import Batch
 from emloc.integrations.transformers.capacity import Capacity, capacity_of
@@ -22,15 +25,27 @@ def fitting(data: TrainingData, skeleton: Callable[[], nn.Module]) -> TrainingDa
         CheckpointError: then, that the tokenizer gives a token that the model has no row for.
     """
     tokenizer: Any = getattr(data.processing, "tokenizer", data.processing)
-    known: list[Capacity] = []
+    known: dict[str, Capacity] = {}
 
     def collate(part: Sequence[Any]) -> Batch:
         batch = data.collate(part)
-        ids = batch.get("input_ids")
-        if ids is not None and ids.ndim == 2 and hasattr(tokenizer, "convert_ids_to_tokens"):
+        tokens = {name: batch[name] for name in ("input_ids", "labels") if _of_tokens(batch, name)}
+        if tokens and hasattr(tokenizer, "convert_ids_to_tokens"):
             if not known:
-                known.append(capacity_of(skeleton()))
-            known[0].check(ids.tolist(), tokenizer, "The samples")
+                known.update(_capacities(skeleton()))
+            for name in tokens.keys() & known.keys():
+                known[name].check(tokens[name].clamp(min=0).tolist(), tokenizer, "The samples")
         return batch
 
     return replace(data, collate=collate)
+
+
+def _of_tokens(batch: Batch, name: str) -> bool:
+    held: Tensor | None = batch.get(name)
+    return held is not None and held.ndim == 2 and not held.is_floating_point()
+
+
+def _capacities(model: Any) -> dict[str, Capacity]:
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return {"input_ids": capacity_of(model)}
+    return {"input_ids": capacity_of(model, read=True), "labels": capacity_of(model)}

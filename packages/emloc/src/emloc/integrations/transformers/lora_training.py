@@ -83,7 +83,7 @@ def train_lora(
     parts = parts or {}
     streamed = StreamedModel.of(model)
     held = [part.model for part in parts.values()] + ([] if streamed else [model])
-    weight_bytes = sum(_held(parameter) for each in held for parameter in each.parameters())
+    weight_bytes = sum(_held(tensor) for each in held for tensor in _weights(each))
     if streamed is not None:  # one unit computes while another one is read
         weight_bytes += 2 * streamed.unit_bytes
     with nullcontext() if streamed is None else streamed.on_device():
@@ -147,6 +147,14 @@ def _require_finite(model: Any) -> None:
             raise NumericalError(
                 f"Training ended with NaN or infinity in {name}; use a lower learning_rate or max_grad_norm."
             )
+
+
+def _weights(model: Any) -> list[Any]:
+    """A model's parameters, and the buffers that are stored like them."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    stored = model.state_dict().keys() - parameters.keys()
+    buffers = [buffer for name, buffer in model.named_buffers() if name in stored]
+    return [*model.parameters(), *buffers]
 
 
 def _held(parameter: Any) -> int:

@@ -14,7 +14,7 @@ from emloc.extend.family import Batch
 from emloc.formats.vocabulary import VocabularyTable
 from emloc.integrations.peft.targets import chosen_targets, linear_layers
 from emloc.integrations.transformers.capacity import capacity_of
-from emloc.integrations.transformers.shallow import cut, depth
+from emloc.integrations.transformers.shallow import cut, depths, depths_of
 from emloc.integrations.transformers.skeleton import empty_model, is_linear, model_config
 from emloc.integrations.transformers.text_options import longest
 from emloc.integrations.transformers.vocabulary import replace_tables
@@ -23,7 +23,7 @@ from emloc.planning.family import Groups, OtherModel
 from emloc.planning.operations import Layer
 from emloc.planning.step import StepOptions, StepSizes
 
-POSITIONS = ("max_position_embeddings", "n_positions")
+POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
 """Entries of configs that say how many positions a model has, or was trained for."""
 
 
@@ -72,7 +72,8 @@ class PlannedTransformer:
         auto_class: of transformers.
         task_type: PEFT's name of what the models are for, if it has one. With `SEQ_CLS` and `TOKEN_CLS`
             PEFT trains the modules `classifier` and `score` whole.
-        towers: sub-configs that have a stack of blocks each; none: the config itself has one.
+        towers: sub-configs that have stacks of blocks each; none: the config itself has one, or an encoder's
+            and a decoder's.
     """
 
     auto_class: Any
@@ -113,18 +114,21 @@ class PlannedTransformer:
 
     def stacks(self, checkpoint: Checkpoint) -> Sequence[int]:
         """See `PlannedFamily`; by `towers`."""
-        if not self.towers:
-            return [depth(checkpoint.config)]
-        return [depth(checkpoint.config[tower]) for tower in self.towers]
+        return [count for part in self._parts(checkpoint.config) for count in depths(part)]
 
     def shallow(self, checkpoint: Checkpoint, blocks: Sequence[int]) -> Checkpoint:
         """See `PlannedFamily`."""
         assert isinstance(checkpoint, Described)
         config = checkpoint.config
+        left = iter(blocks)
+        parts = [cut(part, [next(left) for _ in depths(part)]) for part in self._parts(config)]
         if not self.towers:
-            return checkpoint.having(cut(config, blocks[0]))
-        towers = {name: cut(config[name], count) for name, count in zip(self.towers, blocks)}
-        return checkpoint.having({**config, **towers})
+            return checkpoint.having(parts[0])
+        return checkpoint.having({**config, **dict(zip(self.towers, parts))})
+
+    def _parts(self, config: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        """The configs that say how many blocks stacks have."""
+        return [config[tower] for tower in self.towers] or [config]
 
     def trainable(self, checkpoint: Checkpoint, groups: Groups, options: Any) -> nn.Module:
         """See `PlannedFamily`."""
@@ -150,14 +154,20 @@ class PlannedTransformer:
         return None
 
     def cache_elements(self, model: nn.Module, options: Any) -> int:
-        """Keys and values of the longest sample in every block of a model that writes text."""
+        """Keys and values of the longest sample in every block of a model that writes text.
+
+        In a decoder behind an encoder, also those of what the encoder wrote.
+        """
         whole: Any = model
         if not whole.can_generate():
             return 0
         config = whole.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * config.num_hidden_layers * heads * head * longest(options)
+        blocks, length = depths_of(config)[-1], longest(options)
+        if getattr(config, "is_encoder_decoder", False):
+            length += getattr(config, "max_source_positions", None) or length
+        return 2 * blocks * heads * head * length
 
     def other_models(self, checkpoint: Checkpoint, options: Any) -> Mapping[str, OtherModel]:
         """An empty mapping: a vision tower is part of the model."""

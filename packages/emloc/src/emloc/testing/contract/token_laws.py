@@ -1,23 +1,25 @@
 """Laws of padding: what every layer counts as read, against samples that went through one by one.
 
 A sample alone has no padding, so all that its layers read is real. Whatever micro-batches the samples are put
-into, the second moments are sums over the same rows: as many of them, and of the same size.
+into, the second moments are sums over the same rows: as many of them, and of the same size. What blocks write
+is held to the same, since the effect of a layer's error is taken there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from emloc.compression.sensitivity import hidden_states
 from emloc.extend.capabilities import token_count, token_mask_of
 from emloc.extend.family import Batch
 from emloc.extend.losses import LossSum, loss_sum, summed
 from emloc.streaming.call import Call, current_call
 from emloc.streaming.input_rows import input_rows
 from emloc.streaming.lockstep import lockstep
-from emloc.streaming.real_rows import is_expert
+from emloc.streaming.real_rows import is_expert, real_rows
 from emloc.streaming.stream import UnitStream
 from emloc.testing.contract.fixtures import SubjectFixture
 from emloc.testing.contract.subject import Subject
@@ -29,7 +31,7 @@ class TokenLaws(SubjectFixture):
     """Promises of `token_mask`."""
 
     def test_every_layer_reads_the_real_rows_and_no_others(self, subject: Subject) -> None:
-        """Rows and their squares are those of samples that go one by one, layer by layer.
+        """Rows and their squares are those of samples that go one by one, by layer and by block.
 
         Of data with noise that is drawn for each micro-batch, their number alone.
         """
@@ -48,35 +50,52 @@ class TokenLaws(SubjectFixture):
         )
         assert read.keys() == expected.keys()
         alike = loss == pytest.approx(whole, rel=1e-3)
-        for layer, (rows, squares) in expected.items():
-            assert read[layer][0] == rows, f"rows that {layer} reads"
+        for what, (rows, squares) in expected.items():
+            assert read[what][0] == rows, f"rows that {what}"
             if alike:
-                assert read[layer][1] == pytest.approx(squares, rel=1e-2), f"what {layer} reads"
+                assert read[what][1] == pytest.approx(squares, rel=1e-2), f"what {what}"
 
 
 def _rows_read(
     subject: Subject, batches: Sequence[Batch]
 ) -> tuple[dict[str, tuple[int, float]], float]:
-    """Real rows and the sum of their squares, by layer; experts, which choose their rows, left out.
+    """Real rows and the sum of their squares, by what reads or writes them.
+
+    Experts, which choose their rows, are left out.
 
     And the loss of all, by which the samples are known to be the same.
     """
     stream = UnitStream(subject.family, subject.checkpoint)
     read: dict[str, tuple[int, float]] = {}
 
+    def add(what: str, parts: Iterable[Tensor]) -> None:
+        rows, squares = read.get(what, (0, 0.0))
+        for part in parts:
+            rows, squares = rows + len(part), squares + float(part.double().square().sum())
+        read[what] = rows, squares
+
+    def mask_of(name: str) -> Tensor | None:
+        call = current_call()
+        assert call is not None
+        return token_mask_of(subject.family, call.context, name)
+
     def counting(layer: str) -> Any:
         def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            call = current_call()
-            assert call is not None
-            mask = token_mask_of(subject.family, call.context, layer)
-            rows, squares = read.get(layer, (0, 0.0))
-            for part in input_rows(module, inputs[0], output, mask, f"Layer {layer}"):
-                rows, squares = rows + len(part), squares + float(part.double().square().sum())
-            read[layer] = rows, squares
+            parts = input_rows(module, inputs[0], output, mask_of(layer), f"Layer {layer}")
+            add(f"layer {layer} reads", parts)
+
+        return count
+
+    def counting_written(block: str) -> Any:
+        def count(module: nn.Module, _: Any, output: Any) -> None:
+            for state in hidden_states(module, output)[:1]:
+                add(f"block {block} writes", [real_rows(state, mask_of(block), f"Block {block}")])
 
         return count
 
     blocks = [(block, f"{block}.") for block in stream.blocks]
+    for block in stream.blocks:
+        stream.model.get_submodule(block).register_forward_hook(counting_written(block))
     for layer in (name for group in subject.family.layer_groups(stream.model) for name in group):
         owner = next(block for block, inside in blocks if f"{layer}.".startswith(inside))
         if not is_expert(stream.model, owner, layer):
