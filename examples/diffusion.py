@@ -30,7 +30,7 @@ emulator = emloc.compress(
 # 2. A LoRA on the stand-in. Any trainer of yours works as well: after `import emloc_diffusion`,
 #    DiffusionPipeline.from_pretrained(emulator) and unet.add_adapter are enough.
 adapter = emloc.train(
-    emulator=str(emulator),
+    emulator=emulator,
     output_dir=folder / "adapter",
     max_train_steps=steps,
     train_batch_size=1,
@@ -42,7 +42,7 @@ adapter = emloc.train(
 
 # 3. The LoRA, fitted to the original. How far to correct is chosen by the denoising loss.
 corrected = emloc.correct(
-    adapter=str(adapter), emulator=str(emulator), output_dir=folder / "corrected", **data
+    adapter=adapter, emulator=emulator, output_dir=folder / "corrected", **data
 )
 
 # The result holds pytorch_lora_weights.safetensors for pipe.load_lora_weights, kohya's file for other
@@ -56,4 +56,4 @@ for name, lora in {"base": None, "without correction": adapter, "corrected": cor
     )
     print(f"{name}: denoising loss {scores['loss']:.4f}")
 
-print("merged pipeline:", emloc.merge(adapter=str(corrected), output_dir=folder / "merged"))
+print("merged pipeline:", emloc.merge(adapter=corrected, output_dir=folder / "merged"))

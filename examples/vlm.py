@@ -28,7 +28,7 @@ emulator = emloc.compress(
 # 2. A LoRA on the stand-in. Any trainer of yours works as well: after `import emloc_vlm`,
 #    AutoModelForImageTextToText.from_pretrained(emulator) and peft.get_peft_model are enough.
 adapter = emloc.train(
-    emulator=str(emulator),
+    emulator=emulator,
     dataset=train_data,
     output_dir=folder / "adapter",
     max_steps=steps,
@@ -40,8 +40,8 @@ adapter = emloc.train(
 
 # 3. The LoRA, fitted to the original. How far to correct is chosen on calibration samples.
 corrected = emloc.correct(
-    adapter=str(adapter),
-    emulator=str(emulator),
+    adapter=adapter,
+    emulator=emulator,
     dataset=train_data,
     output_dir=folder / "corrected",
     max_length=4096,
@@ -59,4 +59,4 @@ for name, lora in {"base": None, "without correction": adapter, "corrected": cor
     )
     print(f"{name}: loss {scores['loss']:.4f}, exact match {scores['exact_match']:.1%}")
 
-print("merged model:", emloc.merge(adapter=str(corrected), output_dir=folder / "merged"))
+print("merged model:", emloc.merge(adapter=corrected, output_dir=folder / "merged"))

@@ -1,4 +1,4 @@
-"""The plugins of `examples/plugins`, each built, installed into a fresh environment, and held to the contract."""
+"""The plugins of `examples/plugins`: built, installed into a fresh environment, held to the contract."""
 
 import re
 import shutil

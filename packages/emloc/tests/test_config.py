@@ -1,4 +1,5 @@
 import inspect
+from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
@@ -136,3 +137,12 @@ def test_auto_is_no_candidate_of_auto():
     assert build(CorrectConfig, {**options, "limit_candidates": "0,none"}, "here").limit_candidates
     with pytest.raises(ConfigError, match="limit_candidates"):
         build(CorrectConfig, {**options, "limit_candidates": "0,auto"}, "here")
+
+
+def test_what_a_stage_returned_is_taken_by_the_next():
+    """A path is a name, alone and in a list."""
+    named = {"adapter": Path("a"), "emulator": Path("e"), "dataset": [Path("x.jsonl"), "y.jsonl"]}
+    config = build(CorrectConfig, {"output_dir": "o", **named}, "correct")
+    assert (config.adapter, config.emulator) == ("a", "e")
+    assert config.dataset == ["x.jsonl", "y.jsonl"]
+    assert config.output_dir == Path("o")

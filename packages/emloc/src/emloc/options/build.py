@@ -1,6 +1,7 @@
 """Options made of keywords, with one sentence on the first that is wrong."""
 
 import difflib
+import os
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
@@ -24,13 +25,25 @@ def nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:
 def build(model: type[ConfigT], options: Mapping[str, Any], where: str) -> ConfigT:
     """Validate options; `where` names their origin in messages.
 
+    A path that one stage returned is taken where another one expects a name.
+
     Raises:
         ConfigError: one sentence on the first thing wrong.
     """
+    named = {name: _as_text(value) for name, value in options.items()}
     try:
-        return model(**whole_numbers(model, options))
+        return model(**whole_numbers(model, named))
     except ValidationError as problem:
         raise ConfigError(f"{where}: {_sentence(model, problem.errors()[0])}") from problem
+
+
+def _as_text(value: Any) -> Any:
+    """A path, or a list with paths, as text; all else as it is. Options that are paths take either."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(cast("os.PathLike[str]", value))
+    if isinstance(value, list):
+        return [_as_text(item) for item in cast("list[Any]", value)]
+    return value
 
 
 def _sentence(model: type[BaseModel], first: ErrorDetails) -> str:
