@@ -290,6 +290,17 @@ class Contrary(ToyFamily):
         return figures
 
 
+class Early(ToyFamily):
+    """Writes what it had some steps before the end."""
+
+    def train(self, config, work):
+        figures = super().train(config, work)
+        tensors = load_file(work / "adapter_model.safetensors")
+        changed = {name: 0.9 * tensor for name, tensor in tensors.items()}
+        save_file(changed, work / "adapter_model.safetensors")
+        return figures
+
+
 class OnTheBase(ToyFamily):
     """Trains on the model that the emulator was made of."""
 
@@ -334,6 +345,7 @@ LAWS = {
     stuck(max_steps=2): "training_takes_as_many_steps_as_are_asked_for",
     Careless: "an_option_of_training_is_obeyed_or_refused[optim]",
     Contrary: "a_lora_lowers_the_loss_of_what_it_learnt",
+    Early: "training_takes_as_many_steps_as_are_asked_for",
     OnTheBase: "a_lora_is_trained_on_the_emulator",
     Thorough: "an_evaluation_is_of_the_samples_that_are_asked_for",
     Strict: "an_evaluation_is_by_the_loss_of_the_family",

@@ -71,18 +71,21 @@ class TrainingLaws(SubjectFixture):
     def test_training_takes_as_many_steps_as_are_asked_for(
         self, subject: Subject, tmp_path: Path
     ) -> None:
-        """`max_steps`, or without it as many as the epochs have."""
-        steps: list[int] = []
+        """`max_steps`, or as many as the epochs have without it; what the last one left is written."""
+        counted: list[int] = []
         epochs = {"max_steps": -1, "per_device_train_batch_size": 4}
         for number, asked in enumerate(
             ({"max_steps": 3}, {**epochs, "num_train_epochs": 1}, {**epochs, "num_train_epochs": 2})
         ):
-            with _counted() as counted:
-                subject.train(tmp_path / str(number), **asked)
-            steps.append(len(counted))
-        assert steps[0] == 3
-        assert steps[1] > 1
-        assert steps[2] == pytest.approx(2 * steps[1], abs=1)
+            with _stepped() as steps:
+                folder = subject.train(tmp_path / str(number), **asked)
+            counted.append(len(steps))
+            for name, tensor in _tensors(folder).items():
+                alike = [left for left in steps[-1] if left.shape == tensor.shape]
+                assert any(torch.allclose(left, tensor.float(), atol=1e-6) for left in alike), name
+        assert counted[0] == 3
+        assert counted[1] > 1
+        assert counted[2] == pytest.approx(2 * counted[1], abs=1)
 
     def test_a_lora_lowers_the_loss_of_what_it_learnt(
         self, subject: Subject, tmp_path: Path
@@ -126,14 +129,17 @@ def _trained(subject: Subject, folder: Path, **asked: Any) -> tuple[Path, dict[s
 
 
 @contextmanager
-def _counted() -> Iterator[list[None]]:
-    """Steps that optimisers take while inside."""
-    steps: list[None] = []
+def _stepped() -> Iterator[list[list[Tensor]]]:
+    """Steps that optimisers take while inside, each with what the trained tensors are after it."""
+    steps: list[list[Tensor]] = []
 
-    def count(*_: Any) -> None:
-        steps.append(None)
+    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        groups = optimizer.param_groups
+        if steps:
+            steps[-1] = []  # the last step's are enough
+        steps.append([p.detach().float().cpu().clone() for g in groups for p in g["params"]])
 
-    hook = register_optimizer_step_post_hook(count)
+    hook = register_optimizer_step_post_hook(note)
     try:
         yield steps
     finally:
