@@ -23,7 +23,7 @@ class BlockLaws(SubjectFixture):
     """Promises of `blocks`, on which it depends that memory does not grow with the depth."""
 
     def test_blocks_are_in_the_order_of_the_forward(self, subject: Subject) -> None:
-        """Of those that the example's samples pass."""
+        """Blocks that the example's samples pass come as the family lists them."""
         stream = UnitStream(subject.family, subject.checkpoint)
         passed: list[str] = []
 

@@ -18,7 +18,7 @@ class BudgetLaws(SubjectFixture):
     def test_an_allocation_by_error_keeps_to_its_bytes(
         self, subject: Subject, tmp_path: Path
     ) -> None:
-        """No more than the share of the layers' bytes, and a larger share has no larger error."""
+        """The layers take no more than their share of bytes, and a larger share has no larger error."""
         given = {"format": LOW_RANK_FORMAT, "keep_ratio_allocation": "error"}
         errors: list[float] = []
         for ratio in RATIOS:

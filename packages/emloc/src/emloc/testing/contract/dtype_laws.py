@@ -36,7 +36,7 @@ class DtypeLaws(SubjectFixture):
         assert bool(torch.isfinite(total))
 
     def test_an_emulator_is_loaded_as_it_is_stored(self, subject: Subject, tmp_path: Path) -> None:
-        """With `auto`, one that was written in bfloat16: its dense layers, and a loss that is precise."""
+        """Dense layers of one in bfloat16 stay in it with `auto`; it is in eval mode, its loss precise."""
         family, model = subject.family, subject.skeleton
         layers = [name for group in family.layer_groups(model) for name in group]
         group = list(family.layer_groups(model))[-1]

@@ -19,7 +19,7 @@ from emloc.testing.contract.subject import Subject
 FEW = 3
 OTHER_SEED = 91
 EXACT, NOISY = 1e-3, 0.1
-"""How far two losses of the same samples may be apart, as a share of one."""
+"""Shares of a loss by which two of the same samples may differ."""
 
 
 class ScoringLaws(SubjectFixture):
@@ -28,7 +28,7 @@ class ScoringLaws(SubjectFixture):
     def test_an_evaluation_is_of_the_samples_that_are_asked_for(
         self, subject: Subject, tmp_path: Path
     ) -> None:
-        """As many as asked for, of the data that are named, whatever number of them goes together."""
+        """Scores are of so many samples of the named data, whatever number of them goes together."""
         few = subject.evaluate(num_samples=FEW)
         every = subject.evaluate(per_device_eval_batch_size=5)
         assert FEW <= few["samples"] < every["samples"]
@@ -51,7 +51,7 @@ class ScoringLaws(SubjectFixture):
     def test_what_is_chosen_by_data_is_no_worse_than_no_correction(
         self, subject: Subject, tmp_path: Path
     ) -> None:
-        """By the loss of the merged model, which is what was written down when the limit was chosen."""
+        """The merged model has the loss that was written down when the limit was chosen."""
         chosen = subject.correct(tmp_path / "chosen", limit="auto")
         said = Manifest.read(chosen).summary
         plain = subject.correct(tmp_path / "plain", limit=0)
@@ -72,7 +72,7 @@ def _mean_loss(subject: Subject, model: nn.Module, batches: Sequence[Batch]) -> 
 
 
 def _tolerance(subject: Subject) -> float:
-    """Of two losses of the same samples: larger where each micro-batch has noise of its own."""
+    """The share by which two losses of the same samples may differ; more where micro-batches draw noise."""
     model = subject.family.load(subject.checkpoint, "float32", "cpu")
     together, alone = (
         _mean_loss(subject, model, subject.calibration(calibration_batch_size=size))

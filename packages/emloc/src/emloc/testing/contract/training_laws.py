@@ -39,7 +39,7 @@ class TrainingLaws(SubjectFixture):
     """Promises of `train`. An option that a family does not know may be refused, and not ignored."""
 
     def test_a_lora_has_the_shape_that_is_asked_for(self, subject: Subject, tmp_path: Path) -> None:
-        """Its layers, their rank, and the scaling that its config says."""
+        """The layers, their rank and the scaling that its config says are those of the options."""
         target = Adapter.open(str(subject.adapter)).layers[-1].name
         asked = {**SHAPING, "lora_target_modules": [target]}
         folder, read = _trained(subject, tmp_path / "shaped", **asked)
@@ -90,7 +90,7 @@ class TrainingLaws(SubjectFixture):
     def test_a_lora_lowers_the_loss_of_what_it_learnt(
         self, subject: Subject, tmp_path: Path
     ) -> None:
-        """On the emulator that it was trained on, with the names and the scaling that it was written with."""
+        """Names and scaling are those that it was trained with, so it helps the emulator that it is of."""
         adapter = subject.train(tmp_path / "learnt", max_steps=STEPS)
         emulator = {"model_name_or_path": str(subject.emulator)}
         before = subject.evaluate(**emulator)["loss"]
