@@ -1,5 +1,7 @@
 """Laws of training: options are obeyed or refused, what is learnt is what is written, and it helps."""
 
+import importlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,6 +88,24 @@ class TrainingLaws(SubjectFixture):
         assert counted[0] == 3
         assert counted[1] > 1
         assert counted[2] == pytest.approx(2 * counted[1], abs=1)
+
+    @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="others have no such limit")
+    def test_training_is_held_to_its_memory(self, subject: Subject, tmp_path: Path) -> None:
+        """Every step is taken while the process has a limit for its data, which `PeakMemory` sets."""
+        resource: Any = importlib.import_module("resource")
+        limits: list[int] = []
+
+        def look(*_: Any) -> None:
+            limits.append(resource.getrlimit(resource.RLIMIT_DATA)[0])
+
+        outside, _ = resource.getrlimit(resource.RLIMIT_DATA)
+        hook = register_optimizer_step_post_hook(look)
+        try:
+            subject.train(tmp_path / "adapter", max_steps=1)
+        finally:
+            hook.remove()
+        assert limits
+        assert outside not in limits
 
     def test_a_lora_lowers_the_loss_of_what_it_learnt(
         self, subject: Subject, tmp_path: Path
