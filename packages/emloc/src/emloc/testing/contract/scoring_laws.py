@@ -17,6 +17,7 @@ from emloc.testing.contract.fixtures import SubjectFixture
 from emloc.testing.contract.subject import Subject
 
 FEW = 3
+SAMPLES = 16
 OTHER_SEED = 91
 EXACT, NOISY = 1e-3, 0.1
 """Shares of a loss by which two of the same samples may differ."""
@@ -52,14 +53,16 @@ class ScoringLaws(SubjectFixture):
         self, subject: Subject, tmp_path: Path
     ) -> None:
         """The merged model has the loss that was written down when the limit was chosen."""
-        chosen = subject.correct(tmp_path / "chosen", limit="auto")
+        few = {"num_calibration_samples": SAMPLES}
+        chosen = subject.correct(tmp_path / "chosen", limit="auto", **few)
+        batches = subject.calibration(**few)
         said = Manifest.read(chosen).summary
         plain = subject.correct(tmp_path / "plain", limit=0)
         losses: list[float] = []
         for name, adapter in (("merged", chosen), ("as_it_was", plain)):
             merged = emloc.merge(adapter=str(adapter), output_dir=tmp_path / name)
             model = subject.family.load(Checkpoint.open(str(merged)), "float32", "cpu")
-            losses.append(_mean_loss(subject, model, subject.batches))
+            losses.append(_mean_loss(subject, model, batches))
         recorded = said["calibration_loss"]
         assert losses == pytest.approx([recorded[said["limit"]], recorded["0"]], rel=1e-3)
         assert losses[0] <= losses[1] * (1 + 1e-4)
