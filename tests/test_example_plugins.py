@@ -9,7 +9,8 @@ import pytest
 from fresh_environment import ROOT, FreshEnvironment
 
 PLUGINS = ROOT / "examples/plugins"
-TIMM = Path(sys.prefix) / "timm"
+TIMM = [Path(sys.prefix) / "timm", ROOT / "packages/emloc-diffusion/tests"]
+"""timm lies apart from other libraries; `torchvision_schemas` lets it be imported beside this torch."""
 
 FEW = "real_rows or streamed_forward or stock_peft or scores or rows"
 """Laws and tests that tell an architecture from another; of these, one passes all."""
@@ -17,7 +18,7 @@ FEW = "real_rows or streamed_forward or stock_peft or scores or rows"
 RUNS = {
     "emloc-encoder": ["-k", f"Albert or {FEW}"],
     "emloc-speech": [],
-    "emloc-timm": [],
+    "emloc-timm": ["-p", "torchvision_schemas"],
 }
 
 
@@ -32,7 +33,7 @@ def test_its_wheel_passes_the_contract(name, tmp_path):
     environment.install(ROOT / "packages/emloc", PLUGINS / name)
     family = name.removeprefix("emloc-")
     tests = shutil.copytree(PLUGINS / name / "tests", tmp_path / "tests")
-    more = [TIMM] if family == "timm" else []
+    more = TIMM if family == "timm" else []
     assert family in environment.run("emloc", "families", paths=more).stdout
     run = environment.run(
         "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'made'}", *RUNS[name],
@@ -51,5 +52,9 @@ def test_its_family_is_short_and_imports_what_is_promised(name):
         imported = re.findall(
             r"^\s*(?:from|import) (emloc(?:\.\w+)*)\b(?!_)", path.read_text(), re.M
         )
+        if name == "emloc-timm":
+            assert not re.search(
+                r"^\s*(from|import) (transformers|torchvision)\b", path.read_text(), re.M
+            )
         allowed = {"emloc", "emloc.plugin", "emloc.testing"}
         assert set(imported) <= allowed, f"{path}: {set(imported) - allowed}"

@@ -36,7 +36,7 @@ def test_it_is_built_and_installed_and_passes_the_contract(package, tmp_path):
     tests = Path(package / "tests").rename(tmp_path / "tests")
     run = run_pytest(tests, "-rs", f"--basetemp={tmp_path / 'made'}", paths=[tmp_path / "site"])
     assert run.returncode == 0, run.stdout + run.stderr
-    assert re.search(r"\b[23]\d passed", run.stdout), run.stdout
+    assert re.search(r"\b[5-9]\d passed", run.stdout), run.stdout
     assert "skipped" not in run.stdout
 
 

@@ -23,7 +23,8 @@ _ENDINGS = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "BertGenerationDeco
 
 def is_causal_lm(config: Mapping[str, Any]) -> bool:
     """Return whether a parsed `config.json` names a causal language model."""
-    return any(str(name).endswith(_ENDINGS) for name in config.get("architectures") or [])
+    names: Any = config.get("architectures")
+    return isinstance(names, list) and any(str(name).endswith(_ENDINGS) for name in names)
 
 
 @hookimpl

@@ -25,8 +25,9 @@ def is_vlm(config: Mapping[str, Any]) -> bool:
     """Return whether a parsed `config.json` names a model that reads images and writes text."""
     if config.get("model_type") == "internvl_chat":
         return True
-    writes = any(
-        str(name).endswith("ForConditionalGeneration") for name in config.get("architectures") or []
+    names: Any = config.get("architectures")
+    writes = isinstance(names, list) and any(
+        str(name).endswith("ForConditionalGeneration") for name in names
     )
     return writes and isinstance(config.get("vision_config"), Mapping)
 

@@ -144,5 +144,5 @@ def test_what_a_stage_returned_is_taken_by_the_next():
     named = {"adapter": Path("a"), "emulator": Path("e"), "dataset": [Path("x.jsonl"), "y.jsonl"]}
     config = build(CorrectConfig, {"output_dir": "o", **named}, "correct")
     assert (config.adapter, config.emulator) == ("a", "e")
-    assert config.dataset == ["x.jsonl", "y.jsonl"]
+    assert config.dataset == "x.jsonl,y.jsonl"
     assert config.output_dir == Path("o")

@@ -19,7 +19,7 @@ from emloc.extend.family import FamilyEntry
 from emloc.testing import FamilyContract
 from emloc.testing.contract import Subject
 from emloc.testing.contract.family_laws import apart_though_shared
-from emloc.testing.toy_family import ToyFamily
+from emloc.testing.toy_family import TRAINING, ToyFamily
 
 
 class Mixed(ToyFamily):
@@ -201,7 +201,155 @@ class OneForm(ToyFamily):
         return super().load(Checkpoint.open(base) if base else checkpoint, dtype, device)
 
 
+class Rolled(ToyFamily):
+    """Scores each sample by the label of the one before it."""
+
+    def loss(self, model, batch):
+        return super().loss(model, {**batch, "labels": batch["labels"].roll(1)})
+
+
+class Reversed(ToyFamily):
+    def blocks(self, model):
+        return super().blocks(model)[::-1]
+
+
+class FirstAlone(ToyFamily):
+    """Names one block of three, and its layers."""
+
+    def blocks(self, model):
+        return super().blocks(model)[:1]
+
+
+class Hoarding(ToyFamily):
+    """Keeps the converted weights of every block that ran."""
+
+    def skeleton(self, checkpoint, dtype):
+        model = super().skeleton(checkpoint, dtype)
+        for block in model.blocks:
+            block.register_forward_pre_hook(self.keep)
+        return model
+
+    def keep(self, block, inputs):
+        block.kept = [parameter.detach().clone() for parameter in block.parameters()]
+
+
+class Stubborn(ToyFamily):
+    """Loads everything in float32."""
+
+    def load(self, checkpoint, dtype, device):
+        return super().load(checkpoint, "float32", device)
+
+
+class Asleep(ToyFamily):
+    """Leaves emulators in training mode."""
+
+    def load(self, checkpoint, dtype, device):
+        model = super().load(checkpoint, dtype, device)
+        return model.train() if "quantization_config" in checkpoint.config else model
+
+
+class Raw(ToyFamily):
+    """Lets through what the library raises."""
+
+    def load(self, checkpoint, dtype, device):
+        try:
+            return super().load(checkpoint, dtype, device)
+        except CheckpointError as problem:
+            raise RuntimeError("size mismatch") from problem
+
+
+def stuck(**options):
+    """A family whose training has values of its own for some options, whatever is asked for."""
+
+    class Stuck(ToyFamily):
+        def train(self, config, work):
+            return super().train(config.model_copy(update=options), work)
+
+    Stuck.__name__ = "Stuck_" + "_".join(options)
+    return Stuck
+
+
+class Careless(ToyFamily):
+    """Takes every option, and ignores those that it does not know."""
+
+    def train(self, config, work):
+        known = {name: getattr(config, name) for name in config.model_fields_set & TRAINING}
+        return super().train(type(config)(**known, device=config.device), work)
+
+
+class Contrary(ToyFamily):
+    """Writes the adapter with the wrong sign."""
+
+    def train(self, config, work):
+        figures = super().train(config, work)
+        tensors = load_file(work / "adapter_model.safetensors")
+        changed = {
+            name: -tensor if "lora_B" in name else tensor for name, tensor in tensors.items()
+        }
+        save_file(changed, work / "adapter_model.safetensors")
+        return figures
+
+
+class Early(ToyFamily):
+    """Writes what it had some steps before the end."""
+
+    def train(self, config, work):
+        figures = super().train(config, work)
+        tensors = load_file(work / "adapter_model.safetensors")
+        changed = {name: 0.9 * tensor for name, tensor in tensors.items()}
+        save_file(changed, work / "adapter_model.safetensors")
+        return figures
+
+
+class OnTheBase(ToyFamily):
+    """Trains on the model that the emulator was made of."""
+
+    def train(self, config, work):
+        base = config.emulator and Manifest.read(Path(config.emulator)).base_model.name_or_path
+        return super().train(config.model_copy(update={"emulator": base}), work)
+
+
+class Thorough(ToyFamily):
+    """Scores all samples, however few are asked for."""
+
+    def evaluate(self, config):
+        return super().evaluate(config.model_copy(update={"num_samples": None}))
+
+
+class Strict(ToyFamily):
+    """Scores by another loss than it trains and chooses by."""
+
+    def evaluate(self, config):
+        scores = super().evaluate(config)
+        return {**scores, "loss": 1.1 * scores["loss"]}
+
+
 LAWS = {
+    Rolled: "a_loss_is_that_of_each_sample",
+    Reversed: "blocks_are_in_the_order_of_the_forward",
+    FirstAlone: "modules_like_a_block_beside_it_are_blocks",
+    Hoarding: "a_block_is_let_go_when_the_forward_is_through_it",
+    Stubborn: "a_model_has_the_dtype_that_is_asked_for",
+    Asleep: "an_emulator_is_loaded_as_it_is_stored",
+    Raw: "wrong_files_are_one_sentence_and_nothing_is_written",
+    stuck(lora_r=3): "a_lora_has_the_shape_that_is_asked_for",
+    stuck(lora_alpha=32.0): "a_lora_has_the_shape_that_is_asked_for",
+    stuck(use_rslora=False): "a_lora_has_the_shape_that_is_asked_for",
+    stuck(lora_target_modules=["all-linear"]): "a_lora_has_the_shape_that_is_asked_for",
+    stuck(seed=0): "an_option_of_training_is_obeyed_or_refused[seed]",
+    stuck(learning_rate=1e-2): "an_option_of_training_is_obeyed_or_refused[learning_rate]",
+    stuck(per_device_train_batch_size=8): (
+        "an_option_of_training_is_obeyed_or_refused[per_device_train_batch_size]"
+    ),
+    stuck(num_train_epochs=1.0): "training_takes_as_many_steps_as_are_asked_for",
+    stuck(max_steps=2): "training_takes_as_many_steps_as_are_asked_for",
+    Careless: "an_option_of_training_is_obeyed_or_refused[optim]",
+    Contrary: "a_lora_lowers_the_loss_of_what_it_learnt",
+    Early: "training_takes_as_many_steps_as_are_asked_for",
+    stuck(memory=None): "training_is_held_to_its_memory",
+    OnTheBase: "a_lora_is_trained_on_the_emulator",
+    Thorough: "an_evaluation_is_of_the_samples_that_are_asked_for",
+    Strict: "an_evaluation_is_by_the_loss_of_the_family",
     AllBlocks: "a_block_is_not_a_stack_of_blocks",
     Maskless: "every_layer_reads_the_real_rows_and_no_others",
     Halfway: "every_layer_reads_the_real_rows_and_no_others",
@@ -228,8 +376,11 @@ LAWS = {
 
 def check(law, subject, folder):
     """Call a law of the contract with what it asks for."""
+    law, _, option = law.rstrip("]").partition("[")
     function = getattr(FamilyContract(), f"test_{law}")
-    more = {"tmp_path": folder} if "tmp_path" in inspect.signature(function).parameters else {}
+    offered = {"tmp_path": folder, "option": option, "dtype": torch.bfloat16}
+    asked = inspect.signature(function).parameters
+    more = {name: value for name, value in offered.items() if name in asked}
     folder.mkdir()
     function(subject, **more)
 
@@ -252,7 +403,7 @@ def test_a_law_that_is_broken_is_noticed(broken, toy, tmp_path, monkeypatch):
     try:
         check(LAWS[broken], toy, tmp_path / "right")
         other = as_family(toy, broken(), monkeypatch)
-        with pytest.raises((AssertionError, pytest.fail.Exception)):
+        with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception)):
             check(LAWS[broken], other, tmp_path / "wrong")
     finally:
         if broken is Sidelong:

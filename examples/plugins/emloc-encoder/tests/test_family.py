@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from emloc_encoder.example import write_example
-
 from emloc.testing import FamilyContract
+from emloc_encoder.example import write_example
 
 
 class EncoderContract(FamilyContract):

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from emloc_encoder.example import CLASSES, write_example
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizer
 
 import emloc
 from emloc.plugin import DataError
 from emloc.testing import plugin_installed
+from emloc_encoder.example import CLASSES, write_example
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
 

@@ -99,7 +99,12 @@ class ToyFamily:
         refuse_missing(model, missing)
         if missing:
             raise CheckpointError(f"{checkpoint.name} holds no {missing[0]}; write it again.")
-        model.load_state_dict(tensors, assign=True)
+        try:
+            model.load_state_dict(tensors, assign=True)
+        except RuntimeError as problem:
+            raise CheckpointError(
+                f"{checkpoint.name}: its weights have not the shapes of its config; write it again."
+            ) from problem
         return model.to(device)
 
     def emulator_config(self, checkpoint: Checkpoint, layers: EmulatorLayers) -> dict[str, Any]:

@@ -17,11 +17,14 @@ from emloc.machine.memory import PeakMemory
 from emloc.machine.progress import progress_bar
 
 
+ALL = 2**31
+"""A number of samples that no data set has."""
+
+
 def evaluate_drawn(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any]:
     """The loss of a model on samples that its family draws by seed, as for a calibration.
 
-    So many as `num_samples` says, else as many as calibrate by default; all, where there are fewer. The
-    arguments and results are those of `Evaluates`.
+    So many as `num_samples` says; by default all. The arguments and results are those of `Evaluates`.
 
     Raises:
         DataError, CheckpointError, MismatchError: see their messages.
@@ -32,8 +35,7 @@ def evaluate_drawn(config: EvaluateConfig, family: ModelFamily) -> dict[str, Any
         name: getattr(config, name) for name in kind.model_fields.keys() & config.model_fields_set
     }
     given["calibration_batch_size"] = config.per_device_eval_batch_size
-    if config.num_samples is not None:
-        given["num_calibration_samples"] = config.num_samples
+    given["num_calibration_samples"] = ALL if config.num_samples is None else config.num_samples
     return evaluate_loss(
         config, family, checkpoint, family.calibration_batches(checkpoint, kind(**given))
     )

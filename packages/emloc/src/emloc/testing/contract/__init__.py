@@ -21,20 +21,45 @@ except ModuleNotFoundError as problem:
     ) from problem
 
 # Before they are imported, so that a failing law shows its values as any test does.
-for _laws in ("family", "token", "weight", "stage", "life"):
+for _laws in (
+    "block", "budget", "dtype", "family", "hostile", "life", "loss", "scoring", "stage", "token", "training",
+    "weight", "whole_module",
+):  # fmt: skip
     pytest.register_assert_rewrite(f"{__name__}.{_laws}_laws")
 
+from emloc.testing.contract.block_laws import BlockLaws  # noqa: E402
+from emloc.testing.contract.budget_laws import BudgetLaws  # noqa: E402
+from emloc.testing.contract.dtype_laws import DtypeLaws  # noqa: E402
 from emloc.testing.contract.family_laws import FamilyLaws  # noqa: E402
+from emloc.testing.contract.hostile_laws import HostileLaws  # noqa: E402
 from emloc.testing.contract.life_laws import LifeLaws  # noqa: E402
+from emloc.testing.contract.loss_laws import LossLaws  # noqa: E402
+from emloc.testing.contract.scoring_laws import ScoringLaws  # noqa: E402
 from emloc.testing.contract.stage_laws import StageLaws  # noqa: E402
 from emloc.testing.contract.subject import Subject  # noqa: E402
 from emloc.testing.contract.token_laws import TokenLaws  # noqa: E402
+from emloc.testing.contract.training_laws import TrainingLaws  # noqa: E402
 from emloc.testing.contract.weight_laws import WeightLaws  # noqa: E402
+from emloc.testing.contract.whole_module_laws import WholeModuleLaws  # noqa: E402
 
 __all__ = ["FamilyContract", "Subject"]
 
 
-class FamilyContract(FamilyLaws, TokenLaws, WeightLaws, StageLaws, LifeLaws):
+class FamilyContract(
+    FamilyLaws,
+    LossLaws,
+    BlockLaws,
+    DtypeLaws,
+    TokenLaws,
+    WeightLaws,
+    StageLaws,
+    BudgetLaws,
+    TrainingLaws,
+    WholeModuleLaws,
+    ScoringLaws,
+    LifeLaws,
+    HostileLaws,
+):
     """Tests of a family; inherit it in a class that pytest collects, and set `family`.
 
     All are of one `Subject`, which the fixture `subject` makes; a class that overrides the fixture may run

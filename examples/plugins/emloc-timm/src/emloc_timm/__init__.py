@@ -1,0 +1,1 @@
+"""EMLoC for the image classifiers of timm."""
