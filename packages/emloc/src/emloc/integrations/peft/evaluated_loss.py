@@ -16,7 +16,6 @@ from emloc.extend.plugin_options import with_family_options
 from emloc.machine.memory import PeakMemory
 from emloc.machine.progress import progress_bar
 
-
 ALL = 2**31
 """A number of samples that no data set has."""
 
