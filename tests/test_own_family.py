@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import create_model
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import emloc
@@ -25,6 +26,7 @@ from emloc.plugin import (
     TokenCountOptions,
 )
 from emloc.testing import FamilyContract
+from emloc.testing.contract.training_laws import LEARNING
 
 own = pytest.mark.parametrize("subject", ["classifier"], indirect=True, scope="session")
 
@@ -166,3 +168,21 @@ def test_a_bare_family_is_evaluated_on_samples_drawn_by_seed(family, example, st
     merged = emloc.evaluate(**{**example, "model_name_or_path": str(stages["merged"])})
     assert adapted["loss"] == pytest.approx(merged["loss"], rel=1e-4)
     assert abs(adapted["loss"] - scores["loss"]) > 1e-4
+
+
+@own
+@pytest.mark.parametrize("option", LEARNING)
+def test_training_that_a_family_inherits_obeys_options(subject, option, tmp_path):
+    """The contract leaves it to this test, since it is core's for all families."""
+    plain = load_file(subject.adapter / "adapter_model.safetensors")
+    once, again = (
+        load_file(
+            subject.train(tmp_path / name, **{option: LEARNING[option]})
+            / "adapter_model.safetensors"
+        )
+        for name in ("once", "again")
+    )
+    assert once.keys() == plain.keys()
+    assert any(not torch.equal(once[name], plain[name]) for name in once)
+    for name, tensor in once.items():
+        torch.testing.assert_close(again[name], tensor, rtol=1e-5, atol=1e-6)

@@ -346,7 +346,7 @@ LAWS = {
     Careless: "an_option_of_training_is_obeyed_or_refused[optim]",
     Contrary: "a_lora_lowers_the_loss_of_what_it_learnt",
     Early: "training_takes_as_many_steps_as_are_asked_for",
-    stuck(memory=None): "training_is_held_to_its_memory",
+    stuck(memory=None): "training_takes_as_many_steps_as_are_asked_for",
     OnTheBase: "a_lora_is_trained_on_the_emulator",
     Thorough: "an_evaluation_is_of_the_samples_that_are_asked_for",
     Strict: "an_evaluation_is_by_the_loss_of_the_family",

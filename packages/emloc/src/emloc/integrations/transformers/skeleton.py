@@ -153,21 +153,21 @@ def _all_linears(model: nn.Module, blocks: Sequence[str]) -> list[str]:
 def shared_input_groups(
     model: Any, layers: Sequence[str], *forwards: Callable[[Any], Any]
 ) -> list[list[str]]:
-    """Group layers of one parent that a forward, `forward(model)`, calls with the very same tensor.
+    """Group layers of one parent that a forward, `forward(model)`, calls with the very same tensors.
+
+    A layer that runs several times reads one after another, and shares them all or none.
 
     Forwards run on a copy of fake tensors: nothing is computed, and transformers treats it as
     tracing, so no branch asks for values. Layers that none reaches (experts that no token chose), or
     that come after a step that cannot be traced, form groups of one.
     """
-    seen: dict[int, list[str]] = {}
+    inputs: dict[str, list[int]] = {}
     kept: list[Any] = []  # keeps inputs alive, so that no id is used twice
-    calls: dict[str, int] = {}
 
     def record(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            calls[name] = calls.get(name, 0) + 1
-            kept.append(inputs[0])
-            seen.setdefault(id(inputs[0]), []).append(name)
+        def hook(module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+            kept.append(given[0])
+            inputs.setdefault(name, []).append(id(given[0]))
 
         return hook
 
@@ -187,14 +187,12 @@ def shared_input_groups(
         for forward in forwards:
             with contextlib.suppress(*untraceable):
                 forward(fake)
-    groups: list[list[str]] = []
-    grouped: set[str] = set()
-    for names in seen.values():
-        shared = [name for name in dict.fromkeys(names) if calls[name] == 1]
-        parent = _parents(shared)
-        if len(shared) > 1 and len(parent) == 1:
-            groups.append(shared)
-            grouped.update(shared)
+    read = {name: tuple(tensors) for name, tensors in inputs.items()}
+    shared: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for name, tensors in read.items():
+        shared.setdefault((name.rpartition(".")[0], tensors), []).append(name)
+    groups = [names for names in shared.values() if len(names) > 1]
+    grouped = {name for names in groups for name in names}
     order = {name: index for index, name in enumerate(layers)}
     groups += [[name] for name in layers if name not in grouped]
     return sorted(groups, key=lambda group: order[group[0]])
@@ -208,7 +206,3 @@ def _disabled(logger: logging.Logger) -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
-
-
-def _parents(names: Sequence[str]) -> set[str]:
-    return {name.rpartition(".")[0] for name in names}

@@ -22,8 +22,8 @@ except ModuleNotFoundError as problem:
 
 # Before they are imported, so that a failing law shows its values as any test does.
 for _laws in (
-    "block", "budget", "dtype", "family", "hostile", "life", "loss", "scoring", "stage", "token", "training",
-    "weight", "whole_module",
+    "block", "budget", "dtype", "family", "hostile", "life", "loss", "scoring", "stage", "streaming",
+    "token", "training", "weight", "whole_module",
 ):  # fmt: skip
     pytest.register_assert_rewrite(f"{__name__}.{_laws}_laws")
 
@@ -36,6 +36,7 @@ from emloc.testing.contract.life_laws import LifeLaws  # noqa: E402
 from emloc.testing.contract.loss_laws import LossLaws  # noqa: E402
 from emloc.testing.contract.scoring_laws import ScoringLaws  # noqa: E402
 from emloc.testing.contract.stage_laws import StageLaws  # noqa: E402
+from emloc.testing.contract.streaming_laws import StreamingLaws  # noqa: E402
 from emloc.testing.contract.subject import Subject  # noqa: E402
 from emloc.testing.contract.token_laws import TokenLaws  # noqa: E402
 from emloc.testing.contract.training_laws import TrainingLaws  # noqa: E402
@@ -55,6 +56,7 @@ class FamilyContract(
     StageLaws,
     BudgetLaws,
     TrainingLaws,
+    StreamingLaws,
     WholeModuleLaws,
     ScoringLaws,
     LifeLaws,
