@@ -50,8 +50,12 @@ class FreshEnvironment:
         assert not check or run.returncode == 0, run.stdout[-6000:] + run.stderr[-6000:]
         return run
 
-    def install(self, *packages):
-        """Wheels of these folders, as pip builds them from a copy, and what they need from beside."""
+    def install(self, *packages, needed=True):
+        """Wheels of these folders, as pip builds them from a copy.
+
+        Args:
+            needed: whether pip sees that what they need is there.
+        """
         wheels = self.folder / "wheels"
         for package in packages:
             copied = shutil.copytree(
@@ -61,4 +65,5 @@ class FreshEnvironment:
             build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet"]
             subprocess.run([*build, "--wheel-dir", wheels, copied], check=True, capture_output=True)
             shutil.rmtree(copied)
-        self.run("python", "-m", "pip", "install", "--quiet", "--no-index", *wheels.glob("*.whl"))
+        how = ["--quiet", "--no-index", *(() if needed else ["--no-deps"])]
+        self.run("python", "-m", "pip", "install", *how, *wheels.glob("*.whl"))

@@ -125,7 +125,8 @@ def emloc_register_families() -> Sequence[FamilyEntry]:
 
     def registered(kind: type[Seq2SeqFamily], architecture: str) -> FamilyEntry:
         def recognises(config: Mapping[str, Any]) -> bool:
-            return architecture in (config.get("architectures") or [])
+            names = config.get("architectures")
+            return isinstance(names, list) and architecture in names
 
         target = f"{__name__}:{kind.__name__}"
         options = {DataOptions: (SplitOptions, LengthOptions)}

@@ -156,7 +156,7 @@ def test_make_demo_on_a_real_model(ends_of_smollm2, tmp_path):
         "--max_steps 2 --num_samples 3"
     )
     made = subprocess.run(
-        ["make", "--dry-run", "demo", f"VENV={sys.prefix}", f"ARGS={arguments}"],
+        ["make", "--dry-run", "--no-print-directory", "demo", f"VENV={sys.prefix}", f"ARGS={arguments}"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout.splitlines()[-1]  # fmt: skip
     said = run_demo("llm", shlex.split(made))

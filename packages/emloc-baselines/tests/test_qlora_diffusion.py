@@ -101,7 +101,9 @@ def test_what_is_held_while_training_is_counted(made):
     held = summary["train_weight_bytes"] - summary["trainable_bytes"]
     linear = [m for m in dense.modules() if isinstance(m, torch.nn.Linear)]
     codes = sum(m.weight.numel() for m in linear)
+    buffers = dense.state_dict().keys() - dict(dense.named_parameters()).keys()
     rest = sum(p.numel() * 4 for p in dense.parameters()) - 4 * codes
+    rest += sum(dense.get_buffer(name).nbytes for name in buffers)
     tables = len(linear) * (16 * 4 + 256 * 4 + 300)
     assert rest + codes * 4.125 / 8 < held < rest + codes * 4.2 / 8 + tables
     assert {p.dtype for p in denoiser(light).parameters()} == {torch.float32, torch.uint8}

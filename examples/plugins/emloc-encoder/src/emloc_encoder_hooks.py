@@ -27,9 +27,9 @@ HEADS = ("ForSequenceClassification", "ForMaskedLM", "ForPreTraining", "Model")
 
 def recognises(config: Mapping[str, Any]) -> bool:
     """Tell from a parsed `config.json` whether it is of a classifier, or of what may become one."""
-    names = config.get("architectures") or []
-    heads = any(str(name).endswith(HEADS) for name in names)
-    return heads and config.get("model_type") in MODEL_TYPES
+    names, kind = config.get("architectures"), config.get("model_type")
+    heads = isinstance(names, list) and any(str(name).endswith(HEADS) for name in names)
+    return heads and isinstance(kind, str) and kind in MODEL_TYPES
 
 
 @hookimpl

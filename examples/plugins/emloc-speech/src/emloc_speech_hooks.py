@@ -19,7 +19,8 @@ from emloc.plugin import (
 
 def recognises(config: Mapping[str, Any]) -> bool:
     """Tell from a parsed `config.json` alone."""
-    return "WhisperForConditionalGeneration" in (config.get("architectures") or [])
+    names = config.get("architectures")
+    return isinstance(names, list) and "WhisperForConditionalGeneration" in names
 
 
 @hookimpl

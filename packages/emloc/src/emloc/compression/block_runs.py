@@ -1,4 +1,4 @@
-"""How often each block of a model runs in one forward.
+"""Counts of how often each block of a model runs in one forward.
 
 Most models run every block once. ALBERT has one block for all depths, and models that loop go through all of
 theirs again; what such a block reads is summed over all of its runs before it is fitted. The first pass

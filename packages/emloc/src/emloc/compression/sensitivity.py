@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from emloc.extend.capabilities import token_mask_of
 from emloc.streaming.call import current_call
-from emloc.streaming.real_rows import real_rows
+from emloc.streaming.real_rows import real_rows, same_order
 from emloc.streaming.stream import UnitStream
 
 
@@ -72,11 +72,11 @@ class BlockProbe:
 
     def sensitivity(self, layers: Sequence[str], weights: Sequence[Tensor]) -> float:
         """Relative squared change of the block's output with other weights, d_out × d_in, of layers."""
-        if self._output is None:
-            self._output = self._run()
-        with _replaced(self._stream, layers, weights):
-            changed = self._run()
         mask = token_mask_of(self._stream.family, self._batch, self._name)
+        if self._output is None:
+            self._output = self._run(mask)
+        with _replaced(self._stream, layers, weights):
+            changed = self._run(mask)
         errors: list[Tensor] = []
         first = self._output[0].shape[:-1]
         for before, after in zip(self._output, changed):
@@ -88,24 +88,35 @@ class BlockProbe:
             errors.append((others - rows).square().sum(dim=1) / size.clamp(min=floor))
         return float(torch.cat(errors).double().mean())
 
-    def _run(self) -> list[Tensor]:
+    def _run(self, mask: Tensor | None) -> list[Tensor]:
         assert self._given is not None
         assert self._module is not None
         args, named = self._given
         # A block may write into what it is given, hidden states or a cache.
-        return hidden_states(self._module, self._module(*_cloned(args), **_cloned(named)))
+        output = self._module(*_cloned(args), **_cloned(named))
+        return hidden_states(self._module, output, mask)
 
 
-def hidden_states(block: nn.Module, output: Any) -> list[Tensor]:
+def hidden_states(block: nn.Module, output: Any, mask: Tensor | None = None) -> list[Tensor]:
     """The hidden states in what a block returned, values last; the first one is of its tokens.
 
     Positions' biases and attention maps, which a block may hand on, are none: they have an axis more, and no
-    error of the block changes them.
+    error of the block changes them. Convolutions write channels before rows and columns; a block of such may
+    hand them on behind, which the mask tells.
+
+    Args:
+        mask: of what the block writes.
     """
     images = any(isinstance(module, nn.Conv2d) for module in block.modules())
-    made = _tensors(output)
-    last = [o.movedim(-3, -1) if images and o.ndim == 4 else o for o in made]
-    return [state for state in last if state.ndim == last[0].ndim]
+
+    def values_last(state: Tensor) -> Tensor:
+        moved = state.movedim(-3, -1) if images and state.ndim == 4 else state
+        if mask is None or same_order(tuple(moved.shape[:-1]), tuple(mask.shape)):
+            return moved
+        return state
+
+    made = list(map(values_last, _tensors(output)))
+    return [state for state in made if state.ndim == made[0].ndim]
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def anonymous_bytes() -> int:
 
 
 def _pages() -> list[int] | None:
-    """What /proc says of this process; cheap, since it is asked for hundreds of times a second."""
+    """Pages of this process by what /proc says; cheap, since it is asked for hundreds of times a second."""
     try:
         handle = os.open(_PAGES, os.O_RDONLY)
     except OSError:

@@ -5,6 +5,7 @@ bits (bitsandbytes) hold a byte for each, and a float32 scale per 256; tensors o
 stay in 32 bits.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 
 from emloc.compression.groups import Group
 from emloc.config import TrainConfig
+from emloc.extend.family import Batch
 from emloc.formats.vocabulary import VocabularyTable
 from emloc.planning.family import traced_loss
 from emloc.planning.layers import planned_layers
@@ -90,10 +92,49 @@ def planned_step(
             return sizes, layers, "closed form"
 
     def count(blocks: Sequence[int]) -> StepSizes:
-        model = shallow_model(subject, groups, config, tables, blocks)
-        return trace_step(model, batch, traced_loss(subject.family), on_gpu)
+        key = _traced_as(subject, groups, config, tables, blocks, batch)
+        if key not in _TRACED:
+            model = shallow_model(subject, groups, config, tables, blocks)
+            if len(_TRACED) == KEPT_TRACES:
+                _TRACED.clear()
+            _TRACED[key] = trace_step(model, batch, traced_loss(subject.family), on_gpu)
+        return _TRACED[key]
 
     return extrapolate(Depths(family.stacks(subject.checkpoint), count)), layers, "trace"
+
+
+KEPT_TRACES = 256
+
+_TRACED: dict[str, StepSizes] = {}
+"""Steps that were traced in this process, which plans of one run have in common."""
+
+NOT_OF_A_STEP = frozenset({
+    "output_dir", "emulator", "model_name_or_path", "dataset", "memory", "seed", "learning_rate", "max_steps",
+    "num_train_epochs", "save_steps", "logging_steps",
+})  # fmt: skip
+"""Options that neither change the model that is trained nor what one step holds."""
+
+
+def _traced_as(
+    subject: Subject,
+    groups: Sequence[Group],
+    config: TrainConfig,
+    tables: Sequence[VocabularyTable],
+    blocks: Sequence[int],
+    batch: Batch,
+) -> str:
+    """All that a traced step depends on, as text."""
+    parts = {
+        "family": f"{type(subject.family).__module__}.{type(subject.family).__qualname__}",
+        "config": subject.checkpoint.config,
+        "stored": str(subject.stored),
+        "groups": [group.as_json() for group in groups],
+        "tables": [table.as_json() for table in tables],
+        "blocks": list(blocks),
+        "batch": {name: (str(t.dtype), list(t.shape)) for name, t in batch.items()},
+        "options": config.model_dump(mode="json", exclude=set(NOT_OF_A_STEP)),
+    }
+    return json.dumps(parts, sort_keys=True, default=str)
 
 
 def shallow_model(

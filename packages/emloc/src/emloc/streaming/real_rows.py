@@ -31,7 +31,7 @@ def real_rows(values: Tensor, mask: Tensor | None, what: str) -> Tensor:
     rows = values.reshape(-1, values.shape[-1])
     if mask is None:
         return rows
-    if not _same_order(tuple(values.shape[:-1]), tuple(mask.shape)):
+    if not same_order(tuple(values.shape[:-1]), tuple(mask.shape)):
         if not bool(rows.any()):  # what stands for a state before the first token
             return rows[:0]
         raise ConfigError(
@@ -51,7 +51,7 @@ def is_expert(model: nn.Module, block: str, layer: str) -> bool:
     return any(isinstance(model.get_submodule(n), (nn.ModuleList, nn.ModuleDict)) for n in above)
 
 
-def _same_order(shape: tuple[int, ...], mask: tuple[int, ...]) -> bool:
+def same_order(shape: tuple[int, ...], mask: tuple[int, ...]) -> bool:
     """Return whether one is the other with neighbouring axes merged: flattened, both count alike."""
     ends, others = set(accumulate(shape, mul)), set(accumulate(mask, mul))
     return prod(shape) == prod(mask) and (ends - {1} <= others or others - {1} <= ends)

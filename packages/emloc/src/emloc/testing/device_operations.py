@@ -85,12 +85,12 @@ def _is_view(func: Any) -> bool:
 
 def tensors_of(tree: Any) -> list[Tensor]:
     """All tensors in nested arguments."""
-    found: list[Tensor] = []
-    _gather(tree, found)
-    return found
+    tensors: list[Tensor] = []
+    _gather(tree, tensors)
+    return tensors
 
 
-def _gather(tree: Any, found: list[Tensor]) -> None:
+def _gather(tree: Any, tensors: list[Tensor]) -> None:
     """Add all tensors of nested arguments.
 
     Arguments of operations are tensors and lists: torch's own walk through them takes longer than operations
@@ -98,15 +98,15 @@ def _gather(tree: Any, found: list[Tensor]) -> None:
     """
     kind = type(tree)
     if isinstance(tree, Tensor):
-        found.append(tree)
+        tensors.append(tree)
     elif kind is tuple or kind is list:
         for part in tree:
-            _gather(part, found)
+            _gather(part, tensors)
     elif kind is dict:
         for part in tree.values():
-            _gather(part, found)
+            _gather(part, tensors)
     elif kind not in _LEAVES:
-        found += [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+        tensors += [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _changed(of: type[Tensor], change: Callable[[Any], Any], tree: Any) -> Any:

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.read_errors import reading
-from emloc.artefacts.whole_weights import require_whole
+from emloc.artefacts.whole_weights import require_shapes, require_whole
 from emloc.errors import CheckpointError
 from emloc.integrations.transformers.skeleton import empty_model
 
@@ -71,6 +71,7 @@ def load_model(checkpoint: Checkpoint, auto_class: Any, dtype: str, device: str)
             output_loading_info=True,
         )
     require_whole(path, report["missing_keys"])
+    require_shapes(path, report.get("mismatched_keys") or ())
     return model
 
 

@@ -88,8 +88,9 @@ def _rows_read(
 
     def counting_written(block: str) -> Any:
         def count(module: nn.Module, _: Any, output: Any) -> None:
-            for state in hidden_states(module, output)[:1]:
-                add(f"block {block} writes", [real_rows(state, mask_of(block), f"Block {block}")])
+            mask = mask_of(block)
+            for state in hidden_states(module, output, mask)[:1]:
+                add(f"block {block} writes", [real_rows(state, mask, f"Block {block}")])
 
         return count
 

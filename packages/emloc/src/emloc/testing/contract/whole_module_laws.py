@@ -1,6 +1,8 @@
 """Laws of modules that training learns whole beside a LoRA: they are carried to the end, bit for bit."""
 
+import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,11 +51,10 @@ class WholeModuleLaws(SubjectFixture):
         assert subject.evaluate(model_name_or_path=str(merged))["loss"] == pytest.approx(
             adapted, rel=1e-4
         )
-        try:
-            from peft import PeftModel
-        except ImportError:
+        if importlib.util.find_spec("peft") is None:
             return
-        model = PeftModel.from_pretrained(family.load(base, "float32", "cpu"), str(corrected))
+        peft: Any = importlib.import_module("peft")
+        model = peft.PeftModel.from_pretrained(family.load(base, "float32", "cpu"), str(corrected))
         together = family.load(whole, "float32", "cpu")
         with torch.no_grad():
             ours, theirs = (
