@@ -12,7 +12,7 @@ from emloc.extend.plugins import GROUP
 
 @contextmanager
 def plugin_installed(module: str, name: str | None = None) -> Generator[None]:
-    """Have a plugin discovered in this process beside those that are installed.
+    """Have a plugin discovered in this process beside those that are installed, unless it is one of them.
 
         with plugin_installed("my_package.hooks"):
             emloc.compress(...)
@@ -25,8 +25,10 @@ def plugin_installed(module: str, name: str | None = None) -> Generator[None]:
     real = importlib.metadata.entry_points
 
     def entry_points(**asked: Any) -> Any:
-        ours = [added] if asked.get("group") == GROUP else []
-        return [*real(**asked), *ours] if ours else real(**asked)
+        installed = real(**asked)
+        if asked.get("group") != GROUP or any(each.value == module for each in installed):
+            return installed
+        return [*installed, added]
 
     with patch.object(importlib.metadata, "entry_points", entry_points):
         forget_plugin_options()

@@ -16,7 +16,7 @@ class StreamingLaws(SubjectFixture):
     def test_streamed_training_is_training_in_memory(
         self, subject: Subject, tmp_path: Path
     ) -> None:
-        """On the base, without dropout: the same adapter, all that is trained whole included."""
+        """The adapter of the base, without dropout, is the same, all that is trained whole included."""
         if not isinstance(subject.family, StreamsTraining):
             return
         base = {"model_name_or_path": subject.example["model_name_or_path"], "lora_dropout": 0.0}
