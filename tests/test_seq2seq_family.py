@@ -24,13 +24,20 @@ from emloc.planning.trace import Depths, extrapolate, trace_step
 from emloc.planning.training import planned_step, shallow_model
 from emloc.plugin import LengthOptions, TransformersFamily
 from emloc.streaming.real_rows import real_rows
-from emloc.testing import FamilyContract
+from emloc.testing.contract.block_laws import BlockLaws
+from emloc.testing.contract.family_laws import FamilyLaws
+from emloc.testing.contract.loss_laws import LossLaws
+from emloc.testing.contract.stage_laws import StageLaws
+from emloc.testing.contract.token_laws import TokenLaws
+from emloc.testing.contract.weight_laws import WeightLaws
 
 NAMES = ["text-to-text", "text-to-text-bart"]
 CALIBRATED = {"num_calibration_samples": 6, "device": "cpu"}
 
 
-class TestT5(FamilyContract):
+class TestT5(FamilyLaws, LossLaws, BlockLaws, TokenLaws, WeightLaws, StageLaws):
+    """Laws of the model; those of training and of files pass on Whisper (`test_example_plugins.py`)."""
+
     family = "text-to-text"
     plugin = "seq2seq_family"
 
