@@ -65,7 +65,7 @@ class Seq2SeqFamily(TransformersFamily):
         return total, int((labels != IGNORED).sum())
 
     def token_mask(self, batch: Batch, layer: str | None = None) -> Tensor | None:
-        """Of the text in the encoder and where decoders look at it, of what is written elsewhere."""
+        """The text's mask in the encoder and where decoders look at it; elsewhere that of what is written."""
         reads = layer is not None and (".encoder." in f".{layer}" or layer.endswith(CROSS))
         mask = batch["attention_mask"].bool() if reads else batch["labels"] != IGNORED
         return None if layer is not None and bool(mask.all()) else mask

@@ -110,6 +110,39 @@ def test_a_head_that_is_not_trained_is_refused(masked, tmp_path):
 
 
 @own
+def test_what_is_asked_for_is_taken_and_gone_on_from(family, masked, tmp_path, monkeypatch):
+    """The names that the refusal says, also beside those that PEFT trains unasked; an adapter has its own."""
+    data = {name: masked[name] for name in ("dataset", "max_length")}
+    monkeypatch.setattr(type(family), "task_type", "SEQ_CLS")
+    with pytest.raises(ConfigError, match=r"pass lora_modules_to_save=pooler\."):
+        emloc.train(output_dir=tmp_path / "a", max_steps=1, **masked)
+    adapter = emloc.train(
+        output_dir=tmp_path / "a", max_steps=1, lora_modules_to_save=["pooler"], **masked
+    )
+    written = json.loads((adapter / "adapter_config.json").read_text())
+    assert {"classifier", "pooler"} <= set(written["modules_to_save"])
+    more = emloc.train(
+        output_dir=tmp_path / "b", adapter=adapter, max_steps=1,
+        model_name_or_path=masked["model_name_or_path"], **data,
+    )  # fmt: skip
+    assert (more / "adapter_model.safetensors").is_file()
+
+
+@own
+def test_a_tensor_of_another_shape_is_refused(family, masked):
+    file = Path(masked["model_name_or_path"]) / "model.safetensors"
+    tensors = load_file(file)
+    name = "bert.encoder.layer.1.output.dense.bias"
+    tensors[name] = tensors[name][:1].clone()  # which would be added to all outputs
+    save_file(tensors, file, metadata={"format": "pt"})
+    view = native_of(family, Checkpoint.open(masked["model_name_or_path"]))
+    with pytest.raises(
+        CheckpointError, match=rf"tensor {name} is \(1,\), its config.json implies \(48,\)"
+    ):
+        family.load(view, "float32", "cpu")
+
+
+@own
 def test_a_plan_knows_the_class(masked):
     planned = emloc.plan(model_name_or_path=masked["model_name_or_path"], max_length=32)
     model = AutoModelForSequenceClassification.from_pretrained(masked["model_name_or_path"])

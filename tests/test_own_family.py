@@ -14,12 +14,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import emloc
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import CompressConfig, EvaluateConfig, TrainConfig
-from emloc.errors import ConfigError, DataError
+from emloc.errors import ConfigError, DataError, PluginError
 from emloc.extend.capabilities import Evaluates
 from emloc.extend.family import REQUIRED, FamilyEntry
 from emloc.plugin import (
     EvaluationDataOptions,
     LengthOptions,
+    LossSum,
     RowOptions,
     SplitOptions,
     TaskOptions,
@@ -186,3 +187,40 @@ def test_training_that_a_family_inherits_obeys_options(subject, option, tmp_path
     assert any(not torch.equal(once[name], plain[name]) for name in once)
     for name, tensor in once.items():
         torch.testing.assert_close(again[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@own
+def test_scores_that_mean_something_else_are_refused(family, example, monkeypatch):
+    def scores(self, model, batch):
+        return {"loss": LossSum(2.0, 1), name: LossSum(1.0, 2)}
+
+    monkeypatch.setattr(type(family), "scores", scores, raising=False)
+    name = "accuracy"
+    made = emloc.evaluate(num_samples=4, **example)
+    assert (made["loss"], made["accuracy"]) == (2.0, 0.5)
+    name = "samples"
+    with pytest.raises(PluginError, match="classifier scores loss, samples; there must be"):
+        emloc.evaluate(num_samples=4, **example)
+
+
+@own
+def test_a_model_that_runs_no_block_twice_keeps_its_activations(
+    subject, example, tmp_path, monkeypatch, capfd
+):
+    """As ALBERT: it is said, planned, and trained to the same adapter as without the option."""
+    plain = subject.adapter
+    kind = type(subject.family.load(subject.checkpoint, "float32", "cpu"))
+    monkeypatch.setattr(kind, "supports_gradient_checkpointing", False)
+    made = subject.train(tmp_path / "a", gradient_checkpointing=True)
+    assert "runs no block twice (gradient_checkpointing)" in " ".join(
+        capfd.readouterr().err.split()
+    )
+    ours, theirs = (load_file(one / "adapter_model.safetensors") for one in (made, plain))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    plans = [
+        emloc.plan(
+            model_name_or_path=example["model_name_or_path"], max_length=32, gradient_checkpointing=asked
+        )["stages"]["train"]
+        for asked in (False, True)
+    ]  # fmt: skip
+    assert plans[0] == plans[1]

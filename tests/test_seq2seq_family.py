@@ -78,6 +78,10 @@ def test_blocks_of_both_stacks_and_what_they_share(family, example):
     attentions = [group for group in groups if len(group) == 3]
     assert len(attentions) == len(blocks)
     assert all(any(group[0].startswith(f"{block}.") for group in attentions) for block in blocks)
+    second = ("EncDecAttention", "encoder_attn")
+    pairs = [g for g in groups if len(g) == 2 and g[0].split(".")[-2] in second]
+    assert len(pairs) == 3  # keys and values of each decoder block's second attention
+    assert all(pair[0].rpartition(".")[0] == pair[1].rpartition(".")[0] for pair in pairs)
 
 
 @pytest.mark.parametrize("size", [1, 6], ids=["no padding", "padded"])
@@ -134,7 +138,7 @@ def test_a_layers_effect_is_on_the_rows_that_its_block_writes(
 
 
 def test_a_limit_is_chosen_by_the_loss_of_the_whole_model(family, example, tmp_path):
-    """Of the LoRA as it came, in float64 and with stock PEFT."""
+    """The loss of the LoRA as it came, in float64 and with stock PEFT."""
     peft = pytest.importorskip("peft")
     data = {key: value for key, value in example.items() if key != "model_name_or_path"}
     emulator = emloc.compress(
@@ -160,7 +164,7 @@ def test_a_limit_is_chosen_by_the_loss_of_the_whole_model(family, example, tmp_p
 
 
 def test_sequences_that_the_model_has_no_positions_for_are_refused(family, example, tmp_path):
-    """Those that are read and those that are written; relative positions have no end."""
+    """Texts that are read and texts that are written; relative positions have no end."""
     for column in ("source", "target"):
         row = {"source": "short", "target": "short", column: "long " * 9}
         (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")

@@ -3,7 +3,7 @@
     python tools/bench_trellis.py [--numbers 131072] [--shapes 576x576 4096x4096] [--threads 1]
 
 `errors`: mean squared errors of normally distributed numbers in sequences of 64, beside those of a grid in
-groups of 64 and 128 and the least that any code can have, 4^-bits [error_ratio: over the grid of 128].
+groups of 64 and 128, and beside 4^-bits, below which no code gets [`error_ratio`: over the grid of 128].
 
 `search`: processor time to find the codes of one column of a weight, in torch's operations over that of the
 search that Numba compiled, on the CPU [search_ratio]; both find the same.

@@ -68,7 +68,7 @@ def test_a_block_that_runs_again_has_the_gradients_of_all_its_runs(tmp_path, tin
     whole = load(base)
     for model in (stream.model, whole):
         run_in(model, [0, 1, 0, 2, 0])
-    expected, found = gradients(whole, batches), {}
+    expected, sums = gradients(whole, batches), {}
 
     @contextmanager
     def visit(block, module):
@@ -76,26 +76,26 @@ def test_a_block_that_runs_again_has_the_gradients_of_all_its_runs(tmp_path, tin
             parameter.requires_grad_(True)
         yield
         for name, parameter in module.named_parameters():
-            sums = found.setdefault(f"{block}.{name}", torch.zeros_like(parameter))
-            sums += parameter.grad
+            total = sums.setdefault(f"{block}.{name}", torch.zeros_like(parameter))
+            total += parameter.grad
 
     backward_by_block(stream, batches, visit, in_parts=True)
-    assert len(found) == sum(".layers." in name for name in expected)
-    for name, gradient in found.items():
+    assert len(sums) == sum(".layers." in name for name in expected)
+    for name, gradient in sums.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-3)
     with pytest.raises(ConfigError, match=r"Block model\.layers\.0 runs again after others"):
         found_by(stream, batches)
 
 
 def test_runs_that_follow_each_other_share_a_visit(tmp_path, tiny):
-    """As ALBERT's, whose one block runs at all depths; what is read when the block is left is all of it."""
+    """ALBERT's one block runs at all depths; when it is left, its gradients are complete."""
     base = write_model(tmp_path / "base")
     stream, batches = stream_of(base, tiny.data)
     whole = load(base)
     for model in (stream.model, whole):
         run_in(model, [0, 0, 0, 1])
-    expected, found = gradients(whole, batches), found_by(stream, batches)
-    reached = {name: gradient for name, gradient in found.items() if gradient is not None}
+    expected, ours = gradients(whole, batches), found_by(stream, batches)
+    reached = {name: gradient for name, gradient in ours.items() if gradient is not None}
     assert {name.split(".")[2] for name in reached} == {"0", "1"}
     for name, gradient in reached.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-3)

@@ -8,14 +8,20 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+)
 
 import emloc
 from emloc.artefacts.manifest import Manifest
 from emloc.errors import MismatchError
 from emloc.extend.methods import Task
+from emloc.extend.plugins import family_named
 from emloc_baselines.nf4 import quantise
-from emloc_baselines.qlora import Qlora
+from emloc_baselines.qlora import Qlora, _linear_layers
 
 
 def task_of(base, data, **more):
@@ -154,3 +160,23 @@ def test_bfloat16_and_doubly_quantised_scales(tiny):
     assert parts[".absmax"].dtype == torch.uint8
     assert parts[".absmax"].numel() == weight.numel() // 64
     assert parts[".nested_absmax"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [("bert", ["classifier"]), ("roberta", ["classifier.dense", "classifier.out_proj"])],
+)
+def test_the_head_of_a_classifier_stays_as_it_is(kind, head):
+    """As transformers leaves the module that comes last, so that it can be trained whole."""
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = AutoConfig.for_model(kind, vocab_size=30, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    layers, kept = _linear_layers(family_named("llm"), model)
+    assert list(kept) == head
+    assert set(kept) < set(layers)

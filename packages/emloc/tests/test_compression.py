@@ -47,7 +47,7 @@ from emloc.streaming.stream import UnitStream
 def compressed(tmp_path):
     """Runs the pass over a family's model; returns the blocks' reports and the model."""
 
-    def run(kind, mask=None, span=None, shared=False, go_on=False):
+    def run(kind, mask=None, span=None, shared=False, go_on=False, **how):
         torch.manual_seed(0)
         model = kind().eval()
         stream = UnitStream(Family(kind, mask), written(model, tmp_path / "base"))
@@ -71,7 +71,7 @@ def compressed(tmp_path):
         run.folder = folder = EmulatorFolder(
             stream, CompressionPlan(tuple(groups), {}), "auto", work
         )
-        compress_blocks(stream, folder, real_batches())
+        compress_blocks(stream, folder, real_batches(), **how)
         return {block: folder.read_report(block) for block in stream.blocks}, model
 
     return run
@@ -158,6 +158,26 @@ def test_a_pass_that_was_killed_ends_with_the_same_bytes(compressed, kind, monke
                     for file in compressed.folder.shards[:-1]
                 ]
                 assert again == whole, (name, kept, before)
+
+
+@pytest.mark.parametrize("kind", [Again, Looping, LastTwice, EachTwice])
+@pytest.mark.parametrize("kept", [0, 1, 2, None])
+def test_propagation_refuses_it_however_often_it_is_tried(compressed, kind, kept, monkeypatch):
+    """What a refused or a killed call has written is never taken for complete."""
+    calls, real = [], EmulatorFolder.write_block
+
+    def killed(*given):
+        if len(calls) == kept:
+            raise KeyboardInterrupt
+        calls.append(given)
+        real(*given)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt, ConfigError):
+        patch.setattr(EmulatorFolder, "write_block", killed)
+        compressed(kind, propagate_errors=True)
+    for _ in range(3):
+        with pytest.raises(ConfigError, match="propagate_errors: block .* runs more than once"):
+            compressed(kind, go_on=True, propagate_errors=True)
 
 
 def test_sizes_of_a_block_that_runs_again_follow_its_last_run(compressed):

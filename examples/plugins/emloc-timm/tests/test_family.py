@@ -42,8 +42,8 @@ class TestTimm(FamilyContract):
 
     def test_a_jsonl_file_has_the_samples_of_its_folder(self, subject, tmp_path):
         folder = Path(subject.example["dataset"])
-        found = [{"image": str(p), "label": p.parent.name} for p in sorted(folder.glob("*/*"))]
-        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, found)) + "\n")
+        rows = [{"image": str(p), "label": p.parent.name} for p in sorted(folder.glob("*/*"))]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
         one, other = (
             Pictures(subject.checkpoint, DataOptions(dataset=str(name))).batch(range(24))
             for name in (folder, tmp_path / "rows.jsonl")

@@ -49,13 +49,13 @@ class Checkpoint:
     """
 
     translated: ClassVar[bool] = False
-    drawn: ClassVar[tuple[str, ...]] = ()
 
     name: str
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     single_file_config: str | None = None
+    drawn: tuple[str, ...] = ()
     _files: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)
     _offsets: dict[str, dict[str, tuple[int, int]]] = field(
         default_factory=dict[str, dict[str, tuple[int, int]]], repr=False

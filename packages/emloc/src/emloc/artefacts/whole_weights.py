@@ -1,6 +1,6 @@
 """The refusal of weights that lack some of a model's: libraries draw those at random, and only warn."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 from emloc.errors import CheckpointError
@@ -21,22 +21,4 @@ def require_whole(path: Path, missing: Collection[str]) -> None:
         raise CheckpointError(
             f"{path} holds no tensor for {first}{more}, which would be drawn at random; see that all of its "
             f"files are there, and that its config.json names the class that it was saved from."
-        )
-
-
-def require_shapes(
-    path: Path, mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]
-) -> None:
-    """Refuse a model of which some tensors have other shapes than its config implies.
-
-    Args:
-        mismatched: their names, with the shapes in the files and in the model.
-
-    Raises:
-        CheckpointError: there are such.
-    """
-    for name, stored, expected in sorted(mismatched, key=lambda one: one[0]):
-        raise CheckpointError(
-            f"{path}: tensor {name} is {tuple(stored)}, its config.json implies {tuple(expected)}, and it "
-            f"would be drawn at random; config and shards do not belong together."
         )

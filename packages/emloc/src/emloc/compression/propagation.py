@@ -16,6 +16,7 @@ sums `Σ x x̂ᵀ`, and what the layers of one block read in the base, on the ho
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emloc.compression.block_runs import known_runs, write_runs
 from emloc.compression.emulator_folder import EmulatorFolder
 from emloc.compression.groups import Group
 from emloc.compression.one_pass import (
@@ -125,18 +127,38 @@ def compress_propagating(
         ConfigError: a block runs more than once in a forward, or see
             `emloc.compression.one_pass.stream_moments`.
     """
+    runs = known_runs(folder.work)
+    for block, count in (runs or {}).items():
+        if count > 1:
+            raise _runs_again(block)
     done = folder.finished_blocks()
-    if done < set(stream.blocks):
-        _Propagation(stream, folder, done, fit_group).run(batches)
+    if runs is None or done < set(stream.blocks):
+        one = _Propagation(stream, folder, done, fit_group)
+        one.run(batches)
+        if runs is None:
+            write_runs(folder.work, Counter(one.seen))
+
+
+def _runs_again(block: str) -> ConfigError:
+    return ConfigError(
+        f"propagate_errors: block {block} runs more than once in a forward of this model, and would have to "
+        f"be fitted before its later runs are known; leave the option out."
+    )
 
 
 class _Propagation:
+    """One pass.
+
+    Attributes:
+        seen: blocks that ran.
+    """
+
     def __init__(
         self, stream: UnitStream, folder: EmulatorFolder, done: Set[str], fit_group: FitGroup
     ) -> None:
         self._stream, self._folder, self._done = stream, folder, done
         self._fit_group = fit_group
-        self._seen = set[str]()
+        self.seen = set[str]()
         self._turns: _Turns | None = None
         self._sums = _Sums(())
 
@@ -161,7 +183,7 @@ class _Propagation:
 
             lockstep(stream.model, stream.units, calls, visit, self._enough, stream.device)
         for block in blocks:
-            if block not in self._seen | self._done:  # a tower that no sample needs
+            if block not in self.seen | self._done:  # a tower that no sample needs
                 self._write(block, _Turns(self._groups(block), time.monotonic()))
 
     @property
@@ -176,7 +198,7 @@ class _Propagation:
         return groups
 
     def _enough(self, waiting: Set[str | None]) -> bool:
-        if not self._seen.issuperset(self._stream.blocks):
+        if not self.seen.issuperset(self._stream.blocks):
             return False
         if any(unit is not None and TURN in unit for unit in waiting):
             return False
@@ -190,12 +212,11 @@ class _Propagation:
             with stream.filled(unit):
                 yield
             return
-        if unit in self._seen:
-            raise ConfigError(
-                f"propagate_errors: block {unit} runs more than once in a forward of this model, and would "
-                f"have to be fitted before its later runs are known; leave the option out."
-            )
-        self._seen.add(unit)
+        if unit in self.seen:
+            # Or the next call would take what was written for complete.
+            self._folder.forget_block(unit)
+            raise _runs_again(unit)
+        self.seen.add(unit)
         if unit not in self._done:
             self._turns = _Turns(self._groups(unit), time.monotonic())
         with stream.filled(unit), self._watching(self._turns):

@@ -105,7 +105,7 @@ def planned_step(
 
 KEPT_TRACES = 256
 
-_TRACED: dict[str, StepSizes] = {}
+_TRACED: dict[tuple[type, str], StepSizes] = {}
 """Steps that were traced in this process, which plans of one run have in common."""
 
 NOT_OF_A_STEP = frozenset({
@@ -122,10 +122,9 @@ def _traced_as(
     tables: Sequence[VocabularyTable],
     blocks: Sequence[int],
     batch: Batch,
-) -> str:
-    """All that a traced step depends on, as text."""
+) -> tuple[type, str]:
+    """All that a traced step depends on: the kind of family, and the rest as text."""
     parts = {
-        "family": f"{type(subject.family).__module__}.{type(subject.family).__qualname__}",
         "config": subject.checkpoint.config,
         "stored": str(subject.stored),
         "groups": [group.as_json() for group in groups],
@@ -134,7 +133,7 @@ def _traced_as(
         "batch": {name: (str(t.dtype), list(t.shape)) for name, t in batch.items()},
         "options": config.model_dump(mode="json", exclude=set(NOT_OF_A_STEP)),
     }
-    return json.dumps(parts, sort_keys=True, default=str)
+    return type(subject.family), json.dumps(parts, sort_keys=True, default=str)
 
 
 def shallow_model(

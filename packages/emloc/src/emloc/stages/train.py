@@ -65,7 +65,8 @@ def _has_modules(config: TrainConfig, model: Checkpoint, family: ModelFamily) ->
     manifest = Manifest.find(model.path)
     recorded = manifest.summary.get("drawn", []) if manifest else []
     drawn = [*model.drawn, *map(str, recorded)]
-    require_trained(trained_whole(family, config), model, drawn)
+    if config.adapter is None:  # what is gone on from has its own
+        require_trained(config, trained_whole(family, config), model, drawn)
 
 
 @stage(

@@ -148,7 +148,9 @@ def require_modules(config: LoraOptions, names: Sequence[str]) -> None:
                 raise ConfigError(f"{option}: the model has no module {target}.{hint}")
 
 
-def require_trained(whole: Sequence[str], model: Checkpoint, drawn: Sequence[str]) -> None:
+def require_trained(
+    config: LoraOptions, whole: Sequence[str], model: Checkpoint, drawn: Sequence[str]
+) -> None:
     """Refuse to leave a head as it was drawn: it would stay random, and be another one in other libraries.
 
     Args:
@@ -161,7 +163,9 @@ def require_trained(whole: Sequence[str], model: Checkpoint, drawn: Sequence[str
     ends = tuple(f".{name}" for name in whole)
     left = [name for name in drawn if not ends or not f".{name}".endswith(ends)]
     if left:
-        names = sorted({name.rpartition(".")[2] for name in left} | set(whole))
+        names = sorted(
+            {name.rpartition(".")[2] for name in left} | set(config.lora_modules_to_save)
+        )
         raise ConfigError(
             f"train: {model.name} holds no {', '.join(left)}, so its numbers are drawn and have to be "
             f"trained whole; pass lora_modules_to_save={','.join(names)}."

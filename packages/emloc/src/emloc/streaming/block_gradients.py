@@ -192,7 +192,7 @@ class BlockPasses:
             with _hooks(stream, self._kept):
                 return lockstep(stream.model, stream.units, calls, visit, device=stream.device)
 
-    def backward(self, visit: Visit, in_parts: bool = True) -> None:
+    def backward(self, visit: Visit, in_parts: bool) -> None:
         """Add the gradients of all losses; see `backward_by_block`.
 
         Raises:

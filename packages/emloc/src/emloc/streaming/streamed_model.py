@@ -110,7 +110,7 @@ class StreamedModel:
         """Add the gradients of several losses to whatever requires them; see `BlockPasses`."""
         passes = BlockPasses(self._stream, self._weights.fill, self._kept, shown=False)
         made = passes.forward(losses)
-        passes.backward(_nothing)
+        passes.backward(_nothing, in_parts=True)
         return made
 
     def run(self, calls: Sequence[Callable[[], Made]]) -> list[Made]:

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.read_errors import reading
-from emloc.artefacts.whole_weights import require_shapes, require_whole
+from emloc.artefacts.whole_weights import require_whole
 from emloc.errors import CheckpointError
 from emloc.integrations.transformers.skeleton import empty_model
 
@@ -71,7 +71,6 @@ def load_model(checkpoint: Checkpoint, auto_class: Any, dtype: str, device: str)
             output_loading_info=True,
         )
     require_whole(path, report["missing_keys"])
-    require_shapes(path, report.get("mismatched_keys") or ())
     return model
 
 
@@ -82,8 +81,17 @@ def _filled(checkpoint: Checkpoint, auto_class: Any, dtype: str, device: str) ->
     model: Any = empty_model(checkpoint, auto_class, wanted)
     for name in checkpoint.tensors:
         owner, _, leaf = name.rpartition(".")
-        value = nn.Parameter(checkpoint.read(name).to(device, wanted), requires_grad=False)
-        setattr(model.get_submodule(owner), leaf, value)
+        module, value = model.get_submodule(owner), checkpoint.read(name)
+        expected = getattr(module, leaf).shape
+        if value.shape != expected:
+            raise CheckpointError(
+                f"{checkpoint.name}: tensor {name} is {tuple(value.shape)}, its config.json implies "
+                f"{tuple(expected)}; config and shards do not belong together."
+            )
+        if leaf in module._buffers:
+            setattr(module, leaf, value.to(device))
+        else:
+            setattr(module, leaf, nn.Parameter(value.to(device, wanted), requires_grad=False))
     model.tie_weights()
     require_whole(checkpoint.path, [n for n, p in model.named_parameters() if p.is_meta])
     return model.to(device)

@@ -52,17 +52,19 @@ class WithNewHead(Checkpoint):
             head: those that are not.
             drawn: modules that these belong to.
         """
-        self.drawn = tuple(drawn)  # pyright: ignore[reportAttributeAccessIssue]
         self.stored, self._places, self._head = stored, places, head
+        state: dict[str, Tensor] = model.state_dict()
         dtype, last = stored.main_dtype, max(info.file for info in stored.tensors.values())
         tensors: dict[str, TensorInfo] = {}
         for name, place in places.items():
             info = stored.tensors[place.names[0]]
-            shape = tuple(model.get_parameter(name).shape)
+            shape = tuple(state[name].shape)
             tensors[name] = TensorInfo(info.file, info.dtype, shape)
         for name, value in head.items():
             tensors[name] = TensorInfo(last, dtype, tuple(value.shape))
-        super().__init__(stored.name, stored.path, config, dict(sorted(tensors.items())))
+        super().__init__(
+            stored.name, stored.path, config, dict(sorted(tensors.items())), drawn=tuple(drawn)
+        )
 
     def read(self, name: str) -> Tensor:
         """A parameter by its name in the class.
@@ -110,9 +112,11 @@ def with_new_head(checkpoint: Checkpoint, auto_class: Any, may_lack: tuple[str, 
     config = {**checkpoint.config, "architectures": [made]}
     if isinstance(checkpoint, Described):
         return checkpoint.having(config)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     names = [name for name, _ in model.named_parameters()]
+    names += [name for name in model.state_dict() if name not in parameters]  # buffers
     places = {name: stored_parameter(model, name, checkpoint) for name in names}
-    missing = [name for name, place in places.items() if place is None]
+    missing = [name for name, place in places.items() if place is None and name in parameters]
     modules = {name: _head_of(name, may_lack) for name in missing}
     require_whole(checkpoint.path, [name for name, module in modules.items() if module is None])
     drawn = sorted({module for module in modules.values() if module is not None})
