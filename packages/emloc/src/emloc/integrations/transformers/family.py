@@ -48,7 +48,7 @@ class TransformersFamily(PlannedTransformer):
         trainer_class: a subclass of transformers' Trainer that comes by the family's loss in a way of its
             own; None: by `loss`.
         new_head: ends of the names of modules that a checkpoint of another class may lack, such as
-            `classifier`: they are drawn by a seed, and trained whole where `lora_modules_to_save` names them.
+            `classifier`: they are drawn by a seed, and have to be trained whole (`lora_modules_to_save`).
     """
 
     name: str
