@@ -1,5 +1,6 @@
 """Diffusion models: the denoiser of a pipeline of diffusers, its linear layers and convolutions."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from emloc.extend.family import Batch, EmulatorLayers, StoredParameter
 from emloc.integrations.diffusers.few_bits import layers_in_few_bits
 from emloc.integrations.diffusers.quantizer import emulator_config
 from emloc.integrations.diffusers.skeleton import Trace, empty_model, is_layer, trace, units
+from emloc.machine.remembered import Remembered
 from emloc_diffusion.denoisers import DENOISERS, denoiser_of
 from emloc_diffusion.denoising_loss import squared_errors
 from emloc_diffusion.objective import objective_of
@@ -29,6 +31,9 @@ from emloc_diffusion.samples import encode_samples
 
 MODULATION = ("time_emb_proj", "linear", "emb_proj")
 """Layers within a block that read the timestep's embedding and not the picture."""
+
+TRACES: Remembered[Trace] = Remembered(64)
+"""Forwards that were traced in this process, by the model's class, config and parts."""
 
 
 class DiffusionFamily(PlannedDiffusion):
@@ -78,7 +83,7 @@ class DiffusionFamily(PlannedDiffusion):
         }
 
     def _trace(self, model: Any) -> Trace:
-        known = getattr(model, "_emloc_trace", None)
+        known: Trace | None = getattr(model, "_emloc_trace", None)
         if known is None:
             within = units(model)
             layers = [n for n, m in model.named_modules() if n and is_layer(m)]
@@ -86,14 +91,16 @@ class DiffusionFamily(PlannedDiffusion):
             between = [n for n in layers if n not in inside and _beside_a_list(model, n)]
             denoiser = DENOISERS[type(model).__name__]
             linear = [n for n in inside if isinstance(model.get_submodule(n), nn.Linear)]
-            hint = "see that it is the model's own"
-            with reading("The denoiser's config.json", "describes a model that does not run", hint):
-                known = trace(
-                    model,
-                    [*within, *between],
-                    linear,
-                    lambda fake: denoiser.predict(fake, denoiser.example(model.config)),
-                )
+            modules = [*within, *between]
+
+            def traced() -> Trace:
+                hint = "see that it is the model's own"
+                with reading("The denoiser's config.json", "describes a model that does not run", hint):
+                    example = denoiser.example(model.config)
+                    return trace(model, modules, linear, lambda fake: denoiser.predict(fake, example))
+
+            config = json.dumps(dict(model.config), sort_keys=True, default=str)
+            known = TRACES.answer((type(model), config, *modules, "", *linear), traced)
             object.__setattr__(model, "_emloc_trace", known)
         return known
 

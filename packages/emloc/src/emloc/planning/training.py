@@ -17,6 +17,7 @@ from emloc.compression.groups import Group
 from emloc.config import TrainConfig
 from emloc.extend.family import Batch
 from emloc.formats.vocabulary import VocabularyTable
+from emloc.machine.remembered import Remembered
 from emloc.planning.family import traced_loss
 from emloc.planning.layers import planned_layers
 from emloc.planning.ledger import lines_of
@@ -92,20 +93,16 @@ def planned_step(
             return sizes, layers, "closed form"
 
     def count(blocks: Sequence[int]) -> StepSizes:
-        key = _traced_as(subject, groups, config, tables, blocks, batch)
-        if key not in _TRACED:
+        def traced() -> StepSizes:
             model = shallow_model(subject, groups, config, tables, blocks)
-            if len(_TRACED) == KEPT_TRACES:
-                _TRACED.clear()
-            _TRACED[key] = trace_step(model, batch, traced_loss(subject.family), on_gpu)
-        return _TRACED[key]
+            return trace_step(model, batch, traced_loss(subject.family), on_gpu)
+
+        return STEPS.answer(_traced_as(subject, groups, config, tables, blocks, batch), traced)
 
     return extrapolate(Depths(family.stacks(subject.checkpoint), count)), layers, "trace"
 
 
-KEPT_TRACES = 256
-
-_TRACED: dict[tuple[type, str], StepSizes] = {}
+STEPS: Remembered[StepSizes] = Remembered(256)
 """Steps that were traced in this process, which plans of one run have in common."""
 
 NOT_OF_A_STEP = frozenset({

@@ -39,6 +39,7 @@ from emloc.integrations.transformers.text_options import counted_tokens, read_wh
 from emloc.integrations.transformers.untying import untied_config
 from emloc.integrations.transformers.vocabulary import vocabulary
 from emloc.machine.memory import PeakMemory, return_large_blocks
+from emloc.machine.remembered import Remembered
 
 
 class TransformersFamily(PlannedTransformer):
@@ -111,10 +112,13 @@ class TransformersFamily(PlannedTransformer):
         return [forward]
 
     def layer_groups(self, model: nn.Module) -> Sequence[Sequence[str]]:
-        """See `ModelFamily`; found out by tracing `forwards`."""
+        """See `ModelFamily`; found out by tracing `forwards`, once for a config."""
         self._require_masks(model)
         layers = linears_within(model, self.blocks(model))
-        return shared_input_groups(model, layers, *self.forwards(model))
+        known: Remembered[Sequence[Sequence[str]]]
+        known = self.__dict__.setdefault("_known_groups", Remembered(64))
+        same = (type(model), model.config.to_json_string(use_diff=False), *layers)
+        return known.answer(same, lambda: shared_input_groups(model, layers, *self.forwards(model)))
 
     def kept_dense(self, model: nn.Module) -> Mapping[str, str]:
         """See `KeepsLayersDense`: linear layers of blocks are compressed where their weight is their own."""

@@ -8,6 +8,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,17 +62,22 @@ def keep_no_keys(model: nn.Module) -> None:
 
 def _report_real_device(model: nn.Module) -> None:
     """Let `model.device` be where it computes: some models move their inputs there, and not to meta."""
-
-    def device(_: nn.Module) -> torch.device:
-        real = (buffer.device for buffer in model.buffers() if buffer.device.type != "meta")
-        return next(real, torch.device("cpu"))
-
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            kind = type(module)
-            module.__class__ = type(
-                kind.__name__, (kind,), {"device": property(device), "__module__": kind.__module__}
-            )
+            module.__class__ = _with_real_device(type(module))
+
+
+@cache
+def _with_real_device(kind: type) -> type:
+    """The class with the device of its buffers that are not on meta, or the CPU; one for each class."""
+
+    def device(module: nn.Module) -> torch.device:
+        real = (buffer.device for buffer in module.buffers() if buffer.device.type != "meta")
+        return next(real, torch.device("cpu"))
+
+    return type(
+        kind.__name__, (kind,), {"device": property(device), "__module__": kind.__module__}
+    )
 
 
 def model_config(checkpoint: Checkpoint) -> Any:
