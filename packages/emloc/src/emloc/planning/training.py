@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from emloc.compression.groups import Group
-from emloc.config import TrainConfig
+from emloc.config import CompressConfig, TrainConfig
 from emloc.extend.family import Batch
 from emloc.formats.vocabulary import VocabularyTable
 from emloc.machine.remembered import Remembered
@@ -105,11 +105,12 @@ def planned_step(
 STEPS: Remembered[StepSizes] = Remembered(256)
 """Steps that were traced in this process, which plans of one run have in common."""
 
-NOT_OF_A_STEP = frozenset({
+NOT_OF_A_STEP = frozenset(CompressConfig.model_fields) - frozenset(TrainConfig.model_fields) | {
     "output_dir", "emulator", "model_name_or_path", "dataset", "memory", "seed", "learning_rate", "max_steps",
-    "num_train_epochs", "save_steps", "logging_steps",
-})  # fmt: skip
-"""Options that neither change the model that is trained nor what one step holds."""
+    "num_train_epochs", "save_steps", "logging_steps", "gradient_accumulation_steps", "stream", "lora_alpha",
+    "use_rslora",
+}  # fmt: skip
+"""Options that neither change what the model is that is trained, groups given, nor what one step holds."""
 
 
 def _traced_as(
