@@ -95,9 +95,13 @@ class DiffusionFamily(PlannedDiffusion):
 
             def traced() -> Trace:
                 hint = "see that it is the model's own"
-                with reading("The denoiser's config.json", "describes a model that does not run", hint):
+                with reading(
+                    "The denoiser's config.json", "describes a model that does not run", hint
+                ):
                     example = denoiser.example(model.config)
-                    return trace(model, modules, linear, lambda fake: denoiser.predict(fake, example))
+                    return trace(
+                        model, modules, linear, lambda fake: denoiser.predict(fake, example)
+                    )
 
             config = json.dumps(dict(model.config), sort_keys=True, default=str)
             known = TRACES.answer((type(model), config, *modules, "", *linear), traced)

@@ -1,4 +1,4 @@
-"""What a process has worked out already, kept for whoever asks the same again."""
+"""Answers that a process has worked out already, kept for whoever asks the same again."""
 
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar

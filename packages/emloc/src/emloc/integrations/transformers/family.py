@@ -117,7 +117,8 @@ class TransformersFamily(PlannedTransformer):
         layers = linears_within(model, self.blocks(model))
         known: Remembered[Sequence[Sequence[str]]]
         known = self.__dict__.setdefault("_known_groups", Remembered(64))
-        same = (type(model), model.config.to_json_string(use_diff=False), *layers)
+        config: Any = model.config
+        same = (type(model), config.to_json_string(use_diff=False), *layers)
         return known.answer(same, lambda: shared_input_groups(model, layers, *self.forwards(model)))
 
     def kept_dense(self, model: nn.Module) -> Mapping[str, str]:

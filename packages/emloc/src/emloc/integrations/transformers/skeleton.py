@@ -75,9 +75,7 @@ def _with_real_device(kind: type) -> type:
         real = (buffer.device for buffer in module.buffers() if buffer.device.type != "meta")
         return next(real, torch.device("cpu"))
 
-    return type(
-        kind.__name__, (kind,), {"device": property(device), "__module__": kind.__module__}
-    )
+    return type(kind.__name__, (kind,), {"device": property(device), "__module__": kind.__module__})
 
 
 def model_config(checkpoint: Checkpoint) -> Any:
