@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from emloc.plugin import (
     IN_FEW_BITS,
-    TEXT_DECODER,
+    TRANSFORMER_BLOCKS,
     TRANSFORMERS_MODEL,
     Interrupted,
     MethodEntry,
@@ -38,25 +38,25 @@ def emloc_register_methods() -> Sequence[MethodEntry]:
             "loram-rand",
             "LoRA on a model without random heads and neurons, scattered back",
             "emloc_baselines.loram:LoramRand",
-            needs=(TRANSFORMERS_MODEL, TEXT_DECODER),
+            needs=(TRANSFORMERS_MODEL, TRANSFORMER_BLOCKS),
         ),
         MethodEntry(
             "loram-stru",
             "the same without the least important ones, to first order",
             "emloc_baselines.loram:LoramStru",
-            needs=(TRANSFORMERS_MODEL, TEXT_DECODER),
+            needs=(TRANSFORMERS_MODEL, TRANSFORMER_BLOCKS),
         ),
         MethodEntry(
             "offsite-tuning",
             "LoRA in the first and last blocks around a thinned middle",
             "emloc_baselines.offsite:OffsiteTuning",
-            needs=(TRANSFORMERS_MODEL, TEXT_DECODER),
+            needs=(TRANSFORMERS_MODEL, TRANSFORMER_BLOCKS),
         ),
         MethodEntry(
             "upop",
             "LoRA on a model without head dimensions and neurons that masks close, scattered back",
             "emloc_baselines.upop:Upop",
-            needs=(TRANSFORMERS_MODEL, TEXT_DECODER),
+            needs=(TRANSFORMERS_MODEL, TRANSFORMER_BLOCKS),
         ),
         MethodEntry(
             "smaller-model",

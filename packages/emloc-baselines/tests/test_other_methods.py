@@ -11,7 +11,7 @@ import emloc
 from emloc.artefacts.manifest import Manifest
 from emloc.config import StageConfig
 from emloc.errors import ConfigError
-from emloc.extend.capabilities import TEXT_DECODER, TRANSFORMERS_MODEL
+from emloc.extend.capabilities import TRANSFORMER_BLOCKS, TRANSFORMERS_MODEL
 from emloc.extend.methods import Method, Task
 from emloc.extend.plugins import families_for, load_plugins, method_named
 from emloc_baselines.bench import cell as cell_module
@@ -39,7 +39,7 @@ def test_every_registered_method_is_one():
         assert entry.trains_as in ("", *found)
         works_for = set(families_for(entry))
         assert {"llm", "vlm"} <= works_for
-        assert ("diffusion" in works_for) == {TRANSFORMERS_MODEL, TEXT_DECODER}.isdisjoint(
+        assert ("diffusion" in works_for) == {TRANSFORMERS_MODEL, TRANSFORMER_BLOCKS}.isdisjoint(
             entry.needs
         )
 

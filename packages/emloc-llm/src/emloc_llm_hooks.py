@@ -9,7 +9,7 @@ from typing import Any
 
 from emloc.plugin import (
     IN_FEW_BITS,
-    TEXT_DECODER,
+    TRANSFORMER_BLOCKS,
     TEXT_OPTIONS,
     TRANSFORMERS_MODEL,
     EvaluateConfig,
@@ -40,6 +40,6 @@ def emloc_register_families() -> Sequence[FamilyEntry]:
                 **TEXT_OPTIONS,
                 EvaluateConfig: (*TEXT_OPTIONS[EvaluateConfig], TaskOptions),
             },
-            offers=(TRANSFORMERS_MODEL, TEXT_DECODER, IN_FEW_BITS),
+            offers=(TRANSFORMERS_MODEL, TRANSFORMER_BLOCKS, IN_FEW_BITS),
         )
     ]

@@ -9,7 +9,7 @@ from typing import Any
 
 from emloc.plugin import (
     IN_FEW_BITS,
-    TEXT_DECODER,
+    TRANSFORMER_BLOCKS,
     TEXT_OPTIONS,
     TRANSFORMERS_MODEL,
     DataOptions,
@@ -41,7 +41,7 @@ def emloc_register_families() -> Sequence[FamilyEntry]:
             summary="vision-language models of transformers (AutoModelForImageTextToText), InternVL",
             target="emloc_vlm.family:VLMFamily",
             recognises=is_vlm,
-            offers=(TRANSFORMERS_MODEL, TEXT_DECODER, IN_FEW_BITS),
+            offers=(TRANSFORMERS_MODEL, TRANSFORMER_BLOCKS, IN_FEW_BITS),
             options={
                 **TEXT_OPTIONS,
                 DataOptions: (*TEXT_OPTIONS[DataOptions], ImageOptions),

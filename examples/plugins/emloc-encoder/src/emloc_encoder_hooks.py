@@ -9,6 +9,7 @@ from typing import Any
 
 from emloc.plugin import (
     IN_FEW_BITS,
+    TRANSFORMER_BLOCKS,
     TRANSFORMERS_MODEL,
     DataOptions,
     FamilyEntry,
@@ -42,6 +43,6 @@ def emloc_register_families() -> Sequence[FamilyEntry]:
             target="emloc_encoder.family:EncoderFamily",
             recognises=recognises,
             options={DataOptions: (SplitOptions, LengthOptions)},
-            offers=(TRANSFORMERS_MODEL, IN_FEW_BITS),
+            offers=(TRANSFORMERS_MODEL, TRANSFORMER_BLOCKS, IN_FEW_BITS),
         )
     ]

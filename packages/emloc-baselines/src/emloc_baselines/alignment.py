@@ -23,11 +23,9 @@ def alignment(
             Any, source.family.load(Checkpoint.open(work), "float32", source.config.device)
         )
         head, table = model.get_output_embeddings(), model.get_input_embeddings()
-        tied = head.weight is table.weight
+        own = None if head is None or head.weight is table.weight else head.weight
         trained = {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if tied or parameter is not head.weight
+            name: parameter for name, parameter in model.named_parameters() if parameter is not own
         }
         return train_further(
             source,

@@ -1,4 +1,4 @@
-"""The blocks of the language model, where a model has towers beside it."""
+"""The blocks of the language model, where a model has towers beside it; of an encoder all."""
 
 from collections.abc import Sequence
 from typing import Any, cast

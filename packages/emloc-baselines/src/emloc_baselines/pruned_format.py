@@ -113,8 +113,9 @@ def _shrink_attention(model: nn.Module, attention: Attention, groups: int, dims:
     _resize(model, attention.output, columns=heads * size)
     module: Any = model.get_submodule(attention.name)
     for attribute, value in (
-        ("head_dim", size), ("num_heads", heads), ("num_attention_heads", heads),
-        ("num_key_value_heads", groups), ("embed_dim", heads * size),
+        ("head_dim", size), ("attention_head_size", size), ("num_heads", heads), ("n_heads", heads),
+        ("num_attention_heads", heads), ("num_key_value_heads", groups), ("embed_dim", heads * size),
+        ("all_head_size", heads * size),
     ):  # fmt: skip
         if hasattr(module, attribute):
             setattr(module, attribute, value)

@@ -19,16 +19,33 @@ from torch import Tensor, nn
 
 from emloc.errors import ConfigError
 
-OUTPUTS = ("o_proj", "out_proj", "projection_layer", "dense")
+HEADS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("query_proj", "key_proj", "value_proj"),
+)
+"""Names that architectures give the layers before the heads."""
+
+OUTPUTS = ("o_proj", "out_proj", "projection_layer", "dense", "out_lin")
 """Names that architectures give the layer behind the heads."""
+
+OUTPUT_BESIDE = "output.dense"
+"""Its name beside the module of the heads, in BERT and its kin."""
 
 MLPS = (
     (("gate_proj", "up_proj"), "down_proj"),
     (("fc1",), "fc2"),
     (("up_proj",), "down_proj"),
     (("c_fc",), "c_proj"),
+    (("lin1",), "lin2"),
+    (("intermediate.dense",), "output.dense"),
+    (("ffn",), "ffn_output"),
 )
 """Names of an MLP's layers: those that write the neurons, and the one that reads them."""
+
+SCALES = ("scaling", "scale", "scale_attn")
+"""Names of an attention's own factor of the scores, which stays when dimensions go."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +123,7 @@ def find_structures(model: nn.Module, blocks: Sequence[str]) -> list[Structures]
     """The structures of every block.
 
     Raises:
-        ConfigError: a block has no attention or MLP of a form that is known.
+        ConfigError: a block has no attention or MLP of a form that is known, or several.
     """
     structures: list[Structures] = []
     for block in blocks:
@@ -115,33 +132,43 @@ def find_structures(model: nn.Module, blocks: Sequence[str]) -> list[Structures]
         if len(attentions) != 1 or len(mlps) != 1:
             kind = type(model.get_submodule(block)).__name__
             raise ConfigError(
-                f"Heads and neurons of {block} ({kind}) cannot be taken out: needed are one attention with "
-                f"q_proj, k_proj and v_proj and one MLP such as gate_proj, up_proj, down_proj."
+                f"Heads and neurons of {block} ({kind}) cannot be taken out: needed are one attention of "
+                f"queries, keys and values that are layers of their own (such as q_proj, k_proj, v_proj), "
+                f"with nothing else that has numbers for each head, and one MLP such as gate_proj, up_proj, "
+                f"down_proj; compare with a method that leaves blocks whole."
             )
         structures.append(Structures(block, attentions[0], mlps[0]))
     return structures
 
 
 def attention_at(model: nn.Module, name: str) -> Attention | None:
-    """The attention that a module is, or None."""
+    """The attention that a module is, or None; in BERT and its kin the output lies beside it."""
     module: Any = model.get_submodule(name)
-    children = dict(module.named_children())
-    output = next((child for child in OUTPUTS if child in children), None)
-    wanted = ("q_proj", "k_proj", "v_proj")
-    if output is None or not all(_is_plain(children.get(child)) for child in (*wanted, output)):
+    layers = _linears(module)
+    wanted = next((names for names in HEADS if layers.issuperset(names)), None)
+    head_dim: int | None = getattr(module, "head_dim", getattr(module, "attention_head_size", None))
+    if wanted is None or head_dim is None:
         return None
-    head_dim: int = module.head_dim
-    groups = children["k_proj"].out_features // head_dim
+    parent = name.rpartition(".")[0]
+    outputs = [f"{name}.{child}" for child in OUTPUTS if child in layers]
+    if parent and OUTPUT_BESIDE in _linears(model.get_submodule(parent)):
+        outputs.append(f"{parent}.{OUTPUT_BESIDE}")
+    others = layers - {*wanted, *(output.removeprefix(f"{name}.") for output in outputs)}
+    if not outputs or others or any(p is not None for p in module._parameters.values()):
+        return None  # distances, gates and sinks would have to lose their heads too
+    query, key, _ = (module.get_submodule(child) for child in wanted)
+    groups = key.out_features // head_dim
     norms = tuple(
         (f"{name}.{child}", f"{name}.{layer}")
-        for child, layer in (("q_norm", "q_proj"), ("k_norm", "k_proj"))
-        if getattr(children.get(child), "weight", None) is not None
+        for child, layer in zip(("q_norm", "k_norm"), wanted)
+        if getattr(getattr(module, child, None), "weight", None) is not None
     )
     return Attention(
         name,
-        *(f"{name}.{child}" for child in (*wanted, output)),
+        *(f"{name}.{child}" for child in wanted),
+        outputs[0],
         groups=groups,
-        queries=children["q_proj"].out_features // head_dim // groups,
+        queries=query.out_features // head_dim // groups,
         head_dim=head_dim,
         # The language models' attentions are given their positions as rotations.
         paired="position_embeddings" in inspect.signature(type(module).forward).parameters,
@@ -151,23 +178,30 @@ def attention_at(model: nn.Module, name: str) -> Attention | None:
 
 def mlp_at(model: nn.Module, name: str) -> Mlp | None:
     """The MLP that a module is, or None."""
-    children = dict(model.get_submodule(name).named_children())
+    module = model.get_submodule(name)
+    layers = _linears(module)
     for inputs, output in MLPS:
-        if all(_is_plain(children.get(child)) for child in (*inputs, output)):
-            neurons: int = children[output].in_features  # pyright: ignore[reportAssignmentType]
+        if layers.issuperset((*inputs, output)):
+            neurons: int = module.get_submodule(output).in_features  # pyright: ignore[reportAssignmentType]
             return Mlp(name, tuple(f"{name}.{i}" for i in inputs), f"{name}.{output}", neurons)
     return None
 
 
-def require_known_rotation(model: nn.Module, attention: Attention) -> None:
-    """Dimensions can go in pairs only if they turn in pairs (i, i + d/2), all of them.
+def require_free_dimensions(model: nn.Module, attention: Attention) -> None:
+    """Dimensions can go if scores keep their factor and, in pairs, if all turn in pairs (i, i + d/2).
 
     Raises:
-        ConfigError: the model rotates otherwise.
+        ConfigError: the model rotates otherwise, or works the factor out from the dimensions that are left.
     """
+    module = model.get_submodule(attention.name)
+    kind = type(module)
+    if not any(hasattr(module, scale) for scale in SCALES):
+        raise ConfigError(
+            f"{kind.__name__} divides its scores by what its heads' size happens to be, so that dimensions "
+            f"cannot be taken out; compare with a method that takes whole heads."
+        )
     if not attention.paired:
         return
-    kind = type(model.get_submodule(attention.name))
     rotate = getattr(sys.modules[kind.__module__], "rotate_half", None)
     probe = torch.arange(1.0, attention.head_dim + 1)
     first, second = probe.chunk(2)
@@ -180,9 +214,16 @@ def require_known_rotation(model: nn.Module, attention: Attention) -> None:
         )
 
 
-def _is_plain(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Linear)
+def _linears(module: nn.Module) -> set[str]:
+    """Names of the linear layers inside."""
+    return {
+        name for name, inside in module.named_modules() if name and isinstance(inside, nn.Linear)
+    }
 
 
 def _inside(model: nn.Module, block: str) -> Iterator[str]:
-    return (f"{block}.{name}" for name, _ in model.get_submodule(block).named_modules() if name)
+    """Modules of a block, and the block itself, without those that are layers."""
+    return (
+        name for name, module in model.get_submodule(block).named_modules(prefix=block)
+        if not isinstance(module, nn.Linear)
+    )  # fmt: skip

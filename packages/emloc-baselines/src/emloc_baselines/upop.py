@@ -41,7 +41,7 @@ from emloc_baselines.light import LightModel, Source, build_light
 from emloc_baselines.masks import Masks, accumulate_gradients
 from emloc_baselines.pruning import pruned_model, sliced_bytes
 from emloc_baselines.scatter import scatter_adapter
-from emloc_baselines.structures import Structures, find_structures, require_known_rotation
+from emloc_baselines.structures import Structures, find_structures, require_free_dimensions
 
 NAME = "upop"
 
@@ -92,7 +92,7 @@ def searched(source: Source, options: UpopOptions) -> LightModel:
     stream = UnitStream(source.family, source.base, source.config.device)
     structures = find_structures(stream.model, stream.blocks)
     for here in structures:
-        require_known_rotation(stream.model, here.attention)
+        require_free_dimensions(stream.model, here.attention)
     total, target = held_bytes(stream), emulator_bytes(source, stream)
     excess, steps = total - target, options.search_steps
     weights = [entry_bytes(stream, here) for here in structures]

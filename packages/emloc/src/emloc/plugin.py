@@ -53,7 +53,7 @@ from emloc.errors import (
 from emloc.extend.capabilities import (
     IN_FEW_BITS,
     PEFT_FORMAT,
-    TEXT_DECODER,
+    TRANSFORMER_BLOCKS,
     TRANSFORMERS_MODEL,
     ContinuesAdapters,
     Evaluates,
@@ -136,7 +136,7 @@ _LATER = {
 __all__ = [
     "IN_FEW_BITS",
     "PEFT_FORMAT",
-    "TEXT_DECODER",
+    "TRANSFORMER_BLOCKS",
     "TEXT_OPTIONS",
     "TRANSFORMERS_MODEL",
     "Adapter",

@@ -23,8 +23,8 @@ from emloc.machine.targets import imported
 TRANSFORMERS_MODEL = "a model of transformers"
 """Offered by a family whose folders load with transformers' `from_pretrained`, quantised ones too."""
 
-TEXT_DECODER = "a text decoder"
-"""Offered by a family whose models have a `get_decoder()` of equal blocks of attention and MLP."""
+TRANSFORMER_BLOCKS = "a stack of blocks of attention and MLP"
+"""Offered by a family whose models have one, a decoder of text or an encoder: blocks under `get_decoder()`."""
 
 IN_FEW_BITS = "a model that loads in few bits"
 """Offered by a family whose library loads its models through bitsandbytes (`LoadsInFewBits`)."""
