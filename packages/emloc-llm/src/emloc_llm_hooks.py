@@ -9,8 +9,8 @@ from typing import Any
 
 from emloc.plugin import (
     IN_FEW_BITS,
-    TRANSFORMER_BLOCKS,
     TEXT_OPTIONS,
+    TRANSFORMER_BLOCKS,
     TRANSFORMERS_MODEL,
     EvaluateConfig,
     FamilyEntry,

@@ -31,7 +31,7 @@ OUTPUTS = ("o_proj", "out_proj", "projection_layer", "dense", "out_lin")
 """Names that architectures give the layer behind the heads."""
 
 OUTPUT_BESIDE = "output.dense"
-"""Its name beside the module of the heads, in BERT and its kin."""
+"""Name of that layer beside the module of the heads, in BERT and its kin."""
 
 MLPS = (
     (("gate_proj", "up_proj"), "down_proj"),
@@ -164,9 +164,9 @@ def attention_at(model: nn.Module, name: str) -> Attention | None:
         if getattr(getattr(module, child, None), "weight", None) is not None
     )
     return Attention(
-        name,
-        *(f"{name}.{child}" for child in wanted),
-        outputs[0],
+        name=name,
+        **dict(zip(("query", "key", "value"), (f"{name}.{child}" for child in wanted))),
+        output=outputs[0],
         groups=groups,
         queries=query.out_features // head_dim // groups,
         head_dim=head_dim,

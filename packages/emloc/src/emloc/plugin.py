@@ -136,9 +136,9 @@ _LATER = {
 __all__ = [
     "IN_FEW_BITS",
     "PEFT_FORMAT",
-    "TRANSFORMER_BLOCKS",
     "TEXT_OPTIONS",
     "TRANSFORMERS_MODEL",
+    "TRANSFORMER_BLOCKS",
     "Adapter",
     "AnswerOptions",
     "Batch",

@@ -24,7 +24,7 @@ TRANSFORMERS_MODEL = "a model of transformers"
 """Offered by a family whose folders load with transformers' `from_pretrained`, quantised ones too."""
 
 TRANSFORMER_BLOCKS = "a stack of blocks of attention and MLP"
-"""Offered by a family whose models have one, a decoder of text or an encoder: blocks under `get_decoder()`."""
+"""Offered by a family whose models, decoders of text or encoders, have one under `get_decoder()`."""
 
 IN_FEW_BITS = "a model that loads in few bits"
 """Offered by a family whose library loads its models through bitsandbytes (`LoadsInFewBits`)."""
