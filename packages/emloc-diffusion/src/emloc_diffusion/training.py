@@ -6,7 +6,7 @@ prior-preservation loss.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -22,7 +22,7 @@ from emloc.adapters.going_on import goes_on_from
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.locate import locate
 from emloc.errors import ConfigError
-from emloc.extend.family import ModelFamily
+from emloc.extend.family import Batch, ModelFamily
 from emloc.integrations.transformers.lora_training import train_lora as train_with
 from emloc.integrations.transformers.lora_training import training_arguments
 from emloc.integrations.transformers.streamed_training import frozen_model
@@ -165,13 +165,23 @@ def _train(config: Any, work: Path, family: ModelFamily) -> dict[str, Any]:
         work,
         model,
         make_trainer,
-        (),
+        _noised(samples, checkpoint, config),
         parts=parts,
+        family=family,
         adapter=goes_on_from(config, family, checkpoint),
         held_back=Indices(held_back) if held_back else None,
     )
     figures["summary"] |= {"samples": len(samples.pictures)}
     return figures
+
+
+def _noised(samples: Samples, checkpoint: Checkpoint, config: Any) -> Iterator[Batch]:
+    """Micro-batches of the pictures in turn, each time with other noise, without end."""
+    objective, generator = objective_of(checkpoint.path), torch.Generator().manual_seed(config.seed)
+    turn = cycle(samples.indices(prior=False))
+    while True:
+        chosen = [next(turn) for _ in range(config.per_device_train_batch_size)]
+        yield samples.batch(chosen, objective, generator)
 
 
 def _make_trainer(more: list[Any], callbacks: list[Any], **options: Any) -> DenoiserTrainer:

@@ -145,6 +145,7 @@ def _train(config: Any, work: Path, family: TransformersFamily) -> dict[str, Any
         make_trainer,
         batches,
         task_type=family.task_type,
+        family=family,
         adapter=goes_on_from(config, family, checkpoint),
         held_back=_dataset(held_back) if held_back else None,
     )

@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+from peft import EvaConfig, LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from emloc.artefacts.json_files import read_json
 from emloc.config import TrainConfig
-from emloc.errors import ConfigError, DataError
-from emloc.extend.family import Batch
+from emloc.errors import ConfigError
+from emloc.extend.family import Batch, ModelFamily
+from emloc.integrations.peft.eva import begin_with_eva, refuse_other_layers
 from emloc.integrations.peft.targets import chosen_targets
 from emloc.layers.emulated_layer import EmulatedLayer, LosesPart
 
@@ -41,6 +42,7 @@ def new_lora(
     batches: Iterable[Batch],
     excluded: Container[str] = (),
     task_type: str | None = None,
+    family: ModelFamily | None = None,
 ) -> tuple[Any, Start]:
     """The model with a LoRA, and what it began with where that was taken off the weights.
 
@@ -48,9 +50,10 @@ def new_lora(
         batches: training batches; only EVA looks at them, at the first `EVA_BATCHES`.
         excluded: modules that are not adapted, whatever targets say.
         task_type: PEFT's name of what the model is for, if it has one.
+        family: whose loss runs the model, and whose mask says which rows are real; only EVA asks it.
 
     Raises:
-        ConfigError: a target does not exist, or options exclude one another.
+        ConfigError: a target does not exist, options exclude one another, or EVA has nothing to look at.
     """
     lora = lora_config(config, model, excluded, task_type)
     if config.lora_init == "eva":
@@ -58,10 +61,15 @@ def new_lora(
             {name: tensor.to(config.device) for name, tensor in batch.items()}
             for batch in islice(batches, EVA_BATCHES)
         ]
-        if not first:
-            raise DataError("lora_init=eva looks at samples first, which streaming does not keep.")
+        if family is None or not first:
+            raise ConfigError(
+                "train: lora_init=eva looks at samples before the first step, and here there are none; pass "
+                "another lora_init."
+            )
+        refuse_other_layers(model, lora)
+        blocks = list(family.blocks(model))
         model = _wrapped(model, lora)
-        initialize_lora_eva_weights(model, first, show_progress_bar=False)
+        begin_with_eva(model, family, blocks, first, task_type)
         return model, {}
     model = _wrapped(model, lora)
     if config.lora_init not in ("pissa", "olora"):

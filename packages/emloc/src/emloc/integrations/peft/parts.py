@@ -101,11 +101,6 @@ def with_parts(
             for name, part in parts.items()
         }
         return TrainedTogether(main, goes_on)
-    if config.lora_init not in ("default", "gaussian"):
-        raise ConfigError(
-            f"train: lora_init={config.lora_init} is of the main model; leave it out when "
-            f"{' and '.join(parts)} are trained as well."
-        )
     made: dict[str, Any] = {}
     for name, part in parts.items():
         lora = LoraConfig(
@@ -119,6 +114,19 @@ def with_parts(
         )
         made[name] = get_peft_model(part.model.requires_grad_(False), lora)
     return TrainedTogether(main, made)
+
+
+def refuse_beginning(config: TrainConfig, parts: Mapping[str, Part]) -> None:
+    """Refuse a beginning that only a main model can have, where there are others.
+
+    Raises:
+        ConfigError: with what to leave out.
+    """
+    if parts and config.lora_init not in ("default", "gaussian"):
+        raise ConfigError(
+            f"train: lora_init={config.lora_init} is of the main model; leave it out when "
+            f"{' and '.join(parts)} are trained as well."
+        )
 
 
 def _require_same_parts(parts: Mapping[str, Part], adapter: Adapter | None) -> None:

@@ -17,11 +17,11 @@ from transformers.trainer_callback import PrinterCallback
 from emloc.artefacts.adapter import Adapter
 from emloc.config import TrainConfig
 from emloc.errors import CheckpointError, ConfigError, EmlocError, NumericalError
-from emloc.extend.family import Batch
+from emloc.extend.family import Batch, ModelFamily
 from emloc.integrations.peft.attach import put_on
 from emloc.integrations.peft.fused_lora import fuse_lora
 from emloc.integrations.peft.lora import new_lora, save_as_plain_lora
-from emloc.integrations.peft.parts import Part, with_parts
+from emloc.integrations.peft.parts import Part, refuse_beginning, with_parts
 from emloc.integrations.transformers.checkpoints import (
     DIGESTS_NAME,
     KeepsCheckpoints,
@@ -61,6 +61,7 @@ def train_lora(
     task_type: str | None = None,
     adapter: Adapter | None = None,
     held_back: Any = None,
+    family: ModelFamily | None = None,
 ) -> dict[str, Any]:
     """Train a LoRA on `model` into `work`; returns figures for the manifest.
 
@@ -72,6 +73,7 @@ def train_lora(
         task_type: PEFT's name of what the model is for, such as `CAUSAL_LM`, if it has one.
         adapter: to go on from, in place of a new LoRA.
         held_back: samples, as the trainer takes them, whose loss is taken before and after.
+        family: the model's, which beginnings that look at data ask what counts.
 
     Raises:
         DataError, ConfigError, NumericalError: see their messages.
@@ -81,6 +83,8 @@ def train_lora(
     if few and isinstance(model, PreTrainedModel):
         model = prepare_model_for_kbit_training(model, config.gradient_checkpointing)
     parts = parts or {}
+    if adapter is None:
+        refuse_beginning(config, parts)
     streamed = StreamedModel.of(model)
     held = [part.model for part in parts.values()] + ([] if streamed else [model])
     weight_bytes = sum(_held(tensor) for each in held for tensor in _weights(each))
@@ -88,7 +92,7 @@ def train_lora(
         weight_bytes += 2 * streamed.unit_bytes
     with nullcontext() if streamed is None else streamed.on_device():
         if adapter is None:
-            model, start = new_lora(model, config, batches, excluded, task_type)
+            model, start = new_lora(model, config, batches, excluded, task_type, family)
         else:
             model, start = put_on(model, adapter, trained=True), {}
     if streamed is not None and adapter is None:

@@ -125,6 +125,7 @@ def train_on(
         batches(),
         frozen,
         task_type=how.task_type,
+        family=family,
         adapter=goes_on_from(config, family, checkpoint),
         held_back=Samples(held_back) if held_back else None,
     )

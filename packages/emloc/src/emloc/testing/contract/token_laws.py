@@ -79,8 +79,10 @@ def _rows_read(
         assert call is not None
         return token_mask_of(subject.family, call.context, name)
 
-    def counting(layer: str) -> Any:
+    def counting(layer: str, in_list: bool) -> Any:
         def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if in_list and inputs[0].ndim == 2:  # an expert
+                return
             parts = input_rows(module, inputs[0], output, mask_of(layer), f"Layer {layer}")
             add(f"layer {layer} reads", parts)
 
@@ -99,8 +101,8 @@ def _rows_read(
         stream.model.get_submodule(block).register_forward_hook(counting_written(block))
     for layer in (name for group in subject.family.layer_groups(stream.model) for name in group):
         owner = next(block for block, inside in blocks if f"{layer}.".startswith(inside))
-        if not is_expert(stream.model, owner, layer):
-            stream.model.get_submodule(layer).register_forward_hook(counting(layer))
+        in_list = is_expert(stream.model, owner, layer)
+        stream.model.get_submodule(layer).register_forward_hook(counting(layer, in_list))
     calls = [
         Call(lambda b=batch: loss_sum(subject.family, stream.model, b), context=batch)  # pyright: ignore[reportUnknownLambdaType]
         for batch in batches
