@@ -15,6 +15,24 @@ RATIOS = (0.45, 0.7)
 class BudgetLaws(SubjectFixture):
     """Promises of compress and plan about sizes, over the family's own layers."""
 
+    def test_an_emulator_has_the_bits_that_were_asked_for(self, subject: Subject) -> None:
+        """All that stands for the weights that compress looks at is within the budget."""
+        asked = subject.compressed_to.get("bits_per_weight")
+        if asked is None:
+            return
+        base = subject.checkpoint
+        weights = [
+            subject.family.stored(subject.skeleton, f"{name}.weight", base)
+            for group in subject.family.layer_groups(subject.skeleton)
+            for name in group
+        ]
+        dense = [stored.read(base.read) for stored in weights if stored is not None]
+        assert len(dense) == len(weights)
+        summary = Manifest.read(subject.emulator).summary
+        rest = summary["base_bytes"] - sum(weight.nbytes for weight in dense)
+        held = summary["emulator_bytes"] - rest
+        assert 0 < 8 * held <= asked * sum(weight.numel() for weight in dense)
+
     def test_an_allocation_by_error_keeps_to_its_bytes(
         self, subject: Subject, tmp_path: Path
     ) -> None:
