@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from emloc.artefacts.checkpoint import Checkpoint
@@ -21,6 +22,7 @@ from emloc.extend.plugin_options import of_family, with_plugin_options
 from emloc.extend.plugins import load_plugins
 from emloc.layers.emulated_layer import EmulatedLayer
 from emloc.stages.data_digest import data_digests
+from emloc.streaming.stream import UnitStream
 from emloc.testing.contract.fixtures import SubjectFixture
 from emloc.testing.contract.subject import Subject
 
@@ -29,7 +31,30 @@ FILES = 3
 
 
 class LifeLaws(SubjectFixture):
-    """Promises of `train`, of the data and of `load`."""
+    """Promises of a family whose stages are interrupted, of its data and of `load`."""
+
+    def test_an_interrupted_compress_goes_on_to_the_same_emulator(
+        self, subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Ctrl-C in the last block leaves no emulator; the same call then writes that of an unbroken run."""
+        last, hold = subject.family.blocks(subject.skeleton)[-1], UnitStream.holding
+
+        def interrupt(stream: UnitStream, unit: str, values: list[Tensor]) -> Any:
+            if unit == last:
+                raise KeyboardInterrupt
+            return hold(stream, unit, values)
+
+        folder = tmp_path / "emulator"
+        with monkeypatch.context() as patch:
+            patch.setattr(UnitStream, "holding", interrupt)
+            with pytest.raises((KeyboardInterrupt, Interrupted)):
+                subject.compress(folder, **subject.compressed_to)
+        assert not folder.exists()
+        subject.compress(folder, **subject.compressed_to)
+        again, unbroken = (Checkpoint.open(str(path)) for path in (folder, subject.emulator))
+        assert again.tensors.keys() == unbroken.tensors.keys()
+        for name in unbroken.tensors:
+            assert torch.equal(again.read(name), unbroken.read(name)), name
 
     def test_interrupted_training_goes_on_to_the_same_adapter(
         self, subject: Subject, tmp_path: Path
