@@ -41,6 +41,9 @@ from emloc.integrations.transformers.vocabulary import vocabulary
 from emloc.machine.memory import PeakMemory, return_large_blocks
 from emloc.machine.remembered import Remembered
 
+GROUPS: Remembered[Sequence[Sequence[str]]] = Remembered(64)
+"""Groups of layers that were found in this process, by the classes of family and model, config and layers."""
+
 
 class TransformersFamily(PlannedTransformer):
     """`ModelFamily` of one auto class; a subclass adds `name`, `example`, `loss` and `data`.
@@ -115,11 +118,11 @@ class TransformersFamily(PlannedTransformer):
         """See `ModelFamily`; found out by tracing `forwards`, once for a config."""
         self._require_masks(model)
         layers = linears_within(model, self.blocks(model))
-        known: Remembered[Sequence[Sequence[str]]]
-        known = self.__dict__.setdefault("_known_groups", Remembered(64))
         config: Any = model.config
-        same = (type(model), config.to_json_string(use_diff=False), *layers)
-        return known.answer(same, lambda: shared_input_groups(model, layers, *self.forwards(model)))
+        same = (type(self), type(model), config.to_json_string(use_diff=False), *layers)
+        return GROUPS.answer(
+            same, lambda: shared_input_groups(model, layers, *self.forwards(model))
+        )
 
     def kept_dense(self, model: nn.Module) -> Mapping[str, str]:
         """See `KeepsLayersDense`: linear layers of blocks are compressed where their weight is their own."""
