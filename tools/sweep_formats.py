@@ -12,8 +12,8 @@ as predicted noise. Bits per weight count all bytes of a layer's form, numbers w
 16 bits, layers that stay dense as well. A form is `format:option=value,...`, with the options of compress.
 NF4 is bitsandbytes' (groups of 64, scales quantised doubly). `emulator:FOLDER` is what compress has written,
 such as one of `format=auto`. `loram-stru:keep_ratio=0.26` is the pruned model that LoRAM-STRU trains on, of
-the bytes of such a low-rank emulator. Each line of --out is one form; --from shows and plots lines of
-earlier runs beside those of this one.
+the bytes of such a low-rank emulator (with `protected_first=1,protected_last=0` for models of few blocks). Each line
+of --out is one form; --from shows and plots lines of earlier runs beside those of this one.
 """
 
 import argparse
@@ -175,11 +175,14 @@ class Subject:
         """The pruned model of LoRAM-STRU in place of the model."""
         from emloc_baselines.loram import LoramStru
 
-        started, ratio = time.process_time(), float(form.partition("keep_ratio=")[2])
+        started = time.process_time()
+        given = dict(pair.split("=") for pair in form.removeprefix(LORAM).split(","))
+        own = {name: int(value) for name, value in given.items() if name != "keep_ratio"}
         data = {"dataset": str(options.dataset), "num_calibration_samples": options.samples}
         columns = {"column_map": options.column_map} if options.column_map else {}
         compress = {**data, **columns, **options.more, "format": "low_rank"}
-        task = Task(str(options.model_name_or_path), ratio, 0, compress, {}, {}, {})
+        ratio = float(given["keep_ratio"])
+        task = Task(str(options.model_name_or_path), ratio, 0, compress, {}, {}, own)
         base = self.model
         with tempfile.TemporaryDirectory() as folder:
             light = LoramStru().build(task, Path(folder) / "light")
