@@ -12,8 +12,8 @@ as predicted noise. Bits per weight count all bytes of a layer's form, numbers w
 16 bits, layers that stay dense as well. A form is `format:option=value,...`, with the options of compress.
 NF4 is bitsandbytes' (groups of 64, scales quantised doubly). `emulator:FOLDER` is what compress has written,
 such as one of `format=auto`. `loram-stru:keep_ratio=0.26` is the pruned model that LoRAM-STRU trains on, of
-the bytes of such a low-rank emulator (with `protected_first=1,protected_last=0` for models of few blocks). Each line
-of --out is one form; --from shows and plots lines of earlier runs beside those of this one.
+the bytes of such a low-rank emulator (with `protected_first=1,protected_last=0` for models of few blocks).
+Each line of --out is one form; --from shows and plots lines of earlier runs beside those of this one.
 """
 
 import argparse
