@@ -13,7 +13,8 @@ as predicted noise. Bits per weight count all bytes of a layer's form, numbers w
 NF4 is bitsandbytes' (groups of 64, scales quantised doubly). `emulator:FOLDER` is what compress has written,
 such as one of `format=auto`. `loram-stru:keep_ratio=0.26` is the pruned model that LoRAM-STRU trains on, of
 the bytes of such a low-rank emulator (with `protected_first=1,protected_last=0` for models of few blocks).
-Each line of --out is one form; --from shows and plots lines of earlier runs beside those of this one.
+Each line of --out is one form; --from shows and plots lines of earlier runs beside those of this one, or with
+--forms and nothing behind it by themselves.
 """
 
 import argparse
@@ -342,8 +343,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model_name_or_path", type=Path, required=True)
-    parser.add_argument("--dataset", type=Path, required=True)
+    parser.add_argument("--model_name_or_path", type=Path)
+    parser.add_argument("--dataset", type=Path)
     parser.add_argument("--test", type=Path)
     parser.add_argument("--column_map")
     parser.add_argument("--more", type=json.loads, default={}, help="further options, as JSON")
@@ -354,6 +355,8 @@ def main() -> None:
     parser.add_argument("--from", dest="earlier", type=Path, nargs="*", default=[])
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
+    if options.forms and not (options.model_name_or_path and options.dataset):
+        parser.error("pass --model_name_or_path and --dataset, or --forms alone to show earlier runs")
     options.test = options.test or options.dataset
     lines = [line for path in options.earlier for line in path.read_text().splitlines()]
     rows = [json.loads(line) for line in lines]
