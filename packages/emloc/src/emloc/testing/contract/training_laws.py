@@ -30,6 +30,7 @@ LEARNING = {
     "per_device_train_batch_size": 3,
     "lr_scheduler_type": "constant",
     "optim": "sgd",
+    "lora_init": "gaussian",
 }
 """Options that change what two steps learn, with values other than the contract's own and the defaults."""
 
