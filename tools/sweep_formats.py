@@ -356,7 +356,9 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     if options.forms and not (options.model_name_or_path and options.dataset):
-        parser.error("pass --model_name_or_path and --dataset, or --forms alone to show earlier runs")
+        parser.error(
+            "pass --model_name_or_path and --dataset, or --forms alone to show earlier runs"
+        )
     options.test = options.test or options.dataset
     lines = [line for path in options.earlier for line in path.read_text().splitlines()]
     rows = [json.loads(line) for line in lines]
