@@ -1,11 +1,10 @@
 """A LoRA that begins as EVA does reads the directions in which real rows vary most, in every family."""
 
-import sys
-from pathlib import Path
+import copy
 
 import pytest
 import torch
-from own_families import installed
+from own_families import encoders, installed
 from safetensors.torch import load_file
 
 import emloc
@@ -16,6 +15,7 @@ from emloc.extend.capabilities import example_of
 from emloc.extend.opening import open_model
 from emloc.extend.plugin_options import of_family, with_plugin_options
 from emloc.extend.plugins import family_named
+from emloc.integrations.peft import eva
 from emloc.integrations.peft.lora import new_lora
 
 RANK = 4
@@ -28,7 +28,7 @@ def name(request):
 
 
 def opened(name, folder, **more):
-    """The family's example: the model, options for training, and three batches."""
+    """The family's example: the model, options for training, and its samples as one batch."""
     example = example_of(family_named(name), folder)
     base, family = open_model(locate(example["model_name_or_path"]), family=name)
     model = family.load(base, "float32", "cpu")
@@ -99,10 +99,9 @@ def test_it_reads_where_real_rows_vary_most(name, tmp_path):
 
 
 def test_training_begins_with_it(name, tmp_path):
-    with installed(name):
-        example = dict(example_of(family_named(name), tmp_path))
-        options = {"max_steps": 1, "lora_r": 3, "learning_rate": 1e-9, "lora_init": "eva"}
-        folder = emloc.train(**example, **options, output_dir=tmp_path / "adapter")
+    example = example_of(family_named(name), tmp_path)
+    options = {"max_steps": 1, "lora_r": 3, "learning_rate": 1e-9, "lora_init": "eva"}
+    folder = emloc.train(**example, **options, output_dir=tmp_path / "adapter")
     tensors = load_file(folder / "adapter_model.safetensors")
     down = [tensor for key, tensor in tensors.items() if "lora_A" in key and tensor.ndim == 2]
     assert len({len(tensor) for tensor in down}) > 1 or len(down) < 3
@@ -128,12 +127,13 @@ def test_convolutions_are_refused_by_name(tmp_path):
 def test_ranks_of_narrow_layers_grow_as_far_as_they_can(tmp_path):
     family, model, config, batches = opened("llm", tmp_path, lora_r=30)
     lora, _ = new_lora(model, config, batches, family=family, task_type="CAUSAL_LM")
-    ranks = {
-        len(module.lora_A["default"].weight): module.lora_A["default"].weight.shape[1]
+    shapes = [
+        tuple(module.lora_A["default"].weight.shape)
         for module in lora.modules()
         if "default" in getattr(module, "lora_A", {})
-    }
-    assert all(rank <= width for rank, width in ranks.items())
+    ]
+    assert any(rank != 30 for rank, _ in shapes)
+    assert all(rank <= width for rank, width in shapes)
 
 
 def test_a_layer_that_reads_nothing_is_named(tmp_path):
@@ -168,20 +168,65 @@ def _without(model, idle):
 
 def test_rows_that_may_be_padding_are_refused(tmp_path):
     """DeBERTa's queries are asked of tokens and of distances."""
-    source = Path(__file__).parent.parent / "examples/plugins/emloc-encoder/src"
-    sys.path.insert(0, str(source))
-    try:
-        from emloc.testing import plugin_installed
+    with encoders():
         from emloc_encoder.example import write_example
 
-        with plugin_installed("emloc_encoder_hooks"):
-            example = write_example(tmp_path, 0, "deberta-v2")
-            with pytest.raises(
-                ConfigError, match="which rows of what deberta.encoder.layer.0.attention.self"
-            ):
-                emloc.train(**example, output_dir=tmp_path / "a", lora_init="eva", lora_r=3)
-    finally:
-        sys.path.remove(str(source))
+        example = write_example(tmp_path, 0, "deberta-v2")
+        sentence = "which rows of what deberta.encoder.layer.0.attention.self"
+        with pytest.raises(ConfigError, match=sentence):
+            emloc.train(**example, output_dir=tmp_path / "a", lora_init="eva", lora_r=3)
+    assert not (tmp_path / "a").exists()
+
+
+class Experts(torch.nn.Module):
+    """Two MLPs, each of which reads tokens of its own, in an order of its own, padding among them."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.experts = torch.nn.ModuleList([mlp, copy.deepcopy(mlp)])
+
+    def forward(self, states):
+        rows = states.reshape(-1, states.shape[-1])
+        chosen = torch.arange(len(rows)).flip(0) % 3 > 0
+        out = torch.zeros_like(rows)
+        for expert, which in zip(self.experts, (chosen, ~chosen)):
+            out[which] = expert(rows[which])
+        return out.reshape(states.shape)
+
+
+def test_experts_read_what_chose_them(tmp_path):
+    family, model, config, batches = opened("llm", tmp_path)
+    block = model.model.layers[1]
+    block.mlp = Experts(block.mlp)
+    read = []
+    second = block.mlp.experts[1].up_proj
+    handle = second.register_forward_pre_hook(lambda _, given: read.append(given[0].double()))
+    with torch.no_grad():
+        family.loss(model.eval(), batches[0])
+    handle.remove()
+    lora, _ = new_lora(model, config, batches, task_type="CAUSAL_LM", family=family)
+    down = lora.get_submodule("base_model.model.model.layers.1.mlp.experts.1.up_proj").lora_A
+    found, cov = down["default"].weight.detach().double(), torch.cov(read[0].T)
+    most = torch.linalg.eigvalsh(cov)[-len(found) :].sum()
+    assert torch.trace(found @ cov @ found.T) >= 0.97 * most
+
+
+def test_directions_that_do_not_settle_are_given_up(tmp_path, monkeypatch):
+    family, model, config, batches = opened("llm", tmp_path)
+    monkeypatch.setattr(eva, "MOST_PASSES", 1)
+    with pytest.raises(ConfigError, match="found no directions that stay in 1 passes"):
+        new_lora(model, config, batches, family=family)
+
+
+def test_samples_that_come_one_by_one_are_none_to_look_at(tmp_path):
+    example = example_of(family_named("llm"), tmp_path)
+    with pytest.raises(
+        ConfigError, match="looks at samples before the first step, and here there are none"
+    ):
+        emloc.train(
+            **example, output_dir=tmp_path / "a", lora_init="eva", streaming=True, max_steps=1,
+            num_held_back_samples=0,
+        )  # fmt: skip
     assert not (tmp_path / "a").exists()
 
 

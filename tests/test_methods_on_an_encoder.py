@@ -1,25 +1,29 @@
 """The methods that EMLoC is compared with, on a third party's family: encoders that classify texts."""
 
 import json
-import sys
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
+from own_families import encoders
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 import emloc
 from emloc.artefacts.manifest import Manifest
 from emloc.errors import ConfigError
 from emloc.extend.methods import Task
 from emloc.extend.plugins import families_for, load_plugins, method_named
-from emloc.testing import plugin_installed
 from emloc_baselines.bench.cell import run_cell
 from emloc_baselines.bench.harness import run_bench
-
-ENCODER = Path(__file__).parent.parent / "examples/plugins/emloc-encoder/src"
+from emloc_baselines.structures import attention_at
 
 PRUNED = ("albert", "bert", "deberta-v2", "distilbert", "electra", "roberta")
 OPTIONS = {
@@ -47,11 +51,9 @@ BERT = (
 
 
 @pytest.fixture(scope="module", autouse=True)
-def encoders():
-    sys.path.insert(0, str(ENCODER))
-    with plugin_installed("emloc_encoder_hooks"):
+def _discovered():
+    with encoders():
         yield
-    sys.path.remove(str(ENCODER))
 
 
 @pytest.fixture
@@ -162,6 +164,61 @@ def test_an_adapter_comes_back_with_its_head(example, method, tmp_path):
         torch.testing.assert_close(
             peft(**inputs).logits, merged(**inputs).logits, rtol=1e-4, atol=1e-5
         )
+
+
+def test_a_thinned_encoder_is_the_one_whose_blocks_are_taken_out(example, tmp_path):
+    given = example("bert", num_hidden_layers=5)
+    base = given["model_name_or_path"]
+    task = task_of(given, "offsite-tuning")
+    light = method_named("offsite-tuning").load().build(task, tmp_path / "light")
+    kept = [entry["original"] for entry in Manifest.read(light).layers.values()]
+    assert 2 < len(kept) < 5
+    thinned = load(base)
+    thinned.bert.encoder.layer = nn.ModuleList(thinned.get_submodule(name) for name in kept)
+    inputs = inputs_of(base)
+    with torch.no_grad():
+        torch.testing.assert_close(load(light)(**inputs).logits, thinned(**inputs).logits)
+
+
+@pytest.mark.parametrize("method", ["loram-rand", "offsite-tuning"])
+def test_what_is_left_may_be_trained_further(example, method, tmp_path):
+    """Alignment, of a model without an output head over words, and distillation."""
+    given = example("bert", num_hidden_layers=5)
+    data = given["dataset"]
+    task, built = task_of(given, method), method_named(method).load()
+    plain = load(built.build(task, tmp_path / "plain")).state_dict()
+    name = "alignment" if method == "loram-rand" else "distillation"
+    further = {name: {"steps": 2, "dataset": data, "batch_size": 2, "max_length": 32}}
+    more = replace(task, options={**task.options, **further})
+    trained = load(built.build(more, tmp_path / "further")).state_dict()
+    changed = {key for key in plain if not torch.equal(plain[key], trained[key])}
+    assert any("encoder.layer.1." in key for key in changed)
+    outside = {key for key in changed if "encoder.layer" not in key}
+    assert bool(outside) == (method == "loram-rand")
+
+
+def test_what_has_numbers_for_each_head_beside_them_is_no_attention_to_prune():
+    """Distances with layers of their own, and sinks."""
+    sizes = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 30}
+    about = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "intermediate_size": 80}
+    for shares in (True, False):
+        config = AutoConfig.for_model("deberta-v2", **sizes, **about, share_att_key=shares)
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config)
+        found = attention_at(model, "deberta.encoder.layer.0.attention.self")
+        assert (found is not None) == shares
+    more = {
+        "num_local_experts": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "intermediate_size": 32,
+    }
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", **sizes, **more))
+    assert model.model.layers[0].self_attn.sinks is not None
+    assert attention_at(model, "model.layers.0.self_attn") is None
+    del model.model.layers[0].self_attn.sinks
+    assert attention_at(model, "model.layers.0.self_attn") is not None
 
 
 @pytest.mark.parametrize("method", sorted(OPTIONS))

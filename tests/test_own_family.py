@@ -207,7 +207,7 @@ def test_scores_that_mean_something_else_are_refused(family, example, monkeypatc
 def test_a_model_that_runs_no_block_twice_keeps_its_activations(
     subject, example, tmp_path, monkeypatch, capfd
 ):
-    """As ALBERT: it is said, planned, and trained to the same adapter as without the option."""
+    """A model such as ALBERT says so, is planned so, and learns the same adapter as without the option."""
     plain = subject.adapter
     kind = type(subject.family.load(subject.checkpoint, "float32", "cpu"))
     monkeypatch.setattr(kind, "supports_gradient_checkpointing", False)

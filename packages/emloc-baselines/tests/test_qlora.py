@@ -167,7 +167,7 @@ def test_bfloat16_and_doubly_quantised_scales(tiny):
     [("bert", ["classifier"]), ("roberta", ["classifier.dense", "classifier.out_proj"])],
 )
 def test_the_head_of_a_classifier_stays_as_it_is(kind, head):
-    """As transformers leaves the module that comes last, so that it can be trained whole."""
+    """The module that comes last is dense, as transformers leaves it, and can be trained whole."""
     sizes = {
         "hidden_size": 16,
         "intermediate_size": 24,

@@ -27,7 +27,7 @@ def planned(stream):
 
 
 def by_autograd(model, layers):
-    """Of the whole model in float64, with every output of a layer in the graph."""
+    """Sums over the whole model in float64, with every output of a layer in the graph."""
     sums = dict.fromkeys(layers, 0.0)
 
     def watching(layer):

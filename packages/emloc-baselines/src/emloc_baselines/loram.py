@@ -27,8 +27,8 @@ from emloc_baselines.alignment import alignment
 from emloc_baselines.budget import emulator_bytes, held_bytes
 from emloc_baselines.importance import Importance, first_order
 from emloc_baselines.kept import Kept, best
-from emloc_baselines.language_model import decoder_blocks
 from emloc_baselines.light import LightModel, Source, build_light
+from emloc_baselines.main_blocks import main_blocks
 from emloc_baselines.pruning import Sizes, fit, prices, pruned_model
 from emloc_baselines.scatter import scatter_adapter
 from emloc_baselines.structures import Structures, find_structures
@@ -133,7 +133,7 @@ def _is_whole(here: Structures, size: Sizes) -> bool:
 
 def _middle(stream: UnitStream, options: LoramOptions) -> list[str]:
     """The language model's blocks that are pruned."""
-    blocks = decoder_blocks(stream.model, stream.blocks)
+    blocks = main_blocks(stream.model, stream.blocks)
     middle = blocks[options.protected_first : len(blocks) - options.protected_last]
     if not middle:
         raise ConfigError(

@@ -22,8 +22,8 @@ from emloc.methods.light import train_light
 from emloc.streaming.stream import UnitStream
 from emloc_baselines.budget import emulator_bytes, held_bytes
 from emloc_baselines.distillation import DistillationOptions, distillation
-from emloc_baselines.language_model import decoder_blocks
 from emloc_baselines.light import LightModel, Source, build_light
+from emloc_baselines.main_blocks import main_blocks
 from emloc_baselines.recovery import Recovered, recover_adapter
 from emloc_baselines.thinning import block_bytes, thinned_config, thinned_pieces, uniform
 
@@ -97,7 +97,7 @@ def thinned(source: Source, options: OffsiteOptions) -> LightModel:
         ConfigError: it allows none, or there is no middle.
     """
     stream = UnitStream(source.family, source.base, source.config.device)
-    blocks = decoder_blocks(stream.model, stream.blocks)
+    blocks = main_blocks(stream.model, stream.blocks)
     ends, depth = options.trained_blocks, len(blocks)
     target = emulator_bytes(source, stream)
     sizes = [block_bytes(stream, block) for block in blocks]

@@ -44,7 +44,7 @@ MLPS = (
 )
 """Names of an MLP's layers: those that write the neurons, and the one that reads them."""
 
-SCALES = ("scaling", "scale", "scale_attn")
+SCALES = ("scaling", "scale")
 """Names of an attention's own factor of the scores, which stays when dimensions go."""
 
 
@@ -222,7 +222,7 @@ def _linears(module: nn.Module) -> set[str]:
 
 
 def _inside(model: nn.Module, block: str) -> Iterator[str]:
-    """Modules of a block, and the block itself, without those that are layers."""
+    """Modules of a block, and the block itself, but for linear layers."""
     return (
         name for name, module in model.get_submodule(block).named_modules(prefix=block)
         if not isinstance(module, nn.Linear)

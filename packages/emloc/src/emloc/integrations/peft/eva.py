@@ -5,7 +5,7 @@ they vary more. It is told here which rows of an input count: those that the fam
 causal language model those with a label among them, as PEFT has it.
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any
@@ -34,10 +34,10 @@ OTHERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 
 def refuse_other_layers(model: nn.Module, lora: LoraConfig) -> None:
-    """EVA is of linear layers.
+    """Refuse a LoRA on what EVA cannot begin.
 
     Raises:
-        ConfigError: the LoRA would be on a convolution or an embedding too.
+        ConfigError: it would be on a convolution or an embedding too.
     """
     for name, module in model.named_modules():
         if isinstance(module, OTHERS) and check_target_module_exists(lora, name):
@@ -68,7 +68,8 @@ def begin_with_eva(
     rho = _reach(model)
     model.peft_config["default"].eva_config.rho = rho
     adapted = _adapted(model)
-    needed = {name: round(rank * rho) for name, (rank, _) in adapted.items()}
+    # PEFT looks for as many directions in all layers that read the same as in the one of the highest rank.
+    needed = max(round(rank * rho) for rank, _ in adapted.values())
     experts = {
         name
         for name in adapted
@@ -76,7 +77,8 @@ def begin_with_eva(
         if (layer := name.removeprefix(PREFIX)).startswith(f"{block}.")
         and is_expert(model.get_base_model(), block, layer)
     }
-    reader = _Reader(family, needed, experts, task_type == "CAUSAL_LM", MOST_PASSES * len(batches))
+    causal, most = task_type == "CAUSAL_LM", MOST_PASSES * len(batches)
+    reader = _Reader(family, list(adapted), needed, experts, causal, most)
     with redirect_stdout(StringIO()):  # PEFT says of every layer when it has too few rows as yet
         initialize_lora_eva_weights(
             model,
@@ -122,7 +124,8 @@ class _Reader:
     are put together over batches: PEFT would wait for a batch with enough of them for ever.
 
     Args:
-        needed: rows that PEFT needs at once, by layer.
+        layers: names of those with a LoRA, in PEFT's own form.
+        needed: rows that PEFT needs of a layer at once.
         experts: layers that may read rows in an order of their own.
         causal: whether labels are of tokens.
         most: forwards after which the search is given up.
@@ -131,22 +134,23 @@ class _Reader:
     def __init__(
         self,
         family: ModelFamily,
-        needed: Mapping[str, int],
+        layers: Sequence[str],
+        needed: int,
         experts: Container[str],
         causal: bool,
         most: int,
     ) -> None:
-        self._family, self._needed, self._experts = family, needed, experts
-        self._causal, self._most, self._runs = causal, most, 0
+        self._family, self._layers, self._experts = family, layers, experts
+        self._needed, self._causal, self._most, self._runs = needed, causal, most, 0
         self._waiting: dict[str, Tensor] = {}
-        self._unread = set(needed)
+        self._unread = set(layers)
 
     def run(self, model: Any, batch: Batch) -> None:
         """One forward; of the first one every layer has to have read something."""
         self._family.loss(model, batch)
         self._runs += 1
         if self._unread:
-            first = next(name for name in self._needed if name in self._unread)
+            first = next(name for name in self._layers if name in self._unread)
             raise ConfigError(
                 f"train: lora_init=eva looks at what layers read, and {len(self._unread)} of them, the first "
                 f"{first.removeprefix(PREFIX)}, read nothing of the first samples; leave them out of "
@@ -163,11 +167,10 @@ class _Reader:
         self._unread.discard(name)
         values: Tensor = given[0] if isinstance(given, (tuple, list)) else given
         rows = self._counted(values, batch, name).contiguous()
-        needed = self._needed[name]
-        if len(rows) >= needed:
+        if len(rows) >= self._needed:
             return rows
         together = torch.cat([self._waiting.pop(name, rows[:0]), rows])
-        if len(together) < needed:
+        if len(together) < self._needed:
             self._waiting[name] = together
         return together
 

@@ -120,9 +120,10 @@ class TransformersFamily(PlannedTransformer):
         layers = linears_within(model, self.blocks(model))
         config: Any = model.config
         same = (type(self), type(model), config.to_json_string(use_diff=False), *layers)
-        return GROUPS.answer(
+        groups = GROUPS.answer(
             same, lambda: shared_input_groups(model, layers, *self.forwards(model))
         )
+        return [list(group) for group in groups]  # whoever changes theirs leaves the others' alone
 
     def kept_dense(self, model: nn.Module) -> Mapping[str, str]:
         """See `KeepsLayersDense`: linear layers of blocks are compressed where their weight is their own."""

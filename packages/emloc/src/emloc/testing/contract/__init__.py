@@ -27,7 +27,7 @@ pytest.register_assert_rewrite(
     *(f"{__name__}.{path.stem}" for path in Path(__file__).parent.glob("*_laws.py"))
 )
 
-from emloc.testing.contract.family_contract import FamilyContract  # noqa: E402 (see above)
-from emloc.testing.contract.subject import Subject  # noqa: E402
+from emloc.testing.contract.family_contract import FamilyContract  # noqa: E402 (asserts are rewritten before)
+from emloc.testing.contract.subject import Subject  # noqa: E402 (likewise)
 
 __all__ = ["FamilyContract", "Subject"]

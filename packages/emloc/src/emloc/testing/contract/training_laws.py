@@ -97,9 +97,8 @@ class TrainingLaws(SubjectFixture):
                 alike = [held for held in steps[-1].trained if held.shape == tensor.shape]
                 assert any(torch.allclose(held, tensor.float(), atol=1e-6) for held in alike), name
         assert counted[0] == 3
-        assert (
-            counted[2] > counted[1] > 0
-        )  # an example of few samples may have one step in an epoch
+        # An example of few samples may have one step in an epoch.
+        assert counted[2] > counted[1] > 0
         assert counted[2] == pytest.approx(2 * counted[1], abs=1)
 
     def test_a_lora_lowers_the_loss_of_what_it_learnt(
