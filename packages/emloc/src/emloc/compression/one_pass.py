@@ -22,7 +22,6 @@ from emloc.compression.block_runs import known_runs, write_runs
 from emloc.compression.groups import CompressionPlan, Group
 from emloc.compression.sensitivity import BlockProbe
 from emloc.errors import ConfigError
-from emloc.extend.capabilities import token_mask_of
 from emloc.extend.family import Batch
 from emloc.extend.losses import LossSum, loss_sum
 from emloc.linalg.gram import Moments
@@ -30,7 +29,7 @@ from emloc.machine.progress import progress_bar
 from emloc.streaming.call import Call, current_call
 from emloc.streaming.input_rows import input_rows
 from emloc.streaming.lockstep import LockstepError, lockstep
-from emloc.streaming.real_rows import is_expert, real_rows
+from emloc.streaming.real_rows import input_mask, may_be_expert, real_rows
 from emloc.streaming.stream import UnitStream
 
 SMALL = 0.25
@@ -305,15 +304,13 @@ def _watch_shared_input(stream: UnitStream, group: Group) -> list[Any]:
 
 
 def _folding(stream: UnitStream, block: str, group: Group, moments: Moments) -> Any:
-    expert = is_expert(stream.model, block, group.owner)
+    listed = may_be_expert(stream.model, block, group.owner)
     convolution = bool(group.shape.kernel)
 
     def fold(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         call = current_call()
         batch: Batch = {} if call is None else call.context
-        mask = token_mask_of(stream.family, batch, group.owner)
-        if expert and inputs[0].ndim == 2:  # tokens in an order and number of its own
-            mask = None
+        mask = input_mask(stream.family, batch, group.owner, inputs[0], listed)
 
         def real(values: Tensor) -> Tensor:
             return real_rows(values, mask, f"Layer {group.owner}")

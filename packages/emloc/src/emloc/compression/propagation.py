@@ -36,7 +36,6 @@ from emloc.compression.one_pass import (
     weights_of,
 )
 from emloc.errors import ConfigError
-from emloc.extend.capabilities import token_mask_of
 from emloc.extend.family import Batch
 from emloc.formats.layer_format import Tensors
 from emloc.linalg.gram import Moments
@@ -45,7 +44,7 @@ from emloc.machine.progress import progress_bar
 from emloc.streaming.call import Call, current_call, wait_before
 from emloc.streaming.input_rows import input_rows
 from emloc.streaming.lockstep import lockstep
-from emloc.streaming.real_rows import is_expert
+from emloc.streaming.real_rows import input_mask, may_be_expert
 from emloc.streaming.stream import UnitStream
 
 TURN = " turn "
@@ -228,7 +227,7 @@ class _Propagation:
 
     def _set_turns(self, block: str, turns: _Turns) -> None:
         """Each layer by itself, but experts together, when the first of them is read."""
-        in_lists = [n for n in turns.order if is_expert(self._stream.model, block, n)]
+        in_lists = [n for n in turns.order if may_be_expert(self._stream.model, block, n)]
         chosen = {name for (_, name), kept in turns.read.items() if any(x.ndim == 2 for x in kept)}
         turns.experts = tuple(name for name in in_lists if name in chosen)
         for name in turns.order:
@@ -367,9 +366,7 @@ class _Propagation:
         expert, read = source in turns.experts, turns.read.get((call.base, source), [])
         at = self._sums.calls.get((call, source), 0)
         self._sums.calls[call, source] = at + 1
-        mask = token_mask_of(self._stream.family, call.context, source)
-        if expert and x.ndim == 2:  # tokens in an order and number of its own
-            mask = None
+        mask = input_mask(self._stream.family, call.context, source, x, expert)
         rows = partial(input_rows, module, output=output, mask=mask, what=f"Layer {source}")
         paired = not expert and at < len(read) and read[at].shape == x.shape
         befores = rows(read[at].to(x.device)) if paired else rows(x)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from emloc.correction.other_weights import OtherWeights
 from emloc.correction.reads import Reads
-from emloc.extend.capabilities import token_mask_of
 from emloc.extend.family import Batch
 from emloc.extend.losses import LossSum, loss_sum, summed
 from emloc.linalg.convolution import as_matrix
@@ -29,7 +28,7 @@ from emloc.machine.progress import progress_bar
 from emloc.streaming.call import Call, current_call
 from emloc.streaming.input_rows import input_rows
 from emloc.streaming.lockstep import lockstep
-from emloc.streaming.real_rows import is_expert
+from emloc.streaming.real_rows import input_mask, may_be_expert
 from emloc.streaming.stream import UnitStream
 
 
@@ -200,7 +199,7 @@ def _hook(
     if watched is None:
         return _adding(lora_of(name).to(stream))
     reads, original = watched.reads, watched.original(name).to(stream)
-    expert = is_expert(stream.model, unit, name)
+    listed = may_be_expert(stream.model, unit, name)
     plain, others = _adding(original), dict[str, Any]()
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -210,8 +209,7 @@ def _hook(
         candidate, number, batch = call.context
         if candidate == 0:
             if reads.wants(name, number):
-                mask = token_mask_of(stream.family, batch, name)
-                mask = None if expert and inputs[0].ndim == 2 else mask
+                mask = input_mask(stream.family, batch, name, inputs[0], listed)
                 down = as_matrix(original.down)
                 for rows in input_rows(module, inputs[0], output, mask, f"Layer {name}"):
                     reads.fold(name, rows, rows.to(down.dtype) @ down.T)

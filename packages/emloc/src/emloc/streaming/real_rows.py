@@ -16,6 +16,8 @@ from operator import mul
 from torch import Tensor, nn
 
 from emloc.errors import ConfigError
+from emloc.extend.capabilities import token_mask_of
+from emloc.extend.family import Batch, ModelFamily
 
 
 def real_rows(values: Tensor, mask: Tensor | None, what: str) -> Tensor:
@@ -42,13 +44,26 @@ def real_rows(values: Tensor, mask: Tensor | None, what: str) -> Tensor:
     return rows[mask.reshape(-1).to(rows.device)]
 
 
-def is_expert(model: nn.Module, block: str, layer: str) -> bool:
-    """Return whether a layer lies in one of several modules that a block has side by side in a list or
-    dict.
+def may_be_expert(model: nn.Module, block: str, layer: str) -> bool:
+    """Return whether a layer lies in one of several modules that a block has side by side in a list or dict.
+
+    Experts do, and so do parts that run one after another (T5's); `input_mask` tells them apart.
     """
     parts = layer[len(block) + 1 :].split(".")  # nothing, where a block is itself a layer
     above = [f"{block}.{'.'.join(parts[:depth])}" for depth in range(1, len(parts))]
     return any(isinstance(model.get_submodule(n), (nn.ModuleList, nn.ModuleDict)) for n in above)
+
+
+def input_mask(
+    family: ModelFamily, batch: Batch, layer: str, values: Tensor, listed: bool
+) -> Tensor | None:
+    """The family's mask of what a layer reads; None for an expert, whose rows are in an order of their own.
+
+    Args:
+        values: what it reads; an expert is given rows × d, those that chose it.
+        listed: see `may_be_expert`.
+    """
+    return None if listed and values.ndim == 2 else token_mask_of(family, batch, layer)
 
 
 def same_order(shape: tuple[int, ...], mask: tuple[int, ...]) -> bool:

@@ -17,9 +17,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from emloc.errors import ConfigError
-from emloc.extend.capabilities import token_mask_of
 from emloc.extend.family import Batch, ModelFamily
-from emloc.streaming.real_rows import is_expert, real_rows, same_order
+from emloc.streaming.real_rows import input_mask, may_be_expert, real_rows, same_order
 
 RHO = 2.0
 """PEFT's own bound of the rank that a layer may get, over the rank that was asked for."""
@@ -70,15 +69,15 @@ def begin_with_eva(
     adapted = _adapted(model)
     # PEFT looks for as many directions in all layers that read the same as in the one of the highest rank.
     needed = max(round(rank * rho) for rank, _ in adapted.values())
-    experts = {
+    listed = {
         name
         for name in adapted
         for block in blocks
         if (layer := name.removeprefix(PREFIX)).startswith(f"{block}.")
-        and is_expert(model.get_base_model(), block, layer)
+        and may_be_expert(model.get_base_model(), block, layer)
     }
     causal, most = task_type == "CAUSAL_LM", MOST_PASSES * len(batches)
-    reader = _Reader(family, list(adapted), needed, experts, causal, most)
+    reader = _Reader(family, list(adapted), needed, listed, causal, most)
     with redirect_stdout(StringIO()):  # PEFT says of every layer when it has too few rows as yet
         initialize_lora_eva_weights(
             model,
@@ -126,7 +125,7 @@ class _Reader:
     Args:
         layers: names of those with a LoRA, in PEFT's own form.
         needed: rows that PEFT needs of a layer at once.
-        experts: layers that may read rows in an order of their own.
+        listed: layers that may be experts.
         causal: whether labels are of tokens.
         most: forwards after which the search is given up.
     """
@@ -136,11 +135,11 @@ class _Reader:
         family: ModelFamily,
         layers: Sequence[str],
         needed: int,
-        experts: Container[str],
+        listed: Container[str],
         causal: bool,
         most: int,
     ) -> None:
-        self._family, self._layers, self._experts = family, layers, experts
+        self._family, self._layers, self._listed = family, layers, listed
         self._needed, self._causal, self._most, self._runs = needed, causal, most, 0
         self._waiting: dict[str, Tensor] = {}
         self._unread = set(layers)
@@ -176,9 +175,7 @@ class _Reader:
 
     def _counted(self, values: Tensor, batch: Batch, name: str) -> Tensor:
         layer = name.removeprefix(PREFIX)
-        if name in self._experts and values.ndim == 2:  # tokens in an order of their own
-            return real_rows(values, None, layer)
-        mask = token_mask_of(self._family, batch, layer)
+        mask = input_mask(self._family, batch, layer, values, name in self._listed)
         if mask is not None and values.shape[:-1] == mask.shape[:1]:
             mask = None  # a row for each sample
         if mask is not None and not same_order(tuple(values.shape[:-1]), tuple(mask.shape)):

@@ -19,7 +19,7 @@ from emloc.extend.losses import LossSum, loss_sum, summed
 from emloc.streaming.call import Call, current_call
 from emloc.streaming.input_rows import input_rows
 from emloc.streaming.lockstep import lockstep
-from emloc.streaming.real_rows import is_expert, real_rows
+from emloc.streaming.real_rows import may_be_expert, real_rows
 from emloc.streaming.stream import UnitStream
 from emloc.testing.contract.fixtures import SubjectFixture
 from emloc.testing.contract.subject import Subject
@@ -79,9 +79,9 @@ def _rows_read(
         assert call is not None
         return token_mask_of(subject.family, call.context, name)
 
-    def counting(layer: str, in_list: bool) -> Any:
+    def counting(layer: str, listed: bool) -> Any:
         def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if in_list and inputs[0].ndim == 2:  # an expert
+            if listed and inputs[0].ndim == 2:  # an expert
                 return
             parts = input_rows(module, inputs[0], output, mask_of(layer), f"Layer {layer}")
             add(f"layer {layer} reads", parts)
@@ -101,8 +101,8 @@ def _rows_read(
         stream.model.get_submodule(block).register_forward_hook(counting_written(block))
     for layer in (name for group in subject.family.layer_groups(stream.model) for name in group):
         owner = next(block for block, inside in blocks if f"{layer}.".startswith(inside))
-        in_list = is_expert(stream.model, owner, layer)
-        stream.model.get_submodule(layer).register_forward_hook(counting(layer, in_list))
+        listed = may_be_expert(stream.model, owner, layer)
+        stream.model.get_submodule(layer).register_forward_hook(counting(layer, listed))
     calls = [
         Call(lambda b=batch: loss_sum(subject.family, stream.model, b), context=batch)  # pyright: ignore[reportUnknownLambdaType]
         for batch in batches
