@@ -16,6 +16,8 @@ from emloc.artefacts.manifest import Manifest
 from emloc.config import PlanConfig, build
 from emloc.errors import CheckpointError, ConfigError, OutputError
 from emloc.extend.plugin_options import with_plugin_options
+from emloc.integrations.transformers import family as transformers_family
+from emloc.machine.remembered import Remembered
 from emloc.planning import fitting
 from emloc.planning.fitting import fit
 from emloc.planning.ledger import total
@@ -297,6 +299,7 @@ def test_nothing_is_run_that_grows_with_depth(tmp_path, monkeypatch):
             return original(module, *args, **kwargs)
 
         with monkeypatch.context() as patch:
+            patch.setattr(transformers_family, "GROUPS", Remembered(1))  # as if no test had planned before
             patch.setattr(nn.Module, "__call__", counting)
             outcome = emloc.plan(model_name_or_path=str(folder), memory="4GiB")
         return len(calls), outcome
