@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from emloc_baselines.bench.cells import method_cell, prepare_data
 from emloc_baselines.bench.config import read_config
 from emloc_baselines.bench.harness import run_bench
 from emloc_baselines.bench.split import split_rows
+from emloc_baselines.bench.tables import gains_recovered
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ class Counting:
 
     def __init__(self, monkeypatch, only=None):
         self.cells, self.stages, self.only = [], [], only
-        for name in ("compress", "train", "correct"):
+        for name in ("compress", "train", "correct", "polish"):
             stage = getattr(emloc, name)
             monkeypatch.setattr(stage, "function", self._counted(name, stage.function))
 
@@ -225,6 +227,43 @@ def test_tables_and_plots(whole):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_a_method_gave_is_polished_where_a_row_says_so(whole, options, run, tmp_path):
+    """From the same adapter as the row beside it; gains are still measured by the LoRA that is not polished."""
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    polish = {"max_steps": 2, "samples_per_step": 4, "num_held_back_samples": 4, "stream": False}
+    rows = {
+        "longer": {"method": "lora", "polish": {}},
+        "lora": None,
+        "emloc": None,
+        "polished": {"method": "emloc", "polish": {"learning_rate": 1e-3}},
+    }
+    options = {
+        **options,
+        "output_dir": str(out),
+        "keep_ratio": [0.4],
+        "polish": polish,
+        "methods": rows,
+    }
+    run_bench(options, run=run)
+    by = {record["label"]: record for record in records(out)}
+    assert sorted(run.cells) == ["words, longer, seed 0", "words, polished, keep 0.4, seed 0"]
+    assert run.stages == ["polish", "polish"], "all before them was there"
+    for label in ("longer", "polished"):
+        polished, kept = by[label], by[label]["polish"]["kept"]
+        assert polished["seconds"]["polish"] > 0
+        assert "polish" in polished["peak_bytes"]
+        assert (polished["loss"] != by["emloc" if label == "polished" else "lora"]["loss"]) == kept
+        assert polished["inputs"]["polish"]["max_steps"] == 2
+    assert by["polished"]["inputs"]["polish"]["learning_rate"] == 1e-3
+    assert "polish" not in by["emloc"]
+    assert "polish" not in by["emloc"]["inputs"]
+    gains = {record["label"]: record["gain"] for record in gains_recovered(records(out))}
+    assert gains["lora"] == 1
+    text = (out / "tables.md").read_text()
+    assert "polishing" in text.split("### cost")[1].splitlines()[2]
+
+
 def test_published_numbers_stand_beside_ours(whole, options, run):
     out, _ = whole
     run_bench(
@@ -305,6 +344,10 @@ REFUSALS = [
     ({"train": {"learning_rate": [None, 0.01]}}, "learning_rate = .* should be numbers"),
     ({"keep_ratio": [2]}, "keep_ratio"),
     ({"datasets": {"words": {"datset": "x"}}}, "datasets.words: unknown key datset"),
+    (
+        {"methods": {"lora": {"polish": {"samples_per_step": 10}}}},
+        "samples_per_step=10 is no multiple",
+    ),
 ]
 
 

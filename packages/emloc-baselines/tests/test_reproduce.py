@@ -19,10 +19,9 @@ def test_every_configuration_is_valid(path):
         for label in config.methods:
             rates = config.learning_rates(dataset, label)
             assert rates == config.learning_rates(dataset, "lora"), "one grid for all"
-            assert (
-                config.stage_options("train", dataset, label)["max_steps"]
-                == (config.stages["train"]["max_steps"])
-            )
+            if not label.startswith("from nothing"):  # rows that say how many steps they take
+                steps = config.stage_options("train", dataset, label)["max_steps"]
+                assert steps == config.stages["train"]["max_steps"]
 
 
 def test_mathqa_rows_are_prompts_with_options_and_end_in_the_letter(tmp_path):

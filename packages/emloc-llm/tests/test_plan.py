@@ -299,7 +299,9 @@ def test_nothing_is_run_that_grows_with_depth(tmp_path, monkeypatch):
             return original(module, *args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(transformers_family, "GROUPS", Remembered(1))  # as if no test had planned before
+            patch.setattr(
+                transformers_family, "GROUPS", Remembered(1)
+            )  # as if no test had planned before
             patch.setattr(nn.Module, "__call__", counting)
             outcome = emloc.plan(model_name_or_path=str(folder), memory="4GiB")
         return len(calls), outcome

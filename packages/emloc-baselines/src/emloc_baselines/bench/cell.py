@@ -17,6 +17,7 @@ from emloc.extend.methods import Task
 from emloc.extend.plugins import method_named
 from emloc.machine.progress import quiet_libraries
 from emloc.stages.evaluate import evaluate
+from emloc.stages.polish import polish
 from emloc_baselines.bench.cells import SHOWN_DIGITS, Cell
 
 PACKAGES = (
@@ -78,7 +79,14 @@ def _adapter(cell: Cell, root: Path) -> tuple[Path, dict[str, Any]]:
         manifests["build"] = built
     if recovered != trained:
         manifests["recover"] = Manifest.read(recovered)
-    return recovered, _figures(manifests)
+    if cell.polish is None:
+        return recovered, _figures(manifests)
+    polished = cell.folder(root, "polished")
+    if not polished.is_dir():
+        original = Manifest.read(recovered).base_model.name_or_path
+        polish(**cell.polish, adapter=recovered, model_name_or_path=original, output_dir=polished)
+    manifests["polish"] = Manifest.read(polished)
+    return polished, {**_figures(manifests), "polish": manifests["polish"].summary}
 
 
 def _light(cell: Cell, root: Path) -> Path | None:

@@ -48,8 +48,9 @@ class Cell:
         validation: whether it is scored on validation data, to choose a learning rate.
         task: what the method is run on.
         evaluate: keywords of the scoring.
+        polish: keywords of polish; None: what the method gave is scored.
         measure: which score is shown.
-        steps: digests of `light`, `adapter`, `recovered` and the whole cell, `score`.
+        steps: digests of `light`, `adapter`, `recovered`, `polished` and the whole cell, `score`.
         inputs: what the last digest is of.
     """
 
@@ -65,6 +66,7 @@ class Cell:
     measure: str
     steps: Mapping[str, str]
     inputs: Section
+    polish: Section | None = None
 
     @property
     def digest(self) -> str:
@@ -149,14 +151,17 @@ def method_cell(
         _, family = open_model(config.model_name_or_path)
         cheaply = loss_alone(with_family_options(EvaluateConfig, family))
         evaluate = {**evaluate, **(data.validation or {}), **cheaply}
+    polish = None if validation else config.polish_options(dataset, label)
+    if polish is not None:
+        polish = {**polish, **data.training, "seed": seed}
     own = config.own_options(label)
     task = Task(config.model_name_or_path, keep_ratio, seed, **stages, options=own)
-    steps, inputs = _steps(config, entry, task, evaluate)
+    steps, inputs = _steps(config, entry, task, polish, evaluate)
     return Cell(
         dataset=dataset, label=label, method=entry.name,
         keep_ratio=keep_ratio if entry.uses_budget else None, seed=seed,
         learning_rate=learning_rate, validation=validation, task=task, evaluate=evaluate,
-        measure=_measure(config, dataset), steps=steps, inputs=inputs,
+        measure=_measure(config, dataset), steps=steps, inputs=inputs, polish=polish,
     )  # fmt: skip
 
 
@@ -165,7 +170,7 @@ def _measure(config: BenchConfig, dataset: str) -> str:
 
 
 def _steps(
-    config: BenchConfig, entry: MethodEntry, task: Task, evaluate: Section
+    config: BenchConfig, entry: MethodEntry, task: Task, polish: Section | None, evaluate: Section
 ) -> tuple[dict[str, str], Section]:
     light: Section = {
         "base": model_digest(config.model_name_or_path),
@@ -177,8 +182,11 @@ def _steps(
     }
     adapter: Section = {**light, "train": content_of(task.train)}
     recovered: Section = {**adapter, "recovers_as": entry.name, "correct": content_of(task.correct)}
-    score: Section = {**recovered, "evaluate": content_of(evaluate)}
-    inputs_by_step = {"light": light, "adapter": adapter, "recovered": recovered, "score": score}
+    polished = recovered if polish is None else {**recovered, "polish": content_of(polish)}
+    score: Section = {**polished, "evaluate": content_of(evaluate)}
+    inputs_by_step = {
+        "light": light, "adapter": adapter, "recovered": recovered, "polished": polished, "score": score,
+    }  # fmt: skip
     return {name: digest(inputs) for name, inputs in inputs_by_step.items()}, score
 
 

@@ -15,6 +15,10 @@
       lora:
       emloc:
       emloc at 3: {method: emloc, correct: {limit: 3}}
+      emloc, polished: {method: emloc, polish: {max_steps: 8}}
+
+What a method gave is polished in rows that have the key `polish`, whichever method it is; a section of that
+name elsewhere holds options for those rows.
 
 Of two places that name an option the later one of this list wins: top, stage section, data set, its
 stage section, method's stage section. Several learning rates are tried on validation data, for every
@@ -30,10 +34,11 @@ from pydantic import BeforeValidator, Field
 
 from emloc.artefacts.kinds import EVALUATION
 from emloc.artefacts.output_place import require_folder
-from emloc.config import StageConfig, TrainConfig, build, nearest
+from emloc.config import PolishConfig, StageConfig, TrainConfig, build, nearest
 from emloc.errors import ConfigError
 from emloc.extend.methods import MethodEntry, Task
 from emloc.extend.plugins import method_named
+from emloc.options.polish import micro_batches
 from emloc.options.text import from_file
 from emloc.options.types import OutputDir
 from emloc.options.yaml_file import parse_value, read_yaml
@@ -41,6 +46,9 @@ from emloc.stages.registry import AnyStage, core_stages
 from emloc.stages.training_needs import check_training
 
 Section = dict[str, Any]
+
+POLISH = "polish"
+"""The stage that a row asks for by its name: `polish: {max_steps: 8}` among its keys."""
 
 OF_A_CELL = {"model_name_or_path", "output_dir", "keep_ratio", "seed"}
 """Options that the bench or the method sets, besides those that name a stage's artefacts."""
@@ -53,11 +61,11 @@ def task_stages() -> Collection[str]:
 
 
 def bench_stages() -> Mapping[str, AnyStage]:
-    """The stages of a bench: those of a task, and the one that scores."""
+    """The stages of a bench: those of a task, the one that may follow it, and the one that scores."""
     return {
         name: each
         for name, each in core_stages().items()
-        if name in task_stages() or each.produces == EVALUATION
+        if name in task_stages() or name == POLISH or each.produces == EVALUATION
     }
 
 
@@ -136,6 +144,11 @@ class BenchConfig(StageConfig):
         )
         merged = {name: value for layer in layers for name, value in layer.items()}
         return from_file(kind, merged)
+
+    def polish_options(self, dataset: str, label: str) -> Section | None:
+        """Keywords of polish for a row that asks for it."""
+        asked = self.methods[label].get(POLISH, False) is not False
+        return self.stage_options(POLISH, dataset, label) if asked else None
 
     def own_options(self, label: str) -> Section:
         """A row's options of its method."""
@@ -226,6 +239,8 @@ def _check_rows(config: BenchConfig, where: str) -> None:
                     if stage.config.model_fields[option].is_required()
                 }
                 built = build(stage.config, {**options, **required}, f"{place}: {name}")
+                if isinstance(built, PolishConfig) and POLISH in config.methods[label]:
+                    micro_batches(built)
                 if isinstance(built, TrainConfig):
                     check_training(built)
                     for rate in config.learning_rates(dataset, label):

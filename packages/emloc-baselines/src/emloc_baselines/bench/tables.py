@@ -13,7 +13,8 @@ Record = Mapping[str, Any]
 Rows = list[list[str]]
 
 REFERENCE = "lora"
-"""The method that the gain is measured against."""
+"""The method that the gain is measured against: the row of that name, or else the first of the method that
+is not polished."""
 
 
 def tables(
@@ -70,6 +71,8 @@ def gains_recovered(records: Sequence[Record]) -> list[Record]:
     for record in records:
         base = matching(records, dataset=record["dataset"], label=BASE)
         lora = matching(records, dataset=record["dataset"], method=REFERENCE, seed=record["seed"])
+        lora = [r for r in lora if "polish" not in r]
+        lora.sort(key=lambda r: r["label"] != REFERENCE)
         if record["label"] == BASE or not base or not lora:
             continue
         possible = base[0]["loss"] - lora[0]["loss"]
@@ -134,7 +137,7 @@ def _costs(records: Sequence[Record]) -> str:
     limits.
     """
     head = ["", "keep_ratio", "held in training", "LoRA", "peak memory", "building", "trained further",
-            "training", "recovery", "overall", "s / step", "learning rate", "limit"]  # fmt: skip
+            "training", "recovery", "polishing", "overall", "s / step", "learning rate", "limit"]  # fmt: skip
     rows: Rows = []
     for budget in budgets(records):
         for label in labels(records):
@@ -149,7 +152,10 @@ def _costs(records: Sequence[Record]) -> str:
                     _held(own),
                     format_bytes(max(r["trainable_bytes"] for r in own)),
                     format_bytes(max(max(_making(r).values()) for r in own)),
-                    *(_seconds(own, step) for step in ("build", "continue", "train", "recover")),
+                    *(
+                        _seconds(own, step)
+                        for step in ("build", "continue", "train", "recover", "polish")
+                    ),
                     summarise([sum(r["seconds"].values()) for r in own], "{:.1f} s").split(" (")[0],
                     summarise(_known(own, "seconds_per_step"), "{:.2f}").split(" (")[0],
                     ", ".join(dict.fromkeys(f"{r['learning_rate']:g}" for r in own)),

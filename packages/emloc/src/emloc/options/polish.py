@@ -2,6 +2,7 @@
 
 from pydantic import Field
 
+from emloc.errors import ConfigError
 from emloc.options.train import TrainingOptions
 from emloc.options.types import Located, OutputDir
 
@@ -29,3 +30,19 @@ class PolishConfig(TrainingOptions):
     warmup_ratio: float = Field(
         0.0, ge=0, lt=1, description="share of steps; the first step of a warm-up changes nothing"
     )
+
+
+def micro_batches(config: PolishConfig) -> tuple[int, int]:
+    """Samples of a micro-batch, and micro-batches of a step.
+
+    Raises:
+        ConfigError: a step is no whole number of micro-batches.
+    """
+    batch = min(config.per_device_train_batch_size, config.samples_per_step)
+    if config.samples_per_step % batch:
+        raise ConfigError(
+            f"polish: samples_per_step={config.samples_per_step} is no multiple of "
+            f"per_device_train_batch_size={batch}; pass {config.samples_per_step // batch * batch} or "
+            f"another batch size."
+        )
+    return batch, config.samples_per_step // batch

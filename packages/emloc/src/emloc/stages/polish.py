@@ -26,6 +26,7 @@ from emloc.extend.family import ModelFamily
 from emloc.extend.opening import named_family, of_folder, open_model
 from emloc.extend.plugin_options import of_family, own_options, with_family_options
 from emloc.machine.progress import console
+from emloc.options.polish import micro_batches
 from emloc.planning.contract import Contract, contract_for
 from emloc.planning.setting import Setting
 from emloc.stages.data_digest import data_digests, digested
@@ -124,13 +125,7 @@ def polish(config: PolishConfig) -> Path:
 
 def _as_training(config: PolishConfig, kind: type[TrainConfig]) -> TrainConfig:
     """The options of the training that polishing is."""
-    batch = min(config.per_device_train_batch_size, config.samples_per_step)
-    if config.samples_per_step % batch:
-        raise ConfigError(
-            f"polish: samples_per_step={config.samples_per_step} is no multiple of "
-            f"per_device_train_batch_size={batch}; pass {config.samples_per_step // batch * batch} or "
-            f"another batch size."
-        )
+    batch, accumulated = micro_batches(config)
     own = TrainingOptions.model_fields.keys() | (config.model_fields_set & kind.model_fields.keys())
     given = {name: getattr(config, name) for name in own}
     given |= {
@@ -138,7 +133,7 @@ def _as_training(config: PolishConfig, kind: type[TrainConfig]) -> TrainConfig:
         "model_name_or_path": config.model_name_or_path or config.adapter,
         "max_steps": config.max_steps,
         "per_device_train_batch_size": batch,
-        "gradient_accumulation_steps": config.samples_per_step // batch,
+        "gradient_accumulation_steps": accumulated,
     }
     return build(kind, given, "polish")
 
