@@ -228,7 +228,7 @@ def test_tables_and_plots(whole):
 
 
 def test_what_a_method_gave_is_polished_where_a_row_says_so(whole, options, run, tmp_path):
-    """From the same adapter as the row beside it; gains are still measured by the LoRA that is not polished."""
+    """From the adapter of the row beside it; gains stay measured by the LoRA that is not polished."""
     out = tmp_path / "out"
     shutil.copytree(whole[0], out)
     polish = {"max_steps": 2, "samples_per_step": 4, "num_held_back_samples": 4, "stream": False}
