@@ -1,6 +1,9 @@
 """Training, evaluation and a chat afterwards see the same tokens: those of the template as a whole."""
 
+from pathlib import Path
+
 import pytest
+import trl
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,8 +72,10 @@ def stock(tmp_path_factory):
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("trl")
 
-    def prepared(rows, tokenizer):
-        arguments = SFTConfig(output_dir=str(folder), report_to=[], use_cpu=True, max_length=None)
+    def prepared(rows, tokenizer, **more):
+        arguments = SFTConfig(
+            output_dir=str(folder), report_to=[], use_cpu=True, max_length=None, **more
+        )
         trainer = SFTTrainer(
             model, arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
         )
@@ -107,6 +112,58 @@ def test_prompts_and_completions_are_those_of_trl(stock, kind, template):
     texts = [{"text": f"{a}{b}"} for a, b in texts]
     for row, (ids, _) in zip(texts, stock(texts, tokenizer)):
         assert encode(row, tokenizer, options()).input_ids == ids
+
+
+MARKED = Path(trl.__file__).parent / "chat_templates/qwen2_5_training.jinja"
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
+PARTED = {
+    "an answer after a chat": (chat(["a?", "b", "c?"]), [chat(["", "d"])[1]]),
+    "a chat goes on": (chat(["a?"]), chat(["", "b", "c?", "d"])[1:]),
+    "a call and what it gave": (
+        chat(["a?"]),
+        [
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "content": "seen"},
+            {"role": "assistant", "content": "d"},
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("form", PARTED)
+@pytest.mark.parametrize("every", [True, False])
+def test_completions_of_several_turns_are_learnt_as_trl_learns_them(stock, form, every):
+    """All of the completion, or the assistant's words in it, and of the prompt nothing."""
+    tokenizer = byte_level()
+    tokenizer.chat_template = MARKED.read_text()
+    prompt, completion = PARTED[form]
+    row = {"prompt": prompt, "completion": completion}
+    sample = encode(row, tokenizer, options(assistant_only_loss=every))
+    ((ids, labels),) = stock([row], tokenizer, assistant_only_loss=every)
+    assert sample.input_ids == ids
+    assert sample.labels == labels
+    last = sample.input_ids[sample.prompt_length :]
+    assert tokenizer.decode(last).startswith("d"), "the last answer is what evaluation asks for"
+    # By positions, where the template marks nothing.
+    tokenizer.chat_template = CHATML
+    if form == "a chat goes on":
+        sample = encode(row, tokenizer, options(assistant_only_loss=every))
+        learnt = tokenizer.decode([label for label in sample.labels if label != IGNORED])
+        assert ("c?" in learnt) == (not every)
+        assert learnt.startswith("b")
+    with_all = options(assistant_only_loss=True, completion_only_loss=False)
+    if form == "an answer after a chat":
+        sample = encode(row, tokenizer, with_all)
+        learnt = tokenizer.decode([label for label in sample.labels if label != IGNORED])
+        assert learnt.startswith("b")
+
+
+def test_a_completion_begins_with_an_answer():
+    tokenizer = byte_level()
+    tokenizer.chat_template = CHATML
+    row = {"prompt": chat(["a?", "b"]), "completion": chat(["c?", "d"])}
+    with pytest.raises(DataError, match="let it begin with the assistant's turn, or use messages"):
+        encode(row, tokenizer, options())
 
 
 @pytest.mark.parametrize("begin", [True, False])

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +15,44 @@ from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2I
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 import emloc
-from emloc.config import TrainConfig
+from emloc.config import EvaluateConfig, TrainConfig
 from emloc.errors import CheckpointError, DataError
 from emloc.extend.plugin_options import with_plugin_options
+from emloc.extend.plugins import family_named
 from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
-from emloc_vlm.encode import collate, references_of
+from emloc_vlm.encode import answer_words, collate, references_of
+from emloc_vlm.evaluation import _answered, _as_words
 from emloc_vlm.example import example_processor, write_model
+from emloc_vlm.processor import load_processor
 from emloc_vlm.rows import load_examples
+from emloc_vlm.scoring import METRICS
+
+
+def test_what_a_template_writes_before_an_answer_is_not_compared(tmp_path):
+    """A model that thinks nothing and answers as it was taught is right."""
+    options = dict(family_named("vlm").write_example(tmp_path, seed=0))
+    model = Path(options["model_name_or_path"])
+    template = model / "chat_template.jinja"
+    begins = "{% if message['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    head = "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    written = template.read_text()
+    assert head in written
+    template.write_text(written.replace(head, head + begins))
+    config = with_plugin_options(EvaluateConfig)(
+        model_name_or_path=str(model), dataset=options["dataset"]
+    )
+    processor = load_processor(model, 1)
+    example = load_examples(config, options["dataset"])[0]
+    [reference] = references_of(example, processor, config)
+    reader = answer_words(example, processor, config)
+    assert reader.before == "<think>\n\n</think>\n\n"
+    for generated, right in (
+        (f"<think>\n\n</think>\n\n{reference}", True),
+        (f"<think>\nhm\n</think>\n\n{reference}", True),
+        ("<think>\n\n</think>\n\nsomething else", False),
+    ):
+        answer = _as_words(_answered(example, [reference], generated), reader)
+        assert METRICS["exact_match"].score(answer)["exact_match"] == right
 
 
 def idefics2():

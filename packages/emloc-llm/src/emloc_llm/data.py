@@ -6,7 +6,7 @@ loss: on prompts, unless asked otherwise.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Sample:
         labels: same length, -100 where there is no loss.
         prompt_length: tokens before the completion; 0 for plain text.
         reference: the completion as text; None for plain text.
+        written: the completion as the chat template writes it; empty where there is none.
         truncated: whether max_length cut it.
         prompt: what a model is given to answer: the prompt's tokens by themselves, not cut. They are the
             first of `input_ids`, save where a word reaches over the prompt's end.
@@ -45,6 +46,7 @@ class Sample:
     reference: str | None
     truncated: bool
     prompt: list[int] = field(default_factory=list[int])
+    written: str = ""
 
 
 def encode(row: Mapping[str, Any], tokenizer: Any, options: Any) -> Sample:
@@ -59,12 +61,14 @@ def encode(row: Mapping[str, Any], tokenizer: Any, options: Any) -> Sample:
     chat = chat_of(row, where) if has_template or form != "alpaca" else None
     if chat is None:
         return _plain(row, form, tokenizer, options, where)
-    rendered = render(chat, tokenizer, options.assistant_only_loss, where)
+    rendered = render(
+        chat, tokenizer, options.assistant_only_loss, where, options.completion_only_loss
+    )
     tokens = tokens_of(tokenizer, rendered.text, False, where)
     last, said = chat.turns[-1], rendered.text[rendered.last :]
     # A call is compared as the template writes it, which is how the model says it.
     called = bool(last.get("tool_calls"))
-    return _sample(
+    sample = _sample(
         tokens.ids,
         tokens.labels(rendered.answers, IGNORED),
         tokens.upto(rendered.last),
@@ -72,6 +76,7 @@ def encode(row: Mapping[str, Any], tokenizer: Any, options: Any) -> Sample:
         token_ids(tokenizer, rendered.prompt, False, where),
         options,
     )
+    return replace(sample, written=said)
 
 
 def _sample(

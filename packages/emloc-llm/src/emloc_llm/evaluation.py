@@ -12,6 +12,7 @@ from emloc.errors import DataError, DependencyError
 from emloc.extend.family import ModelFamily
 from emloc.extend.losses import LossSum, loss_sum, summed
 from emloc.integrations.peft.attach import attach
+from emloc.integrations.transformers.answers import AnswerWords, words_of
 from emloc.integrations.transformers.capacity import load_capacity
 from emloc.integrations.transformers.generation import (
     closing_tokens,
@@ -125,11 +126,15 @@ def _require_questions(asked: Sequence[Sample], config: Any) -> None:
 
 def _scored(sample: Sample, prediction: str, tokenizer: Any, answer: str) -> dict[str, Any]:
     reference = str(sample.reference).strip()
+    prompt = tokenizer.decode(sample.prompt, skip_special_tokens=True)
+    reader = AnswerWords.of(sample.written, reference, tokenizer, f"The prompt {prompt!r:.60}")
+    words = reader.in_prediction(prediction)
     return {
-        "prompt": tokenizer.decode(sample.prompt, skip_special_tokens=True),
+        "prompt": prompt,
         "reference": reference,
         "prediction": prediction,
-        "match": matches(reference, prediction, answer),
+        "match": matches(reference, prediction, answer)
+        or matches(words_of(reference), words, answer),
     }
 
 

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from emloc.errors import DataError
+from emloc.integrations.transformers.answers import AnswerWords
 from emloc.integrations.transformers.capacity import Capacity
 from emloc.integrations.transformers.chat import Rendered, render
 from emloc.integrations.transformers.generation import closing_tokens
 from emloc.integrations.transformers.loss import IGNORED
 from emloc.integrations.transformers.tokens import Tokens, as_generated, token_ids, tokens_of
 from emloc.machine.progress import warn
-from emloc_vlm.examples import Example
+from emloc_vlm.examples import Example, words_in
 
 _OF_IMAGES = ("pixel", "image")
 """Names of tensors that are no part of the text, whatever their shape."""
@@ -86,7 +87,8 @@ def collate(
 
 
 def _rendered(example: Example, processor: Any, options: Any) -> Rendered:
-    return render(example.chat, processor, options.assistant_only_loss, example.where)
+    every, completion = options.assistant_only_loss, options.completion_only_loss
+    return render(example.chat, processor, every, example.where, completion)
 
 
 def references_of(example: Example, processor: Any, options: Any) -> list[str]:
@@ -95,6 +97,16 @@ def references_of(example: Example, processor: Any, options: Any) -> list[str]:
         return list(example.references)
     rendered = _rendered(example, processor, options)
     return [as_generated(processor.tokenizer, rendered.text[rendered.last :], example.where)]
+
+
+def answer_words(example: Example, processor: Any, options: Any) -> AnswerWords:
+    """The reader of what is generated for an example: templates may write something before the words."""
+    last = example.messages[-1]
+    if last.get("tool_calls"):
+        return AnswerWords()
+    rendered = _rendered(example, processor, options)
+    written = rendered.text[rendered.last :]
+    return AnswerWords.of(written, words_in(last), processor.tokenizer, example.where)
 
 
 def end_tokens(examples: Sequence[Example], processor: Any, options: Any) -> set[int]:

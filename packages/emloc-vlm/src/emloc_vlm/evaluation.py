@@ -12,11 +12,12 @@ from emloc.extend.capabilities import native_of
 from emloc.extend.family import ModelFamily
 from emloc.extend.losses import LossSum, loss_sum, summed
 from emloc.integrations.peft.attach import attach
+from emloc.integrations.transformers.answers import AnswerWords, words_of
 from emloc.integrations.transformers.capacity import capacity_of
 from emloc.integrations.transformers.generation import greedy_answers, say_missing_ends
 from emloc.machine.memory import PeakMemory
 from emloc.machine.progress import progress_bar
-from emloc_vlm.encode import collate, end_tokens, references_of
+from emloc_vlm.encode import answer_words, collate, end_tokens, references_of
 from emloc_vlm.examples import Example
 from emloc_vlm.processor import load_processor
 from emloc_vlm.rows import load_examples, readable
@@ -50,8 +51,9 @@ def _evaluate(config: Any, family: ModelFamily) -> dict[str, Any]:
         loss = _loss(family, model, examples, processor, config)
         answers = _answers(model, examples, processor, config)
     metric = METRICS[_metric(examples, config)]
-    for answer in answers:
-        answer["scores"] = metric.score(answer)
+    for answer, example in zip(answers, examples):
+        reader = answer_words(example, processor, config)
+        answer["scores"] = metric.score(_as_words(answer, reader))
     aggregated = metric.aggregate([answer["scores"] for answer in answers]) if answers else {}
     return {
         "loss": loss,
@@ -127,6 +129,14 @@ def _answered(example: Example, references: Sequence[str], prediction: str) -> d
         "options": dict(example.options),
         "kind": example.kind,
     }
+
+
+def _as_words(answer: dict[str, Any], reader: AnswerWords) -> dict[str, Any]:
+    """The answer as it is compared: words alone."""
+    given = answer["reference"]
+    reference = words_of(given) if isinstance(given, str) else list(map(words_of, given))
+    words = reader.in_prediction(answer["prediction"])
+    return {**answer, "reference": reference, "prediction": words}
 
 
 def _to(model: Any, batch: dict[str, Any], device: str) -> dict[str, Any]:

@@ -231,6 +231,9 @@ def _listed(value: Any, where: str) -> list[Any]:
 
 def _said(turn: Turn) -> tuple[str, ...]:
     """The words of a turn that calls no tools."""
-    if turn.get("tool_calls"):
-        return ()
-    return ("".join(one["text"] for one in turn.get("content", []) if one["type"] == "text"),)
+    return () if turn.get("tool_calls") else (words_in(turn),)
+
+
+def words_in(turn: Turn) -> str:
+    """The text among a turn's entries."""
+    return "".join(one["text"] for one in turn.get("content", []) if one["type"] == "text")

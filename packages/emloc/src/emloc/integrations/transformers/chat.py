@@ -50,11 +50,14 @@ class Rendered:
     last: int
 
 
-def render(chat: Chat, tokenizer: Any, every_answer: bool, where: str) -> Rendered:
+def render(
+    chat: Chat, tokenizer: Any, every_answer: bool, where: str, completion_only: bool = True
+) -> Rendered:
     """The chat by the template of a tokenizer or processor.
 
     Args:
-        every_answer: of the chat, instead of the last one only.
+        every_answer: of the chat, instead of the last one or the completion.
+        completion_only: where the row tells prompt and completion apart, nothing of the prompt is learnt.
 
     Raises:
         DataError: there is no template, it refuses the chat, leaves out a turn or part of an answer, or
@@ -81,17 +84,30 @@ def render(chat: Chat, tokenizer: Any, every_answer: bool, where: str) -> Render
         _check_rendered(turns, index, turn, whole, text, where)
     check_earlier_answers(turns, whole, text, where)
     check_answer(turns, len(turns) - 1, whole, last, text, where)
+    # As TRL has it: of a completion all is learnt, its turns of others as well, and of its prompt nothing.
+    first, begin = (0, 0) if every_answer else (len(turns) - 1, last)
+    if completion_only and chat.completion is not None:
+        first = len(turns) - chat.completion
+        head = text(turns[:first], prompt=True)
+        if not whole.startswith(head):
+            raise DataError(
+                f"{where}: the completion does not begin where the chat template ends the prompt; let it "
+                f"begin with the assistant's turn, or use messages."
+            )
+        begin = len(head)
+    earlier = [n for n, turn in enumerate(turns[:-1]) if turn["role"] == "assistant" and n >= first]
     if not every_answer:
-        return Rendered(whole, prompt, [(last, len(whole))], last)
+        for index in earlier:
+            check_answer(turns, index, whole, None, text, where)
+        return Rendered(whole, prompt, [(begin, len(whole))], last)
     if _MARKS.search(template):
-        for index, turn in enumerate(turns[:-1]):
-            if turn["role"] == "assistant":
-                check_answer(turns, index, whole, None, text, where)
-        return Rendered(whole, prompt, _marked(chat, tokenizer, template, whole, where), last)
+        for index in earlier:
+            check_answer(turns, index, whole, None, text, where)
+        marked = _marked(chat, tokenizer, template, whole, where)
+        marked = [(max(start, begin), end) for start, end in marked if end > begin]
+        return Rendered(whole, prompt, marked, last)
     answers: list[tuple[int, int]] = []
-    for index, turn in enumerate(turns[:-1]):
-        if turn["role"] != "assistant":
-            continue
+    for index in earlier:
         head, through = text(turns[:index], prompt=True), text(turns[: index + 1])
         if not (whole.startswith(through) and through.startswith(head)):
             raise DataError(

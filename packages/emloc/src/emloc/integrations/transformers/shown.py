@@ -89,7 +89,7 @@ def check_answer(
     texts = _texts(turn)
     ahead = own.lstrip() if start is not None else ""
     for part, text in enumerate(texts):
-        begin = 0 if is_last else _thoughts(text)
+        begin = 0 if is_last else thoughts_of(text)
         words = text[begin:].strip()
         if ahead.startswith(words):
             ahead = ahead[len(words) :].lstrip()
@@ -115,7 +115,7 @@ def check_answer(
 
 def _is_in_doubt(turn: Turn, whole: str) -> bool:
     """Return whether the turn says something that may not stand in the whole, or by chance."""
-    words = [text[_thoughts(text) :].strip() for text in _texts(turn)]
+    words = [text[thoughts_of(text) :].strip() for text in _texts(turn)]
     if any(len(one) >= TELLING and one in whole for one in words):
         return False
     return any(words) or any(_name(call) for call in _calls(turn))
@@ -153,7 +153,7 @@ def _pieces(text: str, begin: int, end: int, seams: re.Pattern[str]) -> Iterator
         place = stop
 
 
-def _thoughts(text: str) -> int:
+def thoughts_of(text: str) -> int:
     """Length of the thoughts that a text begins with."""
     return max((mark.end() for mark in _THOUGHTS_END.finditer(text)), default=0)
 
@@ -175,7 +175,7 @@ def _with_texts(turn: Turn, texts: Sequence[str]) -> Turn:
 
 def _said(turn: Turn, mark: str) -> Turn:
     """The turn with a mark for its words, save its thoughts, and for the names of its calls."""
-    texts = [text[: _thoughts(text)] + mark if text.strip() else text for text in _texts(turn)]
+    texts = [text[: thoughts_of(text)] + mark if text.strip() else text for text in _texts(turn)]
     turn = _with_texts(turn, texts)
     for number, call in enumerate(_calls(turn)):
         turn = _renamed(turn, number, mark) if _name(call) else turn

@@ -42,11 +42,13 @@ class Chat:
         turns: the last one is the assistant's.
         tools: schemas of the tools that it may call; None without any.
         options: variables of the template, beside the turns.
+        completion: turns at the end that the row gives as its completion; None where it does not tell.
     """
 
     turns: Sequence[Turn]
     tools: list[Any] | None
     options: Mapping[str, Any]
+    completion: int | None = None
 
 
 def text_content(value: Any, what: str, where: str) -> str:
@@ -80,7 +82,7 @@ def chat_of(
     Raises:
         DataError: it is malformed, or does not end with the assistant's turn.
     """
-    form = form_of(row, FORMS)
+    form, completion = form_of(row, FORMS), None
     if form in ("messages", "conversations"):
         turns = [
             _turn(turn, f"turn {number} of {form}", where, read_content)
@@ -89,7 +91,9 @@ def chat_of(
     elif form == "alpaca":
         turns = _alpaca(row, where, read_content)
     elif form == "prompt" and _is_turns(row["prompt"]):
-        turns = _continued(row, where, read_content)
+        turns = _part(row["prompt"], "prompt", where, read_content)
+        answered = _completion(row["completion"], where, read_content)
+        turns, completion = [*turns, *answered], len(answered)
     else:
         return None
     system = row.get("system")
@@ -102,9 +106,8 @@ def chat_of(
     if not all(isinstance(tool, Mapping) for tool in tool_list):
         raise DataError(f"{where}: tools should be a list of objects.")
     options = row.get("chat_template_kwargs")
-    return Chat(
-        turns, tool_list or None, mapped(options, "chat_template_kwargs", where) if options else {}
-    )
+    given = mapped(options, "chat_template_kwargs", where) if options else {}
+    return Chat(turns, tool_list or None, given, completion)
 
 
 def alpaca_question(row: Mapping[str, Any], where: str) -> str:
@@ -154,16 +157,20 @@ def _is_turns(part: Any) -> bool:
     )
 
 
-def _continued(row: Mapping[str, Any], where: str, read_content: ReadContent) -> list[Turn]:
-    completion = row["completion"]
+def _part(part: Any, column: str, where: str, read_content: ReadContent) -> list[Turn]:
+    """The turns of a prompt or a completion."""
+    return [
+        _turn(turn, f"turn {number} of {column}", where, read_content)
+        for number, turn in enumerate(listed(part, column, where), start=1)
+    ]
+
+
+def _completion(completion: Any, where: str, read_content: ReadContent) -> list[Turn]:
+    """The turns of a completion, which may be the words of one."""
     if not _is_turns(completion):
         answer = answer_of(completion, "completion", where)
         completion = [{"role": "assistant", "content": answer}]
-    return [
-        _turn(turn, f"turn {number} of {column}", where, read_content)
-        for column, part in (("prompt", row["prompt"]), ("completion", completion))
-        for number, turn in enumerate(listed(part, column, where), start=1)
-    ]
+    return _part(completion, "completion", where, read_content)
 
 
 def _turn(turn: Any, what: str, where: str, read_content: ReadContent) -> Turn:
