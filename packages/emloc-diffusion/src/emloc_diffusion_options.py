@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from emloc.config import StageConfig
-from emloc.options.marks import NamesData, NamesFiles
+from emloc.options.marks import NamesData, NamesFiles, OfNewLora
 from emloc.options.types import Names
 
 ALIASES = {
@@ -81,7 +81,9 @@ class DreamBoothOptions(_Aliased):
     train_text_encoder: bool = Field(
         False, description="a LoRA on CLIP text encoders as well, which are not compressed"
     )
-    lora_conv: bool = Field(False, description="all-linear takes convolutions as well")
+    lora_conv: Annotated[bool, OfNewLora()] = Field(
+        False, description="all-linear takes convolutions as well"
+    )
     validation_prompt: str | None = Field(None, description="drawn while training")
     num_validation_images: int = Field(4, ge=1, description="pictures per validation")
     validation_steps: int = Field(100, ge=1, description="steps between validations")

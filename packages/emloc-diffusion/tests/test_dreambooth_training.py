@@ -15,7 +15,7 @@ from emloc_diffusion import samples, training
 from emloc_diffusion.data import prompts
 from emloc_diffusion.encode.text import PromptEncoder
 from emloc_diffusion.example import write_pictures
-from emloc_diffusion.example_pipelines import RESOLUTION
+from emloc_diffusion.example_pipelines import RESOLUTION, write_pipeline
 from emloc_diffusion.samples import Samples
 
 PROMPT = "a photo of sks square"
@@ -87,6 +87,41 @@ def test_validation_pictures_do_not_change_training(tiny, tmp_path):
     assert sorted(set(steps)) == [2, 3]
     first, second = (load_file(f / "adapter_model.safetensors") for f in (plain, drawn))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("kind", ["sd", "flux"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pipelines_in_half_precision_draw_while_training(kind, dtype, tiny, tmp_path):
+    """Whatever draws beside the denoiser is loaded in the denoiser's dtype."""
+    base = write_pipeline(tmp_path / "base", kind, seed=0, dtype=dtype)
+    drawn = emloc.train(
+        model_name_or_path=str(base), instance_data_dir=str(tiny.pictures), instance_prompt=PROMPT,
+        resolution=RESOLUTION, max_train_steps=1, output_dir=tmp_path / "drawn", validation_prompt=PROMPT,
+        num_validation_images=1, num_inference_steps=1,
+    )  # fmt: skip
+    assert [path.name for path in (drawn / "validation").iterdir()] == ["step-1-0.png"]
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_encoded(tiny, tmp_path):
+    options = {
+        "model_name_or_path": str(tiny.base), "instance_data_dir": str(tiny.pictures),
+        "instance_prompt": PROMPT, "resolution": RESOLUTION,
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="validation_prompt is drawn by the whole model"):
+        emloc.train(
+            output_dir=tmp_path / "x", stream=True, validation_prompt=PROMPT, max_steps=1, **options
+        )
+    inpainting = write_pipeline(tmp_path / "inpainting", "sd", seed=0, in_channels=9)
+    options["model_name_or_path"] = str(inpainting)
+    says = "reads 9 channels and predicts 4, so it needs another picture beside the latents"
+    for stage, more in (
+        (emloc.train, {"output_dir": tmp_path / "x", "max_steps": 1}),
+        (emloc.compress, {"output_dir": tmp_path / "x"}),
+        (emloc.evaluate, {}),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            stage(**options, **more)
+    assert not (tmp_path / "x").exists()
 
 
 def test_optimisers_go_by_the_names_of_diffusers(tiny, tmp_path):

@@ -354,6 +354,17 @@ def test_a_caption_is_text_whatever_it_says():
         assert contact_sheet_png(rows, captions).startswith(b"\x89PNG")
 
 
+def test_a_prompt_alone_is_drawn_by_the_base_and_the_adapter(made, tmp_path):
+    options = {**made.data, **made.drawing, "num_images_per_prompt": 1}
+    found = emloc.evaluate(
+        adapter=str(made.plain), output_dir=tmp_path / "out", validation_prompt=PROMPT, **options
+    )
+    sheet = (tmp_path / "out" / found["contact_sheet"]).read_bytes()
+    assert sheet.startswith(b"\x89PNG")
+    names = {path.parent.name for path in (tmp_path / "out").rglob("*.png")}
+    assert {"base", made.plain.name} <= names
+
+
 def test_contact_sheet_of_the_scored_prompts_shares_their_pictures(made, tmp_path):
     """And adapters of one name have rows of their own; the evaluated one, if listed, is not repeated."""
     shutil.copytree(made.whole, tmp_path / "other" / "plain")

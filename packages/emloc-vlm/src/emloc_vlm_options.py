@@ -1,11 +1,11 @@
 """Options of the stages that only vision-language models have; imports nothing heavy."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from emloc.plugin import StageConfig
+from emloc.plugin import OfNewLora, StageConfig
 
 
 class ImageOptions(StageConfig):
@@ -25,9 +25,15 @@ class ImageOptions(StageConfig):
 class FreezeOptions(StageConfig):
     """Options for the parts that the LoRA leaves alone."""
 
-    freeze_vision_tower: bool = Field(True, description="no LoRA on the vision tower")
-    freeze_multi_modal_projector: bool = Field(True, description="no LoRA on the projector")
-    freeze_language_model: bool = Field(False, description="no LoRA on the language model")
+    freeze_vision_tower: Annotated[bool, OfNewLora()] = Field(
+        True, description="no LoRA on the vision tower"
+    )
+    freeze_multi_modal_projector: Annotated[bool, OfNewLora()] = Field(
+        True, description="no LoRA on the projector"
+    )
+    freeze_language_model: Annotated[bool, OfNewLora()] = Field(
+        False, description="no LoRA on the language model"
+    )
 
 
 class MetricOptions(StageConfig):

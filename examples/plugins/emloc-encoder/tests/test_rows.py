@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizer
 
 import emloc
-from emloc.plugin import DataError
+from emloc.plugin import ConfigError, DataError
 from emloc.testing import plugin_installed
 from emloc_encoder.example import CLASSES, write_example
+from emloc_encoder.rows import labelled_rows
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
 
@@ -39,7 +41,41 @@ def test_a_label_is_a_number_or_a_name(tmp_path: Path, second: object) -> None:
     assert scores["loss"] == by_number["loss"]
 
 
-@pytest.mark.parametrize("label", [3, -1, "fourth", True])
+def _config(**given: Any) -> Any:
+    return SimpleNamespace(label2id={"1": 0, "2": 1, "3": 2}, **given)
+
+
+def _options(folder: Path, *rows: Mapping[str, Any]) -> Any:
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return SimpleNamespace(dataset=str(data), dataset_split="train", column_map={})
+
+
+def test_classes_may_be_named_by_digits(tmp_path: Path) -> None:
+    """A number is a class's number, as in transformers, and text is its name first."""
+    labels = [0, 1, 2, "1", "2", "3", "0"]
+    options = _options(tmp_path, *({"text": "a", "label": label} for label in labels[:3]))
+    assert [row.label for row in labelled_rows(options, _config())] == [0, 1, 2]
+    options = _options(tmp_path, *({"text": "a", "label": label} for label in labels[3:]))
+    assert [row.label for row in labelled_rows(options, _config())] == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("column", ["text", "text_pair", "label"])
+@pytest.mark.parametrize("value", [{"a": 1}, [1, True], True, 1.5])
+def test_what_is_no_text_is_refused(tmp_path: Path, column: str, value: object) -> None:
+    row = {"text": "word", "text_pair": "pair", "label": 0, column: value}
+    with pytest.raises(DataError, match=f"row 1: {column} is .* and should be text"):
+        list(labelled_rows(_options(tmp_path, row), _config()))
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_models_of_other_problems_are_refused(tmp_path: Path, problem: str) -> None:
+    options = _options(tmp_path, {"text": "word", "label": 0})
+    with pytest.raises(ConfigError, match=f"problem_type='{problem}'"):
+        list(labelled_rows(options, _config(problem_type=problem)))
+
+
+@pytest.mark.parametrize("label", [3, -1, "fourth"])
 def test_an_unknown_label_is_refused(tmp_path: Path, label: object) -> None:
     with pytest.raises(DataError, match=f"row 2 has the label '{label}'.* first, second, third"):
         _scores(tmp_path, {"text": "word", "label": 0}, {"text": "word", "label": label})

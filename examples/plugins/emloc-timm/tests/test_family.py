@@ -12,7 +12,23 @@ from PIL import Image
 
 from emloc.plugin import Checkpoint, CheckpointError, ConfigError, DataError, DataOptions
 from emloc.testing import FamilyContract
-from emloc_timm.data import Pictures
+from emloc_timm.data import Pictures, in_order, rows
+
+
+def test_classes_come_in_the_order_of_their_numbers(tmp_path):
+    """As timm sorts them: a label that is a number is the class of that number."""
+    labels = [*range(12), *map(str, range(12))]
+    data = tmp_path / "labels.jsonl"
+    for part in (labels[:12], labels[12:]):
+        lines = (json.dumps({"image": "a.png", "label": label}) for label in reversed(part))
+        data.write_text("\n".join(lines))
+        named = sorted({label for _, label in rows(data)}, key=in_order)
+        assert named == [str(number) for number in range(12)]
+    assert sorted(["b10", "b9", "a", "10", "9"], key=in_order) == ["9", "10", "a", "b9", "b10"]
+    for label in (None, True, 1.5, {"a": 1}):
+        data.write_text(json.dumps({"image": "a.png", "label": label}))
+        with pytest.raises(DataError, match="neither a folder of class folders nor a JSONL"):
+            rows(data)
 
 
 class TestTimm(FamilyContract):

@@ -54,13 +54,13 @@ def plan_pictures(config: Any, model: Checkpoint) -> PicturePlan | None:
         DataError: the file of prompts is not usable.
     """
     scores = bool(config.dino_model or config.clip_model)
-    sheet = bool(config.contact_sheet_adapters)
+    sheet = bool(config.contact_sheet_adapters) or config.validation_prompt is not None
     prompts = _prompts(config)
     if not scores and not sheet:
         if prompts:
             raise ConfigError(
                 "evaluate: subject_token is set, and nothing is drawn; set dino_model or clip_model to "
-                "score pictures, or contact_sheet_adapters to see some."
+                "score pictures, or validation_prompt or contact_sheet_adapters to see some."
             )
         return None
     if config.output_dir is None:
@@ -70,7 +70,7 @@ def plan_pictures(config: Any, model: Checkpoint) -> PicturePlan | None:
             "evaluate: dino_model and clip_model score pictures of the subject; set subject_token (sks) "
             "and class_name (dog), or prompts_file."
         )
-    rows, evaluated = _rows(config)
+    rows, evaluated = _rows(config, sheet)
     if sheet:
         _refuse_corrected_on_emulator(model, rows)
     seeds = [config.drawing_seed + i for i in range(config.num_images_per_prompt)]
@@ -107,7 +107,7 @@ def _prompts(config: Any) -> dict[str, str]:
     return dict(zip(evaluation_prompts(token, noun, live), plain_prompts(noun, live)))
 
 
-def _rows(config: Any) -> tuple[dict[str, Path | None], str]:
+def _rows(config: Any, sheet: bool) -> tuple[dict[str, Path | None], str]:
     """The rows, and which of them is evaluated."""
     adapters = [Path(name) for name in config.contact_sheet_adapters]
     evaluated = None if config.adapter is None else Path(config.adapter)
@@ -123,7 +123,7 @@ def _rows(config: Any) -> tuple[dict[str, Path | None], str]:
             name = f"{adapter.resolve().name}-{number}"
         rows[name] = adapter.resolve()
     own = next((n for n, a in rows.items() if evaluated and a == evaluated.resolve()), BASE)
-    return rows if config.contact_sheet_adapters else {own: rows[own]}, own
+    return rows if sheet else {own: rows[own]}, own
 
 
 def _refuse_corrected_on_emulator(model: Checkpoint, rows: Mapping[str, Path | None]) -> None:

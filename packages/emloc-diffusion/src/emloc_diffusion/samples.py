@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.json_files import read_json
 from emloc.errors import ConfigError
 from emloc_diffusion.data.images import Picture, Square, load_pictures, open_picture
 from emloc_diffusion.encode.latents import LatentMoments, encode_latents
@@ -77,11 +78,12 @@ def encode_samples(
         prompts: whether prompts are encoded; if not, `conditions` are of the pictures alone.
 
     Raises:
-        ConfigError: no folder of pictures is named.
+        ConfigError: no folder of pictures is named, or the denoiser reads more than latents and prompts.
         DataError: one cannot be read.
     """
     if options.dataset is None:
         raise ConfigError("instance_data_dir is required (a folder of pictures).")
+    _require_latents_alone(pipeline)
     pictures = load_pictures(
         options.dataset,
         options.instance_prompt,
@@ -104,6 +106,19 @@ def encode_samples(
         conditions = {name: torch.stack([one[name] for one in encoded]) for name in encoded[0]}
     conditions["time_ids"] = torch.stack([_time_ids(square) for square in squares])
     return Samples(pictures, moments, conditions)
+
+
+def _require_latents_alone(pipeline: Path) -> None:
+    """Refuse denoisers that read another picture beside the latents (inpainting, depth, editing)."""
+    for part in ("unet", "transformer"):
+        path = pipeline / part / "config.json"
+        config = read_json(path) if path.is_file() else {}
+        reads, gives = config.get("in_channels"), config.get("out_channels")
+        if isinstance(reads, int) and isinstance(gives, int) and reads > gives:
+            raise ConfigError(
+                f"The denoiser of {pipeline} reads {reads} channels and predicts {gives}, so it needs "
+                f"another picture beside the latents, as for inpainting; use a text-to-image model."
+            )
 
 
 def _require_whole_patches(pipeline: Path, moments: LatentMoments, resolution: int) -> None:

@@ -120,6 +120,11 @@ def _train(config: Any, work: Path, family: ModelFamily) -> dict[str, Any]:
         raise ConfigError(
             "train: prior_loss_weight is set without class_data_dir, whose pictures it weighs; leave it out."
         )
+    if config.stream and config.validation_prompt is not None:
+        raise ConfigError(
+            "train: validation_prompt is drawn by the whole model, which is never in memory with "
+            "stream=true; pass stream=false, or leave it out."
+        )
     # Gradients are checkpointed by diffusers' own switch, below.
     plain = config.model_copy(update={"gradient_checkpointing": False})
     arguments = training_arguments(TrainingArguments, plain, work, remove_unused_columns=False)

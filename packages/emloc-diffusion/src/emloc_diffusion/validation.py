@@ -52,7 +52,7 @@ class DrawValidation(TrainerCallback):
         training = model.training
         for module in drawing.values():
             module.eval()
-        pipeline = load_pipeline(self._pipeline, str(model.device), **drawing)
+        pipeline = load_pipeline(self._pipeline, str(model.device), dtype=model.dtype, **drawing)
         pictures = draw(pipeline, [self._prompt], self._count, self._resolution, self._steps)
         for module in drawing.values():
             module.train(training)

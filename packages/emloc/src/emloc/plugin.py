@@ -84,6 +84,7 @@ from emloc.options.marks import (
     LossAlone,
     NamesData,
     NamesFiles,
+    OfNewLora,
     SampleSize,
     SplitOf,
     WithoutEffect,
@@ -91,6 +92,7 @@ from emloc.options.marks import (
 
 if TYPE_CHECKING:
     from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
+    from emloc.integrations.transformers.data.texts import answer_of, text_of
     from emloc.integrations.transformers.family import TransformersFamily
     from emloc.integrations.transformers.lively_model import lively_model
     from emloc.integrations.transformers.loading import load_tokenizer
@@ -114,11 +116,13 @@ _TEXT = "text_options"
 _LATER = {
     "TransformersFamily": "family",
     "TrainingData": "sampling",
+    "answer_of": "data.texts",
     "byte_tokenizer": "byte_tokenizer",
     "dataset_names": "tables",
     "lively_model": "lively_model",
     "load_table": "tables",
     "load_tokenizer": "loading",
+    "text_of": "data.texts",
     "TEXT_OPTIONS": _TEXT,
     "AnswerOptions": _TEXT,
     "EvaluationDataOptions": _TEXT,
@@ -192,6 +196,7 @@ __all__ = [
     "NamesFiles",
     "NoOptions",
     "NumericalError",
+    "OfNewLora",
     "OutputError",
     "PackingOptions",
     "PeakMemory",
@@ -220,6 +225,7 @@ __all__ = [
     "VerifyConfig",
     "WithoutEffect",
     "WritesExample",
+    "answer_of",
     "byte_tokenizer",
     "dataset_names",
     "hookimpl",
@@ -232,6 +238,7 @@ __all__ = [
     "refuse_missing",
     "replace_layers",
     "summed",
+    "text_of",
 ]
 
 

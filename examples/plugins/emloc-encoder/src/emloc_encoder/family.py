@@ -83,7 +83,7 @@ class EncoderFamily(TransformersFamily):
             inputs = {name: torch.tensor(made[name]) for name in made if name in wanted}
             return {**inputs, "labels": torch.tensor([row.label for row in part])}
 
-        rows = list(labelled_rows(options, config.label2id))
+        rows = list(labelled_rows(options, config))
         return TrainingData(rows, collate, processing=tokenizer)
 
     def write_example(self, folder: Path, seed: int) -> Mapping[str, Any]:

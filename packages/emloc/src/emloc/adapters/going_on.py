@@ -11,9 +11,10 @@ from emloc.artefacts.adapter_config import exact_patterns
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.intact import require_read
 from emloc.artefacts.manifest import Manifest
-from emloc.config import LoraOptions, TrainConfig
-from emloc.errors import MismatchError
+from emloc.config import LoraOptions, TrainConfig, TrainingOptions
+from emloc.errors import ConfigError, MismatchError
 from emloc.extend.family import ModelFamily
+from emloc.options.marks import OfNewLora, marked
 
 OPTIONS = frozenset(LoraOptions.model_fields) - {"loraplus_lr_ratio"}
 """Options of a new LoRA, which an adapter that is there already has answered; rates are of the training."""
@@ -44,6 +45,21 @@ def goes_on_from(
     if manifest is not None and manifest.kind == "emulator":
         return under_current_names(adapter, family, skeleton)  # its weights are in other forms
     return adapted_weights(adapter, family, skeleton, checkpoint).adapter
+
+
+def refuse_options_of_a_new_lora(config: TrainingOptions, stage: str) -> None:
+    """Refuse what would be ignored beside an adapter that is gone on from.
+
+    Raises:
+        ConfigError: an option of core's or of a family's that shapes a new LoRA is given.
+    """
+    of_new = OPTIONS | marked(type(config), OfNewLora).keys()
+    taken = sorted(of_new & config.model_fields_set)
+    if taken:
+        raise ConfigError(
+            f"{stage}: adapter={getattr(config, 'adapter', None)} is gone on from as it is, and {taken[0]} "
+            f"is of a new LoRA; leave one of them out."
+        )
 
 
 def lora_options(adapter: Adapter) -> dict[str, Any]:

@@ -88,6 +88,11 @@ class SampleSize(Mark):
 
 
 @dataclass(frozen=True)
+class OfNewLora(Mark):
+    """Marks an option that shapes a new LoRA, so that it is refused where training goes on from one."""
+
+
+@dataclass(frozen=True)
 class LossAlone(Mark):
     """Marks an option of evaluate that has a value with which nothing but the loss is measured.
 

@@ -8,7 +8,11 @@ Samples are held back to judge by: where their loss is not lower afterwards, the
 from pathlib import Path
 
 from emloc.adapters.belonging import require_original
-from emloc.adapters.going_on import goes_on_from, lora_options
+from emloc.adapters.going_on import (
+    goes_on_from,
+    lora_options,
+    refuse_options_of_a_new_lora,
+)
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_base import require_base
 from emloc.artefacts.checkpoint import Checkpoint
@@ -43,6 +47,7 @@ def _can_polish(config: PolishConfig) -> None:
         raise ConfigError(
             "polish: dataset is required (a JSONL, CSV or parquet file, a folder, or a hub id)."
         )
+    refuse_options_of_a_new_lora(config, "polish")
     has_place(config)
     check_training(_as_training(config, TrainConfig))
 

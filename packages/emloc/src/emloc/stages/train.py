@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 
-from emloc.adapters.going_on import OPTIONS, goes_on_from, lora_options
+from emloc.adapters.going_on import (
+    OPTIONS,
+    goes_on_from,
+    lora_options,
+    refuse_options_of_a_new_lora,
+)
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.digest import named_digests
@@ -47,12 +52,8 @@ def _can_train(config: TrainConfig) -> None:
         raise ConfigError(
             "train: dataset is required (a JSONL, CSV or parquet file, a folder, or a hub id)."
         )
-    taken = sorted(OPTIONS & config.model_fields_set) if config.adapter else []
-    if taken:
-        raise ConfigError(
-            f"train: adapter={config.adapter} is gone on from as it is, and {taken[0]} is of a new LoRA; "
-            f"leave one of them out."
-        )
+    if config.adapter:
+        refuse_options_of_a_new_lora(config, "train")
     if config.max_steps == 0:
         raise ConfigError("train: max_steps = 0 would learn nothing; leave it out to train epochs.")
     has_place(config)
