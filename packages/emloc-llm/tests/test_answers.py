@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from emloc.config import TrainConfig
 from emloc.errors import DataError
 from emloc.extend.plugin_options import with_plugin_options
+from emloc.integrations.transformers import chat
 from emloc.integrations.transformers.answers import AnswerWords, words_of
 from emloc.integrations.transformers.byte_tokenizer import byte_tokenizer
 from emloc_llm.data import encode
@@ -97,3 +98,17 @@ def test_words_are_those_after_the_thoughts(thoughts, words):
         assert words_of(f"<think>{thoughts}</think>\n{words}") == stripped
         assert words_of(words) == stripped
         assert AnswerWords("final").in_prediction(f"final{words}") == stripped
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"), [("gemma4", False), ("gptoss", True), ("qwen3", True), ("llama3", False)]
+)
+def test_thoughts_that_do_not_show_are_said(name, shown, capfd):
+    """By what is written: templates mention keys that they show beside calls alone."""
+    chat._say_once.cache_clear()
+    tokenizer = tokenizer_of(TEMPLATES[name])
+    turn = {"role": "assistant", "content": "blue", "reasoning_content": "hm, a colour"}
+    sample = encode({"messages": [{"role": "user", "content": "Which?"}, turn]}, tokenizer, OPTIONS)
+    assert ("hm, a colour" in tokenizer.decode(sample.input_ids)) == shown
+    told = " ".join(capfd.readouterr().err.split())
+    assert ("does not show 'reasoning_content' of turns: it is not used" in told) != shown

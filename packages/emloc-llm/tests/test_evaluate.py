@@ -62,6 +62,19 @@ def test_loss_and_answers_are_those_of_a_plain_loop(tiny):
     assert result["samples"] == len(rows) == 8
 
 
+def test_several_data_sets_are_evaluated_one_after_the_other(tiny, tmp_path):
+    lines = tiny.test.read_text().splitlines()
+    parts = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path, part in zip(parts, (lines[:3], lines[3:])):
+        path.write_text("\n".join(part) + "\n")
+    options = {"model_name_or_path": str(tiny.base), "max_length": 96, "max_new_tokens": 0}
+    for count in (None, 2, 5):
+        whole = emloc.evaluate(dataset=str(tiny.test), num_samples=count, **options)
+        both = emloc.evaluate(dataset=",".join(map(str, parts)), num_samples=count, **options)
+        assert both["samples"] == whole["samples"] == (count or len(lines))
+        assert both["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+
+
 def test_written_once_and_refused(tiny, tmp_path):
     options = {"model_name_or_path": str(tiny.base), "dataset": str(tiny.test),
                "max_new_tokens": 0, "output_dir": tmp_path}  # fmt: skip

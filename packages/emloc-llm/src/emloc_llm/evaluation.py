@@ -21,6 +21,7 @@ from emloc.integrations.transformers.generation import (
 )
 from emloc.integrations.transformers.loading import load_tokenizer
 from emloc.integrations.transformers.sampling import in_batches
+from emloc.integrations.transformers.tables import dataset_names
 from emloc.machine.memory import PeakMemory
 from emloc.machine.progress import progress_bar
 from emloc_llm.data import Sample, encode_all, pad, say_truncated
@@ -45,10 +46,14 @@ def evaluate_model(config: Any, family: ModelFamily) -> dict[str, Any]:
 def _evaluate(config: Any, family: ModelFamily) -> dict[str, Any]:
     path = locate(config.model_name_or_path)
     tokenizer = load_tokenizer(path)
-    rows = load_rows(config)
-    if config.num_samples:
-        rows = rows.take(config.num_samples)
-    samples = encode_all(rows, tokenizer, config, str(config.dataset))
+    samples: list[Sample] = []
+    for name in dataset_names(config) or [""]:
+        rows = load_rows(config, name)
+        if config.num_samples:
+            rows = rows.take(config.num_samples - len(samples))
+        samples += encode_all(rows, tokenizer, config, name)
+        if len(samples) == config.num_samples:
+            break
     say_truncated(samples, config, f"samples of {config.dataset}")
     asked = [sample for sample in samples if sample.reference is not None][: config.num_answers]
     if config.max_new_tokens == 0:

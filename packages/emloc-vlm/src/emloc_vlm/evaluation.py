@@ -7,7 +7,7 @@ import torch
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.locate import locate
-from emloc.errors import DataError
+from emloc.errors import ConfigError, DataError
 from emloc.extend.capabilities import native_of
 from emloc.extend.family import ModelFamily
 from emloc.extend.losses import LossSum, loss_sum, summed
@@ -15,6 +15,7 @@ from emloc.integrations.peft.attach import attach
 from emloc.integrations.transformers.answers import AnswerWords, words_of
 from emloc.integrations.transformers.capacity import capacity_of
 from emloc.integrations.transformers.generation import greedy_answers, say_missing_ends
+from emloc.integrations.transformers.tables import dataset_names
 from emloc.machine.memory import PeakMemory
 from emloc.machine.progress import progress_bar
 from emloc_vlm.encode import answer_words, collate, end_tokens, references_of
@@ -39,10 +40,11 @@ def evaluate_model(config: Any, family: ModelFamily) -> dict[str, Any]:
 def _evaluate(config: Any, family: ModelFamily) -> dict[str, Any]:
     path = locate(config.model_name_or_path)
     processor = load_processor(path, config.max_dynamic_patch)
-    examples = load_examples(config, str(config.dataset))
+    examples = [one for name in dataset_names(config) for one in load_examples(config, name)]
     examples = readable(examples[: config.num_samples], config)
     if not examples:
         raise DataError(f"Data set {config.dataset}: no sample has an image that can be read.")
+    chosen = _metric(examples, config)
     checkpoint = native_of(family, Checkpoint.open(path))
     model: Any = family.load(checkpoint, config.dtype, config.device)
     if config.adapter:
@@ -50,7 +52,7 @@ def _evaluate(config: Any, family: ModelFamily) -> dict[str, Any]:
     with torch.inference_mode():
         loss = _loss(family, model, examples, processor, config)
         answers = _answers(model, examples, processor, config)
-    metric = METRICS[_metric(examples, config)]
+    metric = METRICS[chosen]
     for answer, example in zip(answers, examples):
         reader = answer_words(example, processor, config)
         answer["scores"] = metric.score(_as_words(answer, reader))
@@ -59,7 +61,7 @@ def _evaluate(config: Any, family: ModelFamily) -> dict[str, Any]:
         "loss": loss,
         "exact_match": None,
         **aggregated,
-        "metric": _metric(examples, config),
+        "metric": chosen,
         "samples": len(examples),
         "answers": answers,
     }
@@ -68,7 +70,13 @@ def _evaluate(config: Any, family: ModelFamily) -> dict[str, Any]:
 def _metric(examples: list[Example], config: Any) -> str:
     if config.metric != "auto":
         return config.metric
-    return examples[0].metric or "exact_match"
+    metrics = {example.metric or "exact_match" for example in examples}
+    if len(metrics) > 1:
+        raise ConfigError(
+            f"The data sets {config.dataset} are scored by {' and '.join(sorted(metrics))}; evaluate them "
+            f"one by one, or set metric."
+        )
+    return metrics.pop()
 
 
 def _loss(

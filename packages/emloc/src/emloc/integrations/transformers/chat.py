@@ -82,6 +82,7 @@ def render(
     last = len(prompt)
     for index, turn in enumerate(turns):
         _check_rendered(turns, index, turn, whole, text, where)
+    _say_unshown_keys(turns, whole, template, text)
     check_earlier_answers(turns, whole, text, where)
     check_answer(turns, len(turns) - 1, whole, last, text, where)
     # As TRL has it: of a completion all is learnt, its turns of others as well, and of its prompt nothing.
@@ -197,8 +198,25 @@ def _check_keys(chat: Chat, template: str, where: str) -> None:
                 f"{where}: turn {number} calls a tool and the model's chat template leaves such calls out; "
                 f"use a model that calls tools."
             )
-        for key in turn.keys() - _USUAL_KEYS:
-            if key not in template:
+
+
+def _say_unshown_keys(turns: Sequence[Turn], whole: str, template: str, text: Any) -> None:
+    """Say which keys of turns do not show, such as thoughts; of the answer that is learnt, by what the
+    template writes, for it may mention a key and show it elsewhere alone."""
+    for number, turn in enumerate(turns, start=1):
+        for key in sorted(turn.keys() - _USUAL_KEYS):
+            value = turn[key]
+            words = value.strip() if isinstance(value, str) else ""
+            if words and words in whole:
+                continue
+            shows = key in template
+            if words and number == len(turns):
+                other = [*turns[:-1], {**turn, key: other_than(words)}]
+                try:
+                    shows = text(other) != whole
+                except DataError:  # so it is read
+                    shows = True
+            if not shows:
                 _say_once(
                     f"The model's chat template does not show {key!r} of turns: it is not used"
                 )
