@@ -297,7 +297,9 @@ def test_what_cannot_be_polished_is_refused(llm, llm_adapter, tmp_path):
     place = {"output_dir": tmp_path / "polished", **STEPS}
     with pytest.raises(ConfigError, match="polish: dataset is required"):
         emloc.polish(adapter=str(llm_adapter), **place)
-    with pytest.raises(ConfigError, match="no multiple of per_device_train_batch_size=3; pass 3"):
+    with pytest.raises(
+        ConfigError, match="not a multiple of per_device_train_batch_size=3; pass 3"
+    ):
         emloc.polish(
             adapter=str(llm_adapter), **{**place, "per_device_train_batch_size": 3}, **data
         )

@@ -346,7 +346,7 @@ REFUSALS = [
     ({"datasets": {"words": {"datset": "x"}}}, "datasets.words: unknown key datset"),
     (
         {"methods": {"lora": {"polish": {"samples_per_step": 10}}}},
-        "samples_per_step=10 is no multiple",
+        "samples_per_step=10 is not a multiple",
     ),
 ]
 

@@ -187,7 +187,7 @@ def test_an_alpha_that_no_lora_is_trained_with_is_refused(tiny, tmp_path, option
     ({"rank_pattern": {"q_proj": -1}}, "rank_pattern.q_proj is -1: input should be greater"),
     ({"modules_to_save": [None]}, "modules_to_save.0 is None: input should be a valid string"),
     ({"alpha_pattern": {"(": 1}}, "Pattern '(' is not a regular expression"),
-    ({"rank_pattern": {".*" * 30 + "!": 3}}, "could fit"),
+    ({"rank_pattern": {".*" * 30 + "!": 3}}, "could match"),
 ])  # fmt: skip
 def test_values_of_another_kind_are_refused_by_their_place(tiny, tmp_path, options, said):
     adapter = saved(tiny.base, tmp_path / "a")
