@@ -161,7 +161,7 @@ def test_files_that_are_not_utf8_name_the_line(tmp_path, name):
         ("d.jsonl", '{"prompt": "a"', "line 1 is not JSON"),
         ("d.jsonl", "[" * 10**5, "line 1 is not JSON"),
         ("d.jsonl", '["a"]', "line 1 should be an object"),
-        ("d.csv", 'prompt,completion\na,b\nc,"d\ne,f\n', "line 3: this is no CSV"),
+        ("d.csv", 'prompt,completion\na,b\nc,"d\ne,f\n', "line 3: this is not CSV"),
         ("d.csv", "prompt,completion\na,b\nc,d,e\n", "line 3: there are 3 cells for 2 columns"),
         ("d.csv", "prompt;completion\na;b\n", "separated by commas"),
         ("d.csv", "prompt,prompt\na,b\n", "two columns of the name 'prompt'"),

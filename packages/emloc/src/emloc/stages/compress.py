@@ -58,7 +58,7 @@ def compress(config: CompressConfig) -> Path:
     config = of_family(config, family)
     if "quantization_config" in base.config:
         raise CheckpointError(
-            f"{base.name} is quantised or an emulator already; compress the full-precision original."
+            f"{base.name} is already quantised or an emulator; compress the full-precision original."
         )
     format = TRELLIS if config.format == AUTO else format_named(config.format)
     if isinstance(format, Prepares):

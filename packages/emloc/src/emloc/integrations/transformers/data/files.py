@@ -184,7 +184,7 @@ def csv_cells(file: BinaryIO, name: str, delimiter: str) -> Iterator[tuple[str, 
                 _require_names(header, cells, where)
                 yield where, {key: cell for key, cell in zip(header, cells) if key}
     except csv.Error as problem:
-        raise DataError(f"{name}, line {begins}: this is no CSV ({problem}).") from problem
+        raise DataError(f"{name}, line {begins}: this is not CSV ({problem}).") from problem
 
 
 def _decoded_lines(file: BinaryIO, name: str) -> Iterator[str]:
