@@ -307,7 +307,7 @@ def test_what_cannot_be_is_refused(made, dequantised, tmp_path, monkeypatch):
         correct(load_in_8bit=True, bnb_4bit_quant_type="nf4")
     with pytest.raises(ConfigError, match="has no layer that bitsandbytes holds in few bits"):
         correct(llm_int8_skip_modules=["model", "lm_head"])
-    with pytest.raises(MismatchError, match="is corrected already"):
+    with pytest.raises(MismatchError, match="is already corrected"):
         correct(adapter=str(dequantised))
     on_emulator = emloc.train(emulator=str(emulator), output_dir=tmp_path / "a", **train)
     with pytest.raises(MismatchError, match="trained on the emulator .*; pass that as emulator"):

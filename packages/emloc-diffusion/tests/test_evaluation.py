@@ -282,7 +282,7 @@ def test_settings_know_what_the_named_files_hold(made, tmp_path):
     }  # fmt: skip
     emloc.evaluate(**options)
     prompts.write_text("a sks square\n")
-    with pytest.raises(OutputError, match="was made with other content of the files"):
+    with pytest.raises(OutputError, match="was made with other contents of the files"):
         emloc.evaluate(**options)
 
 

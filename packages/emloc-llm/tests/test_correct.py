@@ -208,10 +208,10 @@ def test_refusals(tiny, tmp_path):
     def correct(limit="none", **options):
         emloc.correct(output_dir=tmp_path / "x", limit=limit, **{**tiny.correct_options, **options})
 
-    with pytest.raises(MismatchError, match="is corrected already"):
+    with pytest.raises(MismatchError, match="is already corrected"):
         correct(adapter=str(tiny.corrected))
     other = write_model(tmp_path / "other", seed=9)
-    with pytest.raises(MismatchError, match="was built from another model"):
+    with pytest.raises(MismatchError, match="was built from a model other than"):
         correct(model_name_or_path=str(other))
     emulator = emloc.compress(
         model_name_or_path=str(tiny.base), output_dir=tmp_path / "e", format="low_rank", keep_ratio=0.3,

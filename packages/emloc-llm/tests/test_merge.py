@@ -88,7 +88,7 @@ def test_every_key_must_find_its_weight(tiny, tmp_path):
     with pytest.raises(MismatchError, match=r"7 of 21 layers have no weight.*layers\.7\.mlp"):
         emloc.merge(model_name_or_path=str(tiny.base), adapter=adapter, output_dir=tmp_path / "m")
     save_file({**tensors, "base_model.model.lm_head.weight": torch.ones(1)}, path)
-    with pytest.raises(MismatchError, match="lm_head.weight, which is neither LoRA"):
+    with pytest.raises(MismatchError, match="lm_head.weight, which belongs neither to a LoRA"):
         emloc.merge(model_name_or_path=str(tiny.base), adapter=adapter, output_dir=tmp_path / "m")
     assert not (tmp_path / "m").exists()
 

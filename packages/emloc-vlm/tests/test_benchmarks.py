@@ -436,7 +436,7 @@ def test_a_table_of_ones_own_is_no_benchmark(tmp_path: Path, changes: dict[str, 
 
 def test_what_a_file_is_taken_for_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     rows(write(tmp_path / "a.json", RAD))
-    assert "is read as VQA-RAD, by its columns" in " ".join(capsys.readouterr().err.split())
+    assert "is read as VQA-RAD, judging by its columns" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(("split", "expected"), [("train", ["Yes"]), ("test", ["4"]), ("", ["4"])])

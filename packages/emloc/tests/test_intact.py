@@ -156,7 +156,7 @@ def test_an_adapter_is_scored_on_its_own_model_alone(toy, tmp_path):
     for model, adapter, message in (
         (base, stages["adapter"], "on an emulator and is not corrected"),
         (base, foreign, "on an emulator and is not corrected"),
-        (stages["merged"], stages["corrected"], "into which an adapter went already"),
+        (stages["merged"], stages["corrected"], "which already contains an adapter"),
         (stages["emulator"], stages["corrected"], "is corrected for the original"),
         (other, stages["corrected"], "the weights of .* are others"),
     ):

@@ -135,11 +135,11 @@ class Derived(CompressConfig):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({DataOptions: Float}, "its option rate for compress is of another type than that of the family "
+        ({DataOptions: Float}, "its option rate for compress differs in type from that of the family "
                                r"sound \(float, and int with .* there\)"),
-        ({TrainConfig: Float}, "its option rate for train is of another type"),
-        ({TrainConfig: Limited}, "its option rate for train is of another type"),
-        ({DataOptions: Core}, "its option keep_ratio is one of compress already"),
+        ({TrainConfig: Float}, "its option rate for train differs in type"),
+        ({TrainConfig: Limited}, "its option rate for train differs in type"),
+        ({DataOptions: Core}, "its option keep_ratio is already an option of compress"),
         ({TrainConfig: Required}, "its option bars for train has no default"),
         ({CompressConfig: Derived}, "derive from CompressConfig"),
     ],

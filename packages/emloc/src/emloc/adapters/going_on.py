@@ -36,8 +36,8 @@ def goes_on_from(
     adapter = Adapter.open(config.adapter).with_parts(checkpoint.parts)
     if Rounding.runs_on(require_read(adapter.path, fresh=True)) is not None:
         raise MismatchError(
-            f"Adapter {adapter.path} runs on dequantised weights, and training goes on beside those of "
-            f"{checkpoint.name}; correct it without that end (limit_candidates) first."
+            f"Adapter {adapter.path} runs on dequantised weights, but training continues on those of "
+            f"{checkpoint.name}; first correct it without that choice (limit_candidates)."
         )
     skeleton = family.skeleton(checkpoint, torch.float32)
     manifest = Manifest.find(checkpoint.path)
