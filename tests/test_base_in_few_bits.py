@@ -301,7 +301,7 @@ def test_what_cannot_be_is_refused(made, dequantised, tmp_path, monkeypatch):
     train = {"max_steps": 1, "lora_r": 2, **common}
     with pytest.raises(ConfigError, match="load_in_4bit is about a base in few bits"):
         correct(emulator=str(emulator), load_in_4bit=True)
-    with pytest.raises(ConfigError, match="leave it out where there is an emulator"):
+    with pytest.raises(ConfigError, match="leave it out if there is an emulator"):
         correct(emulator=str(emulator), limit="dequantised")
     with pytest.raises(ConfigError, match="contradict each other"):
         correct(load_in_8bit=True, bnb_4bit_quant_type="nf4")

@@ -164,7 +164,7 @@ def test_files_that_are_not_utf8_name_the_line(tmp_path, name):
         ("d.csv", 'prompt,completion\na,b\nc,"d\ne,f\n', "line 3: this is not CSV"),
         ("d.csv", "prompt,completion\na,b\nc,d,e\n", "line 3: there are 3 cells for 2 columns"),
         ("d.csv", "prompt;completion\na;b\n", "separated by commas"),
-        ("d.csv", "prompt,prompt\na,b\n", "two columns of the name 'prompt'"),
+        ("d.csv", "prompt,prompt\na,b\n", "two columns named 'prompt'"),
         ("d.xml", "<a/>", "expected a file ending in"),
         (
             "d.jsonl",
@@ -380,11 +380,11 @@ def test_a_cards_separator_counts(tmp_path, monkeypatch, separator, local):
 @pytest.mark.parametrize(
     ("kind", "file", "card", "message"),
     [
-        ("csv", "train.csv", {"skiprows": 1}, "has the option skiprows, which is not read"),
+        ("csv", "train.csv", {"skiprows": 1}, "has the option skiprows, which is not supported"),
         ("csv", "train.csv", {"sep": "||"}, r"a separator is one character, not '\|\|'"),
-        ("json", "train.json", {"field": "data"}, "has the option field, which is not read"),
-        ("csv", "train.zip", {}, "keeps rows in train.zip, .*; download it"),
-        ("json", "train.jsonl.zst", {}, "keeps rows in train.jsonl.zst, .*; download it"),
+        ("json", "train.json", {"field": "data"}, "has the option field, which is not supported"),
+        ("csv", "train.zip", {}, "has rows in train.zip, .*; download it"),
+        ("json", "train.jsonl.zst", {}, "has rows in train.jsonl.zst, .*; download it"),
         ("imagefolder", "train.zip", {}, "keeps its pictures in the archive train.zip; download it"),
     ],
 )  # fmt: skip
@@ -473,7 +473,7 @@ def test_columns_without_names_hold_nothing(tmp_path):
     path.write_text("prompt,completion,,\nzip,00123,,\nzip,00123, ,\n")
     assert [dict(row) for row in load_rows(options(path))] == [PAIR] * 2
     path.write_text("prompt,completion,,\nzip,00123,,\nzip,00123,,x\n")
-    with pytest.raises(DataError, match=r"d.csv, line 3: column 4 has content and no name"):
+    with pytest.raises(DataError, match=r"d.csv, line 3: column 4 has content but no name"):
         references(path)
 
 
@@ -494,6 +494,6 @@ def test_a_line_of_a_packed_file_does_not_fill_the_memory(tmp_path, monkeypatch)
     ):
         (tmp_path / name).write_bytes(gzip.compress(text.encode()))
         with pytest.raises(
-            DataError, match=rf"{name}, line \d has more than 1 MiB, and is one row"
+            DataError, match=rf"{name}, line \d has more than 1 MiB, but is one row"
         ):
             references(tmp_path / name)

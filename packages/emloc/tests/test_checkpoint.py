@@ -119,7 +119,7 @@ def test_a_config_is_had_without_weights(monkeypatch, tmp_path):
 def test_a_config_that_is_a_pipe_or_leads_out_is_not_opened(folder, tmp_path_factory):
     (folder / "config.json").unlink()
     os.mkfifo(folder / "config.json")
-    with pytest.raises(CheckpointError, match=r"config.json is a pipe and no file"):
+    with pytest.raises(CheckpointError, match=r"config.json is a pipe, not a file"):
         Checkpoint.open(folder)
     (folder / "config.json").unlink()
     outside = tmp_path_factory.mktemp("outside") / "config.json"

@@ -84,14 +84,14 @@ def test_a_missing_file_is_named(folder: Path):
 
 def test_pipes_and_devices_are_refused_without_opening(folder: Path):
     os.mkfifo(folder / "pipe")
-    with pytest.raises(CheckpointError, match="is a pipe and no file"):
+    with pytest.raises(CheckpointError, match="is a pipe, not a file"):
         named_path(folder, "pipe", "the index")
 
 
 def test_a_run_file_or_a_manifest_that_is_a_pipe_is_not_opened(folder: Path):
     for name in ("run.yaml", MANIFEST_NAME):
         os.mkfifo(folder / name)
-    with pytest.raises(ConfigError, match=r"run.yaml is a pipe and no file"):
+    with pytest.raises(ConfigError, match=r"run.yaml is a pipe, not a file"):
         read_yaml(folder / "run.yaml")
-    with pytest.raises(CheckpointError, match=r"emloc.json is a pipe and no file"):
+    with pytest.raises(CheckpointError, match=r"emloc.json is a pipe, not a file"):
         Manifest.find(folder)

@@ -36,7 +36,7 @@ def goes_on_from(
     adapter = Adapter.open(config.adapter).with_parts(checkpoint.parts)
     if Rounding.runs_on(require_read(adapter.path, fresh=True)) is not None:
         raise MismatchError(
-            f"Adapter {adapter.path} runs on dequantised weights, but training continues on those of "
+            f"Adapter {adapter.path} runs on dequantised weights, but training continues beside those of "
             f"{checkpoint.name}; first correct it without that choice (limit_candidates)."
         )
     skeleton = family.skeleton(checkpoint, torch.float32)

@@ -74,8 +74,8 @@ def say_other_template(adapter: Path, model: Path) -> None:
     if trained is not None and trained != used:
         warn(
             f"{adapter} holds {'another' if used else 'a'} chat template {'than' if used else 'and not'} "
-            f"{model}, and the model's is the one used; copy chat_template.jinja there if the adapter was "
-            f"trained with it"
+            f"{model}, whose folder decides how chats are read; copy chat_template.jinja there if the "
+            f"adapter was trained with it"
         )
 
 

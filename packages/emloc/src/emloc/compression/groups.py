@@ -314,7 +314,7 @@ def _wide(shape: GroupShape, form: Form, config: CompressConfig) -> Form | None:
 def _refuse_foreign_options(format: LayerFormat, config: CompressConfig) -> None:
     for name in OF_FORMATS:
         if getattr(config, name) and name not in format.options:
-            raise ConfigError(f"{name} has no meaning for format={format.name}; leave it out.")
+            raise ConfigError(f"{name} means nothing to format={format.name}; leave it out.")
     if config.keep_ratio_allocation == "error" and not isinstance(format, Cuttable):
         raise ConfigError(
             f"keep_ratio_allocation=error makes layers smaller after fitting, which format={format.name} "
@@ -326,7 +326,7 @@ def _refuse_options_of_formats(config: CompressConfig) -> None:
     for name, format in OF_FORMATS.items():
         if getattr(config, name):
             raise ConfigError(
-                f"{name} has no meaning for format={AUTO}, the default, which chooses for each layer; leave "
+                f"{name} means nothing to format={AUTO}, the default, which chooses for each layer; leave "
                 f"it out, or pass format={format}."
             )
     if config.keep_ratio_allocation != "uniform":

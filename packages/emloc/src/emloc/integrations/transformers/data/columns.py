@@ -58,7 +58,7 @@ def check_column_map(mapping: Mapping[str, str], known: Sequence[str]) -> None:
             )
     twice = [ours for ours in mapping.values() if list(mapping.values()).count(ours) > 1]
     if twice:
-        raise ConfigError(f"column_map maps two columns to {twice[0]}; leave one out.")
+        raise ConfigError(f"column_map maps two columns to {twice[0]}; remove one.")
 
 
 def renamed(rows: Iterable[Row], mapping: Mapping[str, str], name: str) -> Iterator[Row]:
