@@ -246,8 +246,8 @@ def test_columns_that_are_not_used_are_said_once(tmp_path, capfd):
     path = lines(tmp_path / "d.jsonl", rows)
     load_rows(options(path))
     said = " ".join(capfd.readouterr().err.split())
-    assert "not used is the column source" in said
-    assert "not used is the column loss_weight" in said
+    assert "the column source is not used" in said
+    assert "the column loss_weight is not used" in said
     assert said.count("source") == 1
     assert " id" not in said
     both = lines(tmp_path / "e.jsonl", [{"messages": [{"role": "user", "content": "q"}], **PAIR}])

@@ -268,7 +268,7 @@ def _new_family(
         Path | None, typer.Option("--output_dir", help="a new folder; by default emloc-NAME")
     ] = None,
 ) -> None:
-    """Write a package with a model family of your own to begin with, and its tests."""
+    """Write a starter package for a model family of your own, with its tests."""
     from emloc.new_family.writer import write_new_family
 
     with _interruptible():

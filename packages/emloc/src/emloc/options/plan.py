@@ -14,9 +14,9 @@ from emloc.options.types import Dtype, Located, OutputDir
 
 
 class PlanConfig(CompressConfig, TrainConfig):
-    """Say what every stage will take, from a config alone, and choose what fits.
+    """Say what every stage will need, from a config alone, and choose what fits.
 
-    Takes the options of compress and train; those that change no byte are accepted all the same.
+    Takes the options of compress and train; those that change no byte are accepted too.
     """
 
     model_name_or_path: Located = Field(  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -8,7 +8,7 @@ from emloc.options.types import Located, OutputDir
 
 
 class PolishConfig(TrainingOptions):
-    """Take a few steps on the original itself, from a LoRA that was trained on an emulator."""
+    """Train a LoRA from an emulator for a few more steps, on the original itself."""
 
     adapter: Located = Field(description="PEFT adapter, corrected or not")
     model_name_or_path: Located | None = Field(

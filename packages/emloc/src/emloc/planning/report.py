@@ -97,8 +97,8 @@ def _choices(choices: Sequence[Mapping[str, Any]]) -> Table:
             "; ".join(choice["given_up"]),
         )  # fmt: skip
     table.caption = (
-        "products: multiplications of a forward over the base's; error of outputs: as measured on "
-        "SmolLM2-135M at so many bits"
+        "products: multiplications in a forward pass relative to the base's; error of outputs: as measured "
+        "on SmolLM2-135M at that many bits"
     )
     return table
 

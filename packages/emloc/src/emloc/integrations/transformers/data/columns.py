@@ -106,8 +106,8 @@ def say_unused(
             if unused:
                 said.update(unused)
                 console.print(
-                    f"Data set {name}: not used {'is' if len(unused) == 1 else 'are'} the column"
-                    f"{'s' * (len(unused) > 1)} {', '.join(map(str, unused))} ({row.where})",
+                    f"Data set {name}: the column{'s' * (len(unused) > 1)} {', '.join(map(str, unused))} "
+                    f"{'is' if len(unused) == 1 else 'are'} not used ({row.where})",
                     markup=False,
                     highlight=False,
                 )
