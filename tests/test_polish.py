@@ -304,7 +304,7 @@ def test_what_cannot_be_polished_is_refused(llm, llm_adapter, tmp_path):
             adapter=str(llm_adapter), **{**place, "per_device_train_batch_size": 3}, **data
         )
     other = family_named("llm").write_example(tmp_path / "other", seed=1)["model_name_or_path"]
-    with pytest.raises(MismatchError, match="the weights of .* are others"):
+    with pytest.raises(MismatchError, match="the weights of .* are different"):
         emloc.polish(adapter=str(llm_adapter), model_name_or_path=other, **place, **data)
     whole = trained(llm, tmp_path / "whole", lora_modules_to_save="lm_head")
     with pytest.raises(ConfigError, match="pass stream=false"):

@@ -517,7 +517,7 @@ def test_what_cannot_be_drawn_is_one_sentence(made, tmp_path):
     [
         ("a sks dog\na dog\n", "line 2: 'a dog' does not name the subject; put 'sks' into it"),
         ("a sksy dog\n", "does not name the subject"),
-        ("\n sks \n", "line 2: 'sks' says nothing beside 'sks'"),
+        ("\n sks \n", "line 2: 'sks' says nothing besides 'sks'"),
         ("a sks dog\n\na  sks dog\n", "line 3: 'a sks dog' occurs twice"),
         ("\n\n", "has no prompts"),
     ],

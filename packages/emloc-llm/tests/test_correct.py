@@ -174,7 +174,9 @@ def test_what_peft_says_it_was_trained_on_is_believed(tiny, tmp_path):
     """An adapter of the base itself, without a manifest, is not for this emulator to correct."""
     shutil.copytree(tiny.corrected, tmp_path / "a")
     (tmp_path / "a/emloc.json").unlink()
-    with pytest.raises(MismatchError, match=r"was trained on .*base by its adapter_config\.json"):
+    with pytest.raises(
+        MismatchError, match=r"was trained on .*base according to its adapter_config\.json"
+    ):
         emloc.correct(
             output_dir=tmp_path / "c", limit="none",
             **{**tiny.correct_options, "adapter": str(tmp_path / "a")},

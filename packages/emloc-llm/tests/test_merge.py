@@ -97,7 +97,7 @@ def test_refusals(tiny, tmp_path):
     with pytest.raises(MismatchError, match="not corrected; run emloc correct"):
         emloc.merge(adapter=str(tiny.adapter), output_dir=tmp_path / "m")
     other = write_model(tmp_path / "other", seed=9)
-    with pytest.raises(MismatchError, match="the weights of .* are others"):
+    with pytest.raises(MismatchError, match="the weights of .* are different"):
         emloc.merge(
             adapter=str(tiny.corrected), model_name_or_path=str(other), output_dir=tmp_path / "m"
         )

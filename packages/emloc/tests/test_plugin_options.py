@@ -97,7 +97,7 @@ def test_each_family_has_its_own_default_under_a_shared_name(installed):
 
 def test_an_option_of_other_families_alone_is_refused_by_name(installed):
     with pytest.raises(
-        ConfigError, match="rate is an option of the family music and sound, and the "
+        ConfigError, match="rate is an option of the family music and sound, but the "
     ):
         of("llm", rate=8000)
     with pytest.raises(ConfigError, match="bars is an option of the family music"):
