@@ -73,7 +73,7 @@ def test_a_snapshot_of_the_hub_reads_its_own_blobs(tmp_path: Path):
     (snapshot / "evil").symlink_to(Path("..", "..", "blobs", "evil"))
     assert named_file(snapshot, "weights", "the index").read_text() == "w"
     assert named_file(snapshot / "unet", "weights", "the index").read_text() == "w"
-    with pytest.raises(CheckpointError, match="outside of"):
+    with pytest.raises(CheckpointError, match="outside"):
         named_path(snapshot, "evil", "the index")
 
 

@@ -95,7 +95,7 @@ def image_source(source: Any, folder: Path, where: str) -> Source:
         )
     if ".." in Path(name).parts or (Path(name).is_absolute() and not _is_below(name, folder)):
         raise DataError(
-            f"{where}: the image {_short(name)} lies outside of {folder}; set image_folder to a folder that "
+            f"{where}: the image {_short(name)} lies outside {folder}; set image_folder to a folder that "
             f"holds all images, and give paths relative to it."
         )
     return named_path(folder, name, where, DataError)
