@@ -112,7 +112,7 @@ def test_training_begins_with_it(name, tmp_path):
 def test_more_ranks_than_a_layer_reads_are_refused(tmp_path):
     family, model, config, batches = opened("llm", tmp_path, lora_r=60)
     with pytest.raises(
-        ConfigError, match=r"finds no 60 directions in the \d+ numbers that model\.layers"
+        ConfigError, match=r"cannot find 60 directions in the \d+ numbers that model\.layers"
     ):
         new_lora(model, config, batches, family=family)
 

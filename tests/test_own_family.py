@@ -41,7 +41,7 @@ def test_options_that_the_defaults_do_not_read_are_refused(family, example, tmp_
         emloc.train(output_dir=tmp_path / "a", streaming=True, max_steps=1, **example)
     with pytest.raises(ConfigError, match="eval_dataset is an option of the family llm"):
         emloc.train(output_dir=tmp_path / "a", eval_dataset=data["dataset"], max_steps=1, **example)
-    with pytest.raises(ConfigError, match="tasks is an option of the family llm, and the"):
+    with pytest.raises(ConfigError, match="tasks is an option of the family llm, but the"):
         emloc.evaluate(tasks=["hellaswag"], **example)
 
 

@@ -203,7 +203,7 @@ def test_a_folder_is_read_as_its_files_are(tmp_path):
     assert references(tmp_path / "a") == ["00123"] * 3
     assert references(tmp_path / "a", dataset_split="test") == ["NA"]
     assert references(tmp_path / "a", dataset_split="train[1:]+test") == ["00123", "00123", "NA"]
-    with pytest.raises(DataError, match="has no split 'dev' but test, train"):
+    with pytest.raises(DataError, match="has no split 'dev', only test, train"):
         references(tmp_path / "a", dataset_split="dev")
     (tmp_path / "b").mkdir()
     (tmp_path / "b/x.csv").write_text("prompt;completion\nzip;00123\n")
@@ -344,7 +344,7 @@ def test_compressed_text_is_read_as_text(tmp_path, monkeypatch, kind, packing):
         hub_data(monkeypatch, module, {"train": [str(path)], "test": [str(path)]})
         assert references("some/data", streaming=streaming) == ["00123"]
     assert references("some/data", dataset_split="all") == ["00123"] * 2
-    with pytest.raises(DataError, match="some/data has no split 'dev' but test, train"):
+    with pytest.raises(DataError, match="some/data has no split 'dev', only test, train"):
         references("some/data", dataset_split="dev")
     path.write_bytes(PACKED[packing](TEXTS[kind].encode() * 50)[:-9])
     with pytest.raises(DataError, match="cannot be read to its end"):
@@ -455,7 +455,7 @@ def test_what_save_to_disk_wrote_is_read(tmp_path):
     DatasetDict({"train": table, "mine": table.select([0])}).save_to_disk(tmp_path / "b")
     assert len(load_rows(options(tmp_path / "b"))) == 3
     assert references(tmp_path / "b", dataset_split="mine") == ["00123"]
-    with pytest.raises(DataError, match="has no split 'dev' but mine, train"):
+    with pytest.raises(DataError, match="has no split 'dev', only mine, train"):
         references(tmp_path / "b", dataset_split="dev")
     (tmp_path / "a/state.json").write_text('{"_data_files": [{"filename": "../b/x.arrow"}]}')
     with pytest.raises(DataError, match="lies outside"):
