@@ -301,13 +301,13 @@ def test_what_cannot_be_is_refused(made, dequantised, tmp_path, monkeypatch):
     train = {"max_steps": 1, "lora_r": 2, **common}
     with pytest.raises(ConfigError, match="load_in_4bit is about a base in few bits"):
         correct(emulator=str(emulator), load_in_4bit=True)
-    with pytest.raises(ConfigError, match="leave it out where there is an emulator"):
+    with pytest.raises(ConfigError, match="leave it out if there is an emulator"):
         correct(emulator=str(emulator), limit="dequantised")
     with pytest.raises(ConfigError, match="contradict each other"):
         correct(load_in_8bit=True, bnb_4bit_quant_type="nf4")
     with pytest.raises(ConfigError, match="has no layer that bitsandbytes holds in few bits"):
         correct(llm_int8_skip_modules=["model", "lm_head"])
-    with pytest.raises(MismatchError, match="is corrected already"):
+    with pytest.raises(MismatchError, match="is already corrected"):
         correct(adapter=str(dequantised))
     on_emulator = emloc.train(emulator=str(emulator), output_dir=tmp_path / "a", **train)
     with pytest.raises(MismatchError, match="trained on the emulator .*; pass that as emulator"):

@@ -165,7 +165,7 @@ def test_damage_is_found(emulator, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="embed_tokens.scales of .* should be .* is missing"):
         emloc.verify(path=tmp_path)
-    with pytest.raises(CheckpointError, match="hold no model.embed_tokens.scales"):
+    with pytest.raises(CheckpointError, match="have no model.embed_tokens.scales"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

@@ -112,7 +112,7 @@ def test_training_begins_with_it(name, tmp_path):
 def test_more_ranks_than_a_layer_reads_are_refused(tmp_path):
     family, model, config, batches = opened("llm", tmp_path, lora_r=60)
     with pytest.raises(
-        ConfigError, match=r"finds no 60 directions in the \d+ numbers that model\.layers"
+        ConfigError, match=r"cannot find 60 directions in the \d+ numbers that model\.layers"
     ):
         new_lora(model, config, batches, family=family)
 
@@ -120,7 +120,7 @@ def test_more_ranks_than_a_layer_reads_are_refused(tmp_path):
 def test_convolutions_are_refused_by_name(tmp_path):
     family, model, config, batches = opened("diffusion", tmp_path)
     config = config.model_copy(update={"lora_target_modules": ["to_q", "conv1"]})
-    with pytest.raises(ConfigError, match=r"works on linear layers, and .*conv1 is a Conv2d"):
+    with pytest.raises(ConfigError, match=r"works on linear layers, but .*conv1 is a Conv2d"):
         new_lora(model, config, batches, family=family)
 
 
@@ -214,14 +214,14 @@ def test_experts_read_what_chose_them(tmp_path):
 def test_directions_that_do_not_settle_are_given_up(tmp_path, monkeypatch):
     family, model, config, batches = opened("llm", tmp_path)
     monkeypatch.setattr(eva, "MOST_PASSES", 1)
-    with pytest.raises(ConfigError, match="found no directions that stay in 1 passes"):
+    with pytest.raises(ConfigError, match="found no directions that settle in 1 passes"):
         new_lora(model, config, batches, family=family)
 
 
 def test_samples_that_come_one_by_one_are_none_to_look_at(tmp_path):
     example = example_of(family_named("llm"), tmp_path)
     with pytest.raises(
-        ConfigError, match="looks at samples before the first step, and here there are none"
+        ConfigError, match="looks at samples before the first step, but here there are none"
     ):
         emloc.train(
             **example, output_dir=tmp_path / "a", lora_init="eva", streaming=True, max_steps=1,

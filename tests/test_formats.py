@@ -406,5 +406,5 @@ def test_sizes_of_a_config_that_no_compression_writes_are_refused(format, sizes)
     """Before a module is made, and not with Python's own words."""
     form = Form(format, dict(zip(format.size_names, sizes, strict=True)))
     layer = DenseLayer("a", 48, 32, True, torch.float32, torch.device("cpu"))
-    with pytest.raises(MismatchError, match="no format; compress the base model again"):
+    with pytest.raises(MismatchError, match="not a format; compress the base model again"):
         format.modules([layer], form)

@@ -29,7 +29,7 @@ def test_families_options_are_refused_as_the_cores_are(name, tmp_path):
     adapter = emloc.train(**example, output_dir=tmp_path / "first", max_steps=1)
     rest = {key: value for key, value in example.items() if key != "model_name_or_path"}
     for option, value in OPTIONS[name].items():
-        says = f"train: adapter=.* is gone on from as it is, and {option} is of a new LoRA"
+        says = f"train: adapter=.* is continued as it is, but {option} is for a new LoRA"
         with pytest.raises(ConfigError, match=says):
             emloc.train(
                 **example,
@@ -39,6 +39,6 @@ def test_families_options_are_refused_as_the_cores_are(name, tmp_path):
                 **{option: value},
             )
         if option in with_family_options(PolishConfig, family).model_fields:
-            with pytest.raises(ConfigError, match=f"polish: .* {option} is of a new LoRA"):
+            with pytest.raises(ConfigError, match=f"polish: .* {option} is for a new LoRA"):
                 emloc.polish(**rest, adapter=adapter, output_dir=tmp_path / "on", **{option: value})
     assert not (tmp_path / "on").exists()

@@ -58,5 +58,5 @@ def test_a_list_of_data_has_an_end():
     given = {"model_name_or_path": "m", "output_dir": "o"}
     kind = with_plugin_options(STAGES["train"].config)
     build(kind, {**given, "dataset": ",".join(f"{n}.jsonl" for n in range(900))}, "train")
-    with pytest.raises(ConfigError, match="it names 60,000 files, and may name 1,000"):
+    with pytest.raises(ConfigError, match="it names 60,000 files; at most 1,000 are allowed"):
         build(kind, {**given, "dataset": ["0"] * 60_000}, "train")

@@ -98,7 +98,7 @@ def test_every_stage_draws_the_same(family, masked):
 def test_a_head_that_is_not_trained_is_refused(masked, tmp_path):
     data = {name: masked[name] for name in ("dataset", "max_length")}
     emulator = emloc.compress(output_dir=tmp_path / "e", **masked)
-    says = "holds no .*, so its numbers are drawn and have to be trained whole; pass lora_modules_to_save="
+    says = "holds no .*, so it is initialised at random and must be trained whole; pass lora_modules_to_save="
     for given in ({"emulator": str(emulator), **data}, masked):
         with pytest.raises(ConfigError, match=says + "classifier,pooler"):
             emloc.train(output_dir=tmp_path / "a", max_steps=1, **given)

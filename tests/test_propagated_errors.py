@@ -144,7 +144,7 @@ def test_an_interrupted_run_gives_the_same_bytes(format, tmp_path, monkeypatch):
 
 def test_sizes_that_are_found_afterwards_cannot_propagate(tmp_path):
     example = family_named("llm").write_example(tmp_path, seed=0)
-    with pytest.raises(ConfigError, match="propagate_errors needs sizes that are known before"):
+    with pytest.raises(ConfigError, match="propagate_errors needs sizes before"):
         emloc.compress(
             output_dir=tmp_path / "e", propagate_errors=True, format="low_rank",
             keep_ratio_allocation="error", **example,

@@ -319,7 +319,7 @@ def test_auto_goes_on_where_it_was_stopped(title, tmp_path, monkeypatch):
 def test_auto_says_what_cannot_be(tmp_path):
     example = family_named("llm").write_example(tmp_path, seed=0)
     auto = {**example, "output_dir": tmp_path / "e", "format": "auto"}
-    with pytest.raises(ConfigError, match="smallest forms take 1.* and the budget is 1.00; raise"):
+    with pytest.raises(ConfigError, match="smallest forms take 1.* but the budget is 1.00; raise"):
         emloc.compress(bits_per_weight=1.0, **auto)
     with pytest.raises(
         ConfigError, match="bits means nothing to format=auto, .* pass format=trellis or quantized"

@@ -177,7 +177,7 @@ def test_sequences_that_the_model_has_no_positions_for_are_refused(family, examp
         if family.name == "text-to-text":
             assert emloc.evaluate(**given)["samples"] == 1
             continue
-        with pytest.raises(DataError, match="one has 45 tokens, and the model has 32 positions"):
+        with pytest.raises(DataError, match="one has 45 tokens, but the model has 32 positions"):
             emloc.evaluate(**given)
 
 
@@ -230,7 +230,7 @@ def test_a_plan_counts_keys_and_values_of_both_sequences(family, example):
 def test_the_mask_of_one_sequence_is_refused(family, example, monkeypatch, tmp_path):
     """A family that says nothing of the second would leave out rows by the padding of the first."""
     monkeypatch.setattr(type(family), "token_mask", TransformersFamily.token_mask)
-    with pytest.raises(PluginError, match="of an encoder and a decoder, whose layers read two"):
+    with pytest.raises(PluginError, match="encoder-decoder models, whose layers read two"):
         emloc.compress(output_dir=tmp_path / "e", **example)
 
 

@@ -251,7 +251,7 @@ def test_a_tower_that_no_sample_needs_has_no_gradients(tmp_path):
 
 def test_formats_that_do_not_weigh_outputs_refuse_weights(tmp_path):
     example = family_named("llm").write_example(tmp_path / "example", seed=0)
-    with pytest.raises(ConfigError, match="does not weigh the outputs of a layer"):
+    with pytest.raises(ConfigError, match="does not weigh a layer's outputs"):
         emloc.compress(
             output_dir=tmp_path / "emulator", format="quantized", bits=3, device="cpu",
             weigh_errors="gradients", **example,

@@ -29,20 +29,20 @@ def emloc_register_methods() -> Sequence[MethodEntry]:
         ),
         MethodEntry(
             "qlora",
-            "LoRA beside the base in NF4, put on the original weights",
+            "LoRA trained on the base in NF4, used on the original weights",
             "emloc_baselines.qlora:Qlora",
             needs=(IN_FEW_BITS,),
             uses_budget=False,
         ),
         MethodEntry(
             "loram-rand",
-            "LoRA on a model without random heads and neurons, scattered back",
+            "LoRA on a model with random heads and neurons pruned, scattered back",
             "emloc_baselines.loram:LoramRand",
             needs=(TRANSFORMERS_MODEL, TRANSFORMER_BLOCKS),
         ),
         MethodEntry(
             "loram-stru",
-            "the same without the least important ones, to first order",
+            "the same with the least important ones pruned, to first order",
             "emloc_baselines.loram:LoramStru",
             needs=(TRANSFORMERS_MODEL, TRANSFORMER_BLOCKS),
         ),
@@ -54,19 +54,19 @@ def emloc_register_methods() -> Sequence[MethodEntry]:
         ),
         MethodEntry(
             "upop",
-            "LoRA on a model without head dimensions and neurons that masks close, scattered back",
+            "LoRA on a model with head dimensions and neurons pruned by closing masks, scattered back",
             "emloc_baselines.upop:Upop",
             needs=(TRANSFORMERS_MODEL, TRANSFORMER_BLOCKS),
         ),
         MethodEntry(
             "smaller-model",
-            "LoRA on a smaller model of the same kind, used on that",
+            "LoRA on a smaller model of the same kind, used on that model",
             "emloc_baselines.smaller:SmallerModel",
             uses_budget=False,
         ),
         MethodEntry(
             "svd",
-            "EMLoC with an emulator by plain singular values, without calibration",
+            "EMLoC with an emulator made by plain SVD, without calibration",
             "emloc_baselines.plain_svd:PlainSvd",
             needs=(TRANSFORMERS_MODEL,),
         ),
@@ -101,5 +101,5 @@ def emloc_register_commands(app: "typer.Typer") -> None:
             print(run_bench(config, *(overrides or [])))
         except KeyboardInterrupt as problem:
             raise Interrupted(
-                "Interrupted; finished cells are kept, and the same command goes on with the others."
+                "Interrupted; finished cells are kept, and the same command continues with the others."
             ) from problem

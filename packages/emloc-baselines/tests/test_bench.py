@@ -315,7 +315,7 @@ def test_a_cell_that_fails_is_named_and_the_others_are_there(options, tmp_path, 
     one = {**options, "output_dir": str(tmp_path / "out"), "keep_ratio": 0.4}
     one["train"] = {**options["train"], "learning_rate": 1e-3}
     with pytest.raises(
-        EmlocError, match=r"1 of \d+ cells failed, the first is words, emloc.*\(no luck\)"
+        EmlocError, match=r"1 of \d+ cells failed; the first is words, emloc.*\(no luck\)"
     ):
         run_bench(one, run=fail)
     assert [r["label"] for r in records(tmp_path / "out")] == ["base", "lora", "emloc-uncorrected"]
@@ -346,7 +346,7 @@ REFUSALS = [
     ({"datasets": {"words": {"datset": "x"}}}, "datasets.words: unknown key datset"),
     (
         {"methods": {"lora": {"polish": {"samples_per_step": 10}}}},
-        "samples_per_step=10 is no multiple",
+        "samples_per_step=10 is not a multiple",
     ),
 ]
 
@@ -379,7 +379,7 @@ def test_validation_rows_do_not_depend_on_how_many_are_trained_on(tiny, tmp_path
     assert all_of.read_text() == some.read_text()
     assert len(few.read_text().splitlines()) == 4
     assert not set(few.read_text().splitlines()) & set(some.read_text().splitlines())
-    with pytest.raises(ConfigError, match="no JSONL"):
+    with pytest.raises(ConfigError, match="not a JSONL"):
         split_rows(tmp_path, tmp_path, 5, 4)
     with pytest.raises(
         DataError, match=r"there is no .*nowhere\.jsonl; give the data set's own path"

@@ -329,7 +329,7 @@ def test_refusals(tiny, tmp_path):
     with pytest.raises(ConfigError, match="budget cannot be met"):
         LoramRand().build(task_of(base, tiny.data, keep_ratio=0.3), tmp_path / "x")
     fused = write_model(tmp_path / "gpt2", "gpt2", n_embd=48, n_head=4, n_layer=4)
-    with pytest.raises(ConfigError, match=r"transformer.h.1 \(GPT2Block\) cannot be taken out"):
+    with pytest.raises(ConfigError, match=r"transformer.h.1 \(GPT2Block\) cannot be removed"):
         LoramRand().build(task_of(fused, tiny.data), tmp_path / "x")
     task = task_of(base, tiny.data, keep_ratio=0.8, use_dora=True, max_steps=1)
     light = LoramRand().build(task, tmp_path / "light")

@@ -220,7 +220,7 @@ def test_distillation_brings_the_thinned_middle_to_the_full_one(base, tiny, tmp_
 
 def test_refusals(tiny, tmp_path, base):
     with pytest.raises(
-        ConfigError, match="does not hold 6 trained blocks and one between of the 7"
+        ConfigError, match="has no room for 6 trained blocks and one between, of the 7"
     ):
         OffsiteTuning().build(task_of(base, tiny.data, 0.5, {"trained_blocks": 3}), tmp_path / "x")
     light = OffsiteTuning().build(task_of(base, tiny.data), tmp_path / "light")

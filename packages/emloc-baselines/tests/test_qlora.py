@@ -129,7 +129,7 @@ def test_its_adapter_is_not_corrected(made, tmp_path, tiny):
             adapter=str(adapter), emulator=str(light), output_dir=tmp_path / "x", limit="none"
         )
     task = task_of(tiny.base, tiny.data)
-    with pytest.raises(MismatchError, match="is one of the original already"):
+    with pytest.raises(MismatchError, match="already belongs to the original"):
         Qlora().recover(task, light, recovered, tmp_path / "y")
     other = emloc.train(
         model_name_or_path=str(tiny.base),

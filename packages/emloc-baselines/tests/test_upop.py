@@ -281,5 +281,5 @@ def test_refusals(base, tiny, tmp_path):
         Upop().build(task_of(base, tiny.data, keep_ratio=0.01), tmp_path / "x")
     for kind in ("cohere", "stablelm"):  # turns neighbours; turns a part of the dimensions
         other = write_model(tmp_path / kind, kind, **SHAPE)
-        with pytest.raises(ConfigError, match="do not turn in pairs"):
+        with pytest.raises(ConfigError, match="are not rotated in pairs"):
             Upop().build(task_of(other, tiny.data), tmp_path / "y")

@@ -36,7 +36,7 @@ def emloc_register_families() -> Sequence[FamilyEntry]:
     return [
         FamilyEntry(
             name="diffusion",
-            summary="pipelines of diffusers: Stable Diffusion 1, 2, XL and 3, FLUX.1",
+            summary="diffusers pipelines: Stable Diffusion 1, 2, XL and 3, FLUX.1",
             target="emloc_diffusion.family:DiffusionFamily",
             recognises=is_denoiser,
             single_file="emloc_diffusion.single_file:OriginalLayout",

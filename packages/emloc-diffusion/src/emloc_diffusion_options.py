@@ -39,14 +39,14 @@ def _with_optim(given: dict[str, Any]) -> dict[str, Any]:
     """diffusers' two options for the optimiser as the one of core."""
     optimizer, eight_bits = given.get("optimizer"), given.get("use_8bit_adam")
     if optimizer == "prodigy" and eight_bits:
-        raise ValueError("use_8bit_adam is of AdamW, not of Prodigy; leave one of them out")
+        raise ValueError("use_8bit_adam is for AdamW, not Prodigy; leave one of them out")
     name = {"prodigy": "prodigy", "adamw": "adamw_torch_fused"}.get(str(optimizer))
     name = "adamw_8bit" if eight_bits else name
     if name is None:
         return given
     if given.get("optim", name) != name:
         raise ValueError(
-            f"optim = {given['optim']} and optimizer or use_8bit_adam say different things; give one"
+            f"optim = {given['optim']} contradicts optimizer or use_8bit_adam; give only one"
         )
     return {**given, "optim": name}
 
@@ -61,11 +61,13 @@ class PictureOptions(_Aliased):
         None, description="caption of every picture; by default name.txt beside name.png"
     )
     class_data_dir: Annotated[Path | None, NamesFiles(), NamesData()] = Field(
-        None, description="pictures of the class, to preserve it"
+        None, description="pictures of the class, for prior preservation"
     )
-    class_prompt: str | None = Field(None, description="caption of those")
-    resolution: int = Field(512, ge=8, description="side of the square that pictures become")
-    random_flip: bool = Field(False, description="train on mirrored pictures as well")
+    class_prompt: str | None = Field(None, description="caption of the class pictures")
+    resolution: int = Field(
+        512, ge=8, description="side of the square that pictures are resized and cropped to"
+    )
+    random_flip: bool = Field(False, description="also train on mirrored pictures")
 
 
 class DreamBoothOptions(_Aliased):
@@ -74,17 +76,17 @@ class DreamBoothOptions(_Aliased):
     train_batch_size: int | None = Field(None, description="same as per_device_train_batch_size")
     max_train_steps: int | None = Field(None, description="same as max_steps")
     optimizer: Literal["adamw", "prodigy"] | None = Field(
-        None, description="optim under diffusers' name"
+        None, description="optim, as diffusers names it"
     )
     use_8bit_adam: bool = Field(False, description="same as optim=adamw_8bit")
-    prior_loss_weight: float = Field(1.0, ge=0, description="of the loss on pictures of the class")
+    prior_loss_weight: float = Field(1.0, ge=0, description="weight of the loss on class pictures")
     train_text_encoder: bool = Field(
-        False, description="a LoRA on CLIP text encoders as well, which are not compressed"
+        False, description="also train a LoRA on the CLIP text encoders, which are not compressed"
     )
     lora_conv: Annotated[bool, OfNewLora()] = Field(
-        False, description="all-linear takes convolutions as well"
+        False, description="all-linear includes convolutions"
     )
-    validation_prompt: str | None = Field(None, description="drawn while training")
+    validation_prompt: str | None = Field(None, description="prompt drawn during training")
     num_validation_images: int = Field(4, ge=1, description="pictures per validation")
     validation_steps: int = Field(100, ge=1, description="steps between validations")
     num_inference_steps: int = Field(25, ge=1, description="steps of drawing a picture")
@@ -94,7 +96,7 @@ class NoiseOptions(StageConfig):
     """Options for the noise on which evaluate measures the loss."""
 
     num_noise_samples: int = Field(
-        64, ge=1, description="held-out noises that the loss is taken on"
+        64, ge=1, description="held-out noise samples to measure the loss on"
     )
 
 
@@ -114,20 +116,22 @@ class EvaluationOptions(NoiseOptions):
     subject_token: str | None = Field(None, description="the rare word that names the subject: sks")
     class_name: str | None = Field(None, description="what the subject is: dog, backpack, …")
     subject_kind: Literal["object", "live"] = Field(
-        "object", description="which of DreamBooth's two lists of prompts is drawn"
+        "object", description="which of DreamBooth's two prompt lists to draw"
     )
     prompts_file: Annotated[Path | None, NamesFiles()] = Field(
-        None, description="drawn instead: one prompt per line, the subject_token in each"
+        None, description="prompts to draw instead: one per line, each with the subject_token"
     )
     contact_sheet_adapters: Annotated[Names, NamesFiles()] = Field(
         [], description="rows of contact_sheet.png, between the base and the adapter"
     )
     validation_prompt: str | None = Field(
-        None, description="drawn on contact_sheet.png; by default, each of the scored prompts once"
+        None, description="prompt drawn on contact_sheet.png; by default each scored prompt once"
     )
-    num_images_per_prompt: int = Field(4, ge=1, description="pictures of each, seed by seed")
-    drawing_seed: int = Field(0, ge=0, description="of the first picture of each prompt")
+    num_images_per_prompt: int = Field(
+        4, ge=1, description="pictures per prompt, each with its own seed"
+    )
+    drawing_seed: int = Field(0, ge=0, description="seed of each prompt's first picture")
     guidance_scale: float | None = Field(None, ge=0, description="by default the pipeline's own")
     num_inference_steps: int | None = Field(
-        None, ge=1, description="steps of drawing a picture; by default the pipeline's own"
+        None, ge=1, description="denoising steps per picture; by default the pipeline's own"
     )

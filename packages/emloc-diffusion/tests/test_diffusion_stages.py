@@ -243,7 +243,7 @@ def test_layers_kept_dense_are_named_and_may_be_included(tiny, tmp_path):
     )
     assert modulation in whole.layers
     assert modulation not in whole.kept_dense
-    with pytest.raises(ConfigError, match="conv_in lies in no block"):
+    with pytest.raises(ConfigError, match="conv_in is in no block"):
         emloc.compress(output_dir=tmp_path / "x", include=["conv_in"], **options)
     with pytest.raises(ConfigError, match="include: 'nothing' matches no layer"):
         emloc.compress(output_dir=tmp_path / "x", include=["nothing"], **options)

@@ -141,8 +141,8 @@ def test_optimisers_go_by_the_names_of_diffusers(tiny, tmp_path):
             emloc.train(output_dir=tmp_path / "x", **{**options, **more})
 
     refused("adamw_8bit needs a GPU", optimizer="adamw", use_8bit_adam=True)
-    refused("of AdamW, not of Prodigy", optimizer="prodigy", use_8bit_adam=True)
-    refused("say different things", optimizer="adamw", optim="prodigy")
+    refused("for AdamW, not Prodigy", optimizer="prodigy", use_8bit_adam=True)
+    refused("contradicts optimizer or use_8bit_adam", optimizer="adamw", optim="prodigy")
     refused("optimizer = 'sgd'", optimizer="sgd")
 
 

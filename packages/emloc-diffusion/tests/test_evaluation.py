@@ -282,7 +282,7 @@ def test_settings_know_what_the_named_files_hold(made, tmp_path):
     }  # fmt: skip
     emloc.evaluate(**options)
     prompts.write_text("a sks square\n")
-    with pytest.raises(OutputError, match="was made with other content of the files"):
+    with pytest.raises(OutputError, match="was made with other contents of the files"):
         emloc.evaluate(**options)
 
 
@@ -471,7 +471,7 @@ def test_a_lora_of_pefts_files_alone_is_drawn_all_the_same(made, tmp_path):
     assert drawn[0] == drawn[1] != drawn[2]
     (tmp_path / "nothing").mkdir()
     with (
-        pytest.raises(CheckpointError, match="is no PEFT adapter"),
+        pytest.raises(CheckpointError, match="is not a PEFT adapter"),
         with_lora(pipeline, tmp_path / "nothing"),
     ):
         pass
@@ -507,7 +507,7 @@ def test_what_cannot_be_drawn_is_one_sentence(made, tmp_path):
         ({**encoders, **out, **subject, "class_name": " "}, ConfigError, "class_name is empty"),
         ({**encoders, **out, "prompts_file": made.prompts}, ConfigError, "without subject_token"),
         ({**out, **subject}, ConfigError, "nothing is drawn"),
-        ({**sheet, **out}, ConfigError, "without what to draw"),
+        ({**sheet, **out}, ConfigError, "but not what to draw"),
         ({**sheet, "validation_prompt": PROMPT}, ConfigError, "output_dir is required"),
         ({**out, "contact_sheet_adapters": ["nowhere"], "validation_prompt": PROMPT},
          CheckpointError, "No folder nowhere"),
@@ -528,8 +528,8 @@ def test_what_cannot_be_drawn_is_one_sentence(made, tmp_path):
     [
         ("a sks dog\na dog\n", "line 2: 'a dog' does not name the subject; put 'sks' into it"),
         ("a sksy dog\n", "does not name the subject"),
-        ("\n sks \n", "line 2: 'sks' says nothing beside 'sks'"),
-        ("a sks dog\n\na  sks dog\n", "line 3: 'a sks dog' is there twice"),
+        ("\n sks \n", "line 2: 'sks' says nothing besides 'sks'"),
+        ("a sks dog\n\na  sks dog\n", "line 3: 'a sks dog' occurs twice"),
         ("\n\n", "has no prompts"),
     ],
 )

@@ -83,7 +83,7 @@ def test_other_noise_is_refused(tmp_path, name, config):
 def test_options_that_mean_nothing_for_pictures_are_refused(tiny, tmp_path, option):
     [name] = option
     common = {"instance_data_dir": str(tiny.pictures), "instance_prompt": "a sks square", **option}
-    expected = f"{name} is an option of the family llm and vlm, and the model is of diffusion"
+    expected = f"{name} is an option of the family llm and vlm, but the model is of diffusion"
     with pytest.raises(ConfigError, match=expected):
         emloc.compress(model_name_or_path=str(tiny.base), output_dir=tmp_path / "e", **common)
     if name != "num_calibration_tokens":
@@ -95,7 +95,7 @@ def test_options_that_mean_nothing_for_pictures_are_refused(tiny, tmp_path, opti
 
 def test_options_of_text_are_refused_as_those_of_other_families(tiny, tmp_path):
     common = {"instance_data_dir": str(tiny.pictures), "instance_prompt": "a sks square"}
-    expected = "packing is an option of the family llm and vlm, and the model is of diffusion"
+    expected = "packing is an option of the family llm and vlm, but the model is of diffusion"
     with pytest.raises(ConfigError, match=expected):
         emloc.train(
             model_name_or_path=str(tiny.base), output_dir=tmp_path / "a", packing=True, **common

@@ -199,7 +199,9 @@ def test_bad_input_is_one_sentence(sd, tmp_path, cache):
     broken.write_bytes(sd.file.read_bytes()[:-100])
     refused("incomplete or corrupt", broken)
     save_file({"layer.weight": torch.ones(2)}, tmp_path / "other.safetensors")
-    refused("no model in one file that an installed family knows", tmp_path / "other.safetensors")
+    refused(
+        "not a single-file model that an installed family knows", tmp_path / "other.safetensors"
+    )
     tensors = load_file(sd.file)
     half = {k: t for k, t in tensors.items() if "output_blocks" not in k}
     save_file(half, tmp_path / "half.safetensors")

@@ -330,7 +330,7 @@ def test_half_precision_encoders_are_trained(tmp_path, tiny):
 
 
 def test_bad_input_is_one_sentence(made, tiny, tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="lora_init=pissa is of the main model"):
+    with pytest.raises(ConfigError, match="lora_init=pissa applies to the main model"):
         emloc.train(output_dir=tmp_path / "x", lora_init="pissa", **tiny.options)
     with monkeypatch.context() as patch:
         patch.setattr(text_training, "CLIP", "other")

@@ -79,7 +79,7 @@ def test_frozen_copies_are_those_of_the_base(tiny, tmp_path, batch, targets):
     verify()  # the base was loaded in bfloat16
     tensors[copies[0]][3, 5] += 0.5
     change(adapter, tensors)
-    said = f"holds {copies[0]}, which is neither LoRA nor of modules_to_save"
+    said = f"holds {copies[0]}, which belongs neither to a LoRA nor to modules_to_save"
     all_refuse(MismatchError, said, tiny.base, adapter, tmp_path / "m2", tiny)
 
 
@@ -104,7 +104,7 @@ def test_what_peft_saves_with_the_embeddings_is_accounted_for(tiny, tmp_path, ba
     assert evaluate()["loss"] > 0
     twice = f"{stem}.modules_to_save.weight"
     change(adapter, {**tensors, twice: tensors[twice] + 1})
-    said = r"lm_head\.modules_to_save\.weight, and not the same"
+    said = r"lm_head\.modules_to_save\.weight, which differs from"
     all_refuse(MismatchError, said, tiny.base, adapter, tmp_path / "m2", tiny)
 
 
@@ -121,9 +121,9 @@ def test_a_copy_of_an_emulators_weight_does_not_travel(tiny, tmp_path):
     assert scores["loss"] > 0
     tensors = load_file(adapter / WEIGHTS)
     change(adapter, {**tensors, COPY: tensors[COPY] + 1})
-    with pytest.raises(MismatchError, match="neither LoRA nor of modules_to_save"):
+    with pytest.raises(MismatchError, match="neither to a LoRA nor to modules_to_save"):
         emloc.correct(adapter=str(adapter), output_dir=tmp_path / "d", **options)
-    with pytest.raises(MismatchError, match="neither LoRA nor of modules_to_save"):
+    with pytest.raises(MismatchError, match="neither to a LoRA nor to modules_to_save"):
         emloc.evaluate(
             model_name_or_path=str(tiny.emulator), adapter=str(adapter), dataset=str(tiny.data),
             max_new_tokens=0, max_length=96,
@@ -158,7 +158,7 @@ def test_other_kinds_are_refused(tiny, tmp_path):
     change(dora, {**without, **magnitudes})
     all_refuse(CheckpointError, "no .*lora_magnitude_vector", tiny.base, dora, tmp_path / "m", tiny)
     change(dora, tensors, use_dora=False)
-    said = "lora_magnitude_vector, which is not LoRA by its"
+    said = "lora_magnitude_vector, which is not LoRA according to its"
     all_refuse(MismatchError, said, tiny.base, dora, tmp_path / "m", tiny)
     for option in ("kasa_config", "use_bdlora", "monteclora_config"):
         plain = saved(tiny.base, tmp_path / option)
@@ -187,7 +187,7 @@ def test_an_alpha_that_no_lora_is_trained_with_is_refused(tiny, tmp_path, option
     ({"rank_pattern": {"q_proj": -1}}, "rank_pattern.q_proj is -1: input should be greater"),
     ({"modules_to_save": [None]}, "modules_to_save.0 is None: input should be a valid string"),
     ({"alpha_pattern": {"(": 1}}, "Pattern '(' is not a regular expression"),
-    ({"rank_pattern": {".*" * 30 + "!": 3}}, "could fit"),
+    ({"rank_pattern": {".*" * 30 + "!": 3}}, "could match"),
 ])  # fmt: skip
 def test_values_of_another_kind_are_refused_by_their_place(tiny, tmp_path, options, said):
     adapter = saved(tiny.base, tmp_path / "a")
@@ -284,7 +284,7 @@ def test_a_relative_base_is_the_one_that_the_manifest_recorded(tiny, tmp_path, e
     change(adapter, base_model_name_or_path=str(elsewhere / "base"))  # it has moved, says somebody
     with pytest.raises(CheckpointError, match="No folder /gone"):
         emloc.merge(adapter=str(moved(adapter, tmp_path / "b", "base")), output_dir=tmp_path / "m2")
-    with pytest.raises(MismatchError, match="the weights of .*elsewhere/base are others"):
+    with pytest.raises(MismatchError, match="the weights of .*elsewhere/base are different"):
         named = moved(adapter, tmp_path / "d", str(elsewhere / "base"))
         emloc.merge(adapter=str(named), output_dir=tmp_path / "m2")
 
@@ -328,7 +328,7 @@ def test_a_manifest_cannot_name_files_outside_of_its_folder(tiny, tmp_path, name
     manifest = json.loads((adapter / "emloc.json").read_text())
     manifest["files"][name] = "0" * 64
     (adapter / "emloc.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="lies outside of|name of a file in the folder"):
+    with pytest.raises(CheckpointError, match="lies outside|name of a file in the folder"):
         emloc.verify(path=adapter)
-    with pytest.raises(CheckpointError, match="lies outside of"):
+    with pytest.raises(CheckpointError, match="lies outside"):
         Adapter.open(str(adapter)).with_parts(["../b"])

@@ -68,7 +68,7 @@ def test_samples_beyond_the_positions_are_refused_by_every_stage(short, tmp_path
     }
     model = {"model_name_or_path": str(short)}
     with pytest.raises(
-        DataError, match=r"81 tokens, and the model has 64 positions; pass max_length=64"
+        DataError, match=r"81 tokens, but the model has 64 positions; pass max_length=64"
     ):
         emloc.compress(output_dir=tmp_path / "e", **model, **data)
     with pytest.raises(DataError, match="81 tokens"):
@@ -77,7 +77,7 @@ def test_samples_beyond_the_positions_are_refused_by_every_stage(short, tmp_path
         emloc.train(output_dir=tmp_path / "t", max_steps=1, packing=True, **model, **data)
     with pytest.raises(DataError, match="81 tokens"):
         emloc.train(output_dir=tmp_path / "t", max_steps=1, streaming=True, **model, **data)
-    with pytest.raises(DataError, match=r"20 to write behind it.* pass max_new_tokens=14"):
+    with pytest.raises(DataError, match=r"20 more to write.* pass max_new_tokens=14"):
         emloc.evaluate(max_length=64, max_new_tokens=20, **model, **data)
     found = emloc.evaluate(max_length=64, max_new_tokens=14, **model, **data)
     assert len(found["answers"]) == 4

@@ -153,7 +153,7 @@ def test_system_history_and_parts():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": "x"}, "messages is text and no JSON"),
+        ({"messages": "x"}, "messages is text but not JSON"),
         ({"messages": {"role": "user"}}, "messages should be a list"),
         ({"messages": ["x"]}, "turn 1 of messages is 'x'"),
         ({"messages": [{"content": "q"}, ANSWER]}, "turn 1 of messages has no role"),
@@ -170,7 +170,7 @@ def test_system_history_and_parts():
             "type 'image'",
         ),
         ({"messages": [{**USER, "content": [{"type": "text"}]}, ANSWER]}, "is missing"),
-        ({"messages": [USER, ANSWER], "tools": "nope"}, "tools is text and no JSON"),
+        ({"messages": [USER, ANSWER], "tools": "nope"}, "tools is text but not JSON"),
         ({"messages": [USER, ANSWER], "tools": ["x"]}, "tools should be a list of objects"),
         ({"messages": [USER, {**ANSWER, "weight": 0}]}, "has weight=0"),
         ({"messages": [USER, {**ANSWER, "train": False}]}, "has train=False"),
@@ -188,7 +188,7 @@ def test_system_history_and_parts():
                     {"from": "function_call", "value": "f()"},
                 ]
             },
-            "function_call of turn 2 of conversations is text and no JSON",
+            "function_call of turn 2 of conversations is text but not JSON",
         ),
         (
             {
@@ -197,7 +197,7 @@ def test_system_history_and_parts():
                     {"role": "assistant", "tool_calls": [{"function": {"arguments": "f("}}]},
                 ]
             },
-            "arguments of call 1 of turn 2 of messages is text and no JSON",
+            "arguments of call 1 of turn 2 of messages is text but not JSON",
         ),
         (
             {

@@ -220,7 +220,7 @@ def test_shards_that_do_not_fit_the_config(tiny, tmp_path):
 
 
 def test_an_emulator_is_not_compressed_again(tiny, tmp_path):
-    with pytest.raises(CheckpointError, match="an emulator already"):
+    with pytest.raises(CheckpointError, match="already quantised or an emulator"):
         compress(tiny.emulator, tiny.data, tmp_path / "e")
 
 

@@ -105,7 +105,7 @@ def test_written_once_and_refused(tiny, tmp_path):
         )  # fmt: skip
     deep = write_model(tmp_path / "deep", num_hidden_layers=2)
     given = {"adapter": str(tiny.corrected), "dataset": str(tiny.test)}
-    with pytest.raises(MismatchError, match="the weights of .* are others"):
+    with pytest.raises(MismatchError, match="the weights of .* are different"):
         emloc.evaluate(model_name_or_path=str(deep), **given)
     with pytest.raises(MismatchError, match="7 of 21 layers have no weight"):
         emloc.evaluate(model_name_or_path=str(deep), allow_mismatch=True, **given)

@@ -46,7 +46,7 @@ def test_streaming_data_cannot_be_held_back(tmp_path):
     from emloc.extend.plugins import family_named
 
     example = family_named("llm").write_example(tmp_path / "example", seed=0)
-    with pytest.raises(ConfigError, match="streaming keeps no samples"):
+    with pytest.raises(ConfigError, match="streaming cannot hold samples back"):
         emloc.train(
             output_dir=tmp_path / "adapter", streaming=True, max_steps=1, num_held_back_samples=2,
             **example,

@@ -109,7 +109,7 @@ def test_a_residual_lora_resumes_exactly(tiny, tmp_path):
 
 
 def test_dora_and_residual_beginnings_exclude_one_another(tiny, tmp_path):
-    with pytest.raises(ConfigError, match="exclude one another"):
+    with pytest.raises(ConfigError, match="exclude each other"):
         train(tiny, tmp_path / "a", lora_init="pissa", use_dora=True)
 
 
@@ -141,9 +141,9 @@ def test_blocks_to_transform(tiny, tmp_path):
     for blocks in ("9", "0,3"):
         with pytest.raises(ConfigError, match=r"no block . in model\.layers \(0 to 2\)"):
             train(tiny, tmp_path / "x", lora_layers_to_transform=blocks)
-    with pytest.raises(ConfigError, match=r"is called h; there are model\.layers \(0 to 2\)"):
+    with pytest.raises(ConfigError, match=r"is called h; the stacks are model\.layers \(0 to 2\)"):
         train(tiny, tmp_path / "x", lora_layers_to_transform="0", lora_layers_pattern="h")
-    with pytest.raises(ConfigError, match="pass that as well"):
+    with pytest.raises(ConfigError, match="pass both"):
         train(tiny, tmp_path / "x", lora_layers_pattern="layers")
     named = train(
         tiny, tmp_path / "n", lora_layers_to_transform="0,2", lora_layers_pattern="layers",

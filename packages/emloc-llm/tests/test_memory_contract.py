@@ -83,7 +83,7 @@ def test_what_was_asked_for_stays_and_the_rest_is_chosen(wide, tmp_path, capsys)
     made = Manifest.read(tmp_path / "run/adapter")
     assert made.measured["gradient_checkpointing"]
     assert made.settings["max_length"] == 96
-    assert "Given up for it, in this order: gradient_checkpointing" in " ".join(
+    assert "Given up to fit, in this order: gradient_checkpointing" in " ".join(
         capsys.readouterr().err.split()
     )
     options["train"]["gradient_checkpointing"] = False
@@ -105,8 +105,8 @@ def most_of(wide, tmp_path):
 
 
 def test_a_run_that_cannot_fit_is_refused_before_any_work(wide, tmp_path):
-    with pytest.raises(MemoryLimitError, match=r"Nothing fits in 8.0 MiB: the least is .* MiB, of "
-                                               r"which most are .* of \w+\. Tried"):  # fmt: skip
+    with pytest.raises(MemoryLimitError, match=r"Nothing fits in 8.0 MiB: the smallest need is .* MiB, "
+                                               r"mostly .* of \w+\. Tried"):  # fmt: skip
         emloc.run(run_options(wide, tmp_path / "run", memory="8MiB"))
     assert not (tmp_path / "run").exists()
 

@@ -227,7 +227,7 @@ def test_a_way_fits_where_its_disk_does_too(planned):
 
 def test_a_device_that_is_not_here_is_not_measured(bare, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ConfigError, match="measure needs the device, and there is no cuda here"):
+    with pytest.raises(ConfigError, match="measure needs the device, but there is no cuda here"):
         emloc.plan(model_name_or_path=bare, device="cuda", measure=True)
 
 

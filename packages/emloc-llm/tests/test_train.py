@@ -120,7 +120,7 @@ def test_the_newest_whole_checkpoint_is_taken(tiny, tmp_path, capsys):
     for step in (4, 6):
         shutil.copytree(tiny.adapter / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
-    assert "checkpoint-9 is left out: it was being written" in capsys.readouterr().err
+    assert "checkpoint-9 is skipped: it was being written" in capsys.readouterr().err
     newest = tmp_path / "checkpoint-6"
     names = {path.name for path in newest.iterdir()}
     assert {"optimizer.pt", "adapter_model.safetensors", "rng_state.pth", "digests.json"} <= names
@@ -128,7 +128,7 @@ def test_the_newest_whole_checkpoint_is_taken(tiny, tmp_path, capsys):
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2])
         assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-4", path.name
-        assert "checkpoint-6 is left out" in capsys.readouterr().err
+        assert "checkpoint-6 is skipped" in capsys.readouterr().err
         path.unlink()
         assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-4", path.name
         path.write_bytes(content)

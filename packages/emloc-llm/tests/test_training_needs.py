@@ -46,7 +46,7 @@ def test_none_and_all_as_transformers_takes_them(given, tmp_path):
     if given != "all":
         arguments = training_arguments(TrainingArguments, config(**options), tmp_path)
         assert arguments.report_to == []
-    with pytest.raises(ConfigError, match="none stands alone"):
+    with pytest.raises(ConfigError, match="none must be alone"):
         check_trackers(config(report_to="none,wandb"))
 
 

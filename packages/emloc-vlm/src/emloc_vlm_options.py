@@ -12,13 +12,13 @@ class ImageOptions(StageConfig):
     """Options for finding images and cutting them up."""
 
     image_folder: Path | None = Field(
-        None, description="where image paths begin; by default the data set's folder"
+        None, description="folder that image paths are relative to; by default the data set's"
     )
     on_bad_image: Literal["stop", "skip"] = Field(
-        "stop", description="an image that is missing or cannot be read: stop, or skip and count"
+        "stop", description="for a missing or unreadable image: stop, or skip and count"
     )
     max_dynamic_patch: int | None = Field(
-        None, ge=1, description="tiles per image at most; by default the processor's"
+        None, ge=1, description="maximum tiles per image; by default the processor's"
     )
 
 
@@ -47,4 +47,4 @@ class MetricOptions(StageConfig):
         "websrc",
         "worldcuisines",
         "vqa_rad",
-    ] = Field("auto", description="auto: that of the data set's format, else exact_match")
+    ] = Field("auto", description="auto: the metric of the data set's format, else exact_match")

@@ -314,15 +314,15 @@ def test_what_is_no_text_file_is_left_to_other_readers(tmp_path: Path):
         ("a.jsonl", lines(cuisine(), cuisine(multi_choice_answer=6)), "line 2: the answer 6 is none"),
         ("a.jsonl", lines(cuisine(multi_choice_prompt="What?")), "line 1: the answer 2 is none of"),
         ("a.jsonl", lines(cuisine(answer=None)), "line 1: answer is missing"),
-        ("a.jsonl", lines(cuisine(image_url=[])), "line 1: image_url is no text"),
-        ("a.jsonl", lines(cuisine()) + "\n{broken", "line 3: this is no JSON"),
-        ("a.jsonl", lines(cuisine(), [1]), "line 2: this is no object"),
+        ("a.jsonl", lines(cuisine(image_url=[])), "line 1: image_url is not text"),
+        ("a.jsonl", lines(cuisine()) + "\n{broken", "line 3: this is not JSON"),
+        ("a.jsonl", lines(cuisine(), [1]), "line 2: this is not an object"),
         ("a.json", [RAD[0], {**RAD[1], "answer_type": "YES"}], "row 2: answer_type is 'yes', neither"),
-        ("a.json", [RAD[0], {**RAD[1], "answer": float("nan")}], "row 2: answer is no text"),
-        ("a.json", [RAD[0], None], "row 2: this is no object"),
+        ("a.json", [RAD[0], {**RAD[1], "answer": float("nan")}], "row 2: answer is not text"),
+        ("a.json", [RAD[0], None], "row 2: this is not an object"),
         ("a.json", [RAD[0], {**RAD[1], "answer": 4.0}], "row 2: answer is the number 4.0, which may"),
-        ("a.json", [RAD[0], {**RAD[1], "answer": True}], "row 2: answer is no text"),
-        ("a.json", [RAD[0], {**RAD[1], "answer": ["4"]}], "row 2: answer is no text"),
+        ("a.json", [RAD[0], {**RAD[1], "answer": True}], "row 2: answer is not text"),
+        ("a.json", [RAD[0], {**RAD[1], "answer": ["4"]}], "row 2: answer is not text"),
         ("a.jsonl", lines(RAD[0], {**RAD[1], "question": None}), "line 2: question is missing"),
         ("a.csv", WEBSRC.replace("answer,element_id", "id,element_id"), None),
         ("a.csv", WEBSRC.replace("answer_start", "answer"), "line 1: there are two columns 'answer'"),
@@ -331,7 +331,7 @@ def test_what_is_no_text_file_is_left_to_other_readers(tmp_path: Path):
         ("a.csv", PMC_1.replace(",Answer_label", "").replace(",B\n", "\n").replace("Focal uptake, A", "B, A")
          .replace("C:None", "C: B"), "line 2: the answer 'B' is one choice's letter and another's text"),
         ("a.jsonl", lines({"qa_id": 7, "question": "q", "options": ["a", None], "mcq_answer_index": 0,
-                           "answer": "a", "image_path": "a.png"}), "line 1: an option is no text"),
+                           "answer": "a", "image_path": "a.png"}), "line 1: an option is not text"),
     ],
 )  # fmt: skip
 def test_a_malformed_row_is_named(tmp_path: Path, name: str, content: Any, message: str | None):
@@ -436,7 +436,7 @@ def test_a_table_of_ones_own_is_no_benchmark(tmp_path: Path, changes: dict[str, 
 
 def test_what_a_file_is_taken_for_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     rows(write(tmp_path / "a.json", RAD))
-    assert "is read as VQA-RAD, by its columns" in " ".join(capsys.readouterr().err.split())
+    assert "is read as VQA-RAD, judging by its columns" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(("split", "expected"), [("train", ["Yes"]), ("test", ["4"]), ("", ["4"])])

@@ -140,7 +140,7 @@ def test_a_tokenizer_that_cannot_be_read_is_one_error(qwen):
     last = max(decoder, key=int)
     decoder[str(int(last) + 5)] = decoder.pop(last)
     write_json(qwen / "tokenizer_config.json", config)
-    with pytest.raises(CheckpointError, match="gives <IMG_CONTEXT> another id"):
+    with pytest.raises(CheckpointError, match="gives <IMG_CONTEXT> a different id"):
         native_processor(qwen)
     (qwen / "vocab.json").write_text("{")
     with pytest.raises(CheckpointError, match=f"tokenizer of {qwen} cannot be read"):

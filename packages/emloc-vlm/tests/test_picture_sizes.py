@@ -34,16 +34,16 @@ def test_published_sizes_pass(sizes):
 @pytest.mark.parametrize(
     ("sizes", "says"),
     [
-        ({"size": {"height": 16_000_000, "width": 16}}, "would make 256,000,000 pixels"),
+        ({"size": {"height": 16_000_000, "width": 16}}, "into 256,000,000 pixels"),
         (
             {"size": {"height": 448, "width": 448}, "max_patches": 10**6},
-            "would make 200,704,000,000 pixels",
+            "into 200,704,000,000 pixels",
         ),
-        ({"size": SizeDict(height=16, width=16_000_000)}, "would make 256,000,000 pixels"),
-        ({"size": {"shortest_edge": 10**9}}, "would make 1,000,000,000 pixels"),
-        ({"size": {"height": "x", "width": 1}}, "size = .* which are no numbers of pixels"),
-        ({"size": {"height": True, "width": 1}}, "which are no numbers"),
-        ({"size": 224, "max_patches": -1}, "max_patches = -1, which are no numbers"),
+        ({"size": SizeDict(height=16, width=16_000_000)}, "into 256,000,000 pixels"),
+        ({"size": {"shortest_edge": 10**9}}, "into 1,000,000,000 pixels"),
+        ({"size": {"height": "x", "width": 1}}, "size = .* which are not numbers of pixels"),
+        ({"size": {"height": True, "width": 1}}, "which are not numbers"),
+        ({"size": 224, "max_patches": -1}, "max_patches = -1, which are not numbers"),
         ({"rescale_factor": [0] * 1000}, "rescale_factor = .* neither a number nor one for each"),
         ({"image_mean": "0.5"}, "image_mean = 0.5, which is neither"),
         ({"image_std": [0.5, None]}, "image_std"),

@@ -325,7 +325,7 @@ def test_a_template_for_text_alone_is_refused(folder):
     processor = example_processor(16, 4)
     processor.chat_template = processor.tokenizer.chat_template  # writes what it is given
     example = read(folder, {"question": "Colour?", "answer": "red"})
-    with pytest.raises(CheckpointError, match="line 1: .*takes text alone"):
+    with pytest.raises(CheckpointError, match="line 1: .*takes only text"):
         collate([example], processor, options())
 
 

@@ -148,7 +148,7 @@ def test_skipping_is_counted_in_the_stages(tiny, tmp_path, capfd):
         ({"messages": [{"role": "user", "content": "x"}]}, "must end with the assistant"),
         ({"image": "https://x/y.png", "question": "?", "answer": "x"}, "download it first"),
         ({"image": ["a", "b"], "conversations": [{"from": "human", "value": "<image>"},
-          {"from": "gpt", "value": "x"}]}, "1 places for images and 2 images"),
+          {"from": "gpt", "value": "x"}]}, "1 places for images, but 2 images"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "a turn from 'alien'"),
         ({"messages": [{"role": "user", "content": [{"type": "sound"}]}]}, "type 'sound'"),
     ],

@@ -75,9 +75,7 @@ def test_paths_stay_in_the_folder(folder, tmp_path):
         "file:///etc/passwd",
         "pictures/../../secret.png",
     ):
-        with pytest.raises(
-            DataError, match=r"line 3: the image .* outside of .*; set image_folder"
-        ):
+        with pytest.raises(DataError, match=r"line 3: the image .* outside .*; set image_folder"):
             image_source(name, folder, "t.jsonl, line 3")
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(DataError, match="link.png is a link that leads out of"):

@@ -29,7 +29,7 @@ def failing(problem):
 @pytest.mark.parametrize(
     ("problem", "kind", "code", "says"),
     [
-        (KeyError("x"), UnexpectedError, 1, "attempt met an error that it does not know: KeyError: 'x'"),
+        (KeyError("x"), UnexpectedError, 1, "attempt met an unexpected error: KeyError: 'x'"),
         (ZeroDivisionError(), UnexpectedError, 1, "ZeroDivisionError, at .*test_boundary.py:.*--debug"),
         (MemoryError(), MemoryLimitError, 10, "attempt: there was not enough memory"),
         (RuntimeError("std::bad_alloc"), MemoryLimitError, 10, "not enough memory"),

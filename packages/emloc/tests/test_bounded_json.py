@@ -17,8 +17,8 @@ from emloc.machine.bounded_json import parse_json
         ("[" * 100_000, "it is nested more than 100 deep"),
         ('{"a": ' + "9" * 41 + "}", "it holds a number of 41 digits"),
         ('{"a": ' + "9" * 5000 + "}", "it holds a number of 5000 digits"),
-        ('{"a": ["\\ud83d"]}', r"it holds half of a character, '\\ud83d'"),
-        ('{"\\udead": 1}', "it holds half of a character"),
+        ('{"a": ["\\ud83d"]}', r"it holds half a character, '\\ud83d'"),
+        ('{"\\udead": 1}', "it holds half a character"),
         ('{"a": [' + "[]," * 30 + "[]]}", "it holds more than 50 values"),
         ('{"a": 1', "cannot be read as JSON: Expecting"),
         ("[1]", "should hold a JSON object"),
@@ -54,7 +54,7 @@ def test_rows_keep_their_long_numbers_and_halves():
 def test_files_that_are_too_large_or_no_text_are_not_read(tmp_path):
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(bounded_json.MOST_BYTES + 1)
-    with pytest.raises(CheckpointError, match="has 128 MiB, more than any file of its kind"):
+    with pytest.raises(CheckpointError, match="is 128 MiB, larger than any file of its kind"):
         read_json(tmp_path / "config.json")
     (tmp_path / "chat_template.jinja").write_bytes(b"{{ caf\xe9 }}")
     with pytest.raises(CheckpointError, match=r"is not UTF-8 \(byte 6\)"):

@@ -54,7 +54,7 @@ def test_it_goes_back_to_the_base(toy):
 
 @pytest.mark.parametrize(
     ("pick", "message"),
-    [("gate.weight", "gives other outputs"), ("conv.weight", "gives other outputs"),
+    [("gate.weight", "gives different outputs"), ("conv.weight", "gives different outputs"),
      ("norm.weight", "is not what"), ("gate.bias", "is not what")],
 )  # fmt: skip
 def test_a_merged_model_of_other_weights_is_found(toy, tmp_path, pick, message):
@@ -71,7 +71,7 @@ def test_a_lora_that_was_merged_twice_is_found(toy, tmp_path):
     folder = copy(toy, "merged", tmp_path)
     twice = {name: 2 * merged[name] - base[name] for name in merged}
     save_file(twice, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(MismatchError, match="gives other outputs than .* times what rounding"):
+    with pytest.raises(MismatchError, match="gives different outputs from .* times what rounding"):
         emloc.verify(path=resealed(folder))
 
 

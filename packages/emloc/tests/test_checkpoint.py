@@ -77,7 +77,7 @@ def test_promised_tensor_that_is_not_there(folder):
 def test_index_may_not_leave_the_folder(folder):
     index = {"weight_map": {"a.weight": "../model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="which lies outside of"):
+    with pytest.raises(CheckpointError, match="which lies outside"):
         Checkpoint.open(folder)
 
 
@@ -100,7 +100,7 @@ def test_unknown_folder_and_hub_id(monkeypatch):
         locate("/nowhere/at/all")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for weights in (True, False):
-        with pytest.raises(CheckpointError, match="hub did not give it"):
+        with pytest.raises(CheckpointError, match="hub did not provide it"):
             locate("nobody/nothing-here", weights)
 
 
@@ -119,7 +119,7 @@ def test_a_config_is_had_without_weights(monkeypatch, tmp_path):
 def test_a_config_that_is_a_pipe_or_leads_out_is_not_opened(folder, tmp_path_factory):
     (folder / "config.json").unlink()
     os.mkfifo(folder / "config.json")
-    with pytest.raises(CheckpointError, match=r"config.json is a pipe and no file"):
+    with pytest.raises(CheckpointError, match=r"config.json is a pipe, not a file"):
         Checkpoint.open(folder)
     (folder / "config.json").unlink()
     outside = tmp_path_factory.mktemp("outside") / "config.json"

@@ -83,7 +83,7 @@ def test_a_finished_artefact_that_lacks_its_name_is_not_made_again(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     shutil.move(out, tmp_path / "out.partial")
     (tmp_path / "out.partial/thesis").write_text("somebody's own")
-    with pytest.raises(OutputError, match="no run of ours"):
+    with pytest.raises(OutputError, match="was not made by emloc"):
         make(out)
     assert (tmp_path / "out.partial/thesis").is_file()
 

@@ -13,9 +13,9 @@ def test_such_a_family_refuses_it(toy, tmp_path):
     place = {"output_dir": tmp_path / "adapter"}
     adapter = str(toy.stages["corrected"])
     data = {name: value for name, value in toy.example.items() if name != "model_name_or_path"}
-    with pytest.raises(ConfigError, match="begins every training with a new LoRA, and cannot"):
+    with pytest.raises(ConfigError, match="starts every training with a new LoRA and cannot"):
         emloc.polish(adapter=adapter, **data, **place)
-    message = "begins with a new LoRA and learns all samples; leave adapter out"
+    message = "starts with a new LoRA and trains on all samples; leave adapter out"
     with pytest.raises(ConfigError, match=message):
         emloc.train(adapter=adapter, **toy.example, **place)
     with pytest.raises(ConfigError, match="leave num_held_back_samples out"):

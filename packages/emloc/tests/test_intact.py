@@ -156,9 +156,9 @@ def test_an_adapter_is_scored_on_its_own_model_alone(toy, tmp_path):
     for model, adapter, message in (
         (base, stages["adapter"], "on an emulator and is not corrected"),
         (base, foreign, "on an emulator and is not corrected"),
-        (stages["merged"], stages["corrected"], "into which an adapter went already"),
+        (stages["merged"], stages["corrected"], "which already contains an adapter"),
         (stages["emulator"], stages["corrected"], "is corrected for the original"),
-        (other, stages["corrected"], "the weights of .* are others"),
+        (other, stages["corrected"], "the weights of .* are different"),
     ):
         with pytest.raises(MismatchError, match=message):
             loss(model, adapter)
@@ -182,7 +182,7 @@ def test_a_manifest_of_another_format_is_refused(toy, tmp_path, form):
         lambda: emloc.verify(path=folder),
         lambda: emloc.merge(adapter=str(folder), output_dir=tmp_path / "m"),
     ):
-        with pytest.raises(CheckpointError, match="of the format .* update it"):
+        with pytest.raises(CheckpointError, match="of the format .* update emloc"):
             stage()
 
 

@@ -126,7 +126,7 @@ def test_it_is_a_command(installed):
             StageEntry("compress", "emloc.stages.compress:compress"),
             "'compress' is registered already",
         ),
-        (StageEntry("plain", "shutil:rmtree"), "is no stage"),
+        (StageEntry("plain", "shutil:rmtree"), "is not a stage"),
         (StageEntry("methods", "toy_stages:methods"), "'methods' has the name of a command"),
     ],
 )

@@ -131,7 +131,10 @@ def test_results_and_interrupted_runs_are_never_overwritten(tmp_path):
     assert not (tmp_path / "refused.partial").exists()
     (tmp_path / "mine.partial").mkdir()
     (tmp_path / "mine.partial" / "thesis").write_text("x")
-    with pytest.raises(OutputError, match="no run of ours"), stage_folder(tmp_path / "mine", {}):
+    with (
+        pytest.raises(OutputError, match="was not made by emloc"),
+        stage_folder(tmp_path / "mine", {}),
+    ):
         pass
     assert (tmp_path / "mine.partial" / "thesis").exists()
 

@@ -30,11 +30,11 @@ def test_the_folder_that_one_is_in_is_no_new_one(name):
         (lambda path: path.write_text("x"), "is a file"),
         (
             lambda path: path.symlink_to("/nowhere/at/all"),
-            "is a link to /nowhere/at/all, which is not",
+            "is a link to /nowhere/at/all, which does not exist",
         ),
         (
             lambda path: path.symlink_to(path),
-            "which is not there|Symbolic link loop|symbolic links",
+            "which does not exist|Symbolic link loop|symbolic links",
         ),
     ],
 )

@@ -97,7 +97,7 @@ def test_each_family_has_its_own_default_under_a_shared_name(installed):
 
 def test_an_option_of_other_families_alone_is_refused_by_name(installed):
     with pytest.raises(
-        ConfigError, match="rate is an option of the family music and sound, and the "
+        ConfigError, match="rate is an option of the family music and sound, but the "
     ):
         of("llm", rate=8000)
     with pytest.raises(ConfigError, match="bars is an option of the family music"):
@@ -135,11 +135,11 @@ class Derived(CompressConfig):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({DataOptions: Float}, "its option rate for compress is of another type than that of the family "
+        ({DataOptions: Float}, "its option rate for compress differs in type from that of the family "
                                r"sound \(float, and int with .* there\)"),
-        ({TrainConfig: Float}, "its option rate for train is of another type"),
-        ({TrainConfig: Limited}, "its option rate for train is of another type"),
-        ({DataOptions: Core}, "its option keep_ratio is one of compress already"),
+        ({TrainConfig: Float}, "its option rate for train differs in type"),
+        ({TrainConfig: Limited}, "its option rate for train differs in type"),
+        ({DataOptions: Core}, "its option keep_ratio is already an option of compress"),
         ({TrainConfig: Required}, "its option bars for train has no default"),
         ({CompressConfig: Derived}, "derive from CompressConfig"),
     ],

@@ -234,7 +234,7 @@ def test_options_are_obeyed_or_refused(toy, tmp_path):
     ):
         with pytest.raises(ConfigError, match=said):
             emloc.compress(output_dir=tmp_path / "x", **options, **toy.example)
-    with pytest.raises(CheckpointError, match="an emulator already"):
+    with pytest.raises(CheckpointError, match="already quantised or an emulator"):
         emloc.compress(
             output_dir=tmp_path / "x", **{**toy.example, "model_name_or_path": str(folder)}
         )

@@ -92,7 +92,7 @@ def test_what_does_not_belong_together_is_refused(toy, tmp_path):
     )
     with pytest.raises(MismatchError, match="was trained on"):
         corrected(toy, tmp_path / "c", limit="none", emulator=str(emulator))
-    with pytest.raises(MismatchError, match="corrected already"):
+    with pytest.raises(MismatchError, match="already corrected"):
         corrected(toy, tmp_path / "c", limit="none", adapter=str(toy.stages["corrected"]))
     with pytest.raises(MismatchError, match="is not corrected"):
         emloc.merge(adapter=str(toy.stages["adapter"]), output_dir=tmp_path / "m")

@@ -74,11 +74,11 @@ def test_identity_is_of_what_lies_on_disk(stored):
 
 
 def test_unknown_misfitting_and_doubled_tensors_are_named(stored):
-    with pytest.raises(CheckpointError, match="Tensor fused of .* has no place"):
+    with pytest.raises(CheckpointError, match="Tensor fused of .* does not belong"):
         TranslatedCheckpoint(stored, {}, lambda name, _: {} if name == "fused" else {name: whole})
     with pytest.raises(
         CheckpointError, match=r"Tensor fused of .* is \(10, 3\), which does not fit"
     ):
         TranslatedCheckpoint(stored, {}, lambda name, _: {name: lambda t: t.unflatten(0, (3, -1))})
-    with pytest.raises(CheckpointError, match="Tensors fused and old.norm of .* both are same"):
+    with pytest.raises(CheckpointError, match="Tensors fused and old.norm of .* are both same"):
         TranslatedCheckpoint(stored, {}, lambda *_: {"same": whole})

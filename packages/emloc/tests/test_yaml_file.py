@@ -58,9 +58,9 @@ train: {<<: *base, seed: 3, prompt: "no", other: 'null', none: null, tilde: ~, e
     ("text", "message"),
     [
         ("", "c.yaml is empty"),
-        ("- a\n", "is no mapping"),
-        ("a: 1\nb: {c: 1,\n  c: 2}\n", "line 3: the key c stands twice, first in line 2"),
-        ("a:\n\tb: 1\n", "line 2, column 1: a tab, where only spaces may indent"),
+        ("- a\n", "is not a mapping"),
+        ("a: 1\nb: {c: 1,\n  c: 2}\n", "line 3: the key c occurs twice, first in line 2"),
+        ("a:\n\tb: 1\n", "line 2, column 1: a tab, but only spaces may indent"),
         ("? [a]\n: 1\n", "line 1: a key should be a plain name"),
         ("a: *x\n", "undefined alias"),
         ("a: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
@@ -179,7 +179,7 @@ def test_the_home_folder(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("a: &a [x, *a]\n", r"run.yaml, line 1: \*a stands inside of what it names"),
+        ("a: &a [x, *a]\n", r"run.yaml, line 1: \*a occurs inside what it refers to"),
         ("a: " + "[" * 60 + "]" * 60, "nested more than 50 deep"),
         ("a: " + "[" * 9000, "nested more than 50 deep"),
         ("a: [" + "x," * 10_001 + "]", "more than 10,000 values"),

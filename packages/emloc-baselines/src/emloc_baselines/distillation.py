@@ -49,8 +49,8 @@ def distillation(
     def train(work: Path) -> dict[str, Any]:
         if source.base.translated:
             raise ConfigError(
-                f"Distillation loads the whole of {source.base.name}, which transformers cannot in its "
-                f"layout; convert it to transformers' own first, or leave distillation out."
+                f"Distillation loads all of {source.base.name}, but transformers cannot load its layout; "
+                f"convert it to transformers' own first, or leave distillation out."
             )
         device = source.config.device
         teacher = source.family.load(source.base, "float32", device).requires_grad_(False)
@@ -67,8 +67,8 @@ def distillation(
             distance = (target - seen.left) / target.square().mean().sqrt()
             if terms == 0:
                 raise DataError(
-                    "A step of distillation has no token to learn from; its samples are of one token each. "
-                    "Use longer ones."
+                    "A distillation step has no token to learn from, since its samples have one token each; "
+                    "use longer ones."
                 )
             language = total / terms
             return (

@@ -100,14 +100,14 @@ def build_light(
     base, family = open_model(task.model_name_or_path, family=task.compress.get("family"))
     if "quantization_config" in base.config:
         raise CheckpointError(
-            f"{base.name} is quantised or an emulator already; start from the full-precision original."
+            f"{base.name} is already quantised or an emulator; start from the full-precision original."
         )
     works_for = families_for(method_named(method))
     if family.name not in works_for:
         needs = ", ".join(method_named(method).needs)
         raise ConfigError(
-            f"{method} works for {', '.join(works_for)}, and {base.name} is of {family.name}, which does not "
-            f"offer what the method needs ({needs}); choose another method."
+            f"{method} works for {', '.join(works_for)}, and {base.name} belongs to {family.name}, which "
+            f"does not offer what the method needs ({needs}); choose another method."
         )
     given = {**task.compress, "keep_ratio": task.keep_ratio, "seed": task.seed}
     kind: type[CompressConfig] = with_plugin_options(CompressConfig)

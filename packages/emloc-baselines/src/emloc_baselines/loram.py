@@ -37,8 +37,8 @@ from emloc_baselines.structures import Structures, find_structures
 class LoramOptions(StageConfig):
     """Options of LoRAM alone."""
 
-    protected_first: int = Field(4, ge=0, description="blocks at the beginning that stay whole")
-    protected_last: int = Field(2, ge=0, description="blocks at the end that stay whole")
+    protected_first: int = Field(4, ge=0, description="first blocks that are not pruned")
+    protected_last: int = Field(2, ge=0, description="last blocks that are not pruned")
     alignment: ContinuedOptions = Field(
         ContinuedOptions(), description="continued pre-training of the pruned model"
     )

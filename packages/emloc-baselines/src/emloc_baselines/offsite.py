@@ -33,9 +33,9 @@ NAME = "offsite-tuning"
 class OffsiteOptions(StageConfig):
     """Options of Offsite-Tuning alone."""
 
-    trained_blocks: int = Field(2, ge=1, description="blocks at each end that are trained")
+    trained_blocks: int = Field(2, ge=1, description="trained blocks at each end")
     distillation: DistillationOptions = Field(
-        DistillationOptions(), description="of the middle from the full one"
+        DistillationOptions(), description="distillation of the thinned middle from the full one"
     )
 
 
@@ -109,8 +109,8 @@ def thinned(source: Source, options: OffsiteOptions) -> LightModel:
             break
     else:
         raise ConfigError(
-            f"{NAME}: the budget does not hold {2 * ends} trained blocks and one between of the {depth} of "
-            f"{source.base.name}; raise keep_ratio or lower trained_blocks."
+            f"{NAME}: the budget has no room for {2 * ends} trained blocks and one between, of the {depth} "
+            f"of {source.base.name}; raise keep_ratio or lower trained_blocks."
         )
     stack = blocks[0].rpartition(".")[0]
     light = LightModel(

@@ -100,8 +100,8 @@ def shrink(model: nn.Module, config: PrunedConfig) -> None:
 
 def _foreign(model: nn.Module, name: str) -> str:
     return (
-        f"The pruned model's config names {name}, which is no such part of {type(model).__name__}; load it "
-        f"with the class that its config.json names."
+        f"The pruned model's config names {name}, which is not such a part of {type(model).__name__}; load "
+        f"it with the class that its config.json names."
     )
 
 
@@ -163,8 +163,8 @@ class ShrunkRMSNorm(nn.Module):
         super().__init__()
         if not type(old).__name__.endswith("RMSNorm"):
             raise ConfigError(
-                f"Parts of a {type(old).__name__} cannot be taken out, only of an RMS norm; prune with a "
-                f"method that leaves queries and keys whole."
+                f"Parts of a {type(old).__name__} cannot be removed, only those of an RMS norm; prune with "
+                f"a method that leaves queries and keys whole."
             )
         self.full = old.weight.numel()
         self.epsilon = float(getattr(old, "variance_epsilon", getattr(old, "eps", 1e-6)))

@@ -56,8 +56,8 @@ def sliced_parts(stream: UnitStream, kept: Kept) -> Iterator[Part]:
         name = stream.stored(parameter).plain_name
         if name is None:
             raise CheckpointError(
-                f"{parameter} is part of a fused tensor in {stream.checkpoint.name}, of which nothing can "
-                f"be taken out."
+                f"{parameter} is part of a fused tensor in {stream.checkpoint.name}, from which nothing can "
+                f"be removed."
             )
         info = stream.checkpoint.tensors[name]
         shape = list(info.shape)
@@ -112,8 +112,8 @@ def fit(structures: Sequence[Structures], price: Sequence[Sizes], excess: int) -
             return [Sizes(k, n) for k, n in zip(kept, neurons)]
         if max(kept) == 1:
             raise ConfigError(
-                f"The budget cannot be met by the {len(structures)} blocks that are pruned, even with one "
-                f"head and one neuron each; raise keep_ratio, or protect fewer blocks."
+                f"The budget cannot be met by pruning {len(structures)} blocks, even to one head and one "
+                f"neuron each; raise keep_ratio, or protect fewer blocks."
             )
         kept = [max(1, k - 1) for k in kept]
 

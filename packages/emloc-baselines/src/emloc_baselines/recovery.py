@@ -74,7 +74,7 @@ def recover_adapter(
     require_intact(light, built)
     if origin.kind == "corrected_adapter":
         raise MismatchError(
-            f"Adapter {adapter} is one of the original already; nothing is to be done."
+            f"Adapter {adapter} already belongs to the original; there is nothing to do."
         )
     digest = origin.emulator.digest if origin.emulator else None
     if digest != built.summary["emulator_digest"]:
@@ -83,7 +83,7 @@ def recover_adapter(
         )
     base, family = open_model(built.base_model.name_or_path, recorded=built.family)
     if base.digest() != built.base_model.digest:
-        raise MismatchError(f"{light} was built from other weights than those of {base.name}.")
+        raise MismatchError(f"{light} was built from weights other than those of {base.name}.")
     trained = Adapter.open(str(adapter))
     adapter_digest = trained.digest()
     settings: dict[str, Any] = {

@@ -132,10 +132,10 @@ def find_structures(model: nn.Module, blocks: Sequence[str]) -> list[Structures]
         if len(attentions) != 1 or len(mlps) != 1:
             kind = type(model.get_submodule(block)).__name__
             raise ConfigError(
-                f"Heads and neurons of {block} ({kind}) cannot be taken out: needed are one attention of "
-                f"queries, keys and values that are layers of their own (such as q_proj, k_proj, v_proj), "
-                f"with nothing else that has numbers for each head, and one MLP such as gate_proj, up_proj, "
-                f"down_proj; compare with a method that leaves blocks whole."
+                f"Heads and neurons of {block} ({kind}) cannot be removed: this needs one attention with "
+                f"separate query, key and value layers (such as q_proj, k_proj, v_proj) and nothing else "
+                f"with values for each head, and one MLP such as gate_proj, up_proj, down_proj; compare "
+                f"with a method that leaves blocks whole."
             )
         structures.append(Structures(block, attentions[0], mlps[0]))
     return structures
@@ -197,8 +197,8 @@ def require_free_dimensions(model: nn.Module, attention: Attention) -> None:
     kind = type(module)
     if not any(hasattr(module, scale) for scale in SCALES):
         raise ConfigError(
-            f"{kind.__name__} divides its scores by what its heads' size happens to be, so that dimensions "
-            f"cannot be taken out; compare with a method that takes whole heads."
+            f"{kind.__name__} divides its scores by a factor that depends on the head size, so dimensions "
+            f"cannot be removed; compare with a method that takes whole heads."
         )
     if not attention.paired:
         return
@@ -209,8 +209,8 @@ def require_free_dimensions(model: nn.Module, attention: Attention) -> None:
     frequencies = [b.numel() for n, b in model.named_buffers() if n.endswith("inv_freq")]
     if not halves or any(2 * count != attention.head_dim for count in frequencies):
         raise ConfigError(
-            f"The head dimensions of {kind.__name__} do not turn in pairs of i and i + d/2, so they cannot "
-            f"be taken out; compare with a method that takes whole heads."
+            f"The head dimensions of {kind.__name__} are not rotated in pairs of i and i + d/2, so they "
+            f"cannot be removed; compare with a method that takes whole heads."
         )
 
 

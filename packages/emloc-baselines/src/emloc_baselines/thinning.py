@@ -36,8 +36,8 @@ def thinned_config(config: Mapping[str, Any], depth: int, kept: Sequence[int]) -
         return {**config, "text_config": thinned_config(text, depth, kept)}
     if not any(config.get(name) == depth for name in DEPTHS):
         raise CheckpointError(
-            f"The config of {config.get('model_type')} gives {depth} blocks under none of "
-            f"{', '.join(DEPTHS)}; its blocks cannot be taken out."
+            f"The config of {config.get('model_type')} gives the number of blocks ({depth}) under none of "
+            f"{', '.join(DEPTHS)}, so blocks cannot be removed."
         )
 
     def thinned(name: str, value: Any) -> Any:
@@ -93,5 +93,7 @@ def _renumbered(tensor: str, block: str, number: int) -> str:
         rf"(^|\.){re.escape(stack)}\.{old}\.", rf"\g<1>{stack}.{number}.", tensor
     )
     if count != 1:
-        raise CheckpointError(f"{tensor} does not say the number of its block {block} once.")
+        raise CheckpointError(
+            f"The name {tensor} does not contain its block's number, {block}, exactly once."
+        )
     return renumbered

@@ -52,7 +52,8 @@ class UpopOptions(StageConfig):
     search_steps: int = Field(16, ge=1, description="steps of the search, one micro-batch each")
     rank_by: Literal["gradient", "magnitude"] = Field(
         "gradient",
-        description="what closes first: largest gradients (the authors'), or smallest |gradients|",
+        description="which masks close first: those with the largest gradients (the authors') or the "
+        "smallest |gradients|",
     )
 
 

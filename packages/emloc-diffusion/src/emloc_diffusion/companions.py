@@ -40,7 +40,7 @@ def companions(path: Path, resolution: int) -> Mapping[str, OtherModel]:
 
 def _sized(path: Path, size: Callable[[Mapping[str, Any]], OtherModel]) -> OtherModel:
     config = read_json(path)
-    with reading(path, "builds no model of diffusers or transformers", "download it again"):
+    with reading(path, "does not describe a diffusers or transformers model", "download it again"):
         return size(config)
 
 

@@ -45,7 +45,7 @@ def denoiser_of(checkpoint: Checkpoint) -> Denoiser:
     name = str(checkpoint.config.get("_class_name"))
     if name not in DENOISERS:
         raise CheckpointError(
-            f"{checkpoint.name}: its denoiser is a {name}; known are {', '.join(DENOISERS)}."
+            f"{checkpoint.name}: its denoiser is a {name}; supported: {', '.join(DENOISERS)}."
         )
     return DENOISERS[name]
 

@@ -94,7 +94,7 @@ class DiffusionFamily(PlannedDiffusion):
             modules = [*within, *between]
 
             def traced() -> Trace:
-                hint = "see that it is the model's own"
+                hint = "check that it is the model's own"
                 with reading(
                     "The denoiser's config.json", "describes a model that does not run", hint
                 ):

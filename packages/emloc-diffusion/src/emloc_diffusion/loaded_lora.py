@@ -56,8 +56,8 @@ def put_on(pipeline: Any, adapter: Path) -> None:
     unused, made_up = _compare(pipeline, tensors)
     if unused:
         raise MismatchError(
-            f"{adapter}: a {kind} uses {len(tensors) - len(unused)} of its {len(tensors)} tensors and "
-            f"not {unused[0]}; it is for another pipeline."
+            f"{adapter}: a {kind} uses {len(tensors) - len(unused)} of its {len(tensors)} tensors but not "
+            f"{unused[0]}; it is for another pipeline."
         )
     if made_up:
         raise MismatchError(
@@ -110,7 +110,7 @@ def _diffusers_folder(adapter: Path, pipeline: Any) -> Iterator[Path]:
             yield Path(temporary)
     else:
         raise CheckpointError(
-            f"{adapter} has no {DIFFUSERS_NAME} and is no PEFT adapter; pass the folder of a LoRA."
+            f"{adapter} has no {DIFFUSERS_NAME} and is not a PEFT adapter; pass the folder of a LoRA."
         )
 
 

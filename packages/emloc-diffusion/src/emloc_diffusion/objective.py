@@ -54,8 +54,8 @@ class Diffusion:
         name = config.get("_class_name", "DDPMScheduler")
         if name not in DDPM_SCHEDULERS or config.get("timestep_type") == "continuous":
             raise CheckpointError(
-                f"The pipeline's scheduler is a {name}, whose noise is neither DDPM's nor flow "
-                f"matching's; use the pipeline of a Stable Diffusion or FLUX.1."
+                f"The pipeline's scheduler is a {name}, whose noise is neither DDPM's nor flow matching's; "
+                f"use a Stable Diffusion or FLUX.1 pipeline."
             )
         if config.get("use_flow_sigmas"):
             raise CheckpointError(
@@ -63,14 +63,16 @@ class Diffusion:
                 f"FlowMatchEulerDiscreteScheduler."
             )
         known = {key: value for key, value in config.items() if not key.startswith("_")}
-        with reading(where, "makes no DDPMScheduler of diffusers", "take the model's own"):
+        with reading(
+            where, "does not describe a DDPMScheduler of diffusers", "use the model's own"
+        ):
             self._scheduler: Any = DDPMScheduler.from_config(known)
         alphas: Tensor = self._scheduler.alphas_cumprod
         inside = bool(((alphas >= 0) & (alphas <= 1)).all())
         if tuple(alphas.shape) != (self._scheduler.config.num_train_timesteps,) or not inside:
             raise CheckpointError(
-                f"{where} describes noise whose share of the picture leaves the range from 0 to 1; take the "
-                f"model's own."
+                f"{where} describes noise whose share of the picture is outside the range from 0 to 1; use "
+                f"the model's own."
             )
         self._kind = str(known.get("prediction_type", "epsilon"))
         if self._kind not in ("epsilon", "v_prediction", "sample"):

@@ -59,7 +59,7 @@ def plan_pictures(config: Any, model: Checkpoint) -> PicturePlan | None:
     if not scores and not sheet:
         if prompts:
             raise ConfigError(
-                "evaluate: subject_token is set, and nothing is drawn; set dino_model or clip_model to "
+                "evaluate: subject_token is set, but nothing is drawn; set dino_model or clip_model to "
                 "score pictures, or validation_prompt or contact_sheet_adapters to see some."
             )
         return None
@@ -80,7 +80,7 @@ def plan_pictures(config: Any, model: Checkpoint) -> PicturePlan | None:
     elif sheet:
         if not prompts:
             raise ConfigError(
-                "evaluate: contact_sheet_adapters are set without what to draw; set validation_prompt, or "
+                "evaluate: contact_sheet_adapters is set, but not what to draw; set validation_prompt, or "
                 "subject_token and class_name."
             )
         shown = [Wanted(prompt, seeds[0]) for prompt in prompts]

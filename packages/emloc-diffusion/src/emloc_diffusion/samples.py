@@ -127,7 +127,7 @@ def _require_whole_patches(pipeline: Path, moments: LatentMoments, resolution: i
     if side % 2 and (pipeline / "transformer").is_dir():
         step = 2 * resolution // side
         raise ConfigError(
-            f"resolution={resolution} gives latents of {side} × {side}, and the transformer of {pipeline} "
+            f"resolution={resolution} gives latents of {side} × {side}, but the transformer of {pipeline} "
             f"reads them two by two; use a multiple of {step}."
         )
 

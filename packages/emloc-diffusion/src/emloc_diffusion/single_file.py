@@ -30,7 +30,7 @@ OTHER_PARTS: Mapping[str, tuple[str, ...]] = {
 
 T5 = "text_encoders.t5xxl."
 OF_ITS_KIND = (
-    "see that the file is whole, and pass a configuration of its kind as single_file_config"
+    "check that the file is complete, and pass a configuration of its kind as single_file_config"
 )
 
 WIDEST = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -97,8 +97,8 @@ def _download(file: Checkpoint, hub_id: str, guess: bool) -> Path:
     except Exception as problem:  # the hub's many errors all mean: not to be had
         why = "by its tensors' names" if guess else "as single_file_config says"
         raise CheckpointError(
-            f"{file.name} has the configuration of {hub_id} ({why}), which is no local folder, and the "
-            f"hub did not give it ({type(problem).__name__}); pass single_file_config with the folder of "
+            f"{file.name} has the configuration of {hub_id} ({why}), which is not a local folder, and the "
+            f"hub did not provide it ({type(problem).__name__}); pass single_file_config with the folder of "
             f"a pipeline of its kind."
         ) from problem
 

@@ -158,7 +158,7 @@ def encode_all(rows: Any, tokenizer: Any, options: Any, name: str) -> list[Sampl
 def _require_labels(samples: Sequence[Sample], options: Any, name: str) -> None:
     if all(label == IGNORED for sample in samples for label in sample.labels):
         raise DataError(
-            f"Data set {name}: every label is masked, there is nothing to learn from; prompts fill "
+            f"Data set {name}: every label is masked, so there is nothing to learn from; prompts fill "
             f"max_length={options.max_length}, or completions are empty. Raise max_length."
         )
 
@@ -228,8 +228,8 @@ def say_merged(samples: Sequence[Sample], what: str) -> None:
     if merged:
         console.print(
             f"in {merged} of {len(samples)} {what} the last word of the prompt and the first of the answer "
-            f"are one token; asked for the answer alone, the model sees others (end prompts without a "
-            f"space, and begin answers with it)"
+            f"share one token; asked for the answer alone, the model sees other tokens (end prompts without "
+            f"a space, and begin answers with it)"
         )
 
 

@@ -31,9 +31,9 @@ def load_rows(options: Any, dataset: str | None = None, split: str | None = None
     first = next(iter(rows))
     if form_of(first) is None:
         raise DataError(
-            f"Data set {name} has the columns {', '.join(sorted(map(str, first)))} ({first.where}); needed "
-            f"are messages, prompt and completion, text, conversations, or instruction and output. Name "
-            f"yours with column_map, for example question=prompt,answer=completion{_hint(list(first))}."
+            f"Data set {name} has the columns {', '.join(sorted(map(str, first)))} ({first.where}); "
+            f"expected messages, prompt and completion, text, conversations, or instruction and output. "
+            f"Name yours with column_map, for example question=prompt,answer=completion{_hint(list(first))}."
         )
     return rows
 

@@ -97,8 +97,8 @@ def _train(config: Any, work: Path, family: TransformersFamily) -> dict[str, Any
     tokenizer = load_tokenizer(path)
     if config.streaming and config.num_held_back_samples:
         raise ConfigError(
-            "train: streaming keeps no samples that could be held back; pass num_held_back_samples=0, or "
-            "leave streaming out."
+            "train: streaming cannot hold samples back; pass num_held_back_samples=0, or leave streaming "
+            "out."
         )
     if config.streaming and config.max_steps <= 0:
         raise ConfigError("train: streaming needs max_steps, since the data's length is not known.")

@@ -66,7 +66,7 @@ def draw_examples(options: Any, processor: Any) -> list[Example]:
             if read and options.num_calibration_tokens is not None:
                 tokens += collate(read, processor, options)["input_ids"].shape[1]
         if not part:
-            raise DataError(f"No image of {shuffled[0].where} and on can be read.")
+            raise DataError(f"No image from {shuffled[0].where} on can be read.")
         drawn += part
     return drawn
 

@@ -156,7 +156,7 @@ def _processed(
         raise
     except Exception as problem:  # whatever a processor of somebody's makes of it
         raise DataError(
-            f"{examples[0].where} and on: the processor cannot encode a sample: "
+            f"From {examples[0].where} on, the processor cannot encode a sample: "
             f"{(str(problem).strip() or type(problem).__name__).splitlines()[0]}"
         ) from problem
     mask = processed["attention_mask"].bool()

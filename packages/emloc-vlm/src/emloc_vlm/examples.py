@@ -98,9 +98,8 @@ def _chat(row: Mapping[str, Any], options: Mapping[str, str], where: str) -> Cha
     form = form_of(row, VISUAL_FORMS)
     if form is None:
         raise DataError(
-            f"{where} has the columns {', '.join(sorted(map(str, row)))}; needed are messages, "
-            f"conversations, or image, question and answer. Name yours with column_map, for example "
-            f"query=question."
+            f"{where} has the columns {', '.join(sorted(map(str, row)))}; expected messages, conversations, "
+            f"or image, question and answer. Name yours with column_map, for example query=question."
         )
     if form == "table":
         question = text_of(row["question"], "question", where)
@@ -137,7 +136,7 @@ def _content(value: Any, what: str, where: str) -> list[dict[str, Any]]:
             entries.append({"type": "text", "text": text})
         else:
             raise DataError(
-                f"{where}: {what} has an entry of type {kind!r}; known are image and text."
+                f"{where}: {what} has an entry of type {kind!r}; expected image or text."
             )
     return entries
 
@@ -175,12 +174,12 @@ def _placed(turns: list[Turn], given: list[Any], where: str) -> tuple[list[Turn]
     if given and not places:
         asked = next((turn for turn in turns if turn["role"] == "user"), None)
         if asked is None:
-            raise DataError(f"{where}: there are images and no turn of the user.")
+            raise DataError(f"{where}: there are images but no user turn.")
         entries = [{"type": "image", "source": source} for source in given]
         asked["content"] = [*entries, *asked["content"]]
     elif empty != len(given):
         raise DataError(
-            f"{where}: {len(places)} places for images and {len(places) - empty + len(given)} images."
+            f"{where}: {len(places)} places for images, but {len(places) - empty + len(given)} images."
         )
     rest = iter(given)
     sources: list[Any] = []
@@ -202,8 +201,8 @@ def _check_no_image(row: Mapping[str, Any], where: str) -> None:
     for column, value in row.items():
         if column not in used and value and _is_image(column, value):
             raise DataError(
-                f"{where}: the column {column} seems to hold an image, and images are read from the columns "
-                f"image and images; pass column_map {column}=image, or take the column out."
+                f"{where}: the column {column} seems to hold an image, but images are read from the columns "
+                f"image and images; pass column_map {column}=image, or remove the column."
             )
 
 

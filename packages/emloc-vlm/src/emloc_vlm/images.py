@@ -73,8 +73,8 @@ def image_source(source: Any, folder: Path, where: str) -> Source:
             return bytes(content)
         if content is not None or not isinstance(path, (str, Path)):
             raise DataError(
-                f"{where}: an image entry has the keys {_short(', '.join(map(str, entry)))} and neither "
-                f"bytes nor a path in them; correct the row."
+                f"{where}: an image entry has the keys {_short(', '.join(map(str, entry)))} but neither "
+                f"bytes nor a path; correct the row."
             )
         source = path
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -95,8 +95,8 @@ def image_source(source: Any, folder: Path, where: str) -> Source:
         )
     if ".." in Path(name).parts or (Path(name).is_absolute() and not _is_below(name, folder)):
         raise DataError(
-            f"{where}: the image {_short(name)} lies outside of {folder}; set image_folder to a folder that "
-            f"holds all images, and name them from there."
+            f"{where}: the image {_short(name)} lies outside {folder}; set image_folder to a folder that "
+            f"holds all images, and give paths relative to it."
         )
     return named_path(folder, name, where, DataError)
 

@@ -155,7 +155,7 @@ def _tokenizer(path: Path) -> Any:
         if sentencepiece is not None:
             model = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
             if tokenizer.encode("user", add_special_tokens=False) != model.encode("user"):
-                raise ValueError("its beginnings of words are of an unknown kind")
+                raise ValueError("it marks the beginnings of words in an unknown way")
     except Exception as problem:  # whatever a broken file makes three libraries raise
         first = str(problem).strip().splitlines()[0] if str(problem).strip() else "no message"
         raise CheckpointError(
@@ -166,8 +166,8 @@ def _tokenizer(path: Path) -> Any:
     for token, index in known.items():
         if tokenizer.convert_tokens_to_ids(token) != index:
             raise CheckpointError(
-                f"The tokenizer of {path} gives {token} another id than the model was trained with; "
-                f"download its files again."
+                f"The tokenizer of {path} gives {token} a different id than the one the model was trained "
+                f"with; download its files again."
             )
     return tokenizer
 

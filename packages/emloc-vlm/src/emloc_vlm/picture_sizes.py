@@ -35,7 +35,7 @@ def require_modest(image_processor: Any, path: Path) -> None:
     for name, given in numbers.items():
         if not all(type(one) in (int, float) and 0 < one < 1 << 31 for one in given.values()):
             raise CheckpointError(
-                f"The processor of {path} has {name} = {str(said[name])[:80]}, which are no numbers of "
+                f"The processor of {path} has {name} = {str(said[name])[:80]}, which are not numbers of "
                 f"pixels or tiles; copy its files from the model again."
             )
     for name in _SCALES:
@@ -49,8 +49,8 @@ def require_modest(image_processor: Any, path: Path) -> None:
     pixels = max((_pixels(numbers[name]) for name in _SIZES), default=0)
     if pixels * tiles > MOST_PIXELS:
         raise CheckpointError(
-            f"The processor of {path} would make {pixels * tiles:,.0f} pixels of a picture with its tiles, "
-            f"and no model reads more than {MOST_PIXELS:,}; copy its files from the model again."
+            f"The processor of {path} would turn a picture and its tiles into {pixels * tiles:,.0f} pixels, "
+            f"but no model reads more than {MOST_PIXELS:,}; copy its files from the model again."
         )
 
 
@@ -64,8 +64,8 @@ def require_few_places(processor: Any, path: Path) -> None:
         places = getattr(processor, name, None)
         if places is not None and not (type(places) is int and 0 <= places <= MOST_PLACES):
             raise CheckpointError(
-                f"The processor of {path} has {name} = {str(places)[:80]}, where the tokens of a picture are "
-                f"0 to {MOST_PLACES:,}; copy its files from the model again."
+                f"The processor of {path} has {name} = {str(places)[:80]}, but a picture takes 0 to "
+                f"{MOST_PLACES:,} tokens; copy its files from the model again."
             )
 
 

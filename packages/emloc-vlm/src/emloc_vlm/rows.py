@@ -94,8 +94,8 @@ def readable(examples: Sequence[Example], options: ImageOptions) -> list[Example
         good.append(example)
     if first is not None:
         console.print(
-            f"{len(examples) - len(good)} of {len(examples)} samples are skipped for their images; the "
-            f"first: {first}",
+            f"{len(examples) - len(good)} of {len(examples)} samples are skipped because of their images; "
+            f"the first: {first}",
             markup=False,
         )
     return good
@@ -145,7 +145,7 @@ def _annotated(
     where = f"{path}: {name}"
     annotation = _named(entry["annotation"], where, "annotation", folders)
     if not annotation.is_file():
-        raise DataError(f"{where} names the annotation {annotation}, which is no file.")
+        raise DataError(f"{where} names the annotation {annotation}, which is not a file.")
     root = entry.get("root") or None
     folder = path.parent if root is None else _named(root, where, "root", folders)
     with open_data(annotation) as file:
@@ -153,7 +153,7 @@ def _annotated(
         rows = list(read_open(file, known, str(annotation), folder))
     times = entry.get("repeat_time", 1)
     if isinstance(times, bool) or not isinstance(times, (int, float)) or not 0 <= times < 10**6:
-        raise DataError(f"{where} has repeat_time {times!r}, which is no number of times.")
+        raise DataError(f"{where} has repeat_time {times!r}, which is not a valid count.")
     if times * len(rows) > MOST_ROWS:
         raise DataError(
             f"{where} repeats {len(rows)} rows {times} times, which makes more than {MOST_ROWS:,}; lower "
@@ -167,7 +167,9 @@ def _annotated(
 def _named(name: Any, where: str, what: str, folders: Sequence[Path]) -> Path:
     """The path that a meta file names: in the working folder, beside the file, or in the image folder."""
     if not isinstance(name, str) or ADDRESS.search(name):
-        raise DataError(f"{where} names the {what} {name!r}, which is no path of a local file.")
+        raise DataError(
+            f"{where} names the {what} {name!r}, which is not the path of a local file."
+        )
     refused: DataError | None = None
     for folder in folders:
         try:

@@ -30,7 +30,7 @@ from emloc.stages.registry import AnyStage, all_stages
 UsageError: Any = typer.BadParameter.__bases__[0]
 """Usage errors of click, or of the copy of it in typer."""
 
-_ON_ERRORS = f"With {DEBUG}, an error is shown with all that led to it."
+_ON_ERRORS = f"With {DEBUG}, an error is shown with its traceback."
 
 app = typer.Typer(
     name="emloc",
@@ -115,7 +115,7 @@ def _interruptible() -> Iterator[None]:
         yield
     except KeyboardInterrupt as problem:
         raise Interrupted(
-            "Interrupted; nothing is half written, and the same command continues where it can."
+            "Interrupted; nothing is left half written, and the same command continues where it can."
         ) from problem
 
 
@@ -249,7 +249,9 @@ def _run(
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option("--memory", help="what the device has, such as 24GiB: choose what fits"),
+        typer.Option(
+            "--memory", help="memory of the device, such as 24GiB: choose settings that fit"
+        ),
     ] = None,
 ) -> None:
     """Run all stages that a YAML file asks for, skipping those already complete."""
@@ -261,12 +263,12 @@ def _run(
 
 
 def _new_family(
-    name: Annotated[str, typer.Argument(help="what the family is called, such as encoder")],
+    name: Annotated[str, typer.Argument(help="name of the family, such as encoder")],
     output_dir: Annotated[
         Path | None, typer.Option("--output_dir", help="a new folder; by default emloc-NAME")
     ] = None,
 ) -> None:
-    """Write a package with a model family of your own to begin with, and its tests."""
+    """Write a starter package for a model family of your own, with its tests."""
     from emloc.new_family.writer import write_new_family
 
     with _interruptible():

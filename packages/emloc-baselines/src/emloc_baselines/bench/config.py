@@ -104,26 +104,29 @@ class BenchConfig(StageConfig):
         min_length=1, description="row: its method, stage options, own options"
     )
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_listed)] = Field(
-        [0], min_length=1, description="every cell is run once for each"
+        [0], min_length=1, description="every cell runs once for each seed"
     )
     keep_ratio: Annotated[list[Annotated[float, Field(gt=0, le=1)]], BeforeValidator(_listed)] = (
-        Field([0.4], min_length=1, description="budgets: parameter bytes of EMLoC at this ratio")
+        Field(
+            [0.4], min_length=1, description="budgets: the parameter bytes of EMLoC at these ratios"
+        )
     )
     measure: str = Field("exact_match", description="which of evaluate's scores the tables show")
     validation_samples: int = Field(
         64,
         ge=0,
-        description="rows of the training file kept from training; they choose the learning rate",
+        description="rows of the training file held out to choose the learning rate",
     )
     max_train_samples: int | None = Field(
-        None, ge=1, description="rows of the training file that are used; by default all"
+        None, ge=1, description="rows of the training file to use; by default all"
     )
     published: Sections = Field(
-        {}, description="row: what others report, by data set; shown beside the scores"
+        {},
+        description="row: scores published by others, by data set; shown beside the measured ones",
     )
-    keep_light_models: bool = Field(False, description="leave light models on disk after their use")
+    keep_light_models: bool = Field(False, description="keep light models on disk after use")
     stages: Sections = Field({}, description="stage: its options; learning_rate may be a list")
-    shared: Section = Field({}, description="options for every stage that knows them")
+    shared: Section = Field({}, description="options for every stage that has them")
 
     def entry(self, label: str) -> MethodEntry:
         """The method behind a row."""

@@ -73,8 +73,8 @@ def run_bench(
     if bench.failures:
         failed = next(iter(bench.failures.items()))
         raise EmlocError(
-            f"{len(bench.failures)} of {len(cells)} cells failed, the first is {failed[0]} ({failed[1]}); "
-            f"the others are in {config.output_dir}. The same command tries the failed ones again."
+            f"{len(bench.failures)} of {len(cells)} cells failed; the first is {failed[0]} ({failed[1]}); "
+            f"the others are in {config.output_dir}. The same command retries the failed ones."
         )
     return config.output_dir
 

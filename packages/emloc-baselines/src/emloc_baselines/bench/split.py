@@ -28,9 +28,9 @@ def split_rows(
         raise DataError(f"bench: there is no {source}; give the data set's own path as dataset.")
     if source.suffix != ".jsonl" or not source.is_file():
         raise ConfigError(
-            f"bench: {source} is no JSONL file that could be split; give the data set validation options "
-            f"of its own, for example validation: {{dataset: FILE}}, or validation_samples: 0 and one "
-            f"learning rate."
+            f"bench: {source} is not a JSONL file, so it cannot be split; give the data set its own "
+            f"validation options, for example validation: {{dataset: FILE}}, or validation_samples: 0 and "
+            f"one learning rate."
         )
     # JSON may have separators in it at which `splitlines` would cut a row in two.
     rows = [line for line in source.read_text("utf-8-sig").split("\n") if line.strip()]

@@ -41,8 +41,8 @@ def picture_files(folder: Path, option: str, has_captions: bool) -> list[Path]:
     files = [path for path in visible if is_picture(path)]
     if not files:
         raise DataError(
-            f"{option}: the folder {folder} has no pictures but {some([p.name for p in visible])}; files "
-            f"that Pillow can read are pictures: png, jpg, webp, gif, tif and the like."
+            f"{option}: the folder {folder} has no pictures, only {some([p.name for p in visible])}; files "
+            f"that Pillow can read count as pictures: png, jpg, webp, gif, tif and the like."
         )
     for path in files:
         named_path(folder, path.name, option, DataError)

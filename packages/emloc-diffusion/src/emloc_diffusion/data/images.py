@@ -82,8 +82,8 @@ def load_pictures(
         raise ConfigError(f"{given} is set without {other}; prior preservation needs both.")
     if class_data_dir is not None and Path(class_data_dir).resolve() == instance_dir.resolve():
         raise ConfigError(
-            f"class_data_dir and instance_data_dir are both {instance_dir}; the pictures of the class "
-            f"must be others than those of the subject."
+            f"class_data_dir and instance_data_dir are both {instance_dir}; the class needs pictures other "
+            f"than the subject's."
         )
     files = picture_files(instance_dir, "instance_data_dir", instance_prompt is None)
     pictures = [
@@ -92,8 +92,8 @@ def load_pictures(
     ]
     if len(files) < FEW:
         warn(
-            f"{instance_dir} has only {len(files)} picture"
-            f"{'s' * (len(files) > 1)}; three to five from different sides teach a subject better"
+            f"{instance_dir} has only {len(files)} picture{'s' * (len(files) > 1)}; three to five from "
+            f"different angles teach a subject better"
         )
     blank = [picture.path.name for picture in pictures if not picture.caption.strip()]
     if blank:
@@ -134,8 +134,8 @@ def open_picture(
     resized = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
     if resized[0] * resized[1] > PIXEL_LIMIT:
         raise DataError(
-            f"{picture.path}: the picture is {width} × {height}, too narrow to be cut to a square of "
-            f"{resolution} pixels; cut it yourself or take it out of the folder."
+            f"{picture.path}: the picture is {width} × {height}, too narrow to be cropped to a square of "
+            f"{resolution} pixels; crop it yourself or take it out of the folder."
         )
     if resized != image.size:
         image = image.resize(resized, Image.Resampling.LANCZOS)
@@ -157,7 +157,7 @@ def read_upright(path: Path) -> Image.Image:
     try:
         return read_picture(path, f"{path}: the picture", "replace it or take it out of the folder")
     except FileNotFoundError as problem:
-        raise DataError(f"{path}: there is no such picture any more.") from problem
+        raise DataError(f"{path}: this picture no longer exists.") from problem
 
 
 def _say_sizes(sizes: Mapping[Path, tuple[int, int]], resolution: int | None) -> None:
@@ -174,6 +174,6 @@ def _say_sizes(sizes: Mapping[Path, tuple[int, int]], resolution: int | None) ->
             )
     if len(set(sizes.values())) > 1:
         console.print(
-            f"the pictures have {len(set(sizes.values()))} different sizes; each is resized by its "
-            f"shorter side and cut to a square"
+            f"the pictures have {len(set(sizes.values()))} different sizes; each is resized by its shorter "
+            f"side and cropped to a square"
         )

@@ -39,7 +39,7 @@ def read_caption(picture: Path) -> str:
         ) from problem
     except (OSError, UnicodeDecodeError) as problem:
         raise DataError(
-            f"{path}: the caption is not readable as UTF-8 text; save it anew."
+            f"{path}: the caption cannot be read as UTF-8 text; save it as UTF-8."
         ) from problem
 
 
@@ -59,8 +59,8 @@ def check_unique_token(
     words = _words(instance_prompt)
     if class_prompt is not None and words == _words(class_prompt):
         raise ConfigError(
-            f"instance_prompt and class_prompt are the same ({instance_prompt!r}), so the subject could "
-            f"not be told from its class; add a rare word for it, such as {_improved(instance_prompt)!r}."
+            f"instance_prompt and class_prompt are the same ({instance_prompt!r}), so the subject cannot be "
+            f"told apart from its class; add a rare word for it, such as {_improved(instance_prompt)!r}."
         )
     of_class = set(_words(class_prompt or ""))
     unique = tuple(

@@ -21,8 +21,8 @@ STANDS_OUT = 0.25
 """Distance from the border's colour, of at most √3, from which a pixel belongs to the subject."""
 
 MEASURE = (
-    "fidelity: mean over drawn pictures of the highest correlation, 0 at least, of their cut-out "
-    f"subject ({SIDE} × {SIDE} RGB, background grey) with that of a picture of the subject"
+    "fidelity: mean over drawn pictures of the highest correlation, at least 0, of their cut-out subject "
+    f"({SIDE} × {SIDE} RGB, background grey) with that of a picture of the subject"
 )
 
 Pixels = NDArray[np.float64]

@@ -69,8 +69,8 @@ def check_libraries(folder: str | Path, index: Mapping[str, Any], parts: tuple[s
     for name, value in index.items():
         if name.startswith(parts) and value[0] is not None and value[0] not in LIBRARIES:
             raise CheckpointError(
-                f"{folder}: the component {name} is of {value[0]}, which is not loaded; components of "
-                f"{' and '.join(LIBRARIES)} are."
+                f"{folder}: the component {name} is from {value[0]}; only components from "
+                f"{' and '.join(LIBRARIES)} are loaded."
             )
 
 
@@ -78,7 +78,7 @@ def check_libraries(folder: str | Path, index: Mapping[str, Any], parts: tuple[s
 def load_errors(
     folder: str | Path,
     what: str,
-    hint: str = "see that the folder is complete and has safetensors files",
+    hint: str = "check that the folder is complete and has safetensors files",
 ) -> Iterator[None]:
     """Turn what the libraries raise while they load into one sentence.
 

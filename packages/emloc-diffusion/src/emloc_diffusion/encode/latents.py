@@ -69,7 +69,7 @@ def encode_latents(
     if pictures.shape[2] % shrink or pictures.shape[3] % shrink:
         raise ConfigError(
             f"Pictures of {pictures.shape[3]} × {pictures.shape[2]} do not fit the VAE of {folder}, which "
-            f"makes one latent of {shrink} × {shrink} pixels; set resolution to a multiple of {shrink}."
+            f"turns {shrink} × {shrink} pixels into one latent; set resolution to a multiple of {shrink}."
         )
     means: list[Tensor] = []
     stds: list[Tensor] = []
@@ -84,7 +84,7 @@ def encode_latents(
     moments = _scaled(torch.cat(means), torch.cat(stds), config)
     if not (moments.mean.isfinite().all() and moments.std.isfinite().all()):
         raise NumericalError(
-            f"The VAE of {folder} makes latents that are not finite in {dtype}; let it compute in float32."
+            f"The VAE of {folder} gives latents that are not finite in {dtype}; run it in float32."
         )
     return moments
 
@@ -98,7 +98,7 @@ def _load(
     if named[1] != AutoencoderKL.__name__:
         raise CheckpointError(
             f"The VAE of {folder} is {named[1] or 'missing'}, not an AutoencoderKL; use a Stable Diffusion "
-            f"(1, 2, XL or 3) or a FLUX.1."
+            f"(1, 2, XL or 3) or FLUX.1 pipeline."
         )
     with load_errors(folder, "VAE"):
         config = AutoencoderKL.load_config(str(folder), subfolder="vae")

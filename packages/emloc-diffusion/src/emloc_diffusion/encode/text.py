@@ -119,7 +119,7 @@ class PromptEncoder:
         encoding = ENCODINGS.get(name)
         if encoding is None:
             raise CheckpointError(
-                f"{folder} is a {name}; prompts can be encoded of {', '.join(ENCODINGS)}."
+                f"{folder} is a {name}; prompts can be encoded only for {', '.join(ENCODINGS)}."
             )
         self._keywords: dict[str, Any] = {**encoding.arguments, "device": torch.device(device)}
         if max_length is not None:

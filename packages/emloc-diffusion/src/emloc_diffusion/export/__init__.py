@@ -71,17 +71,17 @@ def export_adapter(
         OutputError: another file is in the way, or it cannot be written.
     """
     if component not in FORMATS:
-        raise ConfigError(f"No component {component}; known are {', '.join(FORMATS)}.")
+        raise ConfigError(f"No component {component}; there are {', '.join(FORMATS)}.")
     formats = FORMATS[component] if formats is None else formats
     for name in formats:
         if name in FORMATS[component]:
             continue
         if name in _WRITERS:
             raise ConfigError(
-                f"The format {name} is written for UNets only (Stable Diffusion and SDXL); the "
-                f"adapter of a {component} has {', '.join(FORMATS[component])}."
+                f"The format {name} is written for UNets only (Stable Diffusion and SDXL); for the adapter "
+                f"of a {component} there is {', '.join(FORMATS[component])}."
             )
-        raise ConfigError(f"No format {name}; known are {', '.join(_WRITERS)}.")
+        raise ConfigError(f"No format {name}; there are {', '.join(_WRITERS)}.")
     parts = {component: folder, **{n: folder / n for n in ENCODERS if (folder / n).is_dir()}}
     adapters = {part: _open(path) for part, path in parts.items()}
     target = folder if out is None else out
@@ -96,13 +96,13 @@ def _open(folder: Path) -> Adapter:
     adapter = Adapter.open(str(folder))
     if adapter.copies:
         raise MismatchError(
-            f"{folder} holds {next(iter(adapter.copies.values()))}, which is not LoRA, and which files for "
-            f"pipelines cannot hold; save the adapter with save_embedding_layers=False."
+            f"{folder} holds {next(iter(adapter.copies.values()))}, which is not LoRA and cannot be stored "
+            f"in files for pipelines; save the adapter with save_embedding_layers=False."
         )
     if adapter.saved:
         raise MismatchError(
-            f"{folder} holds {next(iter(adapter.saved))}, trained whole (modules_to_save), which files "
-            f"for pipelines cannot hold; train without modules_to_save."
+            f"{folder} holds {next(iter(adapter.saved))}, trained whole (modules_to_save), which cannot be "
+            f"stored in files for pipelines; train without modules_to_save."
         )
     return adapter
 

@@ -88,8 +88,8 @@ def clip_name(adapter: Adapter, name: str) -> str:
     bare = name.removeprefix("text_model.")
     if not bare.startswith("encoder.layers.") and bare != "text_projection":
         raise MismatchError(
-            f"{adapter.path}: {name} is no layer of CLIP's text encoder, and pipelines load a LoRA "
-            f"into no other; leave this text encoder's adapter out."
+            f"{adapter.path}: {name} is not a layer of CLIP's text encoder, the only one that pipelines "
+            f"load a LoRA into; leave this text encoder's adapter out."
         )
     return bare
 

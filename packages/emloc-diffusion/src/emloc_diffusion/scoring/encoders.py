@@ -200,7 +200,7 @@ def _vit_class_token(folder: Path, name: str, device: str) -> ClassToken:
 def _timm_class_token(folder: Path, name: str, device: str) -> ClassToken:
     timm = _import_timm()
     if not (folder / "model.safetensors").is_file():  # timm would go on to pickled files
-        raise CheckpointError(f"{name} has no model.safetensors; save the model of timm with it.")
+        raise CheckpointError(f"{name} has no model.safetensors; save the timm model with it.")
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
     except LOADING_ERRORS as problem:
@@ -226,7 +226,7 @@ def _import_timm() -> Any:
                 "or pass facebook/dino-vits16."
             ) from problem
         raise DependencyError(
-            f"timm needs {missing or 'a package'} and it cannot be imported ({_first_line(problem)}); "
+            f"timm needs {missing or 'a package'}, which cannot be imported ({_first_line(problem)}); "
             f"install the {missing or 'package'} that fits this torch ({torch.__version__}), or pass "
             f"facebook/dino-vits16."
         ) from problem
@@ -293,7 +293,7 @@ def _snapshot(repository: str, revision: str) -> Path:
         )
     except Exception as problem:  # the hub's many errors all mean: not to be had
         raise CheckpointError(
-            f"No folder {repository}, and the hub did not give it at {revision} "
+            f"No folder {repository}, and the hub did not provide it at {revision} "
             f"({type(problem).__name__}: {_first_line(problem)}); check the name, the network, "
             f"HF_HUB_OFFLINE and HF_TOKEN, or pass a local folder."
         ) from problem

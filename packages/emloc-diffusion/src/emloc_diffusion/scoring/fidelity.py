@@ -118,7 +118,9 @@ def score(
     if not generated:
         raise DataError("There are no generated pictures to score; generate some from each prompt.")
     if not real:
-        raise DataError("There are no real pictures of the subject to compare the generated with.")
+        raise DataError(
+            "There are no real pictures of the subject to compare the generated ones with."
+        )
     pictures = [picture for _, picture in generated]
     of_dino = clip_i = clip_t = None
     if dino is not None:
@@ -147,15 +149,15 @@ def _unit(what: str, vectors: Tensor) -> Tensor:
     finite = values.isfinite().all(dim=1)
     if not finite.all():
         raise DataError(
-            f"{what} embedding {int(finite.logical_not().nonzero()[0])} has NaN or infinity in it; see "
-            f"whether that picture or the encoder's weights are damaged."
+            f"{what} embedding {int(finite.logical_not().nonzero()[0])} has NaN or infinity; check whether "
+            f"that picture or the encoder's weights are damaged."
         )
     # Largest entries come to one first: squares of extreme entries would overflow or vanish.
     largest = values.abs().amax(dim=1, keepdim=True)
     if (largest == 0).any():
         raise DataError(
-            f"{what} embedding {int((largest == 0).nonzero()[0, 0])} is all zeros, so it has no "
-            f"direction; see whether the encoder's weights were loaded."
+            f"{what} embedding {int((largest == 0).nonzero()[0, 0])} is all zeros, so it has no direction; "
+            f"check whether the encoder's weights were loaded."
         )
     scaled = values / largest
     return scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True)

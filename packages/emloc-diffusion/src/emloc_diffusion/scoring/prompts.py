@@ -119,7 +119,7 @@ def own_prompts(path: Path, unique_token: str) -> dict[str, str]:
                 f"{path}, line {number}: {prompt!r} does not name the subject; put {token!r} into it."
             )
         if not plain or prompt in prompts:
-            reason = "is there twice" if plain else f"says nothing beside {token!r}"
+            reason = "occurs twice" if plain else f"says nothing besides {token!r}"
             raise DataError(f"{path}, line {number}: {prompt!r} {reason}; change it.")
         prompts[prompt] = plain
     if not prompts:

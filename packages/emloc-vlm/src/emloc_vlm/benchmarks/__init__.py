@@ -85,5 +85,5 @@ def files_beside(path: Path, document: Any) -> list[Path]:
 
 def _say(path: Path, name: str) -> None:
     console.print(
-        f"{path} is read as {name}, by its columns; a table of your own is read with column_map"
+        f"{path} is read as {name}, judging by its columns; to read a table of your own, pass column_map"
     )

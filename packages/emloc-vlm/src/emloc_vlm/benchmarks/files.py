@@ -71,7 +71,7 @@ class Record:
             raise self.wrong(
                 f"{what} is the number {value}, which may have been a text such as {value:g}"
             )
-        raise self.wrong(f"{what} is no text")
+        raise self.wrong(f"{what} is not text")
 
     def whole_number(self, column: str) -> str:
         """A cell that has to hold a whole number, which tables turn into 2.0 where some row has none.
@@ -188,7 +188,7 @@ def as_record(path: Path, number: int, unit: str, cells: Any) -> Record:
         DataError: it is no object.
     """
     if not isinstance(cells, dict):
-        raise Record(path, number, unit, {}).wrong("this is no object with columns")
+        raise Record(path, number, unit, {}).wrong("this is not an object with columns")
     return Record(path, number, unit, cast("dict[str, Any]", cells))
 
 
@@ -202,7 +202,7 @@ def _jsonl(path: Path) -> Iterator[Record]:
             except UnicodeDecodeError as problem:
                 raise Record(path, number, "line", {}).wrong("this is not in UTF-8") from problem
             except ValueError as problem:
-                raise Record(path, number, "line", {}).wrong("this is no JSON") from problem
+                raise Record(path, number, "line", {}).wrong("this is not JSON") from problem
             yield as_record(path, number, "line", cells)
 
 
@@ -229,7 +229,9 @@ def _csv(path: Path) -> Iterator[Record]:
         except UnicodeDecodeError as problem:
             raise Record(path, begins, "line", {}).wrong("this is not in UTF-8") from problem
         except csv.Error as problem:
-            raise Record(path, begins, "line", {}).wrong(f"this is no CSV ({problem})") from problem
+            raise Record(path, begins, "line", {}).wrong(
+                f"this is not CSV ({problem})"
+            ) from problem
 
 
 def _parquet(path: Path) -> Table:

@@ -111,6 +111,6 @@ def _other(path: Path, name: str, keys: set[str]) -> tuple[Path, Any]:
 def _image(record: Record, subset: str) -> Source | str:
     image_id = record.text("image_id")
     if not image_id.isdecimal():
-        raise record.wrong(f"image_id is {image_id!r}, no number")
+        raise record.wrong(f"image_id is {image_id!r}, not a number")
     name = f"COCO_{subset}_{int(image_id):012d}.jpg"
     return record.image(name, subset, f"images/{subset}", "images", "")

@@ -78,7 +78,7 @@ def _choice(record: Record) -> tuple[str, dict[str, str], str]:
         return question, options, record.whole_number("multi_choice_answer")
     listed = record.cells["options"]
     if not isinstance(listed, list):
-        raise record.wrong("options is no list")
+        raise record.wrong("options is not a list")
     texts = [record.as_text(text, "an option") for text in cast("list[Any]", listed)]
     options = {str(number): text for number, text in enumerate(texts, start=1)}
     index = record.whole_number("mcq_answer_index")

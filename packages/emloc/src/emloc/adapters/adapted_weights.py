@@ -126,8 +126,8 @@ def part_weights(part: Adapter, base: Checkpoint) -> dict[str, StoredParameter]:
         other = owners.setdefault(stored.names[0], layer)
         if other != layer:
             raise MismatchError(
-                f"Adapter {part.path} has LoRAs of {other} and {layer}, which both are "
-                f"{stored.names[0]} in {base.name}; it mixes names of two versions of the model."
+                f"Adapter {part.path} has LoRAs on {other} and {layer}, which are both {stored.names[0]} in "
+                f"{base.name}; it mixes names of two versions of the model."
             )
     _require_copies(part, find, base)
     return weights
@@ -142,8 +142,8 @@ def _whole_parameters(
         stored = find(name)
         if stored is None:
             raise MismatchError(
-                f"Adapter {adapter.path} trained {name} whole, which {base.name} does not have; a new "
-                f"head has no place in it, or the adapter was trained for another base model."
+                f"Adapter {adapter.path} trained {name} whole, which {base.name} does not have; a new head "
+                f"cannot be added to it, or the adapter was trained for another base model."
             )
         expected = _shape(model, name, stored, base)
         shape = adapter.tensors.tensors[key].shape
@@ -189,9 +189,9 @@ def is_copy(adapter: Adapter, key: str, original: torch.Tensor) -> bool:
 def differs(adapter: Adapter, key: str, name: str, base: str) -> MismatchError:
     """Make the error for a tensor beside the LoRA that is no copy."""
     return MismatchError(
-        f"{adapter.path / WEIGHTS_NAME} holds {key}, which is neither LoRA nor of modules_to_save, and "
-        f"not {name} of {base} either; the adapter was trained for another base model, or its "
-        f"vocabulary was resized."
+        f"{adapter.path / WEIGHTS_NAME} holds {key}, which belongs neither to a LoRA nor to "
+        f"modules_to_save, and is not {name} of {base}; the adapter was trained for another base model, or "
+        f"its vocabulary was resized."
     )
 
 

@@ -63,8 +63,8 @@ def require_original(
         )
     if origin is not None and origin.base_model.digest != digest:
         raise MismatchError(
-            f"Adapter {adapter.path} belongs to {origin.base_model.name_or_path}, and the weights of "
-            f"{base.name} are others; pass that model."
+            f"Adapter {adapter.path} belongs to {origin.base_model.name_or_path}, but the weights of "
+            f"{base.name} are different; pass that model."
         )
 
 
@@ -82,7 +82,7 @@ def require_belonging(
     Raises:
         MismatchError: it belongs on another one.
     """
-    anyway = "or pass allow_mismatch to score it so"
+    anyway = "or pass allow_mismatch to score it anyway"
     if trained_on_emulator(adapter, origin) == digest:
         return
     if kind != "emulator":
@@ -95,11 +95,11 @@ def require_belonging(
     if made_for.digest == digest:
         return
     if kind == "merged_model":
-        what = f"{name} is a merged model, into which an adapter went already"
+        what = f"{name} is a merged model, which already contains an adapter"
     elif kind == "emulator" and origin.kind == "corrected_adapter":
-        what = f"it is corrected for the original, and {name} is an emulator"
+        what = f"it is corrected for the original, but {name} is an emulator"
     else:
-        what = f"the weights of {name} are others"
+        what = f"the weights of {name} are different"
     raise MismatchError(
         f"Adapter {adapter.path} belongs to {made_for.name_or_path}, and {what}; pass the model that it "
         f"belongs to, {anyway}."

@@ -37,8 +37,8 @@ def goes_on_from(
     adapter = Adapter.open(config.adapter).with_parts(checkpoint.parts)
     if Rounding.runs_on(require_read(adapter.path, fresh=True)) is not None:
         raise MismatchError(
-            f"Adapter {adapter.path} runs on dequantised weights, and training goes on beside those of "
-            f"{checkpoint.name}; correct it without that end (limit_candidates) first."
+            f"Adapter {adapter.path} runs on dequantised weights, but training continues beside those of "
+            f"{checkpoint.name}; first correct it without that choice (limit_candidates)."
         )
     skeleton = family.skeleton(checkpoint, torch.float32)
     manifest = Manifest.find(checkpoint.path)
@@ -57,8 +57,8 @@ def refuse_options_of_a_new_lora(config: TrainingOptions, stage: str) -> None:
     taken = sorted(of_new & config.model_fields_set)
     if taken:
         raise ConfigError(
-            f"{stage}: adapter={getattr(config, 'adapter', None)} is gone on from as it is, and {taken[0]} "
-            f"is of a new LoRA; leave one of them out."
+            f"{stage}: adapter={getattr(config, 'adapter', None)} is continued as it is, but {taken[0]} "
+            f"is for a new LoRA; leave one of them out."
         )
 
 

@@ -172,9 +172,8 @@ def _changed(
     for name, place in adapted.whole.items():
         if place.plain_name is None or name in changed:
             raise MismatchError(
-                f"Adapter {adapted.adapter.path} trained {name} whole, and {base.name} does not hold it "
-                f"as one tensor, or the adapter has a LoRA on it as well; run the adapter beside the "
-                f"model."
+                f"Adapter {adapted.adapter.path} trained {name} whole, but {base.name} does not store it as "
+                f"one tensor, or the adapter also has a LoRA on it; run the adapter beside the model."
             )
         changed[name] = Source(place, whole=adapted.adapter.saved[name])
     return changed
@@ -229,8 +228,8 @@ def _untied(
             return config, added
     name, tied = next(iter(apart.items()))
     raise MismatchError(
-        f"The adapter changes {name}, whose weight is tied to {', '.join(tied)}: merging would change "
-        f"both, and {type(model).__name__} cannot store them apart; train without it, or run the adapter "
+        f"The adapter changes {name}, whose weight is tied to {', '.join(tied)}: merging would change both, "
+        f"and {type(model).__name__} cannot store them separately; train without it, or run the adapter "
         f"beside the model."
     )
 

@@ -96,7 +96,7 @@ class RoundedBase:
         known = {name: place for name, place in places.items() if place is not None}
         if not known:
             raise ConfigError(
-                f"{base.name} has no layer that bitsandbytes holds in few bits; look at "
+                f"{base.name} has no layer that bitsandbytes holds in few bits; check "
                 f"llm_int8_skip_modules, or pass the emulator that the adapter was trained on."
             )
         return cls(base, rounding, known)

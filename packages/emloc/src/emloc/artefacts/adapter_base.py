@@ -44,7 +44,7 @@ def require_base(adapter: Adapter, origin: Manifest | None, stage: str) -> str:
         raise ConfigError(f"{stage}: the adapter names no base model; pass model_name_or_path.")
     raise ConfigError(
         f"{stage}: {adapter.path} names its base model {by_peft}, which may be a path relative to the "
-        f"folder that it was trained in; pass model_name_or_path."
+        f"folder where it was trained; pass model_name_or_path."
     )
 
 

@@ -71,10 +71,10 @@ _UNSUPPORTED = {
     "trainable_token_indices": "it trains token embeddings",
     "lora_bias": "it trains biases inside the LoRA",
     "use_qalora": "it pools the inputs",
-    "use_bdlora": "its A and B are blocks on a diagonal",
-    "alora_invocation_tokens": "it acts on some tokens only",
+    "use_bdlora": "its A and B are block-diagonal",
+    "alora_invocation_tokens": "it acts only on some tokens",
     "arrow_config": "it mixes several LoRAs",
-    "kasa_config": "it cuts the base's weights, and has singular values between A and B",
+    "kasa_config": "it truncates the base's weights, and has singular values between A and B",
     "monteclora_config": "it draws its weights at random",
     "megatron_config": "it is split over processes",
 }
@@ -118,8 +118,8 @@ def require_rank(path: Path, config: dict[str, Any], name: str, key: str, rank: 
     expected = match_pattern(patterns, name) or config.get("r")
     if rank != expected or rank < 1:
         raise CheckpointError(
-            f"{path}: {key} has rank {rank}, its {CONFIG_NAME} says {expected}; the two files do "
-            f"not belong together."
+            f"{path}: {key} has rank {rank}, but its {CONFIG_NAME} says {expected}; the two files do not "
+            f"belong together."
         )
 
 

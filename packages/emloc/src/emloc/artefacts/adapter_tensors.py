@@ -70,11 +70,11 @@ def lora_layers(path: Path, config: dict[str, Any], tensors: Checkpoint) -> list
         for wanted in (key, up_key, *([magnitude_key] if dora else [])):
             if wanted not in tensors.tensors:
                 raise CheckpointError(
-                    f"{path / WEIGHTS_NAME} holds {key} and no {wanted}; it is incomplete."
+                    f"{path / WEIGHTS_NAME} holds {key} but no {wanted}; it is incomplete."
                 )
             if len(tensors.tensors[wanted].shape) < 2 and wanted != magnitude_key:
                 raise CheckpointError(
-                    f"{path / WEIGHTS_NAME}: {wanted} is no matrix; it is damaged."
+                    f"{path / WEIGHTS_NAME}: {wanted} is not a matrix; it is damaged."
                 )
         rank = tensors.tensors[key].shape[0]
         require_rank(path, config, name, key, rank)
@@ -113,8 +113,8 @@ def other_tensors(
             )
         if ".lora_" in key:
             raise MismatchError(
-                f"{path / WEIGHTS_NAME} holds {key}, which is not LoRA by its {CONFIG_NAME}; the two files "
-                f"do not belong together."
+                f"{path / WEIGHTS_NAME} holds {key}, which is not LoRA according to its {CONFIG_NAME}; the "
+                f"two files do not belong together."
             )
         module, _, leaf = name.rpartition(".")
         wrapped = next((part for part in (*COPIES, TRAINED) if module.endswith(part)), "")
@@ -136,8 +136,8 @@ def other_tensors(
     for own, key in twice.items():
         if own not in saved or not torch.equal(tensors.read(key), tensors.read(saved[own])):
             raise MismatchError(
-                f"{path / WEIGHTS_NAME} holds {key}, and not the same as {own}; it was changed after "
-                f"PEFT had saved it."
+                f"{path / WEIGHTS_NAME} holds {key}, which differs from {own}; it was changed after PEFT "
+                f"saved it."
             )
     return saved, copies
 
@@ -152,7 +152,7 @@ def refuse_doubles(path: Path, named: Iterable[tuple[str, str]]) -> None:
     for name, key in named:
         if name in known:
             raise MismatchError(
-                f"{path / WEIGHTS_NAME} holds {known[name]} and {key}, which both are of {name}; it "
+                f"{path / WEIGHTS_NAME} holds {known[name]} and {key}, which both belong to {name}; it "
                 f"mixes names of two versions of the model."
             )
         known[name] = key

@@ -73,9 +73,9 @@ def say_other_template(adapter: Path, model: Path) -> None:
     trained, used = chat_template(adapter), chat_template(model)
     if trained is not None and trained != used:
         warn(
-            f"{adapter} holds {'another' if used else 'a'} chat template "
-            f"{'than' if used else 'and not'} {model}, whose folder decides how chats are read; copy "
-            f"chat_template.jinja there if the adapter was trained with it"
+            f"{adapter} holds {'another' if used else 'a'} chat template {'than' if used else 'and not'} "
+            f"{model}, whose folder decides how chats are read; copy chat_template.jinja there if the "
+            f"adapter was trained with it"
         )
 
 

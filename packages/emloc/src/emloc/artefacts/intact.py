@@ -135,7 +135,7 @@ def _require_size(folder: Path, name: str, size: int | None) -> None:
     bytes_now = path.stat().st_size
     if size is not None and bytes_now != size:
         raise CheckpointError(
-            f"{path} is not what was written ({bytes_now} bytes, once {size}); {_again(folder)}."
+            f"{path} is not what was written ({bytes_now} bytes, originally {size}); {_again(folder)}."
         )
 
 

@@ -36,7 +36,7 @@ def read_text(path: Path) -> str:
     try:
         size = path.stat().st_size
         if size > MOST_BYTES:
-            raise CheckpointError(f"{path} has {size >> 20} MiB, more than any file of its kind.")
+            raise CheckpointError(f"{path} is {size >> 20} MiB, larger than any file of its kind.")
         return path.read_text("utf-8")
     except FileNotFoundError as problem:
         raise CheckpointError(

@@ -96,8 +96,8 @@ def components(path: Path) -> Mapping[str, tuple[str, str]]:
             continue  # an option of the pipeline, or a component that it does without
         if not name or name in (".", "..") or {"/", "\\", "\0"} & set(name):
             raise CheckpointError(
-                f"{index} names the component {name!r}, which is no plain name of a folder; nothing "
-                f"outside of {path} is read."
+                f"{index} names the component {name!r}, which is not a plain folder name; nothing outside "
+                f"{path} is read."
             )
         named_path(path, name, index)
         kinds_by_name[name] = (str(kind[0]), str(kind[1]))

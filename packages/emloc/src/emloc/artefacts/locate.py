@@ -30,7 +30,7 @@ def locate(name: str, weights: bool = True) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as problem:  # the hub's many errors all mean: not to be had
         raise CheckpointError(
-            f"No folder {name}, and the hub did not give it ({type(problem).__name__}: "
-            f"{str(problem).splitlines()[0] if str(problem) else ''}); check the name, the network "
-            f"and HF_TOKEN, or download it first."
+            f"No folder {name}, and the hub did not provide it ({type(problem).__name__}: "
+            f"{str(problem).splitlines()[0] if str(problem) else ''}); check the name, the network and "
+            f"HF_TOKEN, or download it first."
         ) from problem

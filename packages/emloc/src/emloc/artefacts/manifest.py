@@ -140,7 +140,8 @@ class Manifest(BaseModel):
         form = content.get("format")
         if type(form) is not int or not 1 <= form <= FORMAT:
             raise CheckpointError(
-                f"{path} is of the format {form!r}, and this version of emloc knows 1 to {FORMAT}; update it."
+                f"{path} is of the format {form!r}, but this version of emloc reads 1 to {FORMAT}; update "
+                "emloc."
             )
         return conforming(cls, content, path)
 

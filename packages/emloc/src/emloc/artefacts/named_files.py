@@ -32,7 +32,7 @@ def named_path(
             that of a pipe, a socket or a device.
     """
     if not isinstance(name, str) or not name.strip() or "\0" in name or _is_broken(name):
-        raise error(f"{where} names {ascii(name)[:80]}, which is no file name; correct it.")
+        raise error(f"{where} names {ascii(name)[:80]}, which is not a file name; correct it.")
     parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
     if any(len(part.encode()) > LONGEST for part in parts) or len(name) > LONGEST_PATH:
         raise error(
@@ -42,12 +42,12 @@ def named_path(
     inside = _lies_inside(path, folder, where, error)
     if ".." in parts or (Path(name).is_absolute() and not inside):
         raise error(
-            f"{where} names {name}, which lies outside of {folder}; nothing outside of it is read."
+            f"{where} names {name}, which lies outside {folder}; nothing outside it is read."
         )
     if not inside:
         raise error(
-            f"{path} is a link that leads out of {folder}, to {path.resolve()}; nothing outside of the "
-            f"folder is read, so put the file itself there."
+            f"{path} is a link that leads out of {folder}, to {path.resolve()}; nothing outside the folder "
+            f"is read, so put the file itself there."
         )
     refuse_special(path, error)
     return path
@@ -63,7 +63,7 @@ def named_file(
     """
     path = named_path(folder, name, where, error)
     if not path.is_file():
-        raise error(f"{where} names {name}, and {folder} has no such file.")
+        raise error(f"{where} names {name}, but {folder} has no such file.")
     return path
 
 

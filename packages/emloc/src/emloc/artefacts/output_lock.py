@@ -36,7 +36,7 @@ def output_lock(place: Path) -> Iterator[None]:
             lock.acquire(timeout=0)
         except Timeout as problem:
             raise OutputError(
-                f"Another process is writing {place}; wait for it to end."
+                f"Another process is writing {place}; wait for it to finish."
             ) from problem
     try:
         yield

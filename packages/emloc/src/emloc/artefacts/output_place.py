@@ -31,9 +31,9 @@ def require_new(output_dir: Path) -> Path:
     """
     place = _place(output_dir)
     if Path.cwd().is_relative_to(place):
-        what = "the folder that you are in" if Path.cwd() == place else f"above {Path.cwd()}"
+        what = "the current folder" if Path.cwd() == place else f"above {Path.cwd()}"
         raise OutputError(
-            f"output_dir {output_dir} is {what}, and a stage makes a new folder; name one in it."
+            f"output_dir {output_dir} is {what}, but a stage makes a new folder; name one inside it."
         )
     _look(output_dir, place.with_name(place.name + LOCK))
     if not place.exists() or not any(_entries(output_dir, place)):
@@ -101,7 +101,7 @@ def _place(output_dir: Path) -> Path:
         behind is None or stat.S_ISLNK(behind.st_mode)
     ):  # or a loop of links
         raise OutputError(
-            f"output_dir {output_dir} is a link to {place}, which is not there; make that folder, or "
+            f"output_dir {output_dir} is a link to {place}, which does not exist; make that folder, or "
             f"{ANOTHER}."
         )
     if behind is not None and not stat.S_ISDIR(behind.st_mode):

@@ -17,10 +17,10 @@ from emloc.machine.memory_limit import is_out_of_memory
 _SHOWN = 300
 _OF_THE_SYSTEM = {
     errno.EMFILE: "too many files are open (raise ulimit -n)",
-    errno.ENFILE: "too many files are open in the whole system",
-    errno.EACCES: "permission is missing",
+    errno.ENFILE: "too many files are open system-wide",
+    errno.EACCES: "permission denied",
     errno.EIO: "the disk failed (input/output error)",
-    errno.ESTALE: "the network's file system has lost it",
+    errno.ESTALE: "the network file system has lost it",
 }
 
 

@@ -44,7 +44,7 @@ CONTENTS = {
     "adapter_digest": "another adapter",
     "data_digest": "other data",
     "eval_data_digest": "other data to evaluate on",
-    "named_digests": "other content of the files that options name",
+    "named_digests": "other contents of the files that options name",
 }
 """The meaning of a digest that differs, by its key."""
 

@@ -134,13 +134,13 @@ def _prepare(work: Path, settings: Mapping[str, Any]) -> None:
     recorded = _recorded(work / SETTINGS_NAME)
     if recorded is None:
         raise OutputError(
-            f"{work}, in which the stage would work, is there already and holds no run of ours; rename "
-            f"it, or choose another output_dir."
+            f"{work}, where the stage would work, already exists and was not made by emloc; rename it, or "
+            f"choose another output_dir."
         )
     if not same(recorded, settings):
         raise OutputError(
             f"{work} holds an interrupted run with other settings: it was made with "
-            f"{difference(recorded, settings)}. Run it with those to go on, or remove the folder to "
+            f"{difference(recorded, settings)}. Run it with those to continue, or remove the folder to "
             f"start over."
         )
 

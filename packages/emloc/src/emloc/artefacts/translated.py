@@ -54,14 +54,14 @@ class TranslatedCheckpoint(Checkpoint):
             made = rule(source, info)
             if not made:
                 raise CheckpointError(
-                    f"Tensor {source} of {stored.name} has no place in the layout that its config.json "
+                    f"Tensor {source} of {stored.name} does not belong to the layout that its config.json "
                     f"names; config and shards do not belong together."
                 )
             for name, take in made.items():
                 if name in tensors:
                     raise CheckpointError(
-                        f"Tensors {self._sources[name][0]} and {source} of {stored.name} both are "
-                        f"{name}; the checkpoint mixes two layouts."
+                        f"Tensors {self._sources[name][0]} and {source} of {stored.name} are both {name}; "
+                        f"the checkpoint mixes two layouts."
                     )
                 self._sources[name] = (source, take)
                 tensors[name] = _described(stored, source, take)

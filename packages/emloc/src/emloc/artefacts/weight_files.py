@@ -63,9 +63,9 @@ def _refuse_other_weights(path: Path, layout: Layout) -> None:
     folder = path / layout.folder
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(
-            f"{folder} holds an adapter (adapter_config.json) besides a model's configuration, and "
-            f"transformers would load the adapter's base model instead of the weights in it; move one "
-            f"of the two to a folder of its own."
+            f"{folder} holds an adapter (adapter_config.json) besides a model's configuration, so "
+            f"transformers would load the adapter's base model instead of the weights in it; move one of "
+            f"them to a folder of its own."
         )
     ranks = sorted(file.name for file in folder.glob("shard-*") if _RANK_SHARD.fullmatch(file.name))
     if ranks:
@@ -85,7 +85,7 @@ def _indexed(path: Path, layout: Layout, index: Path) -> WeightFiles:
     for file in named:
         named_path(index.parent, file, index)
         if Path(file).name != file:
-            raise CheckpointError(f"{index} names a shard outside of its folder: {file}.")
+            raise CheckpointError(f"{index} names a shard outside its folder: {file}.")
     promised = {layout.folder + file: tensors for file, tensors in named.items()}
     for file in promised:
         if not (path / file).is_file():
@@ -102,7 +102,7 @@ def _missing(folder: Path, layout: Layout) -> CheckpointError:
     hint = f"expected {Path(layout.single).name} or {Path(layout.index).name}"
     if variants:
         hint = (
-            f"only the variant {variants[0]}, which {layout.library} reads where it is asked for by name; "
+            f"only the variant {variants[0]}, which {layout.library} reads only if asked for by name; "
             f"rename it to {Path(layout.single).name} to use it"
         )
     elif pickled:

@@ -19,6 +19,6 @@ def require_whole(path: Path, missing: Collection[str]) -> None:
         first, others = min(missing), len(missing) - 1
         more = f" and {others} more" if others else ""
         raise CheckpointError(
-            f"{path} holds no tensor for {first}{more}, which would be drawn at random; see that all of its "
-            f"files are there, and that its config.json names the class that it was saved from."
+            f"{path} holds no tensor for {first}{more}, which would be initialised at random; check that "
+            f"all of its files are there, and that its config.json names the class that was saved."
         )

@@ -92,8 +92,8 @@ def _included(
     for layer in layers:
         if not any(layer.startswith(f"{block}.") for block in blocks):
             raise ConfigError(
-                f"include: {layer} lies in no block of {name} ({kept[layer]}), so it "
-                f"stays dense; leave it out."
+                f"include: {layer} is in no block of {name} ({kept[layer]}), so it stays dense; leave it "
+                f"out."
             )
     return layers
 

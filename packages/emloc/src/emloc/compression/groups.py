@@ -145,8 +145,8 @@ def make_plan(
         _refuse_foreign_options(format_named(config.format), config)
     if config.propagate_errors and config.keep_ratio_allocation == "error":
         raise ConfigError(
-            "propagate_errors needs sizes that are known before a block is fitted, and "
-            "keep_ratio_allocation=error finds them afterwards; pass one of them."
+            "propagate_errors needs sizes before a block is fitted, but keep_ratio_allocation=error finds "
+            "them afterwards; pass one of them."
         )
     excluded = dict.fromkeys(config.exclude, True)
     names = [name for group in layer_groups for name in group]
@@ -222,8 +222,8 @@ def _guessed(
     if least > budget:
         numel = sum(group.shape.numel for group in open_groups.values())
         raise ConfigError(
-            f"format={AUTO}: the smallest forms take {8 * least / numel:.2f} bits per weight, and the budget "
-            f"is {8 * budget / numel:.2f}; raise bits_per_weight or keep_ratio, or pass "
+            f"format={AUTO}: the smallest forms take {8 * least / numel:.2f} bits per weight, but the "
+            f"budget is {8 * budget / numel:.2f}; raise bits_per_weight or keep_ratio, or pass "
             f"format={LOW_RANK_FORMAT}."
         )
     places = allocate_bytes(options, budget)
@@ -317,8 +317,8 @@ def _refuse_foreign_options(format: LayerFormat, config: CompressConfig) -> None
             raise ConfigError(f"{name} means nothing to format={format.name}; leave it out.")
     if config.keep_ratio_allocation == "error" and not isinstance(format, Cuttable):
         raise ConfigError(
-            f"keep_ratio_allocation=error makes layers smaller after they were fitted, which "
-            f"format={format.name} cannot; pass keep_ratio_allocation=uniform."
+            f"keep_ratio_allocation=error makes layers smaller after fitting, which format={format.name} "
+            f"cannot; pass keep_ratio_allocation=uniform."
         )
 
 
@@ -326,12 +326,12 @@ def _refuse_options_of_formats(config: CompressConfig) -> None:
     for name, format in OF_FORMATS.items():
         if getattr(config, name):
             raise ConfigError(
-                f"{name} means nothing to format={AUTO}, the default, which chooses for each layer; leave it "
-                f"out, or pass format={format}."
+                f"{name} means nothing to format={AUTO}, the default, which chooses for each layer; leave "
+                f"it out, or pass format={format}."
             )
     if config.keep_ratio_allocation != "uniform":
         raise ConfigError(
-            f"format={AUTO}, the default, spends bytes where they lower the error most already; leave "
+            f"format={AUTO}, the default, already spends bytes where they lower the error most; leave "
             f"keep_ratio_allocation out, or pass format={LOW_RANK_FORMAT}."
         )
 

@@ -39,7 +39,7 @@ from emloc.linalg.trellis_rounding import fitted_trellis_bytes, trellis_error, t
 from emloc.machine.progress import console
 from emloc.streaming.stream import UnitStream
 
-DENSE = "its bytes lower the error more when it is dense than elsewhere"
+DENSE = "its bytes lower the error more here, kept dense, than elsewhere"
 
 PRICED_ROWS = 256
 """Rows of a weight by which forms are priced."""
@@ -284,7 +284,7 @@ def with_chosen(
     weights = sum(s.numel for g in plan.groups for s in g.shape.singles() if s.owner in places)
     bits = 8 * sum(option.bytes for option in chosen) / max(1, weights)
     said = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
-    what = "rise of the loss over the calibration data" if of_loss else "error of the hidden state"
+    what = "rise in loss on the calibration data" if of_loss else "error of the hidden state"
     console.print(
         f"compress: layers: {said}; {bits:.2f} bits per weight; predicted {what} {error:.4f}"
     )

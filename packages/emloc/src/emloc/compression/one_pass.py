@@ -170,7 +170,7 @@ class _Pass:
         self.seen[block] += 1
         if self._runs is not None and self.seen[block] > self._expected(block):
             raise LockstepError(
-                f"Block {block} runs more often than in the pass before; give all micro-batches the same "
+                f"Block {block} runs more often than in the previous pass; give all micro-batches the same "
                 f"structure."
             )
 
@@ -225,8 +225,8 @@ def refuse_shared(stream: UnitStream, plan: CompressionPlan) -> None:
         if len(same_module) > 1 or other != layer:
             others = [name for name in (*same_module, other) if name != layer]
             raise ConfigError(
-                f"Layers {layer} and {others[0]} share one weight, which cannot be compressed for one of "
-                f"them; exclude both."
+                f"Layers {layer} and {others[0]} share one weight, which cannot be compressed for only one "
+                f"of them; exclude both."
             )
 
 

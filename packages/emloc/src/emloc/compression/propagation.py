@@ -140,8 +140,8 @@ def compress_propagating(
 
 def _runs_again(block: str) -> ConfigError:
     return ConfigError(
-        f"propagate_errors: block {block} runs more than once in a forward of this model, and would have to "
-        f"be fitted before its later runs are known; leave the option out."
+        f"propagate_errors: block {block} runs more than once in a forward pass of this model, so it would "
+        f"have to be fitted before its later runs are known; leave the option out."
     )
 
 

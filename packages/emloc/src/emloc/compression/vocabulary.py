@@ -72,7 +72,7 @@ def _refuse_other(module: nn.Module, layer: str) -> None:
     multiplies = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     if not (looks_up or multiplies):
         raise ConfigError(
-            f"embedding_bits: {layer} is a {type(module).__name__}, which is more than a table; leave "
+            f"embedding_bits: {layer} is a {type(module).__name__}, which is not just a table; leave "
             f"embedding_bits out."
         )
 
@@ -101,7 +101,7 @@ def tables_in(stream: UnitStream, bits: int | None) -> tuple[VocabularyTable, ..
         plain = stream.stored(f"{layer}.weight").plain_name
         if plain is None or not plain.endswith("weight"):
             raise ConfigError(
-                f"embedding_bits: {layer} of {base.name} is no tensor of its own in the checkpoint; leave "
+                f"embedding_bits: {layer} of {base.name} is not a separate tensor in the checkpoint; leave "
                 f"embedding_bits out."
             )
         # A tied table may be stored under the head's name, which would not lead to the embeddings.
@@ -114,7 +114,7 @@ def tables_in(stream: UnitStream, bits: int | None) -> tuple[VocabularyTable, ..
         refuse_not_finite(table.layers[0], values[:1])
         if any(not torch.equal(values[0], other) for other in values[1:]):
             raise ConfigError(
-                f"embedding_bits: {' and '.join(table.layers)} of {base.name} are tied by its config, and "
+                f"embedding_bits: {' and '.join(table.layers)} of {base.name} are tied by its config, but "
                 f"stored with different values; leave embedding_bits out."
             )
     return tables

@@ -71,13 +71,13 @@ class AdapterCorrection:
         for name in self.adapter.saved:
             if name.rpartition(".")[0] in self.frozen.layers:
                 raise MismatchError(
-                    f"Adapter {self.adapter.path} trained {name} whole, which {self.frozen.changed_by}: "
+                    f"Adapter {self.adapter.path} trained {name} whole, which {self.frozen.changed_by}, so "
                     f"what it learnt does not fit the base. Leave it out of modules_to_save, or "
                     f"{self.frozen.exempt}."
                 )
         self.adapter.require_finite(
             lambda key: NumericalError(
-                f"Adapter {self.adapter.path}: {key} holds NaN or infinity; training diverged, use a "
+                f"Adapter {self.adapter.path}: {key} holds NaN or infinity; training diverged, so use a "
                 f"lower learning rate."
             )
         )

@@ -124,7 +124,7 @@ class OnEmulator:
         """See `TrainedOn`."""
         if digest != self.manifest.base_model.digest:
             raise MismatchError(
-                f"Emulator {self.folder} was built from another model than {base.name} (it names "
+                f"Emulator {self.folder} was built from a model other than {base.name} (it names "
                 f"{self.base_name}); pass that one."
             )
 
@@ -136,7 +136,7 @@ class OnEmulator:
             part_weights(part, original)
             if trained_on.digest() != original.digest():
                 raise MismatchError(
-                    f"Adapter {part.path} was trained on the {name} of {emulator.name}, and that of "
+                    f"Adapter {part.path} was trained on the {name} of {emulator.name}, but that of "
                     f"{base.name} holds other weights; pass the model that the emulator was made from."
                 )
 
@@ -164,7 +164,7 @@ def refuse_corrected(adapter: Adapter, origin: Manifest | None) -> None:
     """
     if origin is not None and origin.kind == "corrected_adapter":
         raise MismatchError(
-            f"Adapter {adapter.path} is corrected already; correct the one that training wrote."
+            f"Adapter {adapter.path} is already corrected; correct the one that training wrote."
         )
 
 
@@ -172,11 +172,11 @@ def _emulator_manifest(emulator: str) -> Manifest:
     manifest = Manifest.read(Path(emulator))
     require_intact(Path(emulator), manifest, fresh=True)
     if manifest.kind != "emulator":
-        raise MismatchError(f"{emulator} is no emulator; its manifest says {manifest.kind}.")
+        raise MismatchError(f"{emulator} is not an emulator; its manifest says {manifest.kind}.")
     if manifest.method is not None:
         raise MismatchError(
-            f"{emulator} is the light model of the method {manifest.method}, whose adapters go back to "
-            f"the original in their own way and not by correction; use Method.recover, or emloc bench."
+            f"{emulator} is the light model of the method {manifest.method}, whose adapters are moved to "
+            f"the original in their own way, not by correction; use Method.recover, or emloc bench."
         )
     return manifest
 
@@ -208,6 +208,6 @@ def _refuse_foreign_folder(adapter: Adapter, emulator: str, manifest: Manifest) 
     )
     if not same:
         raise MismatchError(
-            f"Adapter {adapter.path} was trained on {folder} by its adapter_config.json, not on "
+            f"Adapter {adapter.path} was trained on {folder} according to its adapter_config.json, not on "
             f"{emulator}; pass the emulator that it was trained on."
         )

@@ -55,7 +55,7 @@ class OnRoundedBase:
         rounding = _rounding(config, stated)
         if stated is None and not _asked(config):
             console.print(
-                f"correct: nothing says how the base was held while {adapter.path} was trained; taken to be "
+                f"correct: nothing says how the base was stored while {adapter.path} was trained; assuming "
                 f"{rounding.shown} (options: {', '.join(FEW_BITS)})"
             )
         return cls(adapter, origin, rounding)
@@ -87,7 +87,8 @@ class OnRoundedBase:
         if self._made_from is not None and self._made_from.digest != digest:
             raise MismatchError(
                 f"Adapter {self.adapter.path} was trained on a light model of "
-                f"{self._made_from.name_or_path}, and the weights of {base.name} are others; pass that model."
+                f"{self._made_from.name_or_path}, but the weights of {base.name} are different; pass that "
+                f"model."
             )
 
     @property
@@ -130,14 +131,14 @@ def _stated(adapter: Adapter, origin: Manifest | None) -> Mapping[str, Any] | No
         )
     if method is not None:
         raise MismatchError(
-            f"Adapter {adapter.path} was trained on {name}, which {method} holds in few bits; what that made "
-            f"of the original cannot be made anew: only bitsandbytes' bases can be corrected for."
+            f"Adapter {adapter.path} was trained on {name}, which {method} holds in few bits; its rounding "
+            f"cannot be reproduced: only bitsandbytes' bases can be corrected for."
         )
     if origin is not None:
         said = f"of the method {origin.method}" if origin.method else "in full precision"
         raise MismatchError(
-            f"Adapter {adapter.path} was trained on {name} {said}, and not on a base that bitsandbytes held "
-            f"in few bits; there is nothing to correct."
+            f"Adapter {adapter.path} was trained on {name} {said}, not on a base that bitsandbytes held in "
+            f"few bits; there is nothing to correct."
         )
     return None
 

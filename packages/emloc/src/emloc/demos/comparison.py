@@ -152,7 +152,7 @@ def run_stage(name: str, output_dir: Path, **options: Any) -> None:
     headline(name, f"→ {output_dir.name}")
     code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
     if code:
-        failure = EmlocError(f"It stopped in emloc {name}; the reason stands above.")
+        failure = EmlocError(f"It stopped in emloc {name}; the reason is shown above.")
         failure.exit_code = code
         raise failure
 

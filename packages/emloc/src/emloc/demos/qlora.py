@@ -24,7 +24,7 @@ def left_out_because(base: str) -> str:
     if find_spec("bitsandbytes") is None:
         return "bitsandbytes is not installed"
     family = open_model(base)[1].name
-    return "" if family in families_for(entry) else f"it is not to be had for the family {family}"
+    return "" if family in families_for(entry) else f"it is not available for the family {family}"
 
 
 def make_qlora(task: Task, out: Path, train: Callable[[Path, Path], None]) -> None:

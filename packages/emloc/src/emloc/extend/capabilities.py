@@ -200,7 +200,7 @@ def example_of(family: ModelFamily, folder: Path, seed: int = 0) -> dict[str, An
     """
     if not isinstance(family, WritesExample):
         raise PluginError(
-            f"The family {family.name} writes no example; make a model and data of your own."
+            f"The family {family.name} writes no example; use a model and data of your own."
         )
     return dict(family.write_example(folder, seed))
 

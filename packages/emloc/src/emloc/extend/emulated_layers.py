@@ -139,7 +139,7 @@ def _described(
     layer = None if module is None else dense_layer(name, module)
     if layer is None:
         raise MismatchError(
-            f"The emulator's config names {name}, which is no {kinds} of {type(model).__name__}; load it "
+            f"The emulator's config names {name}, which is not a {kinds} of {type(model).__name__}; load it "
             f"with the class that its config.json names."
         )
     return layer
@@ -158,6 +158,6 @@ def refuse_missing(model: nn.Module, keys: Iterable[str]) -> None:
         layer = key.rpartition(".")[0]
         if isinstance(_named(model, layer), EmulatedLayer):
             raise CheckpointError(
-                f"The emulator's config says that {layer} of {type(model).__name__} is compressed, but "
-                f"its weights hold no {key}; compress the base model again."
+                f"The emulator's config says that {layer} of {type(model).__name__} is compressed, but its "
+                f"weights have no {key}; compress the base model again."
             )

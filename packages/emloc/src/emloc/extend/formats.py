@@ -75,7 +75,7 @@ class Forms:
             if type(entry[key]) is not int or not 0 <= entry[key] < MOST:
                 raise CheckpointError(
                     f"The emulator's {source} has an entry of format {name} with {key} = "
-                    f"{str(entry[key])[:60]}, which is no size; compress the base model again."
+                    f"{str(entry[key])[:60]}, which is not a size; compress the base model again."
                 )
         return Form(format, {key: entry[key] for key in format.size_names})
 

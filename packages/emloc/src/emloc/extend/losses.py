@@ -33,7 +33,7 @@ class LossSum(NamedTuple):
             )
         if not math.isfinite(self.total):
             raise NumericalError(
-                f"{what}: the loss is {self.total / self.terms}; the model or its adapter holds or makes "
+                f"{what}: the loss is {self.total / self.terms}; the model or its adapter holds or produces "
                 f"values that are not numbers. Check both with emloc verify, or try another dtype."
             )
         return self.total / self.terms

@@ -44,8 +44,8 @@ def check_options(added: Sequence[FamilyEntry], others: Iterable[FamilyEntry]) -
                 for other, taken, theirs in there:
                     if name == taken and _type(field) != _type(theirs):
                         raise PluginError(
-                            f"its option {name} for {_called(stage)} is of another type than that of "
-                            f"the family {other.name} ({_said(field)}, and {_said(theirs)} there)"
+                            f"its option {name} for {_called(stage)} differs in type from that of the "
+                            f"family {other.name} ({_said(field)}, and {_said(theirs)} there)"
                         )
         known.append(entry)
 
@@ -65,7 +65,7 @@ def check_stage(name: str, stage: type[BaseModel], families: Iterable[FamilyEntr
             if option in stage.model_fields:
                 raise PluginError(
                     f"its stage {name} has the option {option}, which the family {entry.name} adds to it; "
-                    f"call one of them otherwise"
+                    f"rename one of them"
                 )
             other, theirs = added.setdefault(option, (entry.name, field))
             if _type(field) != _type(theirs):
@@ -77,7 +77,7 @@ def check_stage(name: str, stage: type[BaseModel], families: Iterable[FamilyEntr
 
 def _check(entry: FamilyEntry, stage: type[BaseModel], name: str, field: FieldInfo) -> None:
     if name in stage.model_fields:
-        raise PluginError(f"its option {name} is one of {_called(stage)} already")
+        raise PluginError(f"its option {name} is already an option of {_called(stage)}")
     if field.is_required():
         raise PluginError(
             f"its option {name} for {_called(stage)} has no default, so other families could not do "
@@ -89,8 +89,8 @@ def _options(entry: FamilyEntry, stage: type[BaseModel]) -> Iterator[tuple[str, 
     for base, fields in entry.options_for(stage):
         if issubclass(fields, base):
             raise PluginError(
-                f"its options {fields.__name__} derive from {base.__name__}, which they are to be "
-                f"added to; derive them from emloc.config.StageConfig"
+                f"its options {fields.__name__} derive from {base.__name__}, which they are added to; "
+                f"derive them from emloc.config.StageConfig"
             )
         yield from fields.model_fields.items()
 

@@ -50,8 +50,7 @@ def of_family(config: ConfigT, family: ModelFamily) -> ConfigT:
             continue  # settings that several models share may spell out a default
         families = " and ".join(added[name])
         raise ConfigError(
-            f"{name} is an option of the family {families}, and the model is of {family.name}; leave "
-            f"it out."
+            f"{name} is an option of the family {families}, but the model is of {family.name}; leave it out."
         )
     if not added:
         return config

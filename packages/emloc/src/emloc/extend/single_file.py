@@ -88,7 +88,7 @@ def model_folder(path: Path, named: str | None, families: Mapping[str, FamilyEnt
 def _opened(path: Path) -> Checkpoint:
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(
-            f"{path} is a pickle, which can run code when it is read, so it is not; convert it to "
+            f"{path} is a pickle, which can run code when read, so it is not read; convert it to "
             f"safetensors first."
         )
     if path.suffix.lower() != SUFFIX:
@@ -110,7 +110,7 @@ def _reader(file: Checkpoint, families: Mapping[str, FamilyEntry]) -> SingleFile
         names = ", ".join(entry.name for entry in readers)
         raise CheckpointError(f"Several families read {file.name}: {names}; pass a model's folder.")
     raise CheckpointError(
-        f"{file.name} is no model in one file that an installed family knows (its first tensor is "
+        f"{file.name} is not a single-file model that an installed family knows (its first tensor is "
         f"{next(iter(file.tensors), 'missing')}); pass the model's folder."
     )
 

@@ -82,7 +82,7 @@ def refuse_unknown_grid(bits: int, group_size: int) -> None:
     """
     if bits not in GRID_BITS or group_size < 1:
         raise MismatchError(
-            f"The emulator's config gives layers {bits} bits in groups of {group_size}, which is no "
+            f"The emulator's config gives layers {bits} bits in groups of {group_size}, which is not a "
             f"format; compress the base model again."
         )
 
@@ -213,7 +213,8 @@ class Codes(LayerByLayer):
         if config.bits is not None and config.bits not in self.known_bits:
             bits = ", ".join(map(str, self.known_bits))
             raise ConfigError(
-                f"format={self.name} has codes of {bits} bits; for {config.bits} pass format={self.other}."
+                f"format={self.name} has codes of {bits} bits; for {config.bits} bits pass "
+                f"format={self.other}."
             )
         if config.residual_rank:
             return self.residual.decide(shape, config, itemsize)

@@ -57,7 +57,7 @@ class FactorPair(NamedTuple):
         if bits not in FACTOR_BITS or not 1 <= rank <= min(d_out, d_in):
             raise MismatchError(
                 f"The emulator's config gives layers of {d_out} outputs and {d_in} inputs factors of rank "
-                f"{rank} in {bits} bits, which is no format; compress the base model again."
+                f"{rank} in {bits} bits, which is not a format; compress the base model again."
             )
         return cls(d_out, d_in, rank, bits)
 

@@ -307,7 +307,7 @@ CORE_FORMATS = (
     ),
     FormatEntry(
         "trellis",
-        "codes of 1 to 4 bits, each read with those before it, chosen for the data",
+        "codes of 1 to 4 bits, each decoded with those before it, chosen for the data",
         "emloc.formats.trellis:TRELLIS",
         "emloc",
     ),
@@ -331,7 +331,7 @@ CORE_FORMATS = (
     ),
     FormatEntry(
         "coded_low_rank",
-        "the product of two factors of few bits",
+        "the product of two factors in few bits",
         "emloc.formats.coded_low_rank:CODED_LOW_RANK",
         "emloc",
     ),

@@ -43,8 +43,8 @@ class TrellisMatrix(NamedTuple):
         """
         if bits not in TRELLIS_BITS or group_size < 1 or rows < least_steps(bits):
             raise MismatchError(
-                f"The emulator's config gives layers of {rows} outputs {bits} bits in groups of {group_size} "
-                f"along a trellis, which is no format; compress the base model again."
+                f"The emulator's config gives layers of {rows} outputs {bits} bits in groups of "
+                f"{group_size} along a trellis, which is not a format; compress the base model again."
             )
         return cls(rows, columns, bits, group_size)
 

@@ -96,6 +96,6 @@ def tables_of(entries: Iterable[Mapping[str, Any]] | None) -> Sequence[Vocabular
         return made
     except (KeyError, TypeError, ValueError) as problem:
         raise CheckpointError(
-            "The emulator's config or manifest describes its embeddings in a way that is not known here; "
-            "compress the base model again, or install the version of emloc that it was made with."
+            "The emulator's config or manifest describes its embeddings in an unknown way; compress the "
+            "base model again, or install the version of emloc that it was made with."
         ) from problem

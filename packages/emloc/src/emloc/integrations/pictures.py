@@ -58,7 +58,7 @@ def read_picture(source: Path | bytes | Image.Image, name: str, hint: str) -> Im
         raise
     except UnidentifiedImageError as problem:
         raise DataError(
-            f"{name} cannot be read (it is in no format that is read); {hint}."
+            f"{name} cannot be read (its format is not supported); {hint}."
         ) from problem
     except Exception as problem:  # decoders of damaged files raise nearly anything
         said = str(getattr(problem, "strerror", None) or problem).strip() or type(problem).__name__
@@ -116,9 +116,9 @@ def _grey_scale(picture: Image.Image) -> tuple[int, bool] | None:
     if mode == "I" and picture.format in ("PNG", "PPM", None):
         return 0xFFFF, False
     if mode in ("I", "F"):
-        kind = "integers of 32 bits or with a sign" if mode == "I" else "floating-point numbers"
+        kind = "32-bit or signed integers" if mode == "I" else "floating-point numbers"
         raise ValueError(
-            f"its grey values are {kind}, of which no range is agreed; save 8 or 16 bits"
+            f"its grey values are {kind}, whose range is not defined; save 8 or 16 bits"
         )
     return None
 
@@ -127,7 +127,7 @@ def _as_8_bits(picture: Image.Image, white: int, inverted: bool) -> Image.Image:
     """Grey of 8 bits, with alpha where one value is transparent."""
     values = np.asarray(picture).astype(np.float64)
     if values.min() < 0 or values.max() > white:
-        raise ValueError(f"its grey values leave the range from 0 to {white}")
+        raise ValueError(f"its grey values are outside the range from 0 to {white}")
     grey = np.round(values * (255.0 / white)).astype(np.uint8)
     scaled = Image.fromarray(255 - grey if inverted else grey)
     clear = picture.info.get("transparency")

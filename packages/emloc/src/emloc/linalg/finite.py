@@ -52,8 +52,8 @@ def require_writable(name: str, tensor: Tensor, source: str) -> None:
     """
     if not is_finite(tensor) and not is_mask(tensor):
         raise NumericalError(
-            f"{name} of {source} is NaN or infinite in {str(tensor.dtype).removeprefix('torch.')}, and is "
-            f"not written; check with emloc verify what it was made of, and whether that dtype is wide "
+            f"{name} of {source} is NaN or infinite in {str(tensor.dtype).removeprefix('torch.')}, so it is "
+            f"not written; check what it was made from (emloc verify), and whether that dtype is wide "
             f"enough."
         )
 

@@ -90,4 +90,4 @@ def _refuse_halves(value: Any) -> None:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as problem:
         half = ascii(problem.object[problem.start])
-        raise ValueError(f"it holds half of a character, {half}") from problem
+        raise ValueError(f"it holds half a character, {half}") from problem

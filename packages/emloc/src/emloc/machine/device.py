@@ -50,7 +50,7 @@ def planned_device(name: str) -> str:
 
 def _hint(name: str) -> str:
     if name.startswith(("mps", "xpu", "npu", "hpu", "xla")):
-        return f", and stages do not run on {name.partition(':')[0]}"
+        return f"; stages do not run on {name.partition(':')[0]}"
     close = difflib.get_close_matches(name, _NAMES, n=1, cutoff=0.5)
     return f". Did you mean {close[0]}?" if close else ""
 

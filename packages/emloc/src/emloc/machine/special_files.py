@@ -17,7 +17,7 @@ def refuse_special(path: Path, error: type[EmlocError] = CheckpointError) -> Non
     except OSError:
         return  # whoever opens it says why it cannot be
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise error(f"{path} is a {_kind(mode)} and no file; it is not opened.")
+        raise error(f"{path} is a {_kind(mode)}, not a file; it is not opened.")
 
 
 def _kind(mode: int) -> str:

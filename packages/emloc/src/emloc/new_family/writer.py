@@ -61,7 +61,7 @@ def _words(name: str) -> Mapping[str, str]:
     """The words of the templates, by name."""
     if not NAME.fullmatch(name) or len(name) > LONGEST:
         raise ConfigError(
-            f"new-family: {name[: LONGEST + 20]!r} is no name of a family; pass at most {LONGEST} small "
+            f"new-family: {name[: LONGEST + 20]!r} is not a family name; pass at most {LONGEST} small "
             f"letters, digits and single hyphens, a letter first, as in speech-to-text."
         )
     module = name.replace("-", "_")
@@ -69,12 +69,12 @@ def _words(name: str) -> Mapping[str, str]:
     known = load_plugins().families
     if name in known:
         raise ConfigError(
-            f"new-family: the family {name} is there already, from the plugin {known[name].plugin}; choose "
+            f"new-family: the family {name} already exists, from the plugin {known[name].plugin}; choose "
             f"another name."
         )
     if any(importlib.util.find_spec(one) is not None for one in (package, f"{package}_hooks")):
         raise ConfigError(
-            f"new-family: a package {package} is installed already; choose another name, or uninstall it."
+            f"new-family: a package {package} is already installed; choose another name, or uninstall it."
         )
     if f"{kind}Family" in plugin.__all__ or keyword.iskeyword(module):
         raise ConfigError(

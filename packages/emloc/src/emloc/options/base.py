@@ -15,7 +15,7 @@ MOST_NAMES = 1000
 
 LARGEST_NUMBER = (1 << 63) - 1
 
-DEVICES = "cpu, cuda, cuda:1; auto: cuda where there is one"
+DEVICES = "cpu, cuda, cuda:1; auto: cuda if available"
 
 
 class StageConfig(BaseModel):
@@ -33,7 +33,9 @@ class StageConfig(BaseModel):
             if several and isinstance(value, str):
                 names = value.split(",")
             if len(names) > MOST_NAMES:
-                raise ValueError(f"it names {len(names):,} files, and may name {MOST_NAMES:,}")
+                raise ValueError(
+                    f"it names {len(names):,} files; at most {MOST_NAMES:,} are allowed"
+                )
             for name in names:
                 refuse_long(str(name))
         return value
@@ -55,11 +57,11 @@ class ModelOptions(StageConfig):
 
     family: Annotated[str | None, WithoutEffect()] = Field(
         None,
-        description="whose model it is, where several installed families recognise it",
+        description="family that the model belongs to, if several installed ones recognise it",
     )
     single_file_config: Located | None = Field(
         None,
-        description="of a model in one file: a folder or hub id with its configuration; by default a guess",
+        description="folder or hub id with the configuration of a single-file model; by default a guess",
     )
 
 
@@ -68,5 +70,5 @@ class MemoryOptions(StageConfig):
 
     memory: Annotated[Bytes | None, WithoutEffect()] = Field(
         None,
-        description="what the device has for it, such as 24GiB: planned before, and held to it",
+        description="memory that the stage may use, such as 24GiB: planned beforehand and enforced",
     )

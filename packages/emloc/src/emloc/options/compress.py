@@ -37,24 +37,25 @@ class CompressConfig(CalibrationOptions, ModelOptions, MemoryOptions):
     """Stage 1: write an emulator of a model."""
 
     model_name_or_path: Located = Field(
-        description="local folder or hub id of the base model, or its one file"
+        description="local folder, single file or hub id of the base model"
     )
     output_dir: OutputDir = Field(description="where the emulator goes; must not exist")
     format: Annotated[str, UnlessDefault(formerly=LOW_RANK_FORMAT)] = Field(
         AUTO,
-        description="what layers become: an installed format, such as low_rank, or auto, for each its bits",
+        description="format of compressed layers: an installed one, such as low_rank, or auto: chosen per "
+        "layer",
     )
     keep_ratio: Annotated[float | None, UnlessDefault()] = Field(
         None,
         gt=0,
         le=1,
-        description="share of each layer's bytes kept; by default what memory allows, if that is given, or "
-        f"{DEFAULT_BITS_PER_WEIGHT} bits per weight, or {DEFAULT_KEEP_RATIO} of a format other than auto",
+        description="share of each layer's bytes to keep; by default what memory allows, if given, else "
+        f"{DEFAULT_BITS_PER_WEIGHT} bits per weight, or {DEFAULT_KEEP_RATIO} with a format other than auto",
     )
     bits: Annotated[Literal[1, 2, 3, 4, 8] | None, UnlessDefault()] = Field(
         None,
-        description="of a code: 1 to 4 of format=trellis, 2, 3, 4 or 8 of format=quantized; by default the "
-        "most that keep_ratio allows",
+        description="bits per code: 1 to 4 with format=trellis; 2, 3, 4 or 8 with format=quantized; by "
+        "default the most that keep_ratio allows",
     )
     group_size: Annotated[Literal[32, 64, 128] | None, UnlessDefault()] = Field(
         None, description="inputs that share a scale in format=trellis and format=quantized"
@@ -63,43 +64,46 @@ class CompressConfig(CalibrationOptions, ModelOptions, MemoryOptions):
         None,
         gt=0,
         le=64,
-        description="budget in place of keep_ratio: bits of each layer's bytes, per weight",
+        description="budget in place of keep_ratio: bits per weight of each layer",
     )
     residual_rank: Annotated[int | None, UnlessDefault()] = Field(
         None,
         ge=0,
         le=1024,
-        description="rank of what format=trellis or quantized adds to its codes",
+        description="rank of the residual that format=trellis or quantized adds to its codes",
     )
     factor_bits: Annotated[Literal[4, 8, 16] | None, UnlessDefault()] = Field(
         None,
-        description="of a number in the factors of low_rank or of the residual; 16: the emulator's dtype",
+        description="bits per number in the factors of low_rank or of the residual; 16: the emulator's dtype",
     )
     embedding_bits: Annotated[Literal[4, 8] | None, UnlessDefault()] = Field(
         None,
-        description="of a number in input embeddings and output head; by default they stay as they are",
+        description="bits per number in input embeddings and output head; by default they stay as they are",
     )
     keep_ratio_pattern: RatioMap = Field({}, description="regular expression=ratio, per layer")
     rank_pattern: CountMap = Field({}, description="regular expression=rank, per layer")
     keep_ratio_allocation: Literal["uniform", "error"] = Field(
         "uniform",
-        description="uniform: the same ratio for all; error: where it lowers the error most",
+        description="uniform: the same ratio for all layers; error: larger where that lowers the error most",
     )
     propagate_errors: Annotated[bool, UnlessDefault()] = Field(
         False,
-        description="make up for the errors of earlier layers: fit on what each reads in the emulator",
+        description="make up for errors of earlier layers: fit each layer to its inputs in the emulator",
     )
     weigh_errors: Annotated[Literal["alike", "gradients"], UnlessDefault()] = Field(
         "alike",
-        description="gradients: errors of outputs count as the loss minds them (auto's choice, and "
+        description="gradients: weigh output errors by their effect on the loss (in auto's choice and in "
         "factors); one more pass",
     )
-    share_factors: bool = Field(True, description="one right factor for layers of one input")
-    exclude: Names = Field([], description="regular expressions of layers to keep dense")
-    include: Names = Field(
-        [], description="regular expressions of layers to compress that are kept dense by default"
+    share_factors: bool = Field(
+        True, description="share one right factor among layers with the same input"
     )
-    dtype: Dtype = Field("auto", description="of the emulator's weights; auto: the base's")
+    exclude: Names = Field([], description="regular expressions for layers to keep dense")
+    include: Names = Field(
+        [],
+        description="regular expressions for layers to compress although they stay dense by default",
+    )
+    dtype: Dtype = Field("auto", description="dtype of the emulator's weights; auto: the base's")
     device: Annotated[Device, WithoutEffect()] = Field(
         "auto", validate_default=True, description=DEVICES
     )

@@ -27,6 +27,6 @@ class LearntDataOptions(DataOptions):
 class CalibrationOptions(LearntDataOptions):
     """Options for the samples that stand for the data when compressing and when choosing a limit."""
 
-    num_calibration_samples: int = Field(64, ge=1, description="samples drawn by seed")
+    num_calibration_samples: int = Field(64, ge=1, description="samples to draw, by seed")
     calibration_batch_size: int = Field(8, ge=1, description="samples per micro-batch")
-    seed: int = Field(0, ge=0, description="draws calibration samples; seeds training")
+    seed: int = Field(0, ge=0, description="seed for drawing calibration samples and for training")

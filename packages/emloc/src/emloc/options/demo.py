@@ -12,16 +12,18 @@ from emloc.options.types import Located, OutputDir
 class DemoConfig(StageConfig):
     """The whole method on a small real model."""
 
-    family: str = Field("llm", description="which plugin's demo")
-    output_dir: OutputDir = Field(Path("demo-output"), description="where everything goes")
+    family: str = Field("llm", description="family whose demo to run")
+    output_dir: OutputDir = Field(
+        Path("demo-output"), description="folder for everything that it writes"
+    )
     model_name_or_path: Located | None = Field(
-        None, description="another model than the demo's own"
+        None, description="a model to use instead of the demo's own"
     )
     keep_ratio: float | None = Field(
-        None, gt=0, le=1, description="of compress; by default its budget in bits"
+        None, gt=0, le=1, description="passed to compress; by default the demo's budget in bits"
     )
     bits_per_weight: float | None = Field(
-        None, gt=0, le=64, description="of compress; by default its own"
+        None, gt=0, le=64, description="passed to compress; by default the demo's own"
     )
     max_steps: int | None = Field(None, ge=1, description="by default the demo's own")
     num_samples: int | None = Field(None, ge=1, description="unseen examples to evaluate on")

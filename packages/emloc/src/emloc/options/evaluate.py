@@ -15,14 +15,16 @@ class EvaluateConfig(DataOptions, ModelOptions):
     """Loss and exact match of a model, with or without an adapter."""
 
     model_name_or_path: Located = Field(description="model or emulator")
-    adapter: Located | None = Field(None, description="PEFT adapter to put on it")
+    adapter: Located | None = Field(None, description="PEFT adapter to load onto it")
     allow_mismatch: Annotated[bool, WithoutEffect()] = Field(
         False,
-        description="score an adapter on a model that it is not made for, such as one that is not "
-        "corrected on the original",
+        description="score an adapter on a model that it was not made for, such as an uncorrected one on "
+        "the original",
     )
-    output_dir: OutputDir | None = Field(None, description="where evaluation.json goes")
-    num_samples: int | None = Field(None, ge=1, description="the first so many; by default all")
+    output_dir: OutputDir | None = Field(None, description="folder for evaluation.json")
+    num_samples: int | None = Field(
+        None, ge=1, description="number of samples to score, from the first; by default all"
+    )
     per_device_eval_batch_size: int = Field(16, ge=1)
     dtype: Dtype = Field("auto", description="auto: as stored")
     device: Annotated[Device, WithoutEffect()] = Field(

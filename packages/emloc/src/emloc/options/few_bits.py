@@ -22,13 +22,16 @@ class FewBitsOptions(StageConfig):
         False, description="the adapter was trained on the base in 8 bits, not on an emulator"
     )
     bnb_4bit_quant_type: QuantType | None = Field(
-        None, description="of the base in 4 bits: nf4, fp4; by default as its config says, or nf4"
+        None,
+        description="data type of the 4-bit base: nf4, fp4; by default as its config says, or nf4",
     )
     bnb_4bit_use_double_quant: bool | None = Field(
-        None, description="of the base in 4 bits; by default as its config says, or true"
+        None,
+        description="whether the 4-bit base was doubly quantised; by default as its config says, or "
+        "true",
     )
     llm_int8_skip_modules: Names | None = Field(
-        None, description="layers that were left as they are, as in BitsAndBytesConfig"
+        None, description="layers that were not quantised, as in BitsAndBytesConfig"
     )
 
 

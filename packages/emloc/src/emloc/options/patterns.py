@@ -60,7 +60,7 @@ def require_affordable(patterns: Iterable[str], names: Sequence[str]) -> None:
     ways = (_ways_of(pattern, longest) for pattern in patterns)
     if sum(count for count in ways if count > 1) * len(names) > MOST_STEPS:
         raise ConfigError(
-            f"Its patterns could fit {len(names)} names of up to {longest} characters in too many ways; "
+            f"Its patterns could match {len(names)} names of up to {longest} characters in too many ways; "
             f"write fewer, or with fewer repetitions (such as .*)."
         )
 
@@ -69,8 +69,8 @@ def require_affordable(patterns: Iterable[str], names: Sequence[str]) -> None:
 def _compiled(pattern: str) -> re.Pattern[str]:
     if _ways_of(pattern, USUAL) > MOST_WAYS:
         raise ConfigError(
-            f"Pattern {_shown(pattern)} could fit a name in too many ways to try; write it with fewer "
-            f"repetitions (such as .*), and none inside of another."
+            f"Pattern {_shown(pattern)} could match a name in too many ways; write it with fewer "
+            f"repetitions (such as .*), none inside another."
         )
     return re.compile(_whole(pattern))
 

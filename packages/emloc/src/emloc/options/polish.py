@@ -8,27 +8,32 @@ from emloc.options.types import Located, OutputDir
 
 
 class PolishConfig(TrainingOptions):
-    """Take a few steps on the original itself, from a LoRA that was trained on an emulator."""
+    """Train a LoRA from an emulator for a few more steps, on the original itself."""
 
     adapter: Located = Field(description="PEFT adapter, corrected or not")
     model_name_or_path: Located | None = Field(
-        None, description="the original; by default the one that the adapter was made for"
+        None, description="the original model; by default the one that the adapter was made for"
     )
     output_dir: OutputDir = Field(description="where the polished adapter goes; must not exist")
-    max_steps: int = Field(8, ge=1, description="steps, each of which reads the model twice")
-    samples_per_step: int = Field(16, ge=1, description="samples that a step learns from")
+    max_steps: int = Field(8, ge=1, description="steps; each reads the model twice")
+    samples_per_step: int = Field(16, ge=1, description="samples per step")
     per_device_train_batch_size: int = Field(
-        4, ge=1, description="samples that go through a block at once; a step is a multiple"
+        4,
+        ge=1,
+        description="samples that go through a block at once; samples_per_step is a multiple of it",
     )
     stream: bool = Field(
-        True, description="hold one block at a time; false: the whole model, where it fits"
+        True, description="hold one block at a time; false: the whole model, if it fits"
     )
     num_held_back_samples: int = Field(
-        32, ge=0, description="samples to judge by, a fifth at most; 0: the result is not judged"
+        32, ge=0, description="samples to judge the result by, at most a fifth; 0: it is not judged"
     )
     learning_rate: float = Field(1e-3, gt=0)
     warmup_ratio: float = Field(
-        0.0, ge=0, lt=1, description="share of steps; the first step of a warm-up changes nothing"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of steps spent warming up; the first of them changes nothing",
     )
 
 
@@ -41,7 +46,7 @@ def micro_batches(config: PolishConfig) -> tuple[int, int]:
     batch = min(config.per_device_train_batch_size, config.samples_per_step)
     if config.samples_per_step % batch:
         raise ConfigError(
-            f"polish: samples_per_step={config.samples_per_step} is no multiple of "
+            f"polish: samples_per_step={config.samples_per_step} is not a multiple of "
             f"per_device_train_batch_size={batch}; pass {config.samples_per_step // batch * batch} or "
             f"another batch size."
         )

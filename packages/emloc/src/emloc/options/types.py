@@ -88,9 +88,7 @@ def refuse_long(name: str) -> None:
     """
     longest = max(len(part.encode("utf-8", "surrogatepass")) for part in name.split("/"))
     if longest > LONGEST_NAME and "://" not in name:
-        raise ValueError(
-            f"it has a name of {longest} bytes, and disks have none of over {LONGEST_NAME}"
-        )
+        raise ValueError(f"it has a name of {longest} bytes; file systems allow {LONGEST_NAME}")
 
 
 Names = Annotated[list[str], BeforeValidator(split)]

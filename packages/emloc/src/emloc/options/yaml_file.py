@@ -54,7 +54,7 @@ class BoundedLoader(yaml.SafeLoader):
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
-                raise ConfigError(f"line {line}: *{event.anchor} stands inside of what it names")
+                raise ConfigError(f"line {line}: *{event.anchor} occurs inside what it refers to")
         else:
             inner = node.value if isinstance(node.value, list) else ()
             parts = (part if isinstance(part, tuple) else (part,) for part in inner)
@@ -112,7 +112,7 @@ class _Loader(BoundedLoader):
             if key.value in lines:
                 first = lines[key.value]
                 raise ConfigError(
-                    f"line {line}: the key {key.value} stands twice, first in line {first}"
+                    f"line {line}: the key {key.value} occurs twice, first in line {first}"
                 )
             lines[key.value] = line
         return node
@@ -174,7 +174,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         refuse_special(path, ConfigError)
         if path.stat().st_size > MOST_BYTES:
-            raise ConfigError(f"{path} has more than {MOST_BYTES >> 20} MiB; a run is not so long.")
+            raise ConfigError(f"{path} is larger than {MOST_BYTES >> 20} MiB, too long for a run.")
         text = path.read_text("utf-8")
     except FileNotFoundError as problem:
         raise ConfigError(f"No file {path}.") from problem
@@ -196,7 +196,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as problem:  # ValueError: an explicit tag that does not fit
         raise ConfigError(f"{path} is not valid YAML: {_where(problem)}.") from problem
     if not isinstance(content, dict):
-        fault = "is empty" if content is None else "is no mapping"
+        fault = "is empty" if content is None else "is not a mapping"
         raise ConfigError(f"{path} {fault}; it should hold keys and values.")
     return cast("dict[str, Any]", content)
 
@@ -205,5 +205,5 @@ def _where(problem: Exception) -> str:
     mark = getattr(problem, "problem_mark", None)
     said = getattr(problem, "problem", None) or " ".join(str(problem).split())
     if "'\\t'" in said:
-        said = "a tab, where only spaces may indent"
+        said = "a tab, but only spaces may indent"
     return said if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: {said}"

@@ -73,10 +73,10 @@ class Contract:
         on_gpu = self.setting.on_gpu
         if on_gpu:
             left = torch.cuda.mem_get_info(self.setting.options.device)[0]
-            self._require(device, left, "of the card", "stop what else runs on it")
+            self._require(device, left, "of the card", "stop other programs on it")
         ram = host if on_gpu else device + host
         available = psutil.virtual_memory().available
-        self._require(ram, available, "of the machine's memory", "close what else runs on it")
+        self._require(ram, available, "of the machine's memory", "close other programs")
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         place = f"of the disk of {existing}"
         self._require(disk, disk_usage(existing).free, place, "choose another output_dir")
@@ -93,15 +93,15 @@ class Contract:
         """Add the plan to what is said when the stage goes beyond its memory."""
         if not can_limit(self.setting.options.device):
             console.print(
-                f"{self.stage}: this system cannot hold a process to memory; it is measured"
+                f"{self.stage}: this system cannot limit a process's memory; it is only measured"
             )
         try:
             yield
         except MemoryLimitError as problem:
             planned = format_bytes(total(self.planned.device))
             raise MemoryLimitError(
-                f"{self.stage} was stopped. {problem} Planned were {planned}. Pass more memory or a "
-                f"smaller batch; what was finished is kept.\n{self._table()}"
+                f"{self.stage} was stopped. {problem} The plan was {planned}. Pass more memory or a smaller "
+                f"batch; finished work is kept.\n{self._table()}"
             ) from problem
 
     def report(self, measured: dict[str, Any]) -> None:

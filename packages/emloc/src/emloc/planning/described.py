@@ -75,7 +75,7 @@ def weight_dtype(checkpoint: Checkpoint, parameters: int) -> torch.dtype:
             if known is None:
                 raise CheckpointError(
                     f"The config.json of {checkpoint.name} names the dtype {str(named)[:60]!r}, which is "
-                    f"none of {', '.join(FLOATS)}; correct it, or pass dtype."
+                    f"not one of {', '.join(FLOATS)}; correct it, or pass dtype."
                 )
             return known
     return torch.bfloat16 if parameters >= LARGE_PARAMETERS else torch.float32

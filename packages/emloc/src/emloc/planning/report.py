@@ -97,8 +97,8 @@ def _choices(choices: Sequence[Mapping[str, Any]]) -> Table:
             "; ".join(choice["given_up"]),
         )  # fmt: skip
     table.caption = (
-        "products: multiplications of a forward over the base's; error of outputs: as measured on "
-        "SmolLM2-135M at so many bits"
+        "products: multiplications in a forward pass relative to the base's; error of outputs: as measured "
+        "on SmolLM2-135M at that many bits"
     )
     return table
 
@@ -145,16 +145,16 @@ def verdict(plan: Mapping[str, Any]) -> Sequence[str]:
     if not plan["fits"]:
         stage, line = plan["dominating"]
         return [
-            f"Nothing fits in {budget}: the least is {format_bytes(plan['smallest'])}, of which most "
-            f"are {line} of {stage}. Tried, in this order: {'; '.join(plan['given_up']) or 'nothing'}."
+            f"Nothing fits in {budget}: the smallest need is {format_bytes(plan['smallest'])}, mostly "
+            f"{line} of {stage}. Tried, in this order: {'; '.join(plan['given_up']) or 'nothing'}."
         ]
     given_up = "; ".join(plan["given_up"])
-    said = f"Given up for it, in this order: {given_up}." if given_up else "Nothing was given up."
+    said = f"Given up to fit, in this order: {given_up}." if given_up else "Nothing was given up."
     how = f"format {plan['format']}, {plan['sized_by']}" if plan["choices"] else plan["sized_by"]
     lines = [f"Fits in {budget} with {how}. {said}"]
     runs = plan["stages"]["inference"]["device_bytes"]["total"]
     if runs > plan["memory"]:
-        lines.append(f"The base itself takes {format_bytes(runs)} to run, more than that.")
+        lines.append(f"The base itself takes {format_bytes(runs)} to run, which is more.")
     if plan["beside"]["LoRA on the base"]["device_bytes"]["total"] <= plan["memory"]:
         lines.append("A LoRA on the base itself fits as well; it needs no emulator.")
     return lines

@@ -132,7 +132,7 @@ def recommended(ways: Sequence[Way], room: Room) -> tuple[Way, str] | None:
     times = (chosen.seconds or 0.0) / max(1e-9, quick.seconds or 0.0)
     than = "" if chosen is quick else f", and takes {times:.1f} times as long as {quick.name}"
     return chosen, (
-        f"of those that fit it recovers most of LoRA's gain, {_percent(chosen.gain)} where it was "
+        f"of those that fit, it recovers the most of LoRA's gain, {_percent(chosen.gain)} where it was "
         f"measured{than}"
     )
 

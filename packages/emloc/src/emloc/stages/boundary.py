@@ -52,8 +52,8 @@ def _explained(what: str, problem: BaseException) -> EmlocError:
         place = Path(named) if isinstance(named, str) else Path("a file")
         return OutputError(f"{what}: {writing_reason(place, problem)}.")
     return UnexpectedError(
-        f"{what} met an error that it does not know: {_first_line(problem)}, at {_place(problem)}; run it "
-        f"again with {DEBUG} and report what it shows."
+        f"{what} met an unexpected error: {_first_line(problem)}, at {_place(problem)}; run it again with "
+        f"{DEBUG} and report what it shows."
     )
 
 

@@ -58,7 +58,7 @@ def compress(config: CompressConfig) -> Path:
     config = of_family(config, family)
     if "quantization_config" in base.config:
         raise CheckpointError(
-            f"{base.name} is quantised or an emulator already; compress the full-precision original."
+            f"{base.name} is already quantised or an emulator; compress the full-precision original."
         )
     format = TRELLIS if config.format == AUTO else format_named(config.format)
     if isinstance(format, Prepares):
@@ -143,8 +143,8 @@ def _minded(
                 else f"format {group.form.format.name}"
             )
             raise ConfigError(
-                f"weigh_errors=gradients: {what} does not weigh the outputs of a layer by them; leave it "
-                f"out, or pass format=auto, low_rank or one with factors."
+                f"weigh_errors=gradients: {what} does not weigh a layer's outputs by them; leave it out, or "
+                f"pass format=auto, low_rank or one with factors."
             )
     return OutputGradients.gather(stream, plan, batches, work)
 
@@ -165,7 +165,7 @@ def _say_tokens(
     samples, wanted = _samples(batches), config.num_calibration_samples
     if samples < wanted and calibration_tokens_of(family, config) is None:
         console.print(
-            f"compress: the data have {samples} samples, not num_calibration_samples={wanted}"
+            f"compress: the data set has {samples} samples, not num_calibration_samples={wanted}"
         )
     hint = " (few: more samples would describe it better)" if tokens < widest else ""
     console.print(f"compress: {tokens} calibration tokens, layers of up to {widest} inputs{hint}")

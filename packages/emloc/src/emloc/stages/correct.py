@@ -60,12 +60,12 @@ def _can_correct(config: CorrectConfig) -> None:
     given = [option for option in FEW_BITS if getattr(config, option) not in (None, False)]
     if config.emulator is not None and given:
         raise ConfigError(
-            f"correct: {given[0]} is about a base in few bits, on which an adapter of an emulator was not "
-            f"trained; pass one of them."
+            f"correct: {given[0]} is about a base in few bits, but an adapter of an emulator was not "
+            f"trained on one; pass one of them."
         )
     if config.emulator is not None and DEQUANTISED in (config.limit, *config.limit_candidates):
         raise ConfigError(
-            f"correct: {DEQUANTISED} is for adapters of a base in few bits; leave it out where there is an "
+            f"correct: {DEQUANTISED} is for adapters of a base in few bits; leave it out if there is an "
             f"emulator."
         )
     if config.strength is not None and "limit" in config.model_fields_set:
@@ -74,7 +74,7 @@ def _can_correct(config: CorrectConfig) -> None:
             "both on data."
         )
     if config.dataset is None and config.strength is not None:
-        raise ConfigError("correct: strength is of a fit to data; pass a dataset.")
+        raise ConfigError("correct: strength applies to a fit to data; pass a dataset.")
     if config.dataset is None and config.limit == "auto":
         raise ConfigError(
             "correct: limit=auto compares limits on data; pass a dataset, or a fixed limit such as 1."

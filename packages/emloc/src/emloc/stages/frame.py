@@ -204,7 +204,7 @@ class Figures:
         before = recorded.get("settings")
         if not isinstance(before, dict):
             raise OutputError(
-                f"{self.target} is no {self.target.stem} of ours; choose another output_dir."
+                f"{self.target} is not an emloc {self.target.stem}; choose another output_dir."
             )
         if not is_sealed(recorded):
             raise OutputError(

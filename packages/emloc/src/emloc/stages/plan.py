@@ -64,7 +64,7 @@ def _rates(setting: Setting, measure: bool) -> Rates | None:
     if device.startswith("cuda") and not torch.cuda.is_available():
         if measure:
             raise ConfigError(
-                f"plan: measure needs the device, and there is no {device} here; leave measure out."
+                f"plan: measure needs the device, but there is no {device} here; leave measure out."
             )
         return None
     dtype = setting.subject.stored

@@ -153,8 +153,8 @@ def _original(adapter: Adapter, origin: Manifest | None) -> str:
 def _require_able(config: PolishConfig, adapter: Adapter, family: ModelFamily) -> None:
     if not isinstance(family, ContinuesAdapters):
         raise ConfigError(
-            f"polish: the family {family.name} begins every training with a new LoRA, and cannot go on from "
-            f"one; use the corrected adapter as it is."
+            f"polish: the family {family.name} starts every training with a new LoRA and cannot continue "
+            f"from one; use the corrected adapter as it is."
         )
     if config.stream and not isinstance(family, StreamsTraining):
         raise ConfigError(
@@ -162,8 +162,8 @@ def _require_able(config: PolishConfig, adapter: Adapter, family: ModelFamily) -
         )
     if config.stream and adapter.saved:
         raise ConfigError(
-            f"polish: {adapter.path} has modules that were trained whole ({next(iter(adapter.saved))}), and "
-            f"a streamed step trains LoRA alone; pass stream=false."
+            f"polish: {adapter.path} has modules that were trained whole ({next(iter(adapter.saved))}), but "
+            f"a streamed step trains only LoRA; pass stream=false."
         )
 
 
@@ -175,7 +175,7 @@ def _is_better(losses: list[float] | None) -> bool:
     before, after = losses
     better = after < before
     what = "" if better else ", which is no better: the adapter stays as it came"
-    console.print(f"polish: loss of samples held back {before:.4f}, then {after:.4f}{what}")
+    console.print(f"polish: loss on held-back samples {before:.4f}, then {after:.4f}{what}")
     return better
 
 

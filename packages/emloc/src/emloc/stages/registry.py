@@ -49,15 +49,13 @@ def all_stages(plugins: Plugins | None = None) -> Mapping[str, AnyStage]:
             added = imported(entry.target)
             if not isinstance(added, Stage):
                 raise PluginError(
-                    f"{entry.target} is no stage; decorate it with emloc.stages.stage.stage"
+                    f"{entry.target} is not a stage; decorate it with emloc.stages.stage.stage"
                 )
             one = cast(AnyStage, added)
             if one.name in stages:
                 raise PluginError(f"stage {one.name!r} is registered already")
             if one.name in COMMANDS:
-                raise PluginError(
-                    f"stage {one.name!r} has the name of a command; call it otherwise"
-                )
+                raise PluginError(f"stage {one.name!r} has the name of a command; rename it")
             check_stage(one.name, one.own_config, known.families.values())
             stages[one.name] = one
         except Exception as problem:  # a third party's code may raise anything

@@ -55,7 +55,9 @@ def _can_train(config: TrainConfig) -> None:
     if config.adapter:
         refuse_options_of_a_new_lora(config, "train")
     if config.max_steps == 0:
-        raise ConfigError("train: max_steps = 0 would learn nothing; leave it out to train epochs.")
+        raise ConfigError(
+            "train: max_steps = 0 would learn nothing; leave it out to train for num_train_epochs."
+        )
     has_place(config)
     check_training(config)
 
@@ -148,7 +150,7 @@ def _begun(config: TrainConfig, model: Checkpoint, family: ModelFamily) -> Adapt
     asked = [name for name in ("adapter", "num_held_back_samples") if getattr(config, name)]
     if asked and not isinstance(family, ContinuesAdapters):
         raise ConfigError(
-            f"train: the family {family.name} begins with a new LoRA and learns all samples; leave "
+            f"train: the family {family.name} starts with a new LoRA and trains on all samples; leave "
             f"{asked[0]} out."
         )
     return goes_on_from(config, family, model)
@@ -164,8 +166,8 @@ def _emulator(config: TrainConfig, manifest: Manifest | None) -> Manifest | None
         )
     if config.emulator is not None and not is_emulator:
         raise CheckpointError(
-            f"{config.emulator} is no emulator: it was not written by emloc compress; make one, or pass it "
-            f"as model_name_or_path to train on it."
+            f"{config.emulator} is not an emulator: it was not written by emloc compress; make one, or pass "
+            f"it as model_name_or_path to train on it."
         )
     return manifest if config.emulator else None
 

@@ -58,7 +58,7 @@ def check_training(config: TrainConfig) -> None:
     check_optimizer(config)
     if config.stream_bits is not None and not (config.stream and config.stream_from == "ram"):
         raise ConfigError(
-            "train: stream_bits is of blocks that wait in memory; pass stream=true and stream_from=ram, or "
+            "train: stream_bits is for blocks that wait in memory; pass stream=true and stream_from=ram, or "
             "leave it out."
         )
     if config.stream:
@@ -68,8 +68,8 @@ def check_training(config: TrainConfig) -> None:
 def _check_streamed(config: TrainConfig) -> None:
     if config.emulator is not None:
         raise ConfigError(
-            "train: stream=true trains on model_name_or_path, block by block, and an emulator is there to be "
-            "held in memory; leave stream out, or pass the model."
+            "train: stream=true trains on model_name_or_path, block by block, but an emulator is meant to "
+            "be held in memory; leave stream out, or pass the model."
         )
     for name, what in STREAM_EXCLUDES.items():
         if getattr(config, name):
@@ -92,7 +92,7 @@ def check_trackers(config: TrainConfig) -> None:
     for name in config.report_to:
         if name in ("none", "all"):
             if len(config.report_to) > 1:
-                raise ConfigError(f"train: report_to: {name} stands alone, or leave it out.")
+                raise ConfigError(f"train: report_to: {name} must be alone, or left out.")
             continue
         if name not in TRACKERS:
             hint = nearest(name, list(TRACKERS)) or f" There are {_listed()}."
@@ -106,7 +106,7 @@ def check_trackers(config: TrainConfig) -> None:
                 f"leave report_to out."
             )
         if name == "kubeflow" and "KUBEFLOW_TRAINER_SERVER_URL" not in os.environ:
-            raise ConfigError("train: report_to=kubeflow works inside of a Kubeflow job alone.")
+            raise ConfigError("train: report_to=kubeflow works only inside a Kubeflow job.")
 
 
 def check_optimizer(config: TrainConfig) -> None:
@@ -118,14 +118,14 @@ def check_optimizer(config: TrainConfig) -> None:
     if config.optim == PRODIGY:
         if config.loraplus_lr_ratio is not None:
             raise ConfigError(
-                "train: optim=prodigy has one learning rate for all parameters, and loraplus_lr_ratio "
-                "gives A and B different ones; leave one of them out."
+                "train: optim=prodigy has one learning rate for all parameters, but loraplus_lr_ratio gives "
+                "A and B different ones; leave one of them out."
             )
         _require("prodigyopt", config.optim)
     elif config.optim in ON_GPU:
         if not config.device.startswith("cuda"):
             raise ConfigError(
-                f"train: optim={config.optim} needs a GPU (device=cuda), and this run is on "
+                f"train: optim={config.optim} needs a GPU (device=cuda), but this run is on "
                 f"{config.device}; use adamw_torch_fused, or adafactor for less memory."
             )
         _require("bitsandbytes", config.optim)
@@ -167,7 +167,7 @@ def require_trained(
             {name.rpartition(".")[2] for name in left} | set(config.lora_modules_to_save)
         )
         raise ConfigError(
-            f"train: {model.name} holds no {', '.join(left)}, so its numbers are drawn and have to be "
+            f"train: {model.name} holds no {', '.join(left)}, so it is initialised at random and must be "
             f"trained whole; pass lora_modules_to_save={','.join(names)}."
         )
 

@@ -32,7 +32,7 @@ from emloc.verification.tensors import require_emulator, require_finite, require
 
 @stage(VerifyConfig, consumes={"path": (EMULATOR, ADAPTER, CORRECTED_ADAPTER, MERGED_MODEL)})
 def verify(config: VerifyConfig) -> dict[str, Any]:
-    """Check a folder, all of it, and what it was made from as far as that is here.
+    """Check a whole folder, and what it was made from as far as that is available.
 
     Returns:
         A report; its `chain` has a line for each model and adapter on the way back to the base.

@@ -207,8 +207,8 @@ class BlockPasses:
         again = next((block for block, times in Counter(order).items() if times > 1), None)
         if again is not None and not in_parts:
             raise ConfigError(
-                f"Block {again} runs again after others in a forward of this model, so its gradients come in "
-                f"parts, which this method would take for all of them; choose another method."
+                f"Block {again} runs again after others in a forward pass of this model, so its gradients "
+                f"come in parts, each of which this method would take for the whole; choose another method."
             )
         others = [block for block in stream.blocks if block not in order]
         order, visits = [*order, *others], [*reached, *([] for _ in others)]
@@ -319,7 +319,7 @@ def _back_through(module: nn.Module, run: _Run, passage: _Passage, kept: KeptInp
         return
     if not all(gradient is None or is_finite(gradient) for gradient in gradients):
         raise NumericalError(
-            f"The gradient of what block {run.block} writes holds NaN or infinity; check the base model's "
+            f"The gradient of the output of block {run.block} holds NaN or infinity; check the base model's "
             f"weights (emloc verify), and in training use a lower learning_rate."
         )
     # A block that stands before all others reads nothing that has a graph, and needs one all the same

@@ -38,8 +38,8 @@ def real_rows(values: Tensor, mask: Tensor | None, what: str) -> Tensor:
             return rows[:0]
         raise ConfigError(
             f"{what} has {_shown(values.shape[:-1])} rows where {_shown(mask.shape)} tokens are padded to "
-            f"one length, so it is not known which of them are padding; use calibration_batch_size=1, "
-            f"where nothing is padded, or exclude it."
+            f"one length, so it is unclear which of them are padding; use calibration_batch_size=1, where "
+            f"nothing is padded, or exclude it."
         )
     return rows[mask.reshape(-1).to(rows.device)]
 

@@ -129,7 +129,7 @@ class UnitStream:
         tensor = stored.read(self.checkpoint.read)
         if tensor.shape != expected:
             raise CheckpointError(
-                f"Tensor {stored.names[0]} of {self.checkpoint.name} is {tuple(tensor.shape)}, its "
+                f"Tensor {stored.names[0]} of {self.checkpoint.name} is {tuple(tensor.shape)}, but its "
                 f"config.json implies {tuple(expected)}; config and shards do not belong together."
             )
         return tensor

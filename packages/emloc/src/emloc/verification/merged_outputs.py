@@ -128,8 +128,8 @@ def _outputs(
     excess = float(((new @ x - wanted).abs() / allowed.clamp_min(torch.finfo(x.dtype).tiny)).max())
     if not excess <= 1:
         raise MismatchError(
-            f"{name} gives other outputs than {layer.name} of {expected.base.name} with {adapter.path} (by "
-            f"{excess:.3g} times what rounding allows); merge again."
+            f"{name} gives different outputs from {layer.name} of {expected.base.name} with {adapter.path} "
+            f"(by {excess:.3g} times what rounding allows); merge again."
         )
     return Compared(outputs=x.shape[1], largest=excess)
 

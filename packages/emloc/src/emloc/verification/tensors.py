@@ -43,7 +43,7 @@ def require_parameters(checkpoint: Checkpoint, family: ModelFamily) -> None:
         stored = entry.plain_name
         if stored is not None and checkpoint.tensors[stored].shape != tuple(parameter.shape):
             raise CheckpointError(
-                f"{stored} of {checkpoint.path} is {checkpoint.tensors[stored].shape}; its config "
+                f"{stored} of {checkpoint.path} is {checkpoint.tensors[stored].shape}, but its config "
                 f"implies {tuple(parameter.shape)}."
             )
 
@@ -73,11 +73,11 @@ def require_emulator(checkpoint: Checkpoint, manifest: Manifest, family: ModelFa
         shape = info.shape if info else "missing"
         if shape != tensor.shape:
             raise CheckpointError(
-                f"{name} of {checkpoint.path} should be {tensor.shape}, is {shape}."
+                f"{name} of {checkpoint.path} should be {tensor.shape} but is {shape}."
             )
         if info and tensor.dtype not in (None, info.dtype):
             raise CheckpointError(
-                f"{name} of {checkpoint.path} should be {tensor.dtype}, is {info.dtype}."
+                f"{name} of {checkpoint.path} should be {tensor.dtype} but is {info.dtype}."
             )
     for name, _ in model.named_parameters():
         layer = name.rpartition(".")[0]

@@ -95,7 +95,7 @@ def functional() -> Any:
         import bitsandbytes.functional as functions
     except ImportError as problem:
         raise DependencyError(
-            "What a base in few bits was is made anew by bitsandbytes, which is not installed; pip install "
+            "Reproducing a base in few bits needs bitsandbytes, which is not installed; pip install "
             "'emloc[bitsandbytes]'."
         ) from problem
     return cast(Any, functions)

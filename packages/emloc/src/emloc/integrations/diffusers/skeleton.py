@@ -26,8 +26,8 @@ def empty_model(checkpoint: Checkpoint, model_class: Any, dtype: torch.dtype) ->
     """
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     what = f"{checkpoint.name}: its {checkpoint.layout.config}"
-    hint = "see that it is whole, and that the installed diffusers knows the model"
-    with reading(what, "builds no model of diffusers", hint), empty_weights():
+    hint = "check that it is complete, and that the installed diffusers knows the model"
+    with reading(what, "does not describe a diffusers model", hint), empty_weights():
         model = model_class.from_config(config)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -118,7 +118,7 @@ def _require_loaded(adapted: Any, lora: Adapter) -> None:
     if unused:
         raise MismatchError(
             f"PEFT uses {len(lora.tensors.tensors) - len(unused)} of the {len(lora.tensors.tensors)} "
-            f"tensors of {lora.path} and not {unused[0]}; it is for another model."
+            f"tensors of {lora.path} but not {unused[0]}; it is for another model."
         )
 
 
@@ -135,8 +135,8 @@ def _require_places(lora: Adapter, model: Any, name: str) -> None:
         shape = lora.tensors.tensors[key].shape
         if parameter not in held or tuple(held[parameter].shape) != shape:
             raise MismatchError(
-                f"Adapter {lora.path} trained {parameter} whole, of which {name} has none of that shape; "
-                f"it was trained for another model."
+                f"Adapter {lora.path} trained {parameter} whole, but {name} has none of that shape; it was "
+                f"trained for another model."
             )
     for parameter, key in lora.copies.items():
         if parameter not in held or not is_copy(lora, key, held[parameter].detach().cpu()):

@@ -26,8 +26,7 @@ def in_chosen_blocks(model: nn.Module, names: Sequence[str], options: LoraOption
     if not numbers:
         if patterns:
             raise ConfigError(
-                "lora_layers_pattern says in which stack lora_layers_to_transform counts blocks; pass that "
-                "as well."
+                "lora_layers_pattern says in which stack lora_layers_to_transform counts blocks; pass both."
             )
         return list(names)
     stacks = _stacks(model, names)
@@ -74,7 +73,7 @@ def _named(stacks: Stacks, patterns: Sequence[str]) -> Stacks:
         }
         if not ending:
             raise ConfigError(
-                f"lora_layers_pattern: no stack of blocks is called {pattern}; there are "
+                f"lora_layers_pattern: no stack of blocks is called {pattern}; the stacks are "
                 f"{_listed(stacks)}."
             )
         stacks_by_name |= ending

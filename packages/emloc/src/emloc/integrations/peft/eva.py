@@ -41,7 +41,7 @@ def refuse_other_layers(model: nn.Module, lora: LoraConfig) -> None:
     for name, module in model.named_modules():
         if isinstance(module, OTHERS) and check_target_module_exists(lora, name):
             raise ConfigError(
-                f"train: lora_init=eva works on linear layers, and {name} is a {type(module).__name__}; "
+                f"train: lora_init=eva works on linear layers, but {name} is a {type(module).__name__}; "
                 f"leave it out of lora_target_modules, or pass another lora_init."
             )
 
@@ -99,7 +99,7 @@ def _reach(model: Any) -> float:
     for name, (rank, width) in _adapted(model).items():
         if rank > width:
             raise ConfigError(
-                f"train: lora_init=eva finds no {rank} directions in the {width} numbers that "
+                f"train: lora_init=eva cannot find {rank} directions in the {width} numbers that "
                 f"{name.removeprefix(PREFIX)} reads; lower lora_r, or leave it out of lora_target_modules."
             )
         reach = min(reach, width / rank)
@@ -151,14 +151,14 @@ class _Reader:
         if self._unread:
             first = next(name for name in self._layers if name in self._unread)
             raise ConfigError(
-                f"train: lora_init=eva looks at what layers read, and {len(self._unread)} of them, the first "
-                f"{first.removeprefix(PREFIX)}, read nothing of the first samples; leave them out of "
+                f"train: lora_init=eva looks at what layers read, but {len(self._unread)} of them, the "
+                f"first {first.removeprefix(PREFIX)}, read nothing of the first samples; leave them out of "
                 f"lora_target_modules, or pass another lora_init."
             )
         if self._runs > self._most:
             raise ConfigError(
-                f"train: lora_init=eva found no directions that stay in {MOST_PASSES} passes over the first "
-                f"samples; pass a larger per_device_train_batch_size, or another lora_init."
+                f"train: lora_init=eva found no directions that settle in {MOST_PASSES} passes over the "
+                f"first samples; pass a larger per_device_train_batch_size, or another lora_init."
             )
 
     def rows(self, given: Any, batch: Batch, name: str) -> Tensor:

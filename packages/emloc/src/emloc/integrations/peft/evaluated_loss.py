@@ -71,7 +71,7 @@ def evaluate_loss(
     figures = {"exact_match": None, "samples": samples, **peak.figures()}
     if "loss" not in means or not means.keys().isdisjoint(figures):
         raise PluginError(
-            f"The family {family.name} scores {', '.join(sorted(means))}; there must be a loss, and none of "
+            f"The family {family.name} scores {', '.join(sorted(means))}; there must be a loss, but none of "
             f"{', '.join(figures)}, which mean something else. Report it to the plugin's author."
         )
     return {**means, **figures}
@@ -83,6 +83,6 @@ def _attached(model: Any, adapter: str, checkpoint: Checkpoint, family: ModelFam
         from emloc.integrations.peft.attach import attach
     except ImportError as problem:
         raise DependencyError(
-            "evaluate: an adapter is put on a model by peft, which is not installed; pip install peft."
+            "evaluate: loading an adapter needs peft, which is not installed; pip install peft."
         ) from problem
     return attach(model, adapter, checkpoint, family)

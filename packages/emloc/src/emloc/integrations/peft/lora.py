@@ -63,7 +63,7 @@ def new_lora(
         ]
         if family is None or not first:
             raise ConfigError(
-                "train: lora_init=eva looks at samples before the first step, and here there are none; pass "
+                "train: lora_init=eva looks at samples before the first step, but here there are none; pass "
                 "another lora_init."
             )
         refuse_other_layers(model, lora)
@@ -75,7 +75,7 @@ def new_lora(
     if config.lora_init not in ("pissa", "olora"):
         return model, {}
     if config.use_dora:
-        raise ConfigError(f"train: lora_init={config.lora_init} and use_dora exclude one another.")
+        raise ConfigError(f"train: lora_init={config.lora_init} and use_dora exclude each other.")
     return model, {
         name.removeprefix("base_model.model."): _take_off(module, config.lora_init)
         for name, module in model.named_modules()
@@ -125,8 +125,8 @@ def _refuse_compressed(config: TrainConfig, model: Any) -> None:
             )
         if held and not all(each.is_floating_point() for each in module.parameters()):
             raise ConfigError(
-                f"lora_modules_to_save: {name} is in few bits, and cannot be trained whole; leave it out, "
-                f"or load the model with it as it is (llm_int8_skip_modules)."
+                f"lora_modules_to_save: {name} is in few bits, so it cannot be trained whole; leave it out, "
+                f"or load the model with it unquantised (llm_int8_skip_modules)."
             )
 
 
@@ -141,8 +141,9 @@ def _take_off(layer: Any, kind: str) -> tuple[Tensor, Tensor]:
     weight = base.weight.data.float()
     if rank > min(weight.shape):
         raise ConfigError(
-            f"lora_init={kind} begins with part of a weight, and one of {' x '.join(map(str, weight.shape))} "
-            f"has no part of rank {rank}; pass lora_r={min(weight.shape)}, or less."
+            f"lora_init={kind} starts from part of a weight, but one of "
+            f"{' x '.join(map(str, weight.shape))} has no part of rank {rank}; pass "
+            f"lora_r={min(weight.shape)}, or less."
         )
     if kind == "pissa":
         u, s, vt = torch.linalg.svd(weight, full_matrices=False)

@@ -124,8 +124,8 @@ def refuse_beginning(config: TrainConfig, parts: Mapping[str, Part]) -> None:
     """
     if parts and config.lora_init not in ("default", "gaussian"):
         raise ConfigError(
-            f"train: lora_init={config.lora_init} is of the main model; leave it out when "
-            f"{' and '.join(parts)} are trained as well."
+            f"train: lora_init={config.lora_init} applies to the main model; leave it out when "
+            f"{' and '.join(parts)} are also trained."
         )
 
 
@@ -135,11 +135,10 @@ def _require_same_parts(parts: Mapping[str, Part], adapter: Adapter | None) -> N
     if adapter.parts.keys() - parts.keys():
         named = " and ".join(sorted(adapter.parts))
         raise ConfigError(
-            f"train: {adapter.path} has a LoRA on {named} as well; train it along "
-            f"(train_text_encoder=true)."
+            f"train: {adapter.path} also has a LoRA on {named}; train it too (train_text_encoder=true)."
         )
     missing = " and ".join(sorted(parts.keys() - adapter.parts.keys()))
     raise ConfigError(
-        f"train: {adapter.path}, which training goes on from, has no LoRA on {missing}; leave "
+        f"train: {adapter.path}, which training continues from, has no LoRA on {missing}; leave "
         f"train_text_encoder out."
     )

@@ -67,7 +67,7 @@ def linear_targets(model: Any, excluded: Container[str] = ()) -> list[str]:
     dropped = [name for name in names if name not in kept]
     if dropped:
         console.print(
-            f"{len(dropped)} layers are not adapted, because PEFT takes their names for those of fused "
+            f"{len(dropped)} layers are not adapted, because PEFT mistakes their names for those of fused "
             f"experts: {dropped[0]}, …"
         )
     return [name for name in names if name in kept]
@@ -102,5 +102,5 @@ def chosen_targets(
         raise ConfigError(f"lora_target_modules: all of {', '.join(chosen)} lie in frozen parts.")
     targets = in_chosen_blocks(model, targets, config)
     if not targets:
-        raise ConfigError(f"lora_layers_to_transform: no target lies in the blocks {blocks}.")
+        raise ConfigError(f"lora_layers_to_transform: no target is in the blocks {blocks}.")
     return targets

@@ -57,9 +57,9 @@ class Capacity:
             largest, longest = max(largest, max(ids, default=0)), max(longest, len(ids))
         self.check_token(largest, tokenizer)
         if self.positions is not None and longest + more > self.positions:
-            behind = f" and {more} to write behind it" if more else ""
+            behind = f" and {more} more to write" if more else ""
             raise DataError(
-                f"{what}: one has {longest} tokens{behind}, and the model has {self.positions} positions; "
+                f"{what}: one has {longest} tokens{behind}, but the model has {self.positions} positions; "
                 f"{_advice(self.positions, longest, more)}."
             )
 
@@ -71,8 +71,8 @@ class Capacity:
         """
         if self.positions is not None and max_length > self.positions:
             raise DataError(
-                f"packing fills max_length={max_length}, and the model has {self.positions} positions; "
-                f"pass max_length={self.positions}, or less."
+                f"packing fills max_length={max_length}, but the model has {self.positions} positions; pass "
+                f"max_length={self.positions}, or less."
             )
 
     def check_token(self, token: int, tokenizer: Any) -> None:
@@ -83,7 +83,7 @@ class Capacity:
         """
         if self.tokens is not None and token >= self.tokens:
             raise CheckpointError(
-                f"The tokenizer gives {tokenizer.convert_ids_to_tokens(token)!r} the id {token}, and the "
+                f"The tokenizer gives {tokenizer.convert_ids_to_tokens(token)!r} the id {token}, but the "
                 f"model has rows for {self.tokens} tokens; resize its embeddings (resize_token_embeddings) "
                 f"and save it, or take the added token out of the tokenizer."
             )

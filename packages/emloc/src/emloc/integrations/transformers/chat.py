@@ -123,7 +123,7 @@ def render(
 def _template(tokenizer: Any, tools: Any, where: str) -> str:
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError(
-            f"{where} is a chat and the model has no chat template; use an instruct model, or prompt and "
+            f"{where} is a chat, but the model has no chat template; use an instruct model, or prompt and "
             f"completion columns."
         )
     try:
@@ -149,7 +149,7 @@ def _apply(chat: Chat, turns: Sequence[Turn], tokenizer: Any, prompt: bool, wher
         )
     except jinja2.TemplateSyntaxError as problem:
         raise CheckpointError(
-            f"The model's chat template is no Jinja template ({problem}); download it again."
+            f"The model's chat template is not a Jinja template ({problem}); download it again."
         ) from problem
     except Exception as problem:  # a template is a program, which may fail in any way
         first = first_line(problem)
@@ -195,7 +195,7 @@ def _check_keys(chat: Chat, template: str, where: str) -> None:
     for number, turn in enumerate(chat.turns, start=1):
         if turn.get("tool_calls") and "tool_calls" not in template:
             raise DataError(
-                f"{where}: turn {number} calls a tool and the model's chat template leaves such calls out; "
+                f"{where}: turn {number} calls a tool, but the model's chat template leaves such calls out; "
                 f"use a model that calls tools."
             )
 
@@ -234,7 +234,7 @@ def _check_rendered(
     """Refuse a template that leaves out a turn of others than the assistant."""
     if isinstance(turn.get("content"), list) and repr(turn["content"]) in whole:
         raise CheckpointError(
-            f"{where}: the model's chat template takes text alone and writes entries of content as Python "
+            f"{where}: the model's chat template takes only text and writes content entries as Python "
             f"objects; put the template of the model's processor into its folder."
         )
     if turn["role"] == "assistant" or not turn.get("content"):

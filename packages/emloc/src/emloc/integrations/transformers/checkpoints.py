@@ -38,7 +38,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
         problem = damage(checkpoint)
         if problem is None:
             return checkpoint
-        warn(f"train: {checkpoint.name} is left out: {problem}")
+        warn(f"train: {checkpoint.name} is skipped: {problem}")
     return None
 
 

@@ -216,8 +216,8 @@ class TransformersFamily(PlannedTransformer):
         two = getattr(model.config, "is_encoder_decoder", False)
         if two and type(self).token_mask is TransformersFamily.token_mask:
             raise PluginError(
-                f"The family {self.name} has models of an encoder and a decoder, whose layers read two "
-                f"sequences; give it a token_mask that says which of their rows each layer reads are real."
+                f"The family {self.name} has encoder-decoder models, whose layers read two sequences; give "
+                f"it a token_mask that says which of the rows that each layer reads are real."
             )
 
     def _refuse(self, options: BaseModel, name: str) -> None:

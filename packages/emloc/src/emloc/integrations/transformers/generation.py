@@ -69,8 +69,8 @@ def say_missing_ends(model: Any, tokenizer: Any, closing: Collection[int]) -> No
             f"{tokenizer.convert_ids_to_tokens(token)} ({token})" for token in missing
         )
         console.print(
-            f"note: answers end with {names}, which is no end for this model's generation_config.json; add "
-            f"it to eos_token_id there, or chats in other programs go on behind it",
+            f"note: answers end with {names}, which this model's generation_config.json does not list as an "
+            f"end; add it to eos_token_id there, or chats in other programs run on past it",
             markup=False,
         )
 

@@ -26,7 +26,7 @@ def load_tokenizer(path: Path) -> Any:
     longest = getattr(tokenizer, "model_max_length", None)
     if longest is not None and not isinstance(longest, (int, float)):
         raise CheckpointError(
-            f"The tokenizer of {path} has model_max_length = {str(longest)[:60]!r}, which is no number; "
+            f"The tokenizer of {path} has model_max_length = {str(longest)[:60]!r}, which is not a number; "
             f"correct it in its tokenizer_config.json."
         )
     give_padding(tokenizer, path)
@@ -62,7 +62,7 @@ def load_model(checkpoint: Checkpoint, auto_class: Any, dtype: str, device: str)
     if checkpoint.translated:
         return _filled(checkpoint, auto_class, dtype, device)
     path = checkpoint.path
-    with reading(path, "cannot be loaded", "see that it is whole"):
+    with reading(path, "cannot be loaded", "check that it is complete"):
         model, report = auto_class.from_pretrained(
             path,
             dtype=dtype,

@@ -250,7 +250,7 @@ def _checkpoint(config: TrainConfig, work: Path) -> Path | None:
     if wanted == "auto":
         newest = last_whole_checkpoint(work)
         if newest:
-            console.print(f"train: going on from {newest.name}")
+            console.print(f"train: continuing from {newest.name}")
         return newest
     asked = Path(wanted)
     if not (asked / "trainer_state.json").is_file():

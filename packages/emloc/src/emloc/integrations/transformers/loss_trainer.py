@@ -94,7 +94,7 @@ def train_on(
     model = frozen_model(family, checkpoint, config, work)
     if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
         console.print(
-            f"train: {type(model).__name__} runs no block twice (gradient_checkpointing), so all of its "
+            f"train: {type(model).__name__} does not support gradient_checkpointing, so all of its "
             f"activations are kept"
         )
         config = config.model_copy(update={"gradient_checkpointing": False})

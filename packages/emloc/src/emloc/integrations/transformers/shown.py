@@ -100,7 +100,7 @@ def check_answer(
             if is_left_out(_with_texts(turn, [*texts[:part], changed, *texts[part + 1 :]])):
                 raise DataError(
                     f"{where}: the model's chat template leaves out {_short(words)} of turn {index + 1} "
-                    f"(assistant), which is to be learnt; take it out of the turn, or use a model whose "
+                    f"(assistant), which is to be learnt; remove it from the turn, or use a model whose "
                     f"template shows it."
                 )
     for number, call in enumerate(_calls(turn)):
@@ -108,7 +108,7 @@ def check_answer(
         if name and is_left_out(_renamed(turn, number, f"{name}_or_other")):
             raise DataError(
                 f"{where}: the model's chat template leaves out call {number + 1} ({name}) of turn "
-                f"{index + 1}, which is to be learnt; take it out of the turn, or use a model whose template "
+                f"{index + 1}, which is to be learnt; remove it from the turn, or use a model whose template "
                 f"shows it."
             )
 

@@ -36,8 +36,10 @@ def empty_model(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype) -> 
     Raises:
         CheckpointError: transformers does not know the architecture.
     """
-    hint = "see that it is whole, and that the installed transformers knows the model"
-    with reading(f"{checkpoint.name}: its config.json", "builds no model of transformers", hint):
+    hint = "check that it is complete, and that the installed transformers knows the model"
+    with reading(
+        f"{checkpoint.name}: its config.json", "does not describe a transformers model", hint
+    ):
         config = model_config(checkpoint)
         # An emulator is described by its dense layers here; the others are core's business.
         if hasattr(config, "quantization_config"):

@@ -32,9 +32,11 @@ class RowOptions(StageConfig):
     """Options for reading rows of one or several data sets."""
 
     dataset_weights: Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(split)] = Field(
-        [], description="share of each data set; by default by size"
+        [], description="share of each data set; by default proportional to its size"
     )
-    streaming: bool = Field(False, description="read as it comes, nothing stored; needs max_steps")
+    streaming: bool = Field(
+        False, description="read rows as they come and store nothing; needs max_steps"
+    )
     column_map: TextMap = Field(
         {}, description="your column=ours: messages, tools, prompt, completion, text, …"
     )
@@ -74,7 +76,7 @@ class TokenCountOptions(StageConfig):
     """The option for counting calibration samples in tokens."""
 
     num_calibration_tokens: int | None = Field(
-        None, ge=1, description="draw samples until there are so many tokens instead"
+        None, ge=1, description="draw samples until they have this many tokens"
     )
 
 
@@ -101,10 +103,10 @@ class AnswerOptions(StageConfig):
 
     max_new_tokens: Annotated[int, LossAlone(0)] = Field(256, ge=0, description="0: loss only")
     num_answers: int | None = Field(
-        None, ge=1, description="answers are written to the first so many samples; by default all"
+        None, ge=1, description="number of samples to answer, from the first; by default all"
     )
     answer: Literal["auto", "text", "number", "option", "json"] = Field(
-        "auto", description="how answers are compared; auto: by what the references are"
+        "auto", description="how answers are compared; auto: according to the references"
     )
 
 

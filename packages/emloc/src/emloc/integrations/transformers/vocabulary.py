@@ -72,7 +72,7 @@ def _described(model: Any, layer: str, table: VocabularyTable) -> Any:
         raise _unknown(layer, model)
     if tuple(module.weight.shape) != (table.rows, table.columns):
         raise MismatchError(
-            f"The emulator's config says that {layer} is {table.rows}x{table.columns}, and its model has "
+            f"The emulator's config says that {layer} is {table.rows}x{table.columns}, but its model has "
             f"{'x'.join(map(str, module.weight.shape))}; compress the base model again."
         )
     return module
@@ -80,8 +80,8 @@ def _described(model: Any, layer: str, table: VocabularyTable) -> Any:
 
 def _unknown(layer: str, model: Any) -> MismatchError:
     return MismatchError(
-        f"The emulator's config names {layer}, which is no embedding or head of {type(model).__name__}; load "
-        f"it with the class that its config.json names."
+        f"The emulator's config names {layer}, which is not an embedding or head of {type(model).__name__}; "
+        f"load it with the class that its config.json names."
     )
 
 

@@ -58,7 +58,7 @@ def check_column_map(mapping: Mapping[str, str], known: Sequence[str]) -> None:
             )
     twice = [ours for ours in mapping.values() if list(mapping.values()).count(ours) > 1]
     if twice:
-        raise ConfigError(f"column_map maps two columns to {twice[0]}; leave one out.")
+        raise ConfigError(f"column_map maps two columns to {twice[0]}; remove one.")
 
 
 def renamed(rows: Iterable[Row], mapping: Mapping[str, str], name: str) -> Iterator[Row]:
@@ -106,8 +106,8 @@ def say_unused(
             if unused:
                 said.update(unused)
                 console.print(
-                    f"Data set {name}: not used {'is' if len(unused) == 1 else 'are'} the column"
-                    f"{'s' * (len(unused) > 1)} {', '.join(map(str, unused))} ({row.where})",
+                    f"Data set {name}: the column{'s' * (len(unused) > 1)} {', '.join(map(str, unused))} "
+                    f"{'is' if len(unused) == 1 else 'are'} not used ({row.where})",
                     markup=False,
                     highlight=False,
                 )

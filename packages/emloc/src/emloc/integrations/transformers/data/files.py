@@ -184,7 +184,7 @@ def csv_cells(file: BinaryIO, name: str, delimiter: str) -> Iterator[tuple[str, 
                 _require_names(header, cells, where)
                 yield where, {key: cell for key, cell in zip(header, cells) if key}
     except csv.Error as problem:
-        raise DataError(f"{name}, line {begins}: this is no CSV ({problem}).") from problem
+        raise DataError(f"{name}, line {begins}: this is not CSV ({problem}).") from problem
 
 
 def _decoded_lines(file: BinaryIO, name: str) -> Iterator[str]:
@@ -202,8 +202,8 @@ def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
         number += 1
         if len(line) > LONGEST_LINE:
             raise DataError(
-                f"{name}, line {number} has more than {LONGEST_LINE >> 20} MiB, and is one row; cut it into "
-                f"several."
+                f"{name}, line {number} has more than {LONGEST_LINE >> 20} MiB, but is one row; split it "
+                f"into several."
             )
         yield number, line
 
@@ -213,7 +213,7 @@ def _header(cells: list[str], name: str) -> list[str]:
     names = [cell if cell.strip() else "" for cell in cells]
     twice = {cell for cell in names if cell and names.count(cell) > 1}
     if twice:
-        raise DataError(f"{name} has two columns of the name {min(twice)!r}; rename one.")
+        raise DataError(f"{name} has two columns named {min(twice)!r}; rename one.")
     return names
 
 
@@ -222,7 +222,7 @@ def _require_names(header: list[str], cells: list[str], where: str) -> None:
     for number, (key, cell) in enumerate(zip(header, cells), start=1):
         if not key and cell.strip() and not (number == 1 and cell.strip().isdecimal()):
             raise DataError(
-                f"{where}: column {number} has content and no name in the header; name it or remove it."
+                f"{where}: column {number} has content but no name in the header; name it or remove it."
             )
 
 

@@ -74,9 +74,9 @@ def folder_rows(folder: Path, split: str) -> Iterator[Row]:
             yield from _text_rows(path)
         else:
             raise DataError(
-                f"{folder} holds {path.name} for the split {split}; read are files ending in "
-                f"{', '.join(SUFFIXES)}, and pictures beside a metadata.jsonl or metadata.csv: unpack "
-                f"an archive, and convert others."
+                f"{folder} holds {path.name} for the split {split}; only files ending in "
+                f"{', '.join(SUFFIXES)}, and pictures beside a metadata.jsonl or metadata.csv, are read: "
+                f"unpack an archive, and convert others."
             )
 
 
@@ -90,7 +90,7 @@ def files_of(files_by_split: dict[str, list[str]], split: str, name: object) -> 
         return [file for files in files_by_split.values() for file in files]
     if split not in files_by_split:
         raise DataError(
-            f"{name} has no split {split!r} but {', '.join(sorted(files_by_split))}; pass one of those as "
+            f"{name} has no split {split!r}, only {', '.join(sorted(files_by_split))}; pass one of those as "
             f"dataset_split."
         )
     return files_by_split[split]
@@ -117,7 +117,7 @@ def card_delimiter(config: Any, files: Iterable[str], name: object) -> str | Non
             continue
         if field.name not in _OF_NO_MATTER and value != field.default:
             raise DataError(
-                f"The card of {name} has the option {field.name}, which is not read; write the data as "
+                f"The card of {name} has the option {field.name}, which is not supported; write the data as "
                 f"JSONL, and pass that."
             )
     delimiter = str(getattr(config, "sep", None) or getattr(config, "delimiter", None) or ",")
@@ -161,8 +161,8 @@ def _saved_table(folder: Path) -> list[Path]:
     ]
     if not names or state.get("_indices_data_files") or state.get("_indices_files"):
         raise DataError(
-            f"{folder} is no table that save_to_disk writes today; load it with datasets, and save it with "
-            f"to_parquet or to_json."
+            f"{folder} is not a table as save_to_disk writes it today; load it with datasets, and save it "
+            f"with to_parquet or to_json."
         )
     return [named_file(folder, name, folder / "state.json", DataError) for name in names]
 
@@ -234,7 +234,7 @@ def _builder(folder: Path) -> Any:
 
 def _data_file(folder: Path, file: str, named: Path | None) -> Path:
     if ADDRESS.search(file):
-        raise DataError(f"{folder} leads to {file}, an address; download it first.")
+        raise DataError(f"{folder} points to {file}, an address; download it first.")
     path = Path(file).absolute()
     for home in (folder.absolute(), folder.resolve()):
         if path.is_relative_to(home):

@@ -72,7 +72,7 @@ def _text_rows(name: str, files: list[str], config: Any, streaming: bool) -> Ite
     for file in files:
         if _suffix(file) not in _TEXT:
             raise DataError(
-                f"Data set {name} keeps rows in {Path(file).name}, which is not read from the hub; "
+                f"Data set {name} has rows in {Path(file).name}, which is not read from the hub; "
                 + _UNPACK.format(name=name)
             )
     delimiter = card_delimiter(config, files, name)
@@ -112,7 +112,7 @@ def _folder_rows(name: str, split: str, streaming: bool, files: list[str]) -> It
         place = _IN_REPOSITORY.fullmatch(table)
         if place is None or any(p is None or p["id"] != place["id"] for p in places):
             raise DataError(
-                f"Data set {name} has {table} outside of its repository; download it, and pass its folder."
+                f"Data set {name} has {table} outside its repository; download it, and pass its folder."
             )
         folder = snapshot_download(
             place["id"],

@@ -30,7 +30,7 @@ def text_of(value: Any, what: str, where: str) -> str:
     if value is None:
         raise DataError(f"{where}: {what} is missing.")
     raise DataError(
-        f"{where}: {what} is {kind} ({_short(value)}) and should be text; write it as text, in quotes."
+        f"{where}: {what} is {kind} ({_short(value)}) but should be text; write it as text, in quotes."
     )
 
 
@@ -52,7 +52,7 @@ def listed(value: Any, what: str, where: str) -> list[Any]:
     """
     parsed = _parsed(value, what, where)
     if not isinstance(parsed, (list, tuple)):
-        raise DataError(f"{where}: {what} should be a list and is {_short(value)}.")
+        raise DataError(f"{where}: {what} should be a list but is {_short(value)}.")
     return list(cast("list[Any]", parsed))
 
 
@@ -64,7 +64,7 @@ def mapped(value: Any, what: str, where: str) -> dict[str, Any]:
     """
     parsed = _parsed(value, what, where)
     if not isinstance(parsed, Mapping):
-        raise DataError(f"{where}: {what} should be an object and is {_short(value)}.")
+        raise DataError(f"{where}: {what} should be an object but is {_short(value)}.")
     return dict(cast("Mapping[str, Any]", parsed))
 
 
@@ -75,7 +75,7 @@ def _parsed(value: Any, what: str, where: str) -> Any:
         return parse_json(value)
     except ValueError as problem:
         raise DataError(
-            f"{where}: {what} is text and no JSON ({_short(value)}); write it as JSON."
+            f"{where}: {what} is text but not JSON ({_short(value)}); write it as JSON."
         ) from problem
 
 

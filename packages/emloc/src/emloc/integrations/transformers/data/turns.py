@@ -66,7 +66,7 @@ def text_content(value: Any, what: str, where: str) -> str:
         kind = cast("Mapping[str, Any]", part).get("type") if isinstance(part, Mapping) else None
         if kind != "text":
             raise DataError(
-                f"{where}: {what} has a part {_named(part)}; a text model reads parts of type 'text' alone."
+                f"{where}: {what} has a part {_named(part)}; a text model reads only parts of type 'text'."
             )
         texts.append(
             text_of(cast("Mapping[str, Any]", part).get("text"), f"a part of {what}", where)
@@ -176,7 +176,7 @@ def _completion(completion: Any, where: str, read_content: ReadContent) -> list[
 def _turn(turn: Any, what: str, where: str, read_content: ReadContent) -> Turn:
     if not isinstance(turn, Mapping):
         raise DataError(
-            f"{where}: {what} is {_named(turn)} and should be an object with role and content."
+            f"{where}: {what} is {_named(turn)} but should be an object with role and content."
         )
     given = {key: one for key, one in cast("Mapping[str, Any]", turn).items() if one is not None}
     made = _shared(given, what, where) if "role" not in given and "from" in given else given
@@ -200,7 +200,7 @@ def _shared(turn: Mapping[str, Any], what: str, where: str) -> Turn:
     """A turn of ShareGPT's."""
     speaker = turn["from"]
     if not isinstance(speaker, str) or speaker not in ROLES:
-        raise DataError(f"{where}: a turn from {speaker!r}; known are {', '.join(sorted(ROLES))}.")
+        raise DataError(f"{where}: a turn from {speaker!r}; expected {', '.join(sorted(ROLES))}.")
     rest = {key: one for key, one in turn.items() if key not in ("from", "value", "content")}
     value = turn.get("value", turn.get("content"))
     if speaker == "function_call":
@@ -261,8 +261,8 @@ def _check_weight(turn: Turn, what: str, where: str) -> None:
         usual = (None, True, 1) if turn["role"] == "assistant" else (None, False, 0, True, 1)
         if value not in usual:
             raise DataError(
-                f"{where}: {what} has {key}={value!r}, and no turn of the assistant can be weighed or left "
-                f"out of the loss; take the turn out, or the key to train on it."
+                f"{where}: {what} has {key}={value!r}, but no assistant turn can be weighted or left out of "
+                f"the loss; remove the turn, or the key to train on it."
             )
 
 
@@ -272,7 +272,7 @@ def _with_system(turns: list[Turn], text: str, where: str, read_content: ReadCon
         if turns[0]["content"] == content:
             return turns
         raise DataError(
-            f"{where}: there is a column system and another system turn in the chat; leave one out."
+            f"{where}: there is a column system and another system turn in the chat; remove one."
         )
     return [{"role": "system", "content": content}, *turns]
 
