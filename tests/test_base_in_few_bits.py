@@ -163,6 +163,15 @@ def test_a_correction_is_the_float64_formula(made, tmp_path):
     assert "dequantised" not in Manifest.read(folder).summary
 
 
+def test_tasks_are_not_scored_on_other_weights_than_the_adapters(made, dequantised):
+    with pytest.raises(ConfigError, match="runs on dequantised ones; merge it"):
+        emloc.evaluate(
+            model_name_or_path=made.options["model_name_or_path"],
+            adapter=str(dequantised),
+            tasks=["arc"],
+        )
+
+
 def test_losses_of_all_ends_are_those_of_what_they_write(made, chosen, dequantised, tmp_path):
     summary = Manifest.read(chosen).summary
     table = summary["calibration_loss"]

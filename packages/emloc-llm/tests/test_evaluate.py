@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,6 +75,22 @@ def test_several_data_sets_are_evaluated_one_after_the_other(tiny, tmp_path):
         both = emloc.evaluate(dataset=",".join(map(str, parts)), num_samples=count, **options)
         assert both["samples"] == whole["samples"] == (count or len(lines))
         assert both["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+
+
+def test_tasks_are_lm_evals_with_paths_as_they_are(tiny, tmp_path, monkeypatch):
+    """Its own text form would cut a path at a comma."""
+    asked = {}
+
+    def simple_evaluate(**options):
+        asked.update(options)
+        return {"results": {"arc": {"acc": 1.0}}}
+
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
+    base = shutil.copytree(tiny.base, tmp_path / "a,b=c")
+    scores = emloc.evaluate(model_name_or_path=str(base), tasks=["arc"], num_samples=3)
+    assert scores["tasks"] == {"arc": {"acc": 1.0}}
+    assert asked["model_args"] == {"pretrained": str(base), "dtype": "auto"}
+    assert (asked["tasks"], asked["limit"]) == (["arc"], 3)
 
 
 def test_written_once_and_refused(tiny, tmp_path):

@@ -1,14 +1,17 @@
 """Loss on completions, and exact match of greedy answers."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
+from emloc.adapters.rounding import Rounding
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.intact import require_read
 from emloc.artefacts.locate import locate
-from emloc.errors import DataError, DependencyError
+from emloc.errors import ConfigError, DataError, DependencyError
 from emloc.extend.family import ModelFamily
 from emloc.extend.losses import LossSum, loss_sum, summed
 from emloc.integrations.peft.attach import attach
@@ -144,13 +147,19 @@ def _scored(sample: Sample, prediction: str, tokenizer: Any, answer: str) -> dic
 
 
 def _lm_eval(config: Any) -> dict[str, Any]:
+    # As a mapping, for paths may hold the marks of its text form.
+    arguments = {"pretrained": str(config.model_name_or_path), "dtype": config.dtype}
+    if config.adapter:
+        if Rounding.runs_on(require_read(Path(config.adapter), fresh=True)) is not None:
+            raise ConfigError(
+                f"evaluate: tasks put an adapter on the base's own weights, and {config.adapter} runs on "
+                f"dequantised ones; merge it, and pass the merged model without an adapter."
+            )
+        arguments["peft"] = str(config.adapter)
     try:
         from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
     except ImportError as problem:
         raise DependencyError("tasks need lm-eval; pip install 'emloc-llm[lm-eval]'.") from problem
-    arguments = f"pretrained={config.model_name_or_path},dtype={config.dtype}"
-    if config.adapter:
-        arguments += f",peft={config.adapter}"
     results = simple_evaluate(
         model="hf",
         model_args=arguments,

@@ -99,6 +99,10 @@ def chosen_targets(
         name for name in names if name not in excluded and (name in chosen or name.endswith(ends))
     ]
     if not targets:
+        if not chosen:
+            raise ConfigError(
+                "Every part of the model is frozen, so no LoRA has a place; unfreeze one."
+            )
         raise ConfigError(f"lora_target_modules: all of {', '.join(chosen)} lie in frozen parts.")
     targets = in_chosen_blocks(model, targets, config)
     if not targets:
