@@ -223,6 +223,16 @@ def test_refusals(tiny, tmp_path):
         correct(emulator=str(emulator))
     with pytest.raises(ConfigError, match="pass a dataset, or a fixed limit"):
         correct(limit="auto", dataset=None)
+    for option, value in (("limit_candidates", [1.0]), ("strength_candidates", [0.5])):
+        with pytest.raises(
+            ConfigError, match=f"{option} are what limit=auto compares, but limit is fixed"
+        ):
+            correct(**{option: value})
+        with pytest.raises(ConfigError, match=f"{option} are .*, but strength is fixed at 0.5"):
+            emloc.correct(
+                output_dir=tmp_path / "x", strength=0.5,
+                **{**tiny.correct_options, option: value},
+            )  # fmt: skip
     with pytest.raises(CheckpointError, match=r"has no adapter_config\.json"):
         correct(adapter=str(tiny.base))
     for change, message in (

@@ -73,6 +73,13 @@ def _can_correct(config: CorrectConfig) -> None:
             "correct: limit and strength are two ways to correct; pass one of them, or neither to compare "
             "both on data."
         )
+    tried = sorted({"limit_candidates", "strength_candidates"} & config.model_fields_set)
+    if tried and not _compares(config):
+        fixed = "limit" if config.strength is None else "strength"
+        raise ConfigError(
+            f"correct: {tried[0]} are what limit=auto compares, but {fixed} is fixed at "
+            f"{getattr(config, fixed)}; leave one of them out."
+        )
     if config.dataset is None and config.strength is not None:
         raise ConfigError("correct: strength applies to a fit to data; pass a dataset.")
     if config.dataset is None and config.limit == "auto":
