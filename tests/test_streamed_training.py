@@ -10,6 +10,7 @@ from own_families import installed
 from safetensors.torch import load_file
 
 import emloc
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.errors import ConfigError
 from emloc.extend.plugins import family_named
 from emloc.streaming.stream import UnitStream
@@ -63,6 +64,23 @@ def test_adapters_and_losses_are_those_of_training_in_memory(options, in_memory,
     assert (streamed / "adapter_config.json").read_bytes() == (
         in_memory / "adapter_config.json"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["llm", "vlm", "text-to-text"])
+def test_weights_are_as_they_are_stored_whatever_the_config_names(name, tmp_path):
+    """Streams read what is stored, and so does who loads the whole model."""
+    with installed(name):
+        family = family_named(name)
+        folder = Path(family.write_example(tmp_path, seed=0)["model_name_or_path"])
+        config = json.loads((folder / "config.json").read_text())
+        named = {**config, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+        (folder / "config.json").write_text(json.dumps(named))
+        checkpoint = Checkpoint.open(str(folder))
+        model = family.load(checkpoint, "auto", "cpu")
+    assert {each.dtype for each in model.parameters()} == {torch.float32}
+    first, stored = next(iter(checkpoint.tensors.items()))
+    assert stored.dtype == checkpoint.main_dtype == torch.float32
+    assert any(torch.equal(checkpoint.read(first), each) for each in model.parameters())
 
 
 def test_a_vocabulary_that_is_more_than_a_tile(options, family, tmp_path, monkeypatch):

@@ -62,10 +62,15 @@ def load_model(checkpoint: Checkpoint, auto_class: Any, dtype: str, device: str)
     if checkpoint.translated:
         return _filled(checkpoint, auto_class, dtype, device)
     path = checkpoint.path
+    kind: Any = dtype
+    if dtype == "auto" and "quantization_config" not in checkpoint.config:
+        kind = (
+            checkpoint.main_dtype
+        )  # a config may name another one than what is stored, as streams read it
     with reading(path, "cannot be loaded", "check that it is complete"):
         model, report = auto_class.from_pretrained(
             path,
-            dtype=dtype,
+            dtype=kind,
             device_map={"": device},
             trust_remote_code=False,
             output_loading_info=True,
