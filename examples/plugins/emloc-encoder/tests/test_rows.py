@@ -64,7 +64,7 @@ def test_classes_may_be_named_by_digits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [{"a": 1}, [1, True], True, 1.5])
 def test_what_is_no_text_is_refused(tmp_path: Path, column: str, value: object) -> None:
     row = {"text": "word", "text_pair": "pair", "label": 0, column: value}
-    with pytest.raises(DataError, match=f"row 1: {column} is .* and should be text"):
+    with pytest.raises(DataError, match=f"row 1: {column} is .* should be text"):
         list(labelled_rows(_options(tmp_path, row), _config()))
 
 
