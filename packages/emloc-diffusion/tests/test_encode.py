@@ -236,7 +236,7 @@ def test_bad_input_is_one_sentence(folders, tmp_path, pictures):
         encode_prompts(folders["flux"], ["dog"], max_length=0)
     with pytest.raises(CheckpointError, match="WanPipeline"):
         encode_prompts(copied(folders["sd"], tmp_path / "1", _class_name="WanPipeline"), ["dog"])
-    with pytest.raises(CheckpointError, match="is of os"):
+    with pytest.raises(CheckpointError, match="is from os; only components from"):
         encode_prompts(
             copied(folders["sd"], tmp_path / "2", text_encoder=["os", "system"]), ["dog"]
         )
