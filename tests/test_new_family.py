@@ -1,17 +1,21 @@
 """`emloc new-family`: a package that passes the contract as it was written, or one sentence and nothing."""
 
 import ast
+import importlib
+import json
 import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from elsewhere import run_pytest
 
 import emloc
-from emloc.errors import ConfigError, OutputError
+from emloc.artefacts.checkpoint import Checkpoint
+from emloc.errors import ConfigError, DataError, OutputError
 from emloc.new_family import writer
 from emloc.new_family.writer import write_new_family
 
@@ -64,6 +68,20 @@ def test_it_is_clean(package):
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert run.returncode == 0, run.stdout
+
+
+def test_what_is_no_text_and_no_label_is_refused(tmp_path, monkeypatch):
+    package = write_new_family("strict", tmp_path / "emloc-strict")
+    monkeypatch.syspath_prepend(str(package / "src"))
+    family = importlib.import_module("emloc_strict.family").StrictFamily()
+    model = family.write_example(tmp_path / "example", 0)["model_name_or_path"]
+    data = tmp_path / "rows.jsonl"
+    options = SimpleNamespace(dataset=str(data), dataset_split="train", max_length=16)
+    for wrong in ({"text": {"a": 1}}, {"text": 1.5}, {"label": True}, {"label": 1.5}):
+        data.write_text(json.dumps({"text": "word", "label": 0, **wrong}))
+        made = family.data(Checkpoint.open(str(model)), options)
+        with pytest.raises(DataError, match=f"{next(iter(wrong))} is .* should be text"):
+            made.collate(list(made.samples))
 
 
 def test_it_requires_the_versions_that_keep_the_promise(package, monkeypatch):

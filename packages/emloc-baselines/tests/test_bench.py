@@ -237,6 +237,7 @@ def test_what_a_method_gave_is_polished_where_a_row_says_so(whole, options, run,
         "lora": None,
         "emloc": None,
         "polished": {"method": "emloc", "polish": {"learning_rate": 1e-3}},
+        "not": {"method": "emloc", "polish": False},
     }
     options = {
         **options,

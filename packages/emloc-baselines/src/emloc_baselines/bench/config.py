@@ -150,8 +150,11 @@ class BenchConfig(StageConfig):
 
     def polish_options(self, dataset: str, label: str) -> Section | None:
         """Keywords of polish for a row that asks for it."""
-        asked = self.methods[label].get(POLISH, False) is not False
-        return self.stage_options(POLISH, dataset, label) if asked else None
+        return self.stage_options(POLISH, dataset, label) if self.is_polished(label) else None
+
+    def is_polished(self, label: str) -> bool:
+        """Return whether a row has the key `polish`, and not `polish: false`."""
+        return self.methods[label].get(POLISH, False) is not False
 
     def own_options(self, label: str) -> Section:
         """A row's options of its method."""
@@ -242,7 +245,7 @@ def _check_rows(config: BenchConfig, where: str) -> None:
                     if stage.config.model_fields[option].is_required()
                 }
                 built = build(stage.config, {**options, **required}, f"{place}: {name}")
-                if isinstance(built, PolishConfig) and POLISH in config.methods[label]:
+                if isinstance(built, PolishConfig) and config.is_polished(label):
                     micro_batches(built)
                 if isinstance(built, TrainConfig):
                     check_training(built)

@@ -63,10 +63,9 @@ def load_model(checkpoint: Checkpoint, auto_class: Any, dtype: str, device: str)
         return _filled(checkpoint, auto_class, dtype, device)
     path = checkpoint.path
     kind: Any = dtype
+    # What is stored, as streams read it; transformers' own `auto` is what the config names.
     if dtype == "auto" and "quantization_config" not in checkpoint.config:
-        kind = (
-            checkpoint.main_dtype
-        )  # a config may name another one than what is stored, as streams read it
+        kind = checkpoint.main_dtype
     with reading(path, "cannot be loaded", "check that it is complete"):
         model, report = auto_class.from_pretrained(
             path,
