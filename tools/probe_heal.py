@@ -105,7 +105,7 @@ def write(options: argparse.Namespace, repairs: dict[str, Repair]) -> None:
     changed = [name for name in manifest.files if name.endswith(".safetensors")]
     for name in changed:
         with safe_open(options.out / name, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no iteration over files)
             metadata = file.metadata()
         for key in tensors.keys() & trained.keys():
             tensors[key] = trained.pop(key).to(tensors[key].dtype).contiguous()

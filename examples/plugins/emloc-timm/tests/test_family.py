@@ -16,7 +16,7 @@ from emloc_timm.data import Pictures, in_order, rows
 
 
 def test_classes_come_in_the_order_of_their_numbers(tmp_path):
-    """As timm sorts them: a label that is a number is the class of that number."""
+    """A label that is a number is the class of that number, as in timm."""
     labels = [*range(12), *map(str, range(12))]
     data = tmp_path / "labels.jsonl"
     for part in (labels[:12], labels[12:]):
