@@ -1,6 +1,7 @@
 """An environment in which nothing of this repository is installed but the wheels that it is given.
 
 Libraries of others are those of this environment, by links: installing torch anew would show nothing.
+The core's wheel may be shared: what Python and Numba compile of it is then compiled once for all.
 """
 
 import os
@@ -11,7 +12,37 @@ import sysconfig
 import venv
 from pathlib import Path
 
+from filelock import FileLock
+
 ROOT = Path(__file__).parent.parent
+
+
+def shared_core(tmp_path_factory):
+    """A folder with the core as its wheel installs it, one for all processes of a test run."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared-core"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            [wheel] = built(folder.with_name("shared-core-wheel"), ROOT / "packages/emloc")
+            made = folder.with_name("shared-core-unfinished")
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+            subprocess.run([*pip, "--target", made, wheel], check=True, capture_output=True)
+            made.rename(folder)
+    return folder
+
+
+def built(folder, *packages):
+    """Wheels of packages' folders, as pip builds them from a copy."""
+    wheels = folder / "wheels"
+    for package in packages:
+        copied = shutil.copytree(
+            package, folder / "sources" / package.name,
+            ignore=shutil.ignore_patterns("__pycache__", ".*"),
+        )  # fmt: skip
+        build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet"]
+        subprocess.run([*build, "--wheel-dir", wheels, copied], check=True, capture_output=True)
+        shutil.rmtree(copied)
+    return sorted(wheels.glob("*.whl"))
 
 
 class FreshEnvironment:
@@ -19,9 +50,12 @@ class FreshEnvironment:
 
     Attributes:
         bin: folder of its commands.
+
+    Args:
+        core: of `shared_core`, instead of a wheel of its own.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, core=None):
         self.folder, self.bin = folder, folder / "env/bin"
         libraries = folder / "libraries"
         libraries.mkdir(parents=True)
@@ -33,10 +67,12 @@ class FreshEnvironment:
         [site] = (folder / "env/lib").glob("python*/site-packages")
         for entry in site.glob("setuptools*"):  # an older one than torch asks for
             shutil.rmtree(entry)
-        pytest = self.bin / "pytest"
-        pytest.write_text(f'#!/bin/sh\nexec {self.bin}/python -m pytest "$@"\n')
-        pytest.chmod(0o755)
-        (site / "libraries.pth").write_text(f"{libraries}\n")
+        for name in ("pytest", *(["emloc"] if core else [])):
+            command = self.bin / name
+            command.write_text(f'#!/bin/sh\nexec {self.bin}/python -m {name} "$@"\n')
+            command.chmod(0o755)
+        paths = [libraries, *([core] if core else [])]
+        (site / "libraries.pth").write_text("".join(f"{path}\n" for path in paths))
 
     def run(self, *words, where=None, check=True, paths=()):
         """A command of the environment, with no other path to import from than `paths`."""
@@ -51,19 +87,10 @@ class FreshEnvironment:
         return run
 
     def install(self, *packages, needed=True):
-        """Wheels of these folders, as pip builds them from a copy.
+        """Wheels of these folders.
 
         Args:
             needed: whether pip sees that what they need is there.
         """
-        wheels = self.folder / "wheels"
-        for package in packages:
-            copied = shutil.copytree(
-                package, self.folder / "sources" / package.name,
-                ignore=shutil.ignore_patterns("__pycache__", ".*"),
-            )  # fmt: skip
-            build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet"]
-            subprocess.run([*build, "--wheel-dir", wheels, copied], check=True, capture_output=True)
-            shutil.rmtree(copied)
         how = ["--quiet", "--no-index", *(() if needed else ["--no-deps"])]
-        self.run("python", "-m", "pip", "install", *how, *wheels.glob("*.whl"))
+        self.run("python", "-m", "pip", "install", *how, *built(self.folder, *packages))

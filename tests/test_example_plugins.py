@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fresh_environment import ROOT, FreshEnvironment
+from fresh_environment import ROOT, FreshEnvironment, shared_core
 
 PLUGINS = ROOT / "examples/plugins"
 TIMM = [Path(sys.prefix) / "timm", ROOT / "packages/emloc-diffusion/tests"]
@@ -25,10 +25,10 @@ def test_none_is_left_out():
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", RUNS)
-def test_its_wheel_passes_the_contract(name, tmp_path):
-    environment = FreshEnvironment(tmp_path / "fresh")
+def test_its_wheel_passes_the_contract(name, tmp_path, tmp_path_factory):
+    environment = FreshEnvironment(tmp_path / "fresh", shared_core(tmp_path_factory))
     family = name.removeprefix("emloc-")
-    environment.install(ROOT / "packages/emloc", PLUGINS / name, needed=family != "timm")
+    environment.install(PLUGINS / name, needed=family != "timm")
     tests = shutil.copytree(PLUGINS / name / "tests", tmp_path / "tests")
     more = TIMM if family == "timm" else []
     assert family in environment.run("emloc", "families", paths=more).stdout

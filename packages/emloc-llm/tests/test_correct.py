@@ -123,6 +123,17 @@ def test_stock_logits_are_the_ones_we_compute(kind, tiny, batch):
     assert table[summary["limit"]] == pytest.approx(chosen, rel=1e-5)
 
 
+def test_data_that_the_lora_has_learnt_are_named(tiny, tmp_path, capsys):
+    options = {**tiny.correct_options, "limit": "auto", "num_calibration_samples": 4}
+    emloc.correct(output_dir=tmp_path / "learnt", **options)
+    said = "trained on the same data"
+    assert said in " ".join(capsys.readouterr().err.split())
+    others = tmp_path / "others.jsonl"
+    others.write_text("".join(tiny.data.read_text().splitlines(keepends=True)[:-1]))
+    emloc.correct(output_dir=tmp_path / "unseen", **{**options, "dataset": str(others)})
+    assert said not in " ".join(capsys.readouterr().err.split())
+
+
 def test_limits_scale_back(tiny, tmp_path):
     def residuals(limit):
         folder = emloc.correct(output_dir=tmp_path / limit, limit=limit, **tiny.correct_options)

@@ -11,6 +11,7 @@ from emloc_llm.demo.orders import write_orders
 
 MAX_STEPS = 24
 NUM_SAMPLES = 32
+NUM_CORRECTING = 24
 BATCH = 4
 
 LORA = {"lora_r": 8, "lora_alpha": 16, "learning_rate": 1e-3, "logging_steps": 2, "save_steps": 10}
@@ -24,6 +25,8 @@ def run_demo(config: DemoConfig) -> Path:
     base = config.model_name_or_path or str(smollm2())
     steps = config.max_steps or MAX_STEPS
     count = config.num_samples or NUM_SAMPLES
+    # What is right for messages that the LoRA has learnt by heart is not for others.
+    unlearnt = write_orders(out / "correct.jsonl", NUM_CORRECTING, config.seed + 1, test=False)
     ways = Comparison(
         base=base,
         out=out,
@@ -32,7 +35,7 @@ def run_demo(config: DemoConfig) -> Path:
         data={"seed": config.seed, "device": config.device},
         compress={**size_of(config), "num_calibration_samples": 24},
         train={**LORA, "max_steps": steps, "per_device_train_batch_size": BATCH},
-        correct={"num_calibration_samples": 12},
+        correct={"dataset": unlearnt, "num_calibration_samples": NUM_CORRECTING},
         evaluate={"max_new_tokens": 64, "per_device_eval_batch_size": 32},
     )
     ways.make()

@@ -14,6 +14,7 @@ from emloc_vlm.demo.picture import draw_samples
 
 MAX_STEPS = 150
 NUM_SAMPLES = 300
+NUM_CORRECTING = 64
 BATCH = 16
 
 LORA = {
@@ -34,7 +35,8 @@ def run_demo(config: DemoConfig) -> Path:
     steps, count = config.max_steps or MAX_STEPS, config.num_samples or NUM_SAMPLES
     images = easy_vqa()
     train, test = (questions(images, split) for split in ("train", "test"))
-    fresh = draw([q for q in train if q.names_a_color], steps * BATCH, config.seed)
+    drawn = draw([q for q in train if q.names_a_color], steps * BATCH + NUM_CORRECTING, config.seed)
+    fresh, unlearnt = drawn[:-NUM_CORRECTING], drawn[-NUM_CORRECTING:]
     unseen = draw([q for q in test if q.names_a_color], count, config.seed)
     own = draw([q for q in test if q.about_shape], count, config.seed)
     ways = Comparison(
@@ -45,7 +47,10 @@ def run_demo(config: DemoConfig) -> Path:
         data={"seed": config.seed, "image_folder": str(images), "device": config.device},
         compress={**size_of(config), "num_calibration_samples": 64},
         train={**LORA, "max_steps": steps, "per_device_train_batch_size": BATCH},
-        correct={"num_calibration_samples": 64},
+        correct={
+            "dataset": write_table(out / "correct.jsonl", unlearnt, images),
+            "num_calibration_samples": NUM_CORRECTING,
+        },
         evaluate={"max_new_tokens": 4, "per_device_eval_batch_size": 50},
     )
     ways.make()

@@ -42,7 +42,7 @@ class Comparison:
         out: where everything goes.
         train_data, test_data: what is trained on, what is scored.
         data: options of every stage that reads data.
-        compress, train, correct, evaluate: options of each stage.
+        compress, train, correct, evaluate: options of each stage; a `dataset` of correct is its own.
     """
 
     base: str
@@ -78,8 +78,8 @@ class Comparison:
         emulator, adapter = self.out / "emulator", self.out / "adapter"
         run_stage("compress", emulator, model_name_or_path=self.base, **data, **self.compress)
         run_stage("train", adapter, emulator=emulator, **data, **self.train)
-        run_stage("correct", self.out / "corrected", adapter=adapter, emulator=emulator, **data,
-                  **self.correct)  # fmt: skip
+        run_stage("correct", self.out / "corrected", adapter=adapter, emulator=emulator,
+                  **{**data, **self.correct})  # fmt: skip
         run_stage("train", self.out / "lora_on_base", model_name_or_path=self.base, **data,
                   **self.train)  # fmt: skip
         if self.without_qlora:

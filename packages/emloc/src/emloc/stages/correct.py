@@ -20,7 +20,7 @@ from emloc.artefacts.adapter_tensors import WEIGHTS_NAME
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.digest import batches_digest
 from emloc.artefacts.kinds import ADAPTER, CORRECTED_ADAPTER, EMULATOR
-from emloc.artefacts.manifest import ModelReference
+from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.artefacts.output_place import has_place
 from emloc.artefacts.small_files import copy_file, write_json
 from emloc.config import CorrectConfig
@@ -34,9 +34,12 @@ from emloc.extend.capabilities import exported
 from emloc.extend.family import Batch, ModelFamily
 from emloc.extend.opening import named_family, open_model
 from emloc.extend.plugin_options import of_family, own_options
+from emloc.machine.progress import console
 from emloc.options.few_bits import FEW_BITS
+from emloc.options.marks import split_of
 from emloc.options.types import DEQUANTISED
 from emloc.planning.setting import Setting
+from emloc.stages.data_digest import data_digest
 from emloc.stages.frame import Artefact, Written, digests
 from emloc.stages.stage import stage
 from emloc.streaming.stream import UnitStream
@@ -151,9 +154,9 @@ def correct(config: CorrectConfig) -> Path:
         reads = Reads(work / READS, frozen.layers)
         correction = AdapterCorrection(config, base, frozen, adapted, reads)
         stream = None
-        if (
-            batches
-        ):  # names are all that is needed else, and a skeleton grows with the model's depth
+        # Names are all that is needed without data, and a skeleton grows with the model's depth.
+        if batches:
+            _say_if_learnt(config, adapter, family)
             saved = {name: adapter.read(key) for name, key in adapter.saved.items()}
             stream = UnitStream(family, base, config.device, instead=saved)
         if stream is not None and _compares(config):
@@ -189,6 +192,20 @@ def _carry_over(part: Adapter, base: Checkpoint, folder: Path) -> None:
     write_json(
         folder / CONFIG_NAME, {**part.config, "base_model_name_or_path": base.reference_name()}
     )
+
+
+def _say_if_learnt(config: CorrectConfig, adapter: Adapter, family: ModelFamily) -> None:
+    """Say so where the data that judge a correction are those that the LoRA was trained on."""
+    origin = Manifest.find(adapter.path)
+    learnt = None if origin is None else origin.settings.get("data_digest")
+    if learnt is None:
+        return
+    split = split_of(config, "dataset")
+    if learnt == data_digest(config.dataset, split, config, family):
+        console.print(
+            "correct: the LoRA was trained on the same data; a dataset of samples that it has not seen "
+            "tells better which correction is best"
+        )
 
 
 def _batches(config: CorrectConfig, family: ModelFamily, base: Checkpoint) -> Sequence[Batch]:
