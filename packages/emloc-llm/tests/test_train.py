@@ -219,6 +219,11 @@ def test_refusals(tiny, tmp_path):
         train(max_length=10)
     with pytest.raises(ConfigError, match=r"no module q_prj\. Did you mean q_proj\?"):
         train(lora_target_modules="q_prj")
+    for option in ("lora_rank_pattern", "lora_alpha_pattern"):
+        with pytest.raises(ConfigError, match=f"{option}: 'q_prj' matches no layer"):
+            train(**{option: {"q_prj": 4}})
+    with pytest.raises(ConfigError, match="eval_steps is for an eval_dataset"):
+        train(eval_steps=2)
     with pytest.raises(ConfigError, match="either emulator, or model_name_or_path"):
         train(model_name_or_path=str(tiny.base))
     with pytest.raises(ConfigError, match="dataset is required"):

@@ -6,12 +6,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from emloc.compression.groups import CompressionPlan, Shape, make_plan, refuse_idle_patterns
+from emloc.compression.groups import CompressionPlan, Shape, make_plan
 from emloc.compression.vocabulary import tables_in
 from emloc.config import CompressConfig
 from emloc.errors import ConfigError
 from emloc.extend.capabilities import kept_dense_of
-from emloc.options.patterns import match_pattern
+from emloc.options.patterns import match_pattern, require_matching
 from emloc.options.types import Dtype
 from emloc.streaming.stream import UnitStream
 
@@ -86,7 +86,7 @@ def _included(
     name: str, blocks: Sequence[str], kept: Mapping[str, str], config: CompressConfig
 ) -> Sequence[str]:
     """Layers that the family keeps dense and the options want compressed."""
-    refuse_idle_patterns(list(kept), config, ("include",))
+    require_matching("include", config.include, list(kept))
     wanted = dict.fromkeys(config.include, True)
     layers = [layer for layer in kept if match_pattern(wanted, layer)]
     for layer in layers:

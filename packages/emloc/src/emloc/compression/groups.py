@@ -28,7 +28,7 @@ from emloc.formats.vocabulary import VocabularyTable
 from emloc.linalg.convolution import matrix_shape
 from emloc.linalg.menu_allocation import Option, allocate_bytes
 from emloc.options.compress import AUTO, LOW_RANK_FORMAT, SIZING
-from emloc.options.patterns import match_pattern
+from emloc.options.patterns import match_pattern, require_matching
 
 OF_CODES = f"{TRELLIS.name} or {QUANTIZED.name}"
 
@@ -150,7 +150,8 @@ def make_plan(
         )
     excluded = dict.fromkeys(config.exclude, True)
     names = [name for group in layer_groups for name in group]
-    refuse_idle_patterns(names, config, ("exclude", "keep_ratio_pattern", "rank_pattern"))
+    for option in ("exclude", "keep_ratio_pattern", "rank_pattern"):
+        require_matching(option, getattr(config, option), names)
     groups: list[Group] = []
     dense: dict[str, str] = {}
     shapes: dict[str, Shape] = {}
@@ -334,21 +335,3 @@ def _refuse_options_of_formats(config: CompressConfig) -> None:
             f"format={AUTO}, the default, already spends bytes where they lower the error most; leave "
             f"keep_ratio_allocation out, or pass format={LOW_RANK_FORMAT}."
         )
-
-
-def refuse_idle_patterns(
-    layers: Sequence[str], config: CompressConfig, options: Sequence[str]
-) -> None:
-    """A pattern that matches nothing is a typo, and would be found out hours later.
-
-    Raises:
-        ConfigError: names the option, the pattern and a layer that there is.
-    """
-    for option in options:
-        patterns: Sequence[str] = list(getattr(config, option))
-        for pattern in patterns:
-            if not any(match_pattern({pattern: True}, name) for name in layers):
-                raise ConfigError(
-                    f"{option}: {pattern!r} matches no layer; it must match the end of a name such "
-                    f"as {layers[0] if layers else '(none)'}."
-                )

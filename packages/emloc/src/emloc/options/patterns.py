@@ -50,6 +50,20 @@ def require_pattern(pattern: str) -> None:
     _compiled(pattern)
 
 
+def require_matching(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:
+    """Refuse a pattern that matches nothing: it is a typo, and would be found out hours later.
+
+    Raises:
+        ConfigError: names the option, the pattern and a name that there is.
+    """
+    for pattern in patterns:
+        if not any(match_pattern({pattern: True}, name) for name in names):
+            example = max(names, key=lambda name: name.count("."), default="(none)")
+            raise ConfigError(
+                f"{option}: {pattern!r} matches no layer; it must match the end of a name such as {example}."
+            )
+
+
 def require_affordable(patterns: Iterable[str], names: Sequence[str]) -> None:
     """Refuse patterns that would take too long over all of the names.
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import LoraOptions, TrainConfig, nearest
 from emloc.errors import ConfigError, DependencyError
+from emloc.options.patterns import require_matching
 
 TRACKERS = {
     "azure_ml": ("azureml-core", ("azureml",)),
@@ -132,7 +133,7 @@ def check_optimizer(config: TrainConfig) -> None:
 
 
 def require_modules(config: LoraOptions, names: Sequence[str]) -> None:
-    """Refuse target modules that a model does not have.
+    """Refuse target modules that a model does not have, and patterns that match none of its modules.
 
     Args:
         names: of all its modules.
@@ -140,6 +141,8 @@ def require_modules(config: LoraOptions, names: Sequence[str]) -> None:
     Raises:
         ConfigError: with the nearest name.
     """
+    for option in ("lora_rank_pattern", "lora_alpha_pattern"):
+        require_matching(option, getattr(config, option), names)
     for option in ("lora_target_modules", "lora_modules_to_save"):
         wanted: list[str] = getattr(config, option)
         for target in wanted if wanted != ["all-linear"] else ():

@@ -91,6 +91,12 @@ class EvaluationDataOptions(StageConfig):
     )
     eval_steps: int | None = Field(None, ge=1)
 
+    @model_validator(mode="after")
+    def _has_data(self) -> "EvaluationDataOptions":
+        if self.eval_steps is not None and self.eval_dataset is None:
+            raise ValueError("eval_steps is for an eval_dataset; pass one, or leave it out")
+        return self
+
 
 class PackingOptions(StageConfig):
     """The option for making rows of samples of text."""
