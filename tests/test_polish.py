@@ -266,6 +266,26 @@ def test_training_goes_on_from_an_adapter(llm, llm_adapter, tmp_path):
         )
 
 
+def test_steps_that_the_data_do_not_fill_are_said(llm, llm_adapter, tmp_path, capsys):
+    options = {**llm, **STEPS, "max_steps": 8, "samples_per_step": 7, "per_device_train_batch_size": 7}
+    polished = emloc.polish(adapter=str(llm_adapter), output_dir=tmp_path / "short", **options)
+    summary = manifest(polished)["summary"]
+    rest = summary["samples"] % 7
+    assert rest, "the example fills its steps"
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"the last step of every epoch has {rest} of them" in said
+
+
+def test_diffusers_name_for_the_batch_may_be_larger_than_a_step(tmp_path):
+    example = family_named("diffusion").write_example(tmp_path / "example", seed=0)
+    options = {**example, **QUICK, "max_steps": 1, "train_batch_size": 2}
+    adapter = emloc.train(output_dir=tmp_path / "adapter", lora_r=2, **options)
+    polished = emloc.polish(
+        adapter=str(adapter), output_dir=tmp_path / "polished", samples_per_step=1, **options
+    )
+    assert manifest(polished)["settings"]["per_device_train_batch_size"] == 2
+
+
 def test_text_encoders_are_polished_along(tmp_path):
     example = family_named("diffusion").write_example(tmp_path / "example", seed=0)
     adapter = trained(example, tmp_path / "adapter", train_text_encoder=True)

@@ -10,7 +10,7 @@ from warm_python import run_python
 
 import emloc
 from emloc.artefacts.manifest import Manifest
-from emloc.errors import CheckpointError, ConfigError, DataError, NumericalError
+from emloc.errors import CheckpointError, ConfigError, DataError, NumericalError, OutputError
 from emloc.extend.plugin_options import with_plugin_options
 from emloc.integrations.transformers.checkpoints import last_whole_checkpoint
 
@@ -111,6 +111,55 @@ def test_a_damaged_checkpoint_that_is_asked_for_is_refused(tiny, tmp_path):
         emloc.train(
             output_dir=tmp_path / "a", resume_from_checkpoint=str(checkpoint), **tiny.train_options
         )
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"learning_rate": 0.1}, "learning_rate .*, now 0.1"),
+        ({"lora_alpha": 64}, "lora_alpha .*, now 64"),
+        ({"lora_target_modules": "k_proj"}, "lora_target_modules"),
+        ({"per_device_train_batch_size": 3}, "per_device_train_batch_size"),
+        ({"data": "test"}, "other data"),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused(tiny, tmp_path, option, said):
+    given = {**tiny.train_options, **option}
+    if given.pop("data", None):
+        given["dataset"] = str(tiny.test)
+    checkpoint = shutil.copytree(tiny.adapter / "checkpoint-4", tmp_path / "checkpoint-4")
+    with pytest.raises(ConfigError, match=said):
+        emloc.train(output_dir=tmp_path / "a", resume_from_checkpoint=str(checkpoint), **given)
+
+
+def test_a_checkpoint_may_be_gone_on_from_for_longer(tiny, tmp_path):
+    """The settings name the checkpoint: with another one, the adapter would be another."""
+    checkpoint = shutil.copytree(tiny.adapter / "checkpoint-4", tmp_path / "checkpoint-4")
+    given = {**tiny.train_options, "max_steps": tiny.train_options["max_steps"] + 1}
+    longer = emloc.train(
+        output_dir=tmp_path / "a", resume_from_checkpoint=str(checkpoint), **given
+    )
+    assert Manifest.read(longer).summary["steps"] == given["max_steps"]
+    with pytest.raises(OutputError, match="another checkpoint to resume from"):
+        emloc.train(output_dir=tmp_path / "a", **given)
+
+
+def test_a_checkpoint_of_another_lora_is_refused(tiny, tmp_path):
+    """One of another library has no settings."""
+    checkpoint = shutil.copytree(tiny.adapter / "checkpoint-4", tmp_path / "checkpoint-4")
+    for name in ("stage_settings.json", "digests.json"):
+        (checkpoint / name).unlink()
+    for option, said in (
+        ({"lora_alpha": 64}, "scaling"),
+        ({"lora_target_modules": "k_proj"}, "on .* none"),
+        ({"use_dora": True}, "magnitudes"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            emloc.train(
+                output_dir=tmp_path / "a",
+                resume_from_checkpoint=str(checkpoint),
+                **{**tiny.train_options, **option},
+            )
 
 
 def test_the_newest_whole_checkpoint_is_taken(tiny, tmp_path, capsys):

@@ -42,6 +42,7 @@ CONTENTS = {
     "companions_digest": "other files beside the model's weights (tokenizer, templates, config)",
     "emulator_digest": "another emulator",
     "adapter_digest": "another adapter",
+    "checkpoint_digest": "another checkpoint to resume from",
     "data_digest": "other data",
     "eval_data_digest": "other data to evaluate on",
     "named_digests": "other contents of the files that options name",

@@ -156,9 +156,8 @@ class AdapterCorrection:
     ) -> tuple[Way, dict[str, Any]]:
         """The best way by the loss on calibration data, and what to report about the choice.
 
-        What the LoRA reads is summed over the first half of the micro-batches; ways are compared on the other
-        half, and the best must not be worse than none on the first. Where one half has no labels, all serve
-        for both.
+        What the LoRA reads is summed over every other micro-batch; ways are compared on those between, and
+        the best must not be worse than none on the former. Where one half has no labels, all serve for both.
 
         Args:
             stream: the base model with the modules that the adapter trained whole.
@@ -166,6 +165,8 @@ class AdapterCorrection:
         """
         ways = candidates(self.config)
         layers = {layer.name: layer for layer in self.adapter.layers}
+        # Families give the longest samples first, or one data set after another: halves are to be alike.
+        batches = [*batches[::2], *batches[1::2]]
         half = -(-len(batches) // 2)
         watched = None
         if any(way.by_data for way in ways):

@@ -1,6 +1,6 @@
 """The data that a LoRA reads, summed in the directions of its rows: `C = Σ x (A x)ᵀ`, d_in × r per layer.
 
-Summed while the first half of the calibration samples run through the base with the adapter as it is. Sums
+Summed while half of the calibration samples run through the base with the adapter as it is. Sums
 wait on disk: together they are as large as the adapter's A.
 """
 

@@ -35,6 +35,7 @@ from emloc.planning.contract import Contract, contract_for
 from emloc.planning.setting import Setting
 from emloc.stages.data_digest import data_digests, digested
 from emloc.stages.frame import Artefact, Written, digests
+from emloc.stages.resumed import resumed_from
 from emloc.stages.stage import stage
 from emloc.stages.training_needs import check_training
 
@@ -92,6 +93,7 @@ def polish(config: PolishConfig) -> Path:
         **data_digests(config, family),
         **({"named_digests": named} if named else {}),
     }
+    settings |= resumed_from(config, config.output_dir, settings)
     reference = ModelReference.of(base, digest)
     artefact = Artefact(
         "polish",
@@ -113,6 +115,7 @@ def polish(config: PolishConfig) -> Path:
         made = Adapter.open(str(work)).with_parts(base.parts)
         made.require_finite(_diverged)
         summary = figures.pop("summary", {})
+        _say_if_steps_are_short(config, summary.get("samples"))
         summary["kept"] = _is_better(summary.get("held_back_loss"))
         if not summary["kept"]:
             for name in adapter.files:
@@ -165,6 +168,17 @@ def _require_able(config: PolishConfig, adapter: Adapter, family: ModelFamily) -
             f"polish: {adapter.path} has modules that were trained whole ({next(iter(adapter.saved))}), but "
             f"a streamed step trains only LoRA; pass stream=false."
         )
+
+
+def _say_if_steps_are_short(config: PolishConfig, samples: int | None) -> None:
+    """Say so where the data end within a step: the Trainer goes on to the next epoch with another one."""
+    wanted = config.samples_per_step
+    if samples is None or config.max_steps * wanted <= samples or samples % wanted == 0:
+        return
+    console.print(
+        f"polish: there are {samples} samples to train on, so the last step of every epoch has "
+        f"{samples % wanted} of them, not samples_per_step={wanted}"
+    )
 
 
 def _is_better(losses: list[float] | None) -> bool:

@@ -32,6 +32,7 @@ from emloc.planning.setting import Setting
 from emloc.planning.whole import trained_whole
 from emloc.stages.data_digest import data_digests, digested
 from emloc.stages.frame import Artefact, Written, digests
+from emloc.stages.resumed import resumed_from
 from emloc.stages.stage import stage
 from emloc.stages.training_needs import check_training, require_modules, require_trained
 
@@ -107,6 +108,7 @@ def train(config: TrainConfig) -> Path:
         **data_digests(config, family),
         **({"named_digests": named} if named else {}),
     }
+    settings |= resumed_from(config, config.output_dir, settings)
     if begun is not None:
         config = config.model_copy(update=lora_options(begun))
         check_training(config)

@@ -19,7 +19,8 @@ from transformers import TrainerCallback
 from emloc.artefacts.durable import sync_folder, sync_tree
 from emloc.artefacts.file_digest import file_sha256
 from emloc.artefacts.json_files import read_json
-from emloc.artefacts.small_files import write_json
+from emloc.artefacts.small_files import copy_file, write_json
+from emloc.artefacts.stage_folder import SETTINGS_NAME
 from emloc.artefacts.write_errors import writing
 from emloc.errors import CheckpointError
 from emloc.machine.progress import warn
@@ -89,6 +90,8 @@ class KeepsCheckpoints(TrainerCallback):
         with writing(checkpoint):
             (checkpoint / DIGESTS_NAME).unlink(missing_ok=True)
             write_json(checkpoint / SUMS_NAME, self._sums())
+            if (self._folder / SETTINGS_NAME).is_file():  # another run may be told to resume from it
+                copy_file(self._folder / SETTINGS_NAME, checkpoint / SETTINGS_NAME)
             sync_tree(checkpoint)
             files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
             digests = {str(path.relative_to(checkpoint)): file_sha256(path) for path in files}

@@ -22,6 +22,7 @@ from emloc.integrations.peft.attach import put_on
 from emloc.integrations.peft.fused_lora import fuse_lora
 from emloc.integrations.peft.lora import new_lora, save_as_plain_lora
 from emloc.integrations.peft.parts import Part, refuse_beginning, with_parts
+from emloc.integrations.transformers.checkpoint_lora import require_same_lora
 from emloc.integrations.transformers.checkpoints import (
     DIGESTS_NAME,
     KeepsCheckpoints,
@@ -105,6 +106,8 @@ def train_lora(
     model = with_parts(model, parts, config, adapter)
     trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     resumed = _checkpoint(config, work)
+    if resumed is not None:
+        require_same_lora(resumed, model)
     progression = Progression(work)
     kept = KeepsCheckpoints(work, config.save_total_limit, resumed)
     try:
