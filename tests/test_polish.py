@@ -267,7 +267,13 @@ def test_training_goes_on_from_an_adapter(llm, llm_adapter, tmp_path):
 
 
 def test_steps_that_the_data_do_not_fill_are_said(llm, llm_adapter, tmp_path, capsys):
-    options = {**llm, **STEPS, "max_steps": 8, "samples_per_step": 7, "per_device_train_batch_size": 7}
+    options = {
+        **llm,
+        **STEPS,
+        "max_steps": 8,
+        "samples_per_step": 7,
+        "per_device_train_batch_size": 7,
+    }
     polished = emloc.polish(adapter=str(llm_adapter), output_dir=tmp_path / "short", **options)
     summary = manifest(polished)["summary"]
     rest = summary["samples"] % 7

@@ -12,9 +12,11 @@ from reproduce_tools import load
 from warm_python import run_python
 
 import emloc
-from emloc.errors import ConfigError, DataError, EmlocError, NumericalError
+from emloc.artefacts.output_lock import output_lock
+from emloc.errors import ConfigError, DataError, EmlocError, NumericalError, OutputError
+from emloc.extend.plugins import family_named
 from emloc_baselines.bench import cell as cell_module
-from emloc_baselines.bench.cells import method_cell, prepare_data
+from emloc_baselines.bench.cells import files_named, measured_cells, method_cell, prepare_data
 from emloc_baselines.bench.config import read_config
 from emloc_baselines.bench.harness import run_bench
 from emloc_baselines.bench.split import split_rows
@@ -333,6 +335,80 @@ def test_a_learning_rate_that_diverges_is_not_chosen(options, tmp_path):
     assert [r["learning_rate"] for r in records(tmp_path / "out")] == [None, 1e-4]
 
 
+def test_a_row_may_have_data_of_its_own(options, tiny, tmp_path):
+    """Only the file that was split is replaced; a row that differs in nothing else stays in the tables."""
+    config = read_config({
+        **options, "output_dir": str(tmp_path / "out"), "keep_ratio": 0.4,
+        "methods": {
+            "emloc": {}, "same": {"method": "emloc"},
+            "fresh": {"method": "emloc", "correct": {"dataset": str(tiny.test)}, "polish": {}},
+        },
+    })  # fmt: skip
+    data = prepare_data(config, "words")
+    cells = measured_cells(config, data, "words", dict.fromkeys(config.methods, 1e-3))
+    assert [cell.label for cell in cells] == ["base", "emloc", "same", "fresh"]
+    plain, same, fresh = cells[1:]
+    assert plain.digest == same.digest
+    assert fresh.task.correct["dataset"] == str(tiny.test)
+    assert fresh.task.train["dataset"] == plain.task.correct["dataset"] == fresh.polish["dataset"]
+    assert fresh.task.train["dataset"] != str(tiny.data)
+    assert fresh.steps["adapter"] == plain.steps["adapter"]
+    assert fresh.steps["recovered"] != plain.steps["recovered"]
+
+
+def test_a_rate_that_fails_otherwise_is_tried_again(options, tmp_path):
+    """A full disk says nothing about a learning rate: the row waits, and the bench says that it failed."""
+
+    def fail(cell, root):
+        if cell.learning_rate == 1e-2:
+            raise OutputError("the disk is full")
+        cell_module.run_cell(cell, root)
+
+    one = {**options, "output_dir": str(tmp_path / "out"), "keep_ratio": 0.4, "methods": ["lora"]}
+    with pytest.raises(EmlocError, match="the disk is full"):
+        run_bench(one, run=fail)
+    assert [r["label"] for r in records(tmp_path / "out")] == ["base"]
+
+
+def test_another_measure_is_shown_and_a_wrong_one_refused(options, tmp_path, run):
+    one = {
+        **options, "output_dir": str(tmp_path / "out"), "keep_ratio": 0.4, "methods": ["lora"],
+        "train": {**options["train"], "learning_rate": 1e-3},
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="has no score exact_mach; it has .*exact_match"):
+        run_bench({**one, "measure": "exact_mach"}, run=run)
+    run_bench({**one, "measure": "exact_match"}, run=run)
+    assert all(r["score"] is not None for r in records(tmp_path / "out"))
+    assert run.cells == ["words, base", "words, lora, seed 0"], "scores were taken once"
+
+
+def test_pictures_belong_to_a_cells_identity(tmp_path):
+    example = family_named("vlm").write_example(tmp_path / "example", seed=0)
+    given = {
+        "model_name_or_path": example["model_name_or_path"], "output_dir": str(tmp_path / "out"),
+        "datasets": {"shapes": {k: v for k, v in example.items() if k != "model_name_or_path"}},
+        "methods": ["emloc"], "validation_samples": 0, "train": {"learning_rate": 1e-3},
+    }  # fmt: skip
+    config = read_config(given)
+
+    def digests():
+        files_named.cache_clear()
+        data = prepare_data(config, "shapes")
+        return method_cell(config, data, "shapes", "emloc", 0.4, 0, 1e-3).steps
+
+    before = digests()
+    picture = next(Path(tmp_path / "example").rglob("*.png"))
+    picture.write_bytes(picture.read_bytes() + b"\0")
+    after = digests()
+    assert all(before[step] != after[step] for step in before)
+
+
+def test_two_benches_in_one_folder_are_refused(options, tmp_path, run):
+    out = tmp_path / "out"
+    with output_lock(out.resolve()), pytest.raises(OutputError, match="Another process is writing"):
+        run_bench({**options, "output_dir": str(out)}, run=run)
+
+
 REFUSALS = [
     ({"methods": ["lorra"]}, "offers the method 'lorra'"),
     ({"methods": {"lora": {"rank": 3}}}, r"methods.lora: unknown option rank"),
@@ -345,6 +421,10 @@ REFUSALS = [
     ({"train": {"learning_rate": [None, 0.01]}}, "learning_rate = .* should be numbers"),
     ({"keep_ratio": [2]}, "keep_ratio"),
     ({"datasets": {"words": {"datset": "x"}}}, "datasets.words: unknown key datset"),
+    ({"methods": {"lora": {"polish": {"learning_rate": "abc"}}}}, "learning_rate"),
+    ({"polish": {"learning_rate": -1}}, "learning_rate"),
+    ({"methods": {"emloc": {"correct": {"strength": 0.5, "limit": 1}}}}, "limit and strength"),
+    ({"correct": {"limit": 1, "strength_candidates": [0.5]}}, "strength_candidates"),
     (
         {"methods": {"lora": {"polish": {"samples_per_step": 10}}}},
         "samples_per_step=10 is not a multiple",

@@ -32,7 +32,9 @@ class _Aliased(StageConfig):
             if name in given and str(given[name]) != str(given[alias]):
                 raise ValueError(f"{alias} and {name} mean the same; give one of them")
             given[name] = str(given[alias]) if name == "dataset" else given[alias]
-            if name != "dataset":  # or a stage that changes the option would be told that they differ
+            if (
+                name != "dataset"
+            ):  # or a stage that changes the option would be told that they differ
                 del given[alias]
         return _with_optim(given)
 

@@ -136,9 +136,7 @@ def test_a_checkpoint_may_be_gone_on_from_for_longer(tiny, tmp_path):
     """The settings name the checkpoint: with another one, the adapter would be another."""
     checkpoint = shutil.copytree(tiny.adapter / "checkpoint-4", tmp_path / "checkpoint-4")
     given = {**tiny.train_options, "max_steps": tiny.train_options["max_steps"] + 1}
-    longer = emloc.train(
-        output_dir=tmp_path / "a", resume_from_checkpoint=str(checkpoint), **given
-    )
+    longer = emloc.train(output_dir=tmp_path / "a", resume_from_checkpoint=str(checkpoint), **given)
     assert Manifest.read(longer).summary["steps"] == given["max_steps"]
     with pytest.raises(OutputError, match="another checkpoint to resume from"):
         emloc.train(output_dir=tmp_path / "a", **given)

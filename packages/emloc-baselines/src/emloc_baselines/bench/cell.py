@@ -55,6 +55,9 @@ def run_cell(cell: Cell, root: Path) -> dict[str, Any]:
         output_dir=root / "evaluations" / cell.digest[:SHOWN_DIGITS],
     )
     record["loss"] = scores["loss"]
+    record["scores"] = {
+        name: value for name, value in scores.items() if isinstance(value, float) and name != "loss"
+    }
     record["score"] = scores.get(cell.measure)
     record.setdefault("peak_bytes", {})["evaluate"] = scores["peak_bytes"]
     record["inputs"] = cell.inputs

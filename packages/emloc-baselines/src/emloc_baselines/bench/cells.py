@@ -6,17 +6,20 @@ goes into it; cells that have a step in common (the emulator of EMLoC with and w
 LoRA for every budget) find it made.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from emloc.config import EvaluateConfig
+from emloc.config import EvaluateConfig, build
 from emloc.extend.methods import MethodEntry, Options, Task
 from emloc.extend.opening import open_model
 from emloc.extend.plugin_options import with_family_options
 from emloc.options.compress import AUTO, LOW_RANK_FORMAT
 from emloc.options.marks import loss_alone
-from emloc_baselines.bench.config import BASE, BenchConfig, Section, task_stages
+from emloc.stages.data_digest import data_digests
+from emloc_baselines.bench.config import BASE, BenchConfig, Section, bench_stages, task_stages
 from emloc_baselines.bench.split import split_rows
 from emloc_baselines.identity import content_of, digest, model_digest
 
@@ -28,12 +31,19 @@ class Data:
     """A data set, its training rows split.
 
     Attributes:
-        training: options that replace the data set's own in compress, train and correct.
+        training: options that replace the data set's own in stages that learn.
         validation: options that replace those of evaluate; None: there are no validation data.
+        source: the file that was split; a stage that is given another one keeps it.
     """
 
     training: Section
     validation: Section | None
+    source: str = ""
+
+    def learnt_in(self, options: Section) -> Section:
+        """The options of a stage that learns, without the rows that are held out."""
+        own = str(options.get("dataset", self.source)) != self.source
+        return options if own else {**options, **self.training}
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,7 @@ def prepare_data(config: BenchConfig, dataset: str) -> Data:
         Path(str(source)), config.output_dir / "data", count, config.max_train_samples
     )
     split = None if validation is None else {"dataset": str(validation), "num_samples": None}
-    return Data({"dataset": str(train)}, given or split)
+    return Data({"dataset": str(train)}, given or split, str(source))
 
 
 def base_cell(config: BenchConfig, dataset: str) -> Cell:
@@ -119,12 +129,13 @@ def base_cell(config: BenchConfig, dataset: str) -> Cell:
     evaluate = config.stage_options("evaluate", dataset)
     task = Task(config.model_name_or_path, 1.0, config.seeds[0], {}, {}, {})
     inputs: Section = {
-        "base": model_digest(config.model_name_or_path), "evaluate": content_of(evaluate),
+        "base": model_digest(config.model_name_or_path),
+        "evaluate": stage_content(config, "evaluate", evaluate),
     }  # fmt: skip
     return Cell(
         dataset=dataset, label=BASE, method=None, keep_ratio=None, seed=config.seeds[0],
         learning_rate=None, validation=False, task=task, evaluate=evaluate,
-        measure=_measure(config, dataset), steps={"score": digest(inputs)}, inputs=inputs,
+        measure=config.measure_of(dataset), steps={"score": digest(inputs)}, inputs=inputs,
     )  # fmt: skip
 
 
@@ -141,7 +152,7 @@ def method_cell(
     """One row's score."""
     entry = config.entry(label)
     stages = {
-        stage: {**config.stage_options(stage, dataset, label), **data.training}
+        stage: data.learnt_in(config.stage_options(stage, dataset, label))
         for stage in task_stages()
     }
     stages["train"]["learning_rate"] = learning_rate
@@ -153,7 +164,7 @@ def method_cell(
         evaluate = {**evaluate, **(data.validation or {}), **cheaply}
     polish = None if validation else config.polish_options(dataset, label)
     if polish is not None:
-        polish = {**polish, **data.training, "seed": seed}
+        polish = {**data.learnt_in(polish), "seed": seed}
     own = config.own_options(label)
     task = Task(config.model_name_or_path, keep_ratio, seed, **stages, options=own)
     steps, inputs = _steps(config, entry, task, polish, evaluate)
@@ -161,12 +172,8 @@ def method_cell(
         dataset=dataset, label=label, method=entry.name,
         keep_ratio=keep_ratio if entry.uses_budget else None, seed=seed,
         learning_rate=learning_rate, validation=validation, task=task, evaluate=evaluate,
-        measure=_measure(config, dataset), steps=steps, inputs=inputs, polish=polish,
+        measure=config.measure_of(dataset), steps=steps, inputs=inputs, polish=polish,
     )  # fmt: skip
-
-
-def _measure(config: BenchConfig, dataset: str) -> str:
-    return str(config.datasets[dataset].get("measure", config.measure))
 
 
 def _steps(
@@ -177,17 +184,46 @@ def _steps(
         "method": entry.trains_as or entry.name,
         "options": content_of(task.options),
         "keep_ratio": task.keep_ratio if entry.uses_budget else None,
-        "compress": content_of(_with_format(task.compress)),
+        "compress": stage_content(config, "compress", _with_format(task.compress)),
         "seed": task.seed,
     }
-    adapter: Section = {**light, "train": content_of(task.train)}
-    recovered: Section = {**adapter, "recovers_as": entry.name, "correct": content_of(task.correct)}
-    polished = recovered if polish is None else {**recovered, "polish": content_of(polish)}
-    score: Section = {**polished, "evaluate": content_of(evaluate)}
+    adapter: Section = {**light, "train": stage_content(config, "train", task.train)}
+    recovered: Section = {
+        **adapter, "recovers_as": entry.name, "correct": stage_content(config, "correct", task.correct),
+    }  # fmt: skip
+    polished = recovered
+    if polish is not None:
+        polished = {**recovered, "polish": stage_content(config, "polish", polish)}
+    score: Section = {**polished, "evaluate": stage_content(config, "evaluate", evaluate)}
     inputs_by_step = {
         "light": light, "adapter": adapter, "recovered": recovered, "polished": polished, "score": score,
     }  # fmt: skip
     return {name: digest(inputs) for name, inputs in inputs_by_step.items()}, score
+
+
+def stage_content(config: BenchConfig, stage: str, options: Options) -> Section:
+    """The options of a stage as `content_of`, with a digest of the files that rows of its data name."""
+    content: Section = content_of(options)
+    named = files_named(config.model_name_or_path, stage, json.dumps(options, default=str))
+    return {**content, "files": named} if named else content
+
+
+@cache
+def files_named(model_name_or_path: str, stage: str, options: str) -> str:
+    """The digest of the files that rows name, such as pictures; empty where there are none.
+
+    Args:
+        options: of the stage, as JSON.
+    """
+    _, family = open_model(model_name_or_path)
+    kind = with_family_options(bench_stages()[stage].config, family)
+    given: Section = {
+        name: value for name, value in json.loads(options).items() if name in kind.model_fields
+    }
+    required = {name: "given" for name, one in kind.model_fields.items() if one.is_required()}
+    digests = data_digests(build(kind, {**required, **given}, stage), family).values()
+    parts = [digest.partition("+")[2] for digest in digests if digest]
+    return "|".join(filter(None, parts))
 
 
 def _with_format(compress: Options) -> Section:
@@ -209,6 +245,6 @@ def measured_cells(
         for seed in config.seeds:
             for label, rate in rates.items():
                 cell = method_cell(config, data, dataset, label, ratio, seed, rate)
-                if all(cell.digest != other.digest for other in cells):
+                if all((cell.label, cell.digest) != (other.label, other.digest) for other in cells):
                     cells.append(cell)
     return cells

@@ -38,6 +38,7 @@ from emloc.config import PolishConfig, StageConfig, TrainConfig, build, nearest
 from emloc.errors import ConfigError
 from emloc.extend.methods import MethodEntry, Task
 from emloc.extend.plugins import method_named
+from emloc.methods.emloc import Emloc
 from emloc.options.polish import micro_batches
 from emloc.options.text import from_file
 from emloc.options.types import OutputDir
@@ -146,7 +147,17 @@ class BenchConfig(StageConfig):
             _section(row, stage, f"methods.{label}"),
         )
         merged = {name: value for layer in layers for name, value in layer.items()}
+        if stage != "train" and isinstance(merged.get("learning_rate"), list):
+            del merged["learning_rate"]  # rates to choose from, which polish has none of
         return from_file(kind, merged)
+
+    def measure_of(self, dataset: str) -> str:
+        """The score that the tables show of a data set."""
+        return str(self.datasets[dataset].get("measure", self.measure))
+
+    def names_measure(self, dataset: str) -> bool:
+        """Return whether the file says which."""
+        return "measure" in self.model_fields_set or "measure" in self.datasets[dataset]
 
     def polish_options(self, dataset: str, label: str) -> Section | None:
         """Keywords of polish for a row that asks for it."""
@@ -238,19 +249,31 @@ def _check_rows(config: BenchConfig, where: str) -> None:
                     raise ConfigError(
                         f"{place}: {name}.{option} is set by the bench; leave it out."
                     )
-                options.pop("learning_rate", None)
-                required = {
-                    option: "given"
-                    for option in given(stage)
-                    if stage.config.model_fields[option].is_required()
-                }
-                built = build(stage.config, {**options, **required}, f"{place}: {name}")
+                if name == "train":
+                    options.pop("learning_rate", None)
+                checked = {**options, **_stand_ins(config, stage)}
+                built = build(stage.config, checked, f"{place}: {name}")
                 if isinstance(built, PolishConfig) and config.is_polished(label):
                     micro_batches(built)
+                    stage.checked(checked, f"{place}: {name}")
+                elif name in task_stages() and isinstance(method, Emloc):
+                    used = method.correct_options(checked) if name == "correct" else checked
+                    stage.checked(used, f"{place}: {name}")
                 if isinstance(built, TrainConfig):
                     check_training(built)
                     for rate in config.learning_rates(dataset, label):
-                        build(stage.config, {**options, **required, "learning_rate": rate}, place)
+                        build(stage.config, {**checked, "learning_rate": rate}, place)
+
+
+def _stand_ins(config: BenchConfig, stage: AnyStage) -> Section:
+    """Something for the options that the bench or the method sets, to check the others beside them."""
+    stand_ins: Section = {name: "given" for name in stage.consumes}
+    for option in given(stage) - stage.consumes.keys():
+        if stage.config.model_fields[option].is_required():
+            stand_ins[option] = "given"
+    if "output_dir" in stand_ins:
+        stand_ins["output_dir"] = str(config.output_dir / "artefacts" / "given")
+    return stand_ins
 
 
 def _refuse_unknown(section: Mapping[str, Any], where: str, more: list[str]) -> None:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from emloc.artefacts.json_files import read_json
+from emloc.artefacts.output_lock import output_lock
 from emloc.artefacts.small_files import write_json, write_text
-from emloc.errors import EmlocError
+from emloc.errors import ConfigError, EmlocError, NumericalError
 from emloc.machine.progress import console
 from emloc_baselines.bench.cells import (
     Cell,
@@ -49,10 +50,17 @@ def run_bench(
         The folder with `results.jsonl`, `tables.md`, the plots and all artefacts.
 
     Raises:
-        ConfigError: anything wrong in the file, found before anything runs.
+        ConfigError: anything wrong in the file, found before anything runs; or no score has the name that it
+            gives as measure, which the first scores tell.
+        OutputError: another bench is running in the folder.
         EmlocError: cells failed; the others are there.
     """
     config = read_config(source, *overrides)
+    with output_lock(config.output_dir.expanduser().resolve()):
+        return _run_bench(config, run)
+
+
+def _run_bench(config: BenchConfig, run: Run | None) -> Path:
     data = {name: prepare_data(config, name) for name in config.datasets}
     config.output_dir.mkdir(parents=True, exist_ok=True)
     bench = _Bench(config, data, run or run_in_process_of_its_own)
@@ -81,22 +89,27 @@ def run_bench(
 
 @dataclass
 class _Bench:
-    """The state of a run: which cells failed and why."""
+    """The state of a run: which cells failed and why, and which of them for numbers that overflowed."""
 
     config: BenchConfig
     data: Mapping[str, Data]
     run: Run
     failures: dict[str, str] = field(default_factory=dict[str, str])
+    diverged: set[str] = field(default_factory=set[str])
 
     def ensure(self, cell: Cell, counter: str) -> Record | None:
         """The cell's record, run if there is none; None if it failed."""
         if cell.record(self.config.output_dir).is_file():
-            return self.read(cell)
+            record = self.read(cell)
+            if record.get("measure", cell.measure) == cell.measure:
+                return record
         started = time.monotonic()
         try:
             self.run(cell, self.config.output_dir)
         except EmlocError as problem:
             self.failures[cell.title] = str(problem)
+            if problem.exit_code == NumericalError.exit_code:
+                self.diverged.add(cell.title)
             console.print(f"{counter} {cell.title}: failed: {problem}")
             return None
         record = self.read(cell)
@@ -109,6 +122,13 @@ class _Bench:
     def read(self, cell: Cell) -> Record:
         """A finished cell's record, with what the choice of its learning rate found."""
         record: Record = read_json(cell.record(self.config.output_dir))
+        scores = record.pop("scores", None)
+        if scores is not None and not cell.validation:
+            if scores and cell.measure not in scores and self.config.names_measure(cell.dataset):
+                raise ConfigError(
+                    f"measure: {cell.title} has no score {cell.measure}; it has {', '.join(sorted(scores))}."
+                )
+            record.update(measure=cell.measure, score=scores.get(cell.measure))
         rates = self._rates().get(cell.dataset, {}).get(cell.label)
         # Another row may have the same digest; what the tables show is this one.
         record.update(label=cell.label, dataset=cell.dataset, learning_rate_losses=rates or {})
@@ -132,7 +152,9 @@ class _Bench:
                 record = self.ensure(cell, f"[{dataset}, {index + 1}/{len(cells)}]")
                 if record is not None and record["loss"] == record["loss"]:
                     losses[float(cell.learning_rate or 0)] = record["loss"]
-            if losses:
+            # Only a rate that diverges is out; for any other reason the row waits for the next run.
+            untold = {cell.title for cell in cells} & self.failures.keys() - self.diverged
+            if losses and not untold:
                 chosen[label] = min(losses, key=lambda rate: losses[rate])
                 for cell in cells:
                     if float(cell.learning_rate or 0) not in losses:

@@ -1,5 +1,6 @@
 """EMLoC as a method: emulator, LoRA, correction."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ from emloc.methods.light import train_light
 from emloc.options.compress import SIZING
 from emloc.stages.compress import compress
 from emloc.stages.correct import correct
+
+CHOOSING = ("limit", "limit_candidates", "strength", "strength_candidates")
+"""Options of correct that say how."""
 
 
 class Emloc:
@@ -32,22 +36,25 @@ class Emloc:
 
     def recover(self, task: Task, light: Path | None, adapter: Path, out: Path) -> Path:
         """See `Method`; `emloc.correct`."""
-        return self._correct(task, light, adapter, out)
-
-    def _correct(
-        self, task: Task, light: Path | None, adapter: Path, out: Path, **instead: Any
-    ) -> Path:
         return correct(
-            **{**task.correct, "seed": task.seed, **instead},
+            **{**self.correct_options(task.correct), "seed": task.seed},
             adapter=str(adapter),
             emulator=str(light),
             output_dir=out,
         )
 
+    def correct_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of correct as this method uses them.
+
+        Args:
+            options: as the task has them.
+        """
+        return dict(options)
+
 
 class EmlocUncorrected(Emloc):
     """The same without correction: what was learnt on the emulator is put on the original as it is."""
 
-    def recover(self, task: Task, light: Path | None, adapter: Path, out: Path) -> Path:
-        """See `Method`; a limit of 0 leaves every weight as it is and renames the base."""
-        return self._correct(task, light, adapter, out, limit=0.0)
+    def correct_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Emloc`; a limit of 0 leaves every weight as it is, whatever way others are corrected."""
+        return {**{k: v for k, v in options.items() if k not in CHOOSING}, "limit": 0.0}

@@ -48,7 +48,11 @@ def require_same_lora(checkpoint: Path, model: Any) -> None:
 
 def _lora_of(name: str, module: Any) -> tuple[str, tuple[int, float, bool]]:
     [adapter] = module.r
-    return name, (module.r[adapter], module.scaling[adapter], adapter in module.lora_magnitude_vector)
+    return name, (
+        module.r[adapter],
+        module.scaling[adapter],
+        adapter in module.lora_magnitude_vector,
+    )
 
 
 def _shown(lora: tuple[int, float, bool] | None) -> str:

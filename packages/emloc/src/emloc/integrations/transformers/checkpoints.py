@@ -90,7 +90,9 @@ class KeepsCheckpoints(TrainerCallback):
         with writing(checkpoint):
             (checkpoint / DIGESTS_NAME).unlink(missing_ok=True)
             write_json(checkpoint / SUMS_NAME, self._sums())
-            if (self._folder / SETTINGS_NAME).is_file():  # another run may be told to resume from it
+            if (
+                self._folder / SETTINGS_NAME
+            ).is_file():  # another run may be told to resume from it
                 copy_file(self._folder / SETTINGS_NAME, checkpoint / SETTINGS_NAME)
             sync_tree(checkpoint)
             files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
