@@ -168,6 +168,8 @@ def test_streaming_trains_and_calibrates(tiny, tmp_path):
     assert Manifest.read(tmp_path / "a").summary["steps"] == 6
     with pytest.raises(ConfigError, match="streaming needs max_steps"):
         emloc.train(output_dir=tmp_path / "b", **{**train, "max_steps": -1})
+    with pytest.raises(ConfigError, match="give dataset_weights, one for each"):
+        emloc.train(output_dir=tmp_path / "b", **{**train, "dataset_weights": []})
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError, match="is empty"):
         draw_samples(

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from tiny_models import write_tiny
 
 import emloc
@@ -41,6 +42,19 @@ def test_routers_are_left_alone_and_it_is_said(tmp_path, capfd, monkeypatch):
     assert losses(emloc.train(output_dir=tmp_path / "plain", **options)) == pytest.approx(
         losses(streamed), rel=1e-4
     )
+
+
+def test_a_scaled_table_is_multiplied_in_the_dtype_of_training(tmp_path):
+    """Gemma's scale is the root of the width, which bfloat16 rounds."""
+    write_tiny(tmp_path / "base", "gemma2", torch.bfloat16)
+    options = {
+        "model_name_or_path": str(tmp_path / "base"), "dtype": "float32", "max_length": 96,
+        "dataset": str(write_rows(tmp_path / "train.jsonl", 8, seed=1)), "max_steps": 2,
+        "logging_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "device": "cpu",
+    }  # fmt: skip
+    streamed = emloc.train(output_dir=tmp_path / "streamed", stream=True, **options)
+    whole = emloc.train(output_dir=tmp_path / "whole", **options)
+    assert losses(streamed) == pytest.approx(losses(whole), rel=1e-6)
 
 
 def test_a_plan_counts_the_logits_of_a_streamed_step(tmp_path):

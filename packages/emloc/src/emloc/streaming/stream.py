@@ -21,6 +21,7 @@ from emloc.errors import CheckpointError
 from emloc.extend.family import ModelFamily, StoredParameter
 from emloc.linalg.convolution import as_matrix
 from emloc.linalg.gram import moment_dtype
+from emloc.streaming.table_on_file import read_rows
 
 
 class Place(NamedTuple):
@@ -225,21 +226,7 @@ class UnitStream:
     def _keep_on_file(self, name: str, module: nn.Embedding) -> None:
         table = self.tensor(f"{name}.weight", module.weight.shape)
         module.weight = nn.Parameter(table, requires_grad=False)
-
-        # Embeddings of positions may take lengths or shapes, by position or by name.
-        def on_cpu(value: Any) -> Any:
-            return value.cpu() if isinstance(value, Tensor) else value
-
-        def to_file(
-            _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            return tuple(map(on_cpu, inputs)), {key: on_cpu(v) for key, v in named.items()}
-
-        def to_compute(_: nn.Module, __: object, output: Any) -> Any:
-            return output.to(self.device, self.dtype) if isinstance(output, Tensor) else output
-
-        module.register_forward_pre_hook(to_file, with_kwargs=True)
-        module.register_forward_hook(to_compute)
+        read_rows(module, self.device, self.dtype)
 
 
 def _inside(name: str, modules: Sequence[str]) -> bool:

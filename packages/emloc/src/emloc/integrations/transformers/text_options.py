@@ -1,5 +1,6 @@
 """Options for rows and for text; families register those that they read. Imports nothing heavy."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -48,7 +49,12 @@ class MixingOptions(StageConfig):
     @model_validator(mode="after")
     def _one_weight_each(self) -> "MixingOptions":
         whole: Any = self
-        names = whole.dataset.split(",") if whole.dataset else []
+        several = whole.dataset and not os.path.exists(whole.dataset)  # as `data_names`
+        names = whole.dataset.split(",") if several else []
+        if whole.streaming and len(names) > 1 and not whole.dataset_weights:
+            raise ValueError(
+                "streaming does not know how large data sets are; give dataset_weights, one for each"
+            )
         if whole.dataset_weights and names and len(names) != len(whole.dataset_weights):
             raise ValueError(
                 f"dataset_weights has {len(whole.dataset_weights)} weights for {len(names)} data sets; "
