@@ -19,7 +19,7 @@ from emloc.errors import ConfigError
 
 KEY = "checkpoint_digest"
 LONGER = frozenset({"max_steps", "num_train_epochs", KEY})
-"""What may differ: a training may go on for longer, from a checkpoint that was itself resumed."""
+"""Settings that may differ: a training may go on for longer, from a checkpoint that was itself resumed."""
 
 
 def resumed_from(
