@@ -1,4 +1,4 @@
-"""A table of embeddings that stays in its file, as it is stored, and gives the rows that are computed with."""
+"""A table of embeddings that stays in its file, as it is stored, and gives rows that are computed with."""
 
 from typing import Any
 
