@@ -141,10 +141,10 @@ def test_ram_and_disk_are_room_as_well():
 
 
 def test_gains_are_known_between_what_was_measured():
-    assert known_gain("auto", 2.35) == pytest.approx(0.94)
-    assert 0.94 < known_gain("auto", 2.8) < 0.97
+    assert known_gain("auto", 2.35) == pytest.approx(0.95)
+    assert 0.95 < known_gain("auto", 2.8) < 0.98
     assert known_gain("auto", 30.0) == known_gain("auto", 4.2)
     assert known_gain("auto", 1.5) is None
     assert known_gain("nf4", 4.1) is None
-    assert known_gain("auto", 2.35, POLISHED) == known_gain("auto", 4.0, POLISHED) == 0.97
+    assert known_gain("auto", 2.35, POLISHED) == known_gain("auto", 4.0, POLISHED) == 0.99
     assert known_gain("low_rank", 6.4, POLISHED) is None
