@@ -16,8 +16,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file that is in memory atomically, also while another process writes the same file."""
-    temporary = _temporary(path)
+    """Write a file that is in memory atomically."""
+    temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         try:
             with temporary.open("wb") as file:
@@ -41,15 +41,10 @@ def json_text(content: Mapping[str, Any]) -> bytes:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file atomically."""
-    temporary = _temporary(target)
+    temporary = target.with_name(target.name + ".tmp")
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.rename(target)
-
-
-def _temporary(path: Path) -> Path:
-    # A name of this process's own: two benches that share a folder prepare the same data at once.
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
