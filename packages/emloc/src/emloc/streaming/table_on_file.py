@@ -12,7 +12,7 @@ def read_rows(module: nn.Embedding, device: torch.device, dtype: torch.dtype) ->
     A table that multiplies its rows by a scale (`embed_scale`, as Gemma's and BART's do) does so in the
     dtype of its weight; it gets those that are asked for in the dtype of computation first.
     """
-    stored: list[tuple[nn.Parameter, int | None]] = []
+    stored: list[tuple[Any, int | None]] = []
 
     # Embeddings of positions may take lengths or shapes, by position or by name.
     def on_cpu(value: Any) -> Any:
