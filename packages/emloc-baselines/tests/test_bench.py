@@ -423,6 +423,7 @@ REFUSALS = [
     ({"datasets": {"words": {"datset": "x"}}}, "datasets.words: unknown key datset"),
     ({"methods": {"lora": {"polish": {"learning_rate": "abc"}}}}, "learning_rate"),
     ({"polish": {"learning_rate": -1}}, "learning_rate"),
+    ({"polish": {"learning_rate": [1e-3, 1e-2]}}, "learning_rate"),
     ({"methods": {"emloc": {"correct": {"strength": 0.5, "limit": 1}}}}, "limit and strength"),
     ({"correct": {"limit": 1, "strength_candidates": [0.5]}}, "strength_candidates"),
     (
@@ -438,6 +439,16 @@ def test_mistakes_are_found_before_anything_runs(options, tmp_path, change, mess
         run_bench({**options, "output_dir": str(tmp_path / "out"), **change}, run=run)
     assert run.cells == []
     assert not (tmp_path / "out").exists()
+
+
+def test_rates_to_choose_from_are_no_rate_of_polish(options, tmp_path):
+    train = {k: v for k, v in options["train"].items() if k != "learning_rate"}
+    config = read_config({
+        **options, "output_dir": str(tmp_path / "out"), "train": train, "learning_rate": [1e-3, 1e-2],
+        "methods": {"lora": {"polish": {}}},
+    })  # fmt: skip
+    assert config.learning_rates("words", "lora") == [1e-3, 1e-2]
+    assert "learning_rate" not in config.polish_options("words", "lora")
 
 
 def test_later_places_win(options, tmp_path):

@@ -140,15 +140,13 @@ class BenchConfig(StageConfig):
         data = self.datasets[dataset]
         row = self.methods.get(label, {})
         layers: Sequence[Section] = (
-            {name: value for name, value in self.shared.items() if name in known},
+            _for_every_stage(self.shared, stage, known),
             _section(self.stages, stage, "the bench"),
-            {name: value for name, value in data.items() if name in known},
+            _for_every_stage(data, stage, known),
             _section(data, stage, f"datasets.{dataset}"),
             _section(row, stage, f"methods.{label}"),
         )
         merged = {name: value for layer in layers for name, value in layer.items()}
-        if stage != "train" and isinstance(merged.get("learning_rate"), list):
-            del merged["learning_rate"]  # rates to choose from, which polish has none of
         return from_file(kind, merged)
 
     def measure_of(self, dataset: str) -> str:
@@ -190,6 +188,16 @@ class BenchConfig(StageConfig):
             raise ConfigError(
                 f"{dataset}, {label}: learning_rate = {rates!r:.60} should be numbers ({problem})."
             ) from problem
+
+
+def _for_every_stage(options: Section, stage: str, known: Collection[str]) -> Section:
+    """Those of the options that a stage has; rates to choose from are for train alone."""
+    return {
+        name: value
+        for name, value in options.items()
+        if name in known
+        and not (name == "learning_rate" and stage != "train" and isinstance(value, list))
+    }
 
 
 def _section(options: Section, stage: str, where: str) -> Section:

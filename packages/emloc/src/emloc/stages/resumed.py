@@ -35,8 +35,8 @@ def resumed_from(
     """
     if config.resume_from_checkpoint in ("auto", "never"):
         return {}
-    checkpoint = Path(config.resume_from_checkpoint).absolute()
-    own = output_dir.absolute()
+    checkpoint = Path(config.resume_from_checkpoint).resolve()
+    own = output_dir.resolve()
     if checkpoint.parent in (own, own.with_name(own.name + PARTIAL)) or not checkpoint.is_dir():
         return {}
     recorded = _recorded(checkpoint)
