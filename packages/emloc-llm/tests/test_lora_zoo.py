@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from chosen_limit import chosen_limit
 from llm_reference import load, logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -163,9 +164,9 @@ def test_modules_to_save(tiny, tmp_path, batch):
     assert not torch.equal(before[head], load(tiny.base).lm_head.weight)
     assert merged_equals_stock(tiny, corrected, tmp_path / "m")
     # The loss by which the limit was chosen is that of the adapter as PEFT runs it.
-    losses = Manifest.read(corrected).summary["calibration_loss"]
-    chosen = min(losses, key=losses.get)
-    assert Manifest.read(corrected).summary["limit"] == chosen
+    summary = Manifest.read(corrected).summary
+    chosen, losses = summary["limit"], summary["calibration_loss"]
+    assert chosen == chosen_limit(summary)
     scores = emloc.evaluate(
         model_name_or_path=str(tiny.base), adapter=str(corrected), dataset=str(tiny.data),
         max_new_tokens=0, max_length=96,

@@ -191,7 +191,7 @@ class BenchConfig(StageConfig):
 
 
 def _for_every_stage(options: Section, stage: str, known: Collection[str]) -> Section:
-    """Those of the options that a stage has; rates to choose from are for train alone."""
+    """Options, of those given, that a stage has; rates to choose from are for train alone."""
     return {
         name: value
         for name, value in options.items()
