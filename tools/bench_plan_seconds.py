@@ -5,7 +5,7 @@
 Random models of the three families (those of `bench_plan.py`), in float32 on the CPU: on the base in memory,
 with gradient checkpointing, streamed from disk, and on an emulator of `format=auto` in 4.2 bits. The device
 is measured anew before every setting, and each training is a process of its own; its time is that of its
-quickest step but the first. All times but the disk's are the processor's, so that other work on the machine
+median step but the first. All times but the disk's are the processor's, so that other work on the machine
 counts little. `ratio` is the estimate over that time [within_30_percent: the share of settings from 0.7 to
 1.3]. The last line is JSON.
 """
@@ -19,6 +19,7 @@ import time
 import timeit
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -57,15 +58,15 @@ def estimate(base: Path, way: str, options: Mapping[str, Any]) -> float:
 
 
 def processor_seconds(call: Callable[[], object], device: str, rounds: int = 7) -> float:
-    """The processor's time for the quickest call, in place of the clock's."""
+    """The median of the processor's time for a call, in place of the clock's."""
     call()
-    return min(timeit.repeat(call, time.process_time, repeat=rounds, number=10)) / 10
+    return median(timeit.repeat(call, time.process_time, repeat=rounds, number=10)) / 10
 
 
 def trained(
     base: Path, emulator: Path, out: Path, way: str, steps: int, options: Mapping[str, Any]
 ) -> float:
-    """Seconds of the quickest step but the first."""
+    """Seconds of the median step but the first."""
     model = {"emulator": emulator} if way == "emulator" else {"model_name_or_path": base}
     given = {
         **options, **model, "output_dir": out, "max_steps": steps, "num_train_epochs": 1000,
@@ -89,7 +90,7 @@ def trained(
     done = subprocess.run(
         [sys.executable, "-c", script, told], check=True, capture_output=True, text=True
     )
-    return min(json.loads(done.stdout.splitlines()[-1])[1:])
+    return median(json.loads(done.stdout.splitlines()[-1])[1:])
 
 
 def main() -> None:

@@ -5,15 +5,23 @@ corrected one for the original, one that training wrote for the model that it wa
 else's adapter, PEFT's config may name a folder, and that of an emulator says enough.
 """
 
+from pathlib import Path
+from typing import Any, cast
+
 from emloc.artefacts.adapter import Adapter
-from emloc.artefacts.adapter_base import folder_named
+from emloc.artefacts.adapter_base import folder_named, refuse_other_revision
 from emloc.artefacts.checkpoint import Checkpoint
+from emloc.artefacts.json_files import read_json
+from emloc.artefacts.layout import layout_of
 from emloc.artefacts.manifest import Manifest
 from emloc.errors import MismatchError
 
 
 def trained_on_emulator(adapter: Adapter, origin: Manifest | None) -> str | None:
     """The digest of the emulator that an adapter runs on; None for an adapter of an original.
+
+    It is empty where an emulator's config is here and its manifest is not, as of what `from_pretrained` has
+    downloaded.
 
     Args:
         origin: its manifest.
@@ -22,10 +30,19 @@ def trained_on_emulator(adapter: Adapter, origin: Manifest | None) -> str | None
         on_emulator = origin.kind == "adapter" and origin.emulator is not None
         return origin.emulator.digest if on_emulator and origin.emulator else None
     folder = folder_named(adapter)
-    named = None if folder is None else Manifest.find(folder)
-    if named is None or named.kind != "emulator":
+    if folder is None:
         return None
-    return str(named.summary.get("emulator_digest"))
+    named = Manifest.find(folder)
+    if named is None:
+        return "" if is_emulator(folder) else None
+    return str(named.summary.get("emulator_digest")) if named.kind == "emulator" else None
+
+
+def is_emulator(folder: Path) -> bool:
+    """Return whether the config in a model's folder says that it is an emulator."""
+    path = folder / layout_of(folder).config
+    entry = read_json(path).get("quantization_config") if path.is_file() else None
+    return isinstance(entry, dict) and cast("dict[str, Any]", entry).get("quant_method") == "emloc"
 
 
 def refuse_uncorrected(adapter: Adapter, origin: Manifest | None, instead: str = "") -> None:
@@ -57,6 +74,7 @@ def require_original(
     Raises:
         MismatchError: it is neither.
     """
+    refuse_other_revision(adapter, origin, base.name)
     if "quantization_config" in base.config:
         raise MismatchError(
             f"{base.name} is quantised or an emulator; {instead} the original model."
@@ -82,6 +100,7 @@ def require_belonging(
     Raises:
         MismatchError: it belongs on another one.
     """
+    refuse_other_revision(adapter, origin, name)
     anyway = "or pass allow_mismatch to score it anyway"
     if trained_on_emulator(adapter, origin) == digest:
         return

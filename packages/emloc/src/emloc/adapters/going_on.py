@@ -7,6 +7,7 @@ import torch
 from emloc.adapters.adapted_weights import adapted_weights, under_current_names
 from emloc.adapters.rounding import Rounding
 from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.adapter_base import refuse_other_revision
 from emloc.artefacts.adapter_config import exact_patterns
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.intact import require_read
@@ -35,7 +36,9 @@ def goes_on_from(
     if config.adapter is None:
         return None
     adapter = Adapter.open(config.adapter).with_parts(checkpoint.parts)
-    if Rounding.runs_on(require_read(adapter.path, fresh=True)) is not None:
+    origin = require_read(adapter.path, fresh=True)
+    refuse_other_revision(adapter, origin, checkpoint.name)
+    if Rounding.runs_on(origin) is not None:
         raise MismatchError(
             f"Adapter {adapter.path} runs on dequantised weights, but training continues beside those of "
             f"{checkpoint.name}; first correct it without that choice (limit_candidates)."

@@ -9,8 +9,9 @@ import os
 from pathlib import Path
 
 from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.locate import folder_here, looks_like_hub_id
 from emloc.artefacts.manifest import Manifest
-from emloc.errors import ConfigError
+from emloc.errors import ConfigError, MismatchError
 
 
 def named_base(adapter: Adapter, origin: Manifest | None) -> str | None:
@@ -35,9 +36,11 @@ def require_base(adapter: Adapter, origin: Manifest | None, stage: str) -> str:
 
     Raises:
         ConfigError: there is none.
+        MismatchError: it is another revision of the hub's than the one that its id stands for.
     """
     name = named_base(adapter, origin)
     if name is not None:
+        refuse_other_revision(adapter, origin, name)
         return name
     by_peft = _by_peft(adapter)
     if by_peft is None:
@@ -51,10 +54,37 @@ def require_base(adapter: Adapter, origin: Manifest | None, stage: str) -> str:
 def folder_named(adapter: Adapter) -> Path | None:
     """The folder that PEFT's config seems to name, to refuse what it shows to be wrong.
 
-    A relative path is looked for from here: at worst something right is refused, nothing wrong is read.
+    A relative path is looked for from here: at worst something right is refused, nothing wrong is read. A hub
+    id stands for what the hub's cache has of it.
     """
     by_peft = _by_peft(adapter)
-    return Path(by_peft) if by_peft is not None and os.path.isdir(by_peft) else None
+    return None if by_peft is None else folder_here(by_peft, _revision(adapter))
+
+
+def refuse_other_revision(adapter: Adapter, origin: Manifest | None, name: str) -> None:
+    """Refuse a hub id as the base of an adapter that was trained on another than its main revision.
+
+    Args:
+        origin: the adapter's manifest, whose digest says more than a revision.
+        name: of the model that is to be its base.
+
+    Raises:
+        MismatchError: PEFT's config has a `revision`, and `name` is a hub id.
+    """
+    revision = _revision(adapter)
+    if origin is None and revision is not None and not os.path.exists(name):
+        by_peft = _by_peft(adapter) or name
+        raise MismatchError(
+            f"Adapter {adapter.path} was trained on the revision {revision} of {by_peft}, and {name} stands "
+            f"for the main one; download the other (hf download {by_peft} --revision {revision} --local-dir "
+            f"FOLDER) and pass FOLDER as model_name_or_path."
+        )
+
+
+def _revision(adapter: Adapter) -> str | None:
+    """What PEFT's config names, unless it is what a hub id stands for anyway."""
+    revision = adapter.config.get("revision")
+    return revision if isinstance(revision, str) and revision not in ("", "main") else None
 
 
 def _by_peft(adapter: Adapter) -> str | None:
@@ -66,5 +96,4 @@ def _is_relative(name: str) -> bool:
     """Return whether a name is a path that leads somewhere else from every folder, or may be one."""
     if os.path.isabs(name):
         return False
-    looks_like_hub_id = name.count("/") <= 1 and not name.startswith((".", "~"))
-    return not looks_like_hub_id or os.path.exists(name)
+    return not looks_like_hub_id(name) or os.path.exists(name)

@@ -25,6 +25,7 @@ class AdapterConfig(Schema):
 
     peft_type: str | None = None
     base_model_name_or_path: str | None = None
+    revision: str | None = None
     r: Size | None = None
     lora_alpha: float | None = None
     rank_pattern: dict[str, Size] | None = None

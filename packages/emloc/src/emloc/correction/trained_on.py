@@ -13,6 +13,7 @@ from torch import nn
 
 from emloc.adapters.adapted_weights import part_weights
 from emloc.adapters.frozen_weights import FrozenWeights
+from emloc.adapters.belonging import is_emulator
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_base import folder_named
 from emloc.artefacts.checkpoint import Checkpoint
@@ -202,6 +203,8 @@ def _refuse_foreign_folder(adapter: Adapter, emulator: str, manifest: Manifest) 
     if folder is None or folder.resolve() == Path(emulator).resolve():
         return
     named = Manifest.find(folder)
+    if named is None and is_emulator(folder):
+        return  # the hub's cache has what `from_pretrained` reads, which says no more
     same = (
         named is not None
         and named.summary.get("emulator_digest") == (manifest.summary["emulator_digest"])

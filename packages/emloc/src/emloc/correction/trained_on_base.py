@@ -14,11 +14,12 @@ from torch import nn
 from emloc.adapters.adapted_weights import part_weights
 from emloc.adapters.rounding import RoundedBase, Rounding
 from emloc.artefacts.adapter import Adapter
-from emloc.artefacts.adapter_base import named_base, require_base
+from emloc.artefacts.adapter_base import named_base, refuse_other_revision, require_base
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.intact import require_read
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.layout import layout_of
+from emloc.artefacts.locate import folder_here
 from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.config import CorrectConfig
 from emloc.correction.trained_on import refuse_corrected
@@ -80,6 +81,7 @@ class OnRoundedBase:
 
     def require_base(self, base: Checkpoint, digest: str) -> None:
         """See `TrainedOn`."""
+        refuse_other_revision(self.adapter, self.origin, base.name)
         if "quantization_config" in base.config:
             raise MismatchError(
                 f"{base.name} is quantised or an emulator; pass the original as model_name_or_path."
@@ -145,19 +147,10 @@ def _stated(adapter: Adapter, origin: Manifest | None) -> Mapping[str, Any] | No
 
 def _quantisation(name: str) -> Mapping[str, Any] | None:
     """`quantization_config` of a folder, or of a hub id that is in the cache; None if there is none."""
-    folder = Path(name)
-    path = folder / layout_of(folder).config if folder.is_dir() else Path(_cached(name))
-    entry = read_json(path).get("quantization_config") if path.is_file() else None
+    folder = folder_here(name)
+    path = None if folder is None else folder / layout_of(folder).config
+    entry = read_json(path).get("quantization_config") if path and path.is_file() else None
     return cast("Mapping[str, Any]", entry) if isinstance(entry, dict) else None
-
-
-def _cached(name: str) -> str:
-    if not name or name.count("/") > 1 or name.startswith((".", "/", "~")):
-        return ""
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(name, "config.json")
-    return cached if isinstance(cached, str) else ""
 
 
 def _asked(config: CorrectConfig) -> bool:

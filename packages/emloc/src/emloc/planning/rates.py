@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import nn
@@ -84,7 +85,7 @@ def _place(device: str, dtype: torch.dtype) -> Path:
 
 
 def _seconds(call: Callable[[], object], device: str, atleast: float = 0.3) -> float:
-    """The time of the quickest call after a first one: whatever else runs only ever adds."""
+    """The median time of calls after a first one: what else the machine does slows training down, too."""
     call()
     _wait(device)
     times: list[float] = []
@@ -94,7 +95,7 @@ def _seconds(call: Callable[[], object], device: str, atleast: float = 0.3) -> f
         call()
         _wait(device)
         times.append(time.perf_counter() - begun)
-    return min(times)
+    return median(times)
 
 
 def _operation(device: str, layers: int = 50) -> float:
