@@ -202,3 +202,52 @@ def test_packing_fills_every_row(tiny, tmp_path, monkeypatch):
     assert (
         sum(int(((row == end).sum() > 2) and (row != 0).all()) for ids in seen for row in ids) > 4
     )
+
+
+def test_packing_loses_nothing_of_long_samples(tiny, tmp_path, monkeypatch):
+    """All tokens of a document are trained, as by TRL, in rows of max_length."""
+    from emloc_llm import training
+
+    rows = []
+
+    class Spy(training.Trainer):
+        def __init__(self, *given, **named):
+            super().__init__(*given, **named)
+            rows.extend(self.train_dataset["input_ids"])
+
+    monkeypatch.setattr(training, "Trainer", Spy)
+    texts = [letter * length for letter, length in zip("abcd", (150, 30, 200, 90))]
+    data = write(tmp_path / "d.jsonl", [{"text": text} for text in texts])
+    given = {**tiny.train_options, "dataset": data, "max_length": 64, "max_steps": 1}
+    adapter = emloc.train(output_dir=tmp_path / "a", packing=True, **given)
+    assert max(map(len, rows)) == 64
+    assert "".join(
+        TOKENIZER.decode([i for row in rows for i in row], skip_special_tokens=True)
+    ) == "".join(texts)
+    assert Manifest.read(adapter).summary["truncated_samples"] == 0
+
+
+def test_streamed_rows_that_are_cut_or_teach_nothing_are_told_and_counted(tiny, tmp_path, capsys):
+    """As without streaming: a data set of which nothing is left is refused."""
+    rows = [
+        {"prompt": "a" * n, "completion": c} for n, c in ((10, "yes"), (80, "no"), (58, "b" * 20))
+    ]
+    data = write(tmp_path / "d.jsonl", rows)
+    given = {
+        **tiny.train_options,
+        "dataset": data,
+        "max_length": 64,
+        "max_steps": 1,
+        "streaming": True,
+    }
+    adapter = emloc.train(output_dir=tmp_path / "a", **given, per_device_train_batch_size=2)
+    summary = Manifest.read(adapter).summary
+    assert summary["samples"] % 2 == 0  # of each pass over the data, two
+    assert summary["truncated_samples"] == summary["samples"] > 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "line 2 is longer than max_length=64 and is cut there, as all such samples are" in said
+    assert "line 2 has no label to learn from and is left out, as all such samples are" in said
+    data = write(tmp_path / "e.jsonl", rows[1:2])
+    with pytest.raises(DataError, match="every label is masked"):
+        emloc.train(output_dir=tmp_path / "b", **{**given, "dataset": data})
+    assert not (tmp_path / "b").exists()

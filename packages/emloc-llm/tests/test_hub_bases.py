@@ -33,7 +33,9 @@ def hub(tmp_path, monkeypatch):
 
 def stock_adapter(base, folder, name, revision=None):
     """A LoRA of stock PEFT whose config calls its base so."""
-    model = get_peft_model(load(base), LoraConfig(r=4, target_modules=["q_proj"], revision=revision))
+    model = get_peft_model(
+        load(base), LoraConfig(r=4, target_modules=["q_proj"], revision=revision)
+    )
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)

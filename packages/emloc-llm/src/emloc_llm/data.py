@@ -5,7 +5,7 @@ the end-of-sequence token, as TRL does. Either is tokenised as a whole. Labels a
 loss: on prompts, unless asked otherwise.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -88,9 +88,33 @@ def _sample(
     options: Any,
 ) -> Sample:
     everywhere = not (options.completion_only_loss or options.assistant_only_loss)
-    limit = options.max_length
     labels = ids if everywhere else labels
-    return Sample(ids[:limit], labels[:limit], prompt_length, reference, len(ids) > limit, prompt)
+    sample = Sample(ids, labels, prompt_length, reference, False, prompt)
+    return sample if _is_packed(options) else cut(sample, options.max_length)
+
+
+def _is_packed(options: Any) -> bool:
+    """Return whether samples are joined and cut anywhere, so that nothing of a long one is lost."""
+    return bool(getattr(options, "packing", False))
+
+
+def cut(sample: Sample, limit: int) -> Sample:
+    """The beginning of a sample that is longer than `limit` tokens; any other as it is."""
+    ids, labels = sample.input_ids[:limit], sample.labels[:limit]
+    if len(ids) == len(sample.input_ids):
+        return sample
+    return replace(sample, input_ids=ids, labels=labels, truncated=True)
+
+
+def seen(sample: Sample, options: Any) -> Iterator[list[int]]:
+    """The tokens of a sample in the pieces that a model may see at once."""
+    for start in range(0, len(sample.input_ids), options.max_length):
+        yield sample.input_ids[start : start + options.max_length]
+
+
+def learnable(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples with a label; one whose completion was cut off would add padding and no loss."""
+    return [sample for sample in samples if any(label != IGNORED for label in sample.labels)]
 
 
 def _plain(
@@ -151,11 +175,16 @@ def encode_all(rows: Any, tokenizer: Any, options: Any, name: str) -> list[Sampl
         DataError: in no row is there anything to learn from.
     """
     samples = [encode(row, tokenizer, options) for row in rows]
-    _require_labels(samples, options, name)
+    require_labels(samples, options, name)
     return samples
 
 
-def _require_labels(samples: Sequence[Sample], options: Any, name: str) -> None:
+def require_labels(samples: Sequence[Sample], options: Any, name: str) -> None:
+    """Refuse a data set that teaches nothing.
+
+    Raises:
+        DataError: none of its samples has a label.
+    """
     if all(label == IGNORED for sample in samples for label in sample.labels):
         raise DataError(
             f"Data set {name}: every label is masked, so there is nothing to learn from; prompts fill "
@@ -169,6 +198,7 @@ def load_samples(options: Any, tokenizer: Any, seed: int) -> list[Sample]:
     parts = [encode_all(load_rows(options, name), tokenizer, options, name) for name in names]
     for name, part in zip(names, parts):
         say_truncated(part, options, f"samples of {name}")
+        say_unlearnable(part, f"samples of {name}")
         say_merged(part, f"samples of {name}")
     if len(parts) == 1:
         return parts[0]
@@ -190,7 +220,7 @@ def draw_samples(options: Any, tokenizer: Any) -> list[Sample]:
     drawn: list[Sample] = []
     for name, table, share in zip(names, tables, shares(options, sizes)):
         part = _draw(table, tokenizer, options, share)
-        _require_labels(part, options, name)
+        require_labels(part, options, name)
         say_truncated(part, options, f"calibration samples of {name}")
         drawn += part
     return [sample for sample in drawn if sample.input_ids]
@@ -216,6 +246,15 @@ def say_truncated(samples: Sequence[Sample], options: Any, what: str) -> None:
         console.print(
             f"{cut} of {len(samples)} {what} are longer than max_length={options.max_length} and "
             f"were truncated"
+        )
+
+
+def say_unlearnable(samples: Sequence[Sample], what: str) -> None:
+    """Tell the user how many samples have no label, of which training leaves all out."""
+    none = len(samples) - len(learnable(samples))
+    if none:
+        console.print(
+            f"{none} of {len(samples)} {what} have no label to learn from, and training leaves them out"
         )
 
 

@@ -1,7 +1,6 @@
 """Train a LoRA with TRL's `SFTTrainer` on tokenised samples."""
 
 import os
-from collections.abc import Iterator
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -15,8 +14,7 @@ from emloc.adapters.going_on import goes_on_from
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.locate import locate
 from emloc.errors import ConfigError
-from emloc.integrations.transformers.capacity import Capacity, load_capacity
-from emloc.integrations.transformers.data.rows import where_of
+from emloc.integrations.transformers.capacity import load_capacity
 from emloc.integrations.transformers.family import TransformersFamily
 from emloc.integrations.transformers.generation import closing_tokens, say_missing_ends
 from emloc.integrations.transformers.held_back import hold_back
@@ -26,12 +24,21 @@ from emloc.integrations.transformers.lora_training import training_arguments
 from emloc.integrations.transformers.loss import IGNORED, next_token_loss
 from emloc.integrations.transformers.sampling import in_batches
 from emloc.integrations.transformers.streamed_training import frozen_model
-from emloc.integrations.transformers.tables import dataset_names, shares
 from emloc.machine.memory import PeakMemory, return_large_blocks
 from emloc.machine.progress import warn
 from emloc_llm.activations import TILE_ROWS, TILE_TOKENS
-from emloc_llm.data import Sample, encode, encode_all, load_samples, pad, say_truncated
+from emloc_llm.data import (
+    Sample,
+    cut,
+    encode_all,
+    learnable,
+    load_samples,
+    pad,
+    say_truncated,
+    seen,
+)
 from emloc_llm.rows import load_rows
+from emloc_llm.streamed_samples import StreamedSamples
 
 
 class Trainer(SFTTrainer):
@@ -105,13 +112,14 @@ def _train(config: Any, work: Path, family: TransformersFamily) -> dict[str, Any
     capacity = load_capacity(path, AutoModelForCausalLM)
     if config.packing:
         capacity.check_packed(config.max_length)
-    samples = [] if config.streaming else _learnable(load_samples(config, tokenizer, config.seed))
+    read = StreamedSamples(config, tokenizer, capacity) if config.streaming else None
+    samples = [] if read else learnable(load_samples(config, tokenizer, config.seed))
     evaluation = None
     if config.eval_dataset:
         split = "" if os.path.isfile(config.eval_dataset) else config.eval_dataset_split
-        evaluation = _learnable(_evaluation_samples(config, tokenizer, config.eval_dataset, split))
-    all_samples = [*samples, *(evaluation or [])]
-    capacity.check((sample.input_ids for sample in all_samples), tokenizer, "The samples")
+        evaluation = learnable(_evaluation_samples(config, tokenizer, config.eval_dataset, split))
+    whole = [*samples, *(evaluation or [])]
+    capacity.check((ids for s in whole for ids in seen(s, config)), tokenizer, "The samples")
     samples, held_back = hold_back(samples, config)
     arguments = training_arguments(
         SFTConfig,
@@ -125,9 +133,7 @@ def _train(config: Any, work: Path, family: TransformersFamily) -> dict[str, Any
     make_trainer = partial(
         Trainer,
         args=arguments,
-        train_dataset=_stream(config, tokenizer, capacity)
-        if config.streaming
-        else _dataset(samples),
+        train_dataset=read.data() if read else _dataset(samples),
         eval_dataset=_dataset(evaluation) if evaluation else None,
         processing_class=tokenizer,
     )
@@ -135,7 +141,8 @@ def _train(config: Any, work: Path, family: TransformersFamily) -> dict[str, Any
     model = frozen_model(family, checkpoint, config, work)
     closing = closing_tokens((s.input_ids[s.prompt_length :] for s in samples), tokenizer)
     say_missing_ends(model, tokenizer, closing)
-    parts = in_batches(samples, config.per_device_train_batch_size)
+    alone = [cut(sample, config.max_length) for sample in samples]
+    parts = in_batches(alone, config.per_device_train_batch_size)
     batches = (pad(part, tokenizer.pad_token_id) for part in parts)
     unmarked = deepcopy(tokenizer)  # as it came, whatever training makes of it
     figures = train_with(
@@ -147,13 +154,17 @@ def _train(config: Any, work: Path, family: TransformersFamily) -> dict[str, Any
         task_type=family.task_type,
         family=family,
         adapter=goes_on_from(config, family, checkpoint),
-        held_back=_dataset(held_back) if held_back else None,
+        held_back=_dataset([cut(s, config.max_length) for s in held_back]) if held_back else None,
     )
     unmarked.save_pretrained(work)  # not before: a refusal leaves nothing behind
-    figures["summary"] |= {
-        "samples": len(samples),
-        "truncated_samples": sum(sample.truncated for sample in samples),
-    }
+    figures["summary"] |= (
+        read.figures()
+        if read
+        else {
+            "samples": len(samples),
+            "truncated_samples": sum(sample.truncated for sample in samples),
+        }
+    )
     return figures
 
 
@@ -161,51 +172,6 @@ def _evaluation_samples(config: Any, tokenizer: Any, name: str, split: str) -> l
     samples = encode_all(load_rows(config, name, split), tokenizer, config, name)
     say_truncated(samples, config, f"samples of {name}")
     return samples
-
-
-def _learnable(samples: list[Sample]) -> list[Sample]:
-    """A sample whose completion was cut off would add padding and no loss."""
-    return [sample for sample in samples if any(label >= 0 for label in sample.labels)]
-
-
-def _stream(config: Any, tokenizer: Any, capacity: Capacity) -> Any:
-    """Rows encoded as they come, interleaved by weight."""
-    from datasets import (
-        DatasetInfo,
-        Features,
-        IterableDataset,
-        Sequence,
-        Value,
-        interleave_datasets,
-    )
-    from datasets.iterable_dataset import ExamplesIterable
-
-    tokens = Sequence(Value("int64"))
-    features = Features({"input_ids": tokens, "labels": tokens})
-
-    def encoded(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for row in load_rows(config, name):
-            sample = encode(row, tokenizer, config)
-            capacity.check([sample.input_ids], tokenizer, where_of(row))
-            if _learnable([sample]):
-                yield row.where, {"input_ids": sample.input_ids, "labels": sample.labels}
-
-    # from_generator would hash what the generator holds, for a cache that a stream has not.
-    parts = [
-        IterableDataset(
-            ExamplesIterable(encoded, {"name": name}), info=DatasetInfo(features=features)
-        )
-        for name in dataset_names(config)
-    ]
-    weights = shares(config, [1] * len(parts))
-    mixed = (
-        parts[0]
-        if len(parts) == 1
-        else interleave_datasets(
-            parts, probabilities=weights, seed=config.seed, stopping_strategy="all_exhausted"
-        )
-    )
-    return mixed.shuffle(seed=config.seed, buffer_size=1000)
 
 
 def _dataset(samples: list[Sample]) -> Any:
