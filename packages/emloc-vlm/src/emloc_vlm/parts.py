@@ -1,6 +1,8 @@
 """The parts of a vision-language model, whatever its architecture calls them."""
 
+import re
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any
 
 from emloc_vlm_options import FreezeOptions
@@ -12,12 +14,31 @@ VISION = (
 PROJECTOR = ("multi_modal_projector", "connector", "mlp1", "aligner", "merger", "embed_vision")
 
 
+TEXT = ("language_model", "text_model")
+
+# Names that nobody has told us, such as `vision_projection` or `audio_tower`: what they say, outside of blocks.
+_LIKE_PROJECTOR = re.compile(
+    r"project(or|ion)|_proj$|resampler|q_?former|connector|aligner|adapter|merger"
+)
+_LIKE_VISION = re.compile(r"vision|visual|image|video|audio|speech|vqmodel")
+
+
 def part_of(name: str) -> str:
-    """`vision`, `projector` or `language`: where a module of that name belongs."""
+    """`vision`, `projector` or `language`: where a module of that name belongs.
+
+    Towers of sound count as vision: they, too, are seen through a projector.
+    """
     words = name.split(".")
     if any(word in PROJECTOR for word in words):  # some lie inside the vision tower
         return "projector"
-    return "vision" if any(word in VISION for word in words) else "language"
+    if any(word in VISION for word in words):
+        return "vision"
+    if any(word in TEXT for word in words):
+        return "language"
+    outside = list(takewhile(lambda word: not word.isdigit(), words))
+    if any(_LIKE_PROJECTOR.search(word) for word in outside):
+        return "projector"
+    return "vision" if any(_LIKE_VISION.search(word) for word in outside) else "language"
 
 
 def frozen_modules(model: Any, options: FreezeOptions) -> set[str]:
