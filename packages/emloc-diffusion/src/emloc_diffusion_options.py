@@ -100,7 +100,9 @@ class NoiseOptions(StageConfig):
     """Options for the noise on which evaluate measures the loss."""
 
     num_noise_samples: int = Field(
-        64, ge=1, description="held-out noise samples to measure the loss on"
+        64,
+        ge=1,
+        description="held-out noise samples to measure the loss on; at least one for each picture",
     )
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import emloc
+from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.manifest import Manifest
 from emloc.errors import ConfigError, DataError, OutputError
 from emloc_diffusion import samples, training
@@ -244,3 +245,50 @@ def test_unusable_pictures_are_one_sentence(tiny, tmp_path):
     with pytest.raises(ConfigError, match="class_data_dir is set without class_prompt"):
         dreambooth(tiny, tmp_path, "a", class_data_dir=str(tiny.pictures))
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(("subject", "of_class"), [(2, 5), (3, 2)])
+def test_all_pictures_of_the_class_preserve_the_prior(
+    tiny, tmp_path, monkeypatch, subject, of_class
+):
+    """An epoch goes through the longer of the two lists, as diffusers' does."""
+    drawn = []
+    original = Samples.batch
+
+    def noted(self, chosen, *rest):
+        drawn.extend(self.pictures[i].path.parent.name + self.pictures[i].path.stem for i in chosen)
+        return original(self, chosen, *rest)
+
+    monkeypatch.setattr(Samples, "batch", noted)
+    adapter = emloc.train(
+        model_name_or_path=str(tiny.base), output_dir=tmp_path / "a", resolution=RESOLUTION,
+        instance_data_dir=str(write_pictures(tmp_path / "subject", subject, seed=1)),
+        class_data_dir=str(write_pictures(tmp_path / "class", of_class, seed=5)),
+        instance_prompt=PROMPT, class_prompt="a photo of square", num_train_epochs=1,
+        train_batch_size=1,
+    )  # fmt: skip
+    assert len(set(drawn)) == subject + of_class
+    assert Manifest.read(adapter).summary["steps"] == max(subject, of_class)
+
+
+def test_convolutions_beside_names_are_refused(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="lora_conv=true adds convolutions to all-linear"):
+        dreambooth(tiny, tmp_path, "a", lora_conv=True, lora_target_modules="to_q,to_k")
+
+
+def test_a_denoiser_in_bfloat16_is_told_the_step_that_was_drawn(tiny, monkeypatch):
+    """bfloat16 has no 981; diffusers embeds steps in single precision."""
+    from emloc_diffusion.denoising_loss import squared_errors
+    from emloc_diffusion.loading import load_denoiser
+
+    checkpoint = Checkpoint.open(str(tiny.base))
+    model = load_denoiser(checkpoint, "bfloat16", "cpu")
+    told = []
+    model.time_proj.register_forward_hook(lambda _, given, __: told.append(given[0]))
+    width = model.config.cross_attention_dim
+    batch = {
+        "sample": torch.randn(2, model.config.in_channels, 8, 8), "target": torch.randn(2, 4, 8, 8),
+        "timestep": torch.tensor([981.0, 522.0]), "encoder_hidden_states": torch.randn(2, 7, width),
+    }  # fmt: skip
+    squared_errors(model, batch)
+    assert told[0].tolist() == [981.0, 522.0]

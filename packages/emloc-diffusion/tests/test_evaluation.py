@@ -563,3 +563,22 @@ def test_other_families_have_no_pictures(made, tmp_path):
     llm = __import__("emloc_llm.example", fromlist=["write_example"])
     with pytest.raises(ConfigError, match="clip_model is an option of the family diffusion"):
         emloc.evaluate(clip_model=str(made.clip), **llm.write_example(tmp_path, 0))
+
+
+def test_every_picture_is_measured(tiny, tmp_path, monkeypatch):
+    from emloc_diffusion.samples import Samples
+
+    measured = []
+    original = Samples.batch
+
+    def noted(self, chosen, *rest):
+        measured.extend(chosen)
+        return original(self, chosen, *rest)
+
+    monkeypatch.setattr(Samples, "batch", noted)
+    data = str(write_pictures(tmp_path / "p", 5, seed=1))
+    scores = emloc.evaluate(
+        model_name_or_path=str(tiny.base), dataset=data, instance_prompt=PROMPT,
+        resolution=RESOLUTION, num_noise_samples=2,
+    )  # fmt: skip
+    assert len(set(measured)) == scores["samples"] == 5

@@ -370,3 +370,44 @@ def test_bad_input_is_one_sentence(made, tiny, tmp_path, monkeypatch):
         emloc.verify(path=broken)
     with pytest.raises(NumericalError, match="is NaN or infinite"):
         emloc.merge(adapter=str(broken), output_dir=tmp_path / "m")
+
+
+def test_a_merged_part_leaves_no_variant_without_the_lora(tmp_path):
+    """`variant="fp16"` would else load a merged UNet beside a text encoder that is not."""
+    base = write_pipeline(tmp_path / "base", "sd", seed=1)
+    DiffusionPipeline.from_pretrained(base, dtype=torch.float16).save_pretrained(
+        base, variant="fp16"
+    )
+    adapter = emloc.train(
+        model_name_or_path=str(base), output_dir=tmp_path / "a", max_train_steps=2, lora_r=2,
+        learning_rate=0.1, train_text_encoder=True, instance_prompt=PROMPT, resolution=RESOLUTION,
+        dataset=str(write_pictures(tmp_path / "pictures", 2, seed=2)),
+    )  # fmt: skip
+    merged = emloc.merge(adapter=str(adapter), output_dir=tmp_path / "m")
+    assert (merged / "vae/diffusion_pytorch_model.fp16.safetensors").is_file()
+    assert not (merged / "text_encoder/model.fp16.safetensors").exists()
+    plain, variant = (
+        DiffusionPipeline.from_pretrained(merged, variant=name).text_encoder.state_dict()
+        for name in (None, "fp16")
+    )
+    assert all(torch.equal(plain[name], variant[name]) for name in plain)
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
+def test_streamed_steps_reach_what_all_blocks_read(kind, tmp_path):
+    """The modulation, made of pooled prompts, is read by every block and once more after the last."""
+    base = write_pipeline(tmp_path / "base", kind, seed=1)
+    options = {
+        "model_name_or_path": str(base), "max_train_steps": 2, "lora_r": 2, "learning_rate": 1e-2,
+        "train_text_encoder": True, "instance_prompt": PROMPT, "resolution": RESOLUTION, "seed": 3,
+        "dataset": str(write_pictures(tmp_path / "pictures", 2, seed=2)), "optim": "sgd",
+    }  # fmt: skip
+    whole, streamed = (
+        emloc.train(output_dir=tmp_path / str(stream), stream=stream, **options)
+        for stream in (False, True)
+    )
+    for file in (NAME, f"text_encoder/{NAME}"):
+        wanted, got = load_file(whole / file), load_file(streamed / file)
+        assert wanted.keys() == got.keys()
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-6, msg=name)

@@ -126,3 +126,15 @@ def test_dora_effective_weight_agrees_on_the_row_space():
     on_emulator = (magnitude / emulated.norm(dim=1))[:, None] * emulated
     on_base = (new / based.norm(dim=1))[:, None] * based
     torch.testing.assert_close(on_base @ projector, on_emulator @ projector)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_lora_stored_in_half_precision_is_corrected_as_it_runs(dtype):
+    """Wide layers: what a half-precision A reads is real, however coarse its numbers are."""
+    w, left, right, down, up, scale = layer(d_out=8, d_in=2048, k=6, dtype=torch.float32)
+    down, up = down.to(dtype), up.to(dtype)
+    mismatch = measure(w, left, right, down, up, scale)
+    fixed = correct_up(mismatch, None)
+    wanted = formula(*(t.double() for t in (w, left, right, down, up)), scale)
+    assert float((fixed.up - wanted).norm() / wanted.norm()) < 1e-5
+    assert residual(mismatch, fixed.up) < 1e-5 * residual(mismatch, up.double())

@@ -14,10 +14,15 @@ def squared_errors(model: Any, batch: Batch) -> Tensor:
 
     Args:
         model: a denoiser, maybe within PEFT.
-        batch: see `emloc_diffusion.denoisers`; on the model's device, converted to its dtype.
+        batch: see `emloc_diffusion.denoisers`; on the model's device. All but time steps are converted to
+            its dtype.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    given = {name: tensor.to(base.dtype) for name, tensor in batch.items()}
+    given = {
+        # Embedded in single precision, where bfloat16 would make step 981 the step 980.
+        name: tensor if name == "timestep" else tensor.to(base.dtype)
+        for name, tensor in batch.items()
+    }
     predicted = DENOISERS[type(base).__name__].predict(model, given)
     high = torch.promote_types(predicted.dtype, torch.float32)
     return (predicted.to(high) - given["target"].to(high)).square()

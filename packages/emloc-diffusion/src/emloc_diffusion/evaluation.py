@@ -73,7 +73,7 @@ def _loss(
     objective = objective_of(checkpoint.path)
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     chosen = samples.indices(prior=False)[: config.num_samples]
-    order = [chosen[i % len(chosen)] for i in range(config.num_noise_samples)]
+    order = [chosen[i % len(chosen)] for i in range(max(config.num_noise_samples, len(chosen)))]
     parts: list[LossSum] = []
     size = config.per_device_eval_batch_size
     with torch.inference_mode(), progress_bar("loss", len(order)) as advance:

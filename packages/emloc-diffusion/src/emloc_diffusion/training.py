@@ -36,19 +36,28 @@ from emloc_diffusion.text_training import TextTraining
 from emloc_diffusion.validation import DrawValidation
 
 
-class Indices(Dataset[int]):
-    """Positions of the subject's pictures."""
+class Turns(Dataset[dict[str, int]]):
+    """Pictures of the subject in turn, each beside the next one of the class where there are any.
 
-    def __init__(self, positions: Sequence[int]) -> None:
-        self.positions = positions
+    Args:
+        learnt: positions of the subject's pictures.
+        prior: positions of the class's.
+        count: turns; the shorter list comes again.
+    """
+
+    def __init__(self, learnt: Sequence[int], prior: Sequence[int], count: int) -> None:
+        self._learnt, self._prior, self._count = learnt, prior, count
 
     def __len__(self) -> int:
-        """The number of samples."""
-        return len(self.positions)
+        """The number of turns."""
+        return self._count
 
-    def __getitem__(self, index: int) -> int:
-        """One of them."""
-        return self.positions[index]
+    def __getitem__(self, index: int) -> dict[str, int]:
+        """The positions of one turn: `position`, and `prior` where there is a class."""
+        turn = {"position": self._learnt[index % len(self._learnt)]}
+        if self._prior:
+            turn["prior"] = self._prior[index % len(self._prior)]
+        return turn
 
 
 class TrackedConfig(FrozenDict):
@@ -86,20 +95,19 @@ class DenoiserTrainer(Trainer):
         self._text = text
         # A micro-batch's loss is a mean, which accumulation divides whatever the model's forward takes.
         self.model_accepts_loss_kwargs = False
-        self._prior, self._prior_weight = samples.indices(prior=True), prior_weight
+        self._prior_weight = prior_weight
 
     def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
         """Mean squared error; noise comes from torch's own generator, whose state is resumed."""
         chosen = [int(position) for position in inputs["position"]]
-        if self._prior:
-            chosen += [self._prior[position % len(self._prior)] for position in chosen]
-        count = len(inputs["position"])
+        count = len(chosen)
+        chosen += [int(position) for position in inputs.get("prior", ())]
         drawn = self._samples.batch(chosen, self._objective, torch.default_generator)
         if self._text is not None:
             drawn |= self._text.conditions(chosen)
         batch = {name: tensor.to(self.args.device) for name, tensor in drawn.items()}
         losses = squared_errors(model, batch).flatten(1).mean(1)
-        prior = losses[count:].mean() * self._prior_weight if self._prior else 0.0
+        prior = losses[count:].mean() * self._prior_weight if len(chosen) > count else 0.0
         return losses[:count].mean() + prior
 
 
@@ -147,12 +155,9 @@ def _train(config: Any, work: Path, family: ModelFamily) -> dict[str, Any]:
         text = TextTraining(
             checkpoint.path, captions, model.dtype, config.device, config.gradient_checkpointing
         )
-    learnt, held_back = samples.indices(prior=False), list[int]()
-    if config.num_held_back_samples:
-        # A subject has a few pictures, all of which are learnt: what is held back is noise.
-        held_back = [
-            position for position, _ in zip(cycle(learnt), range(config.num_held_back_samples))
-        ]
+    learnt, prior = (samples.indices(prior=of_class) for of_class in (False, True))
+    # A subject has a few pictures, all of which are learnt: what is held back is noise.
+    held_back = Turns(learnt, prior, config.num_held_back_samples)
     make_trainer = partial(
         _make_trainer,
         _validation(checkpoint, config, work, text),
@@ -161,7 +166,7 @@ def _train(config: Any, work: Path, family: ModelFamily) -> dict[str, Any]:
         prior_weight=config.prior_loss_weight,
         text=text,
         args=arguments,
-        train_dataset=Indices(learnt),
+        train_dataset=Turns(learnt, prior, max(len(learnt), len(prior))),
         data_collator=_collate,
     )
     parts = text.parts if text else {}
@@ -174,7 +179,7 @@ def _train(config: Any, work: Path, family: ModelFamily) -> dict[str, Any]:
         parts=parts,
         family=family,
         adapter=goes_on_from(config, family, checkpoint),
-        held_back=Indices(held_back) if held_back else None,
+        held_back=held_back or None,
     )
     figures["summary"] |= {"samples": len(samples.pictures)}
     return figures
@@ -214,13 +219,22 @@ def _validation(
     ]
 
 
-def _collate(positions: Sequence[int]) -> dict[str, Tensor]:
-    return {"position": torch.tensor(positions)}
+def _collate(turns: Sequence[dict[str, int]]) -> dict[str, Tensor]:
+    return {name: torch.tensor([turn[name] for turn in turns]) for name in turns[0]}
 
 
 def _targets(checkpoint: Checkpoint, config: Any, family: ModelFamily) -> list[str]:
-    """Names as given; for `all-linear`, the linear layers of the blocks, and their convolutions if asked."""
+    """Names as given; for `all-linear`, the linear layers of the blocks, and their convolutions if asked.
+
+    Raises:
+        ConfigError: convolutions are asked for beside names.
+    """
     if config.lora_target_modules != ["all-linear"]:
+        if config.lora_conv:
+            raise ConfigError(
+                f"train: lora_conv=true adds convolutions to all-linear, but lora_target_modules names "
+                f"{','.join(config.lora_target_modules)}; name the convolutions there too, or leave one out."
+            )
         return config.lora_target_modules
     model = family.skeleton(checkpoint, torch.float32)  # an emulator's too has the dense layers
     kinds = (nn.Linear, nn.Conv2d) if config.lora_conv else nn.Linear

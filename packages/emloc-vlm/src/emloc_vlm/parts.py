@@ -16,7 +16,7 @@ PROJECTOR = ("multi_modal_projector", "connector", "mlp1", "aligner", "merger", 
 
 TEXT = ("language_model", "text_model")
 
-# Names that nobody has told us, such as `vision_projection` or `audio_tower`: what they say, outside of blocks.
+# What other names say, such as `vision_projection` or `audio_tower`, outside of blocks.
 _LIKE_PROJECTOR = re.compile(
     r"project(or|ion)|_proj$|resampler|q_?former|connector|aligner|adapter|merger"
 )

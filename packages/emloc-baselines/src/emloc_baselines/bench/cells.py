@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from emloc.config import EvaluateConfig, build
+from emloc.config import EvaluateConfig, TrainConfig, build
 from emloc.extend.methods import MethodEntry, Options, Task
 from emloc.extend.opening import open_model
 from emloc.extend.plugin_options import with_family_options
@@ -120,8 +120,21 @@ def prepare_data(config: BenchConfig, dataset: str) -> Data:
     train, validation = split_rows(
         Path(str(source)), config.output_dir / "data", count, config.max_train_samples
     )
-    split = None if validation is None else {"dataset": str(validation), "num_samples": None}
-    return Data({"dataset": str(train)}, given or split, str(source))
+    beside = _beside(config, dataset, Path(str(source)))
+    split = (
+        None if validation is None else {"dataset": str(validation), "num_samples": None, **beside}
+    )
+    return Data({"dataset": str(train), **beside}, given or split, str(source))
+
+
+def _beside(config: BenchConfig, dataset: str, source: Path) -> Section:
+    """The options by which rows that have left their folder still name the pictures in it."""
+    option = "image_folder"
+    if config.stage_options("train", dataset).get(option) is not None:
+        return {}
+    _, family = open_model(config.model_name_or_path)
+    known = option in with_family_options(TrainConfig, family).model_fields
+    return {option: str(source.absolute().parent)} if known else {}
 
 
 def base_cell(config: BenchConfig, dataset: str) -> Cell:

@@ -81,7 +81,7 @@ def _run_bench(config: BenchConfig, run: Run | None) -> Path:
     if bench.failures:
         failed = next(iter(bench.failures.items()))
         raise EmlocError(
-            f"{len(bench.failures)} of {len(cells)} cells failed; the first is {failed[0]} ({failed[1]}); "
+            f"{len(bench.failures)} cell(s) failed; the first is {failed[0]} ({failed[1]}); "
             f"the others are in {config.output_dir}. The same command retries the failed ones."
         )
     return config.output_dir

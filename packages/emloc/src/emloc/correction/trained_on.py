@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from torch import nn
 
 from emloc.adapters.adapted_weights import part_weights
-from emloc.adapters.frozen_weights import FrozenWeights
 from emloc.adapters.belonging import is_emulator
+from emloc.adapters.frozen_weights import FrozenWeights
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_base import folder_named
 from emloc.artefacts.checkpoint import Checkpoint

@@ -86,10 +86,16 @@ class Corrected:
 
 
 def plain_basis(down: Float[Tensor, "rank d_in"]) -> Basis:
-    """The singular directions of A: `V`, `Q·Σ` and `Σ⁺·Qᵀ`."""
+    """The singular directions of A: `V`, `Q·Σ` and `Σ⁺·Qᵀ`.
+
+    Args:
+        down: `A`, exactly as it runs. A coarser dtype than single precision makes none of its directions less
+            real, so what counts as zero is no more than single precision tells from it.
+    """
     a = down.to(torch.float64)
     q, sigma, vt = torch.linalg.svd(a, full_matrices=False)
-    alive = sigma > sigma.max() * max(a.shape) * torch.finfo(down.dtype).eps
+    eps = min(torch.finfo(dtype).eps for dtype in (down.dtype, torch.float32))
+    alive = sigma > sigma.max() * max(a.shape) * eps
     inverse = torch.where(alive, 1.0 / torch.where(alive, sigma, 1.0), 0.0)
     return Basis(vt.T * alive, q * (sigma * alive), inverse[:, None] * q.T)
 

@@ -3,7 +3,8 @@
 An adapter whose manifest says that it runs on dequantised weights is merged into those.
 """
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Container
 from pathlib import Path
 
 import torch
@@ -87,18 +88,31 @@ def merge(config: MergeConfig) -> Path:
         for name, part in parts.items():
             written = _write_shards(part, work / name)
             files |= {f"{name}/{file}": digest for file, digest in written.items()}
-        _write_beside(merged, work, files.keys())
+        _write_beside(merged, work, files.keys(), adapter.parts)
         count = sum(len(each.layers) for each in (adapter, *adapter.parts.values()))
         return Written(files, summary={"merged_layers": count})
 
     return artefact.write(write, lambda: merge.contract(config, base, family, adapter))
 
 
-def _write_beside(merged: MergedModel, work: Path, written: Collection[str]) -> None:
-    """Config, index and tokenizer; of a base in another layout, those of the layout written."""
+_WEIGHTS = re.compile(r".*\.safetensors(\.index\.[^.]+\.json)?")
+"""Weights, and the index of a variant of them, such as `model.safetensors.index.fp16.json`."""
+
+
+def _write_beside(
+    merged: MergedModel, work: Path, written: Collection[str], parts: Container[str]
+) -> None:
+    """Config, index and tokenizer; of a base in another layout, those of the layout written.
+
+    Args:
+        written: files that hold merged weights.
+        parts: models of a pipeline that were merged, of which no other weights, such as a variant in half
+            precision, may stay: they are without the LoRA.
+    """
     base, layout = merged.base, merged.base.layout
     for name in base.companions():
-        if name not in written:
+        folder, _, file = name.partition("/")
+        if name not in written and not (folder in parts and _WEIGHTS.fullmatch(file)):
             copy_file(base.path / name, work / name)
     config = base.config if merged.config is None else merged.config
     if read_json(base.path / layout.config) == config:

@@ -79,6 +79,10 @@ class _Landing(torch.autograd.Function):
         return None, None, None
 
 
+_LANDED = f"{_Landing.__name__}Backward"
+"""The name of the node in a graph that is the output of a block."""
+
+
 @dataclass
 class _Entered:
     """All that entered a block: tensors as they are kept, and the places in the graph that they came from."""
@@ -172,7 +176,7 @@ class BlockPasses:
             torch.set_grad_enabled(True)
             loss, made = loss_of()
             if loss.requires_grad:
-                loss.backward()
+                loss.backward(retain_graph=_is_shared(_passage()))
             return made
 
         stream = self._stream
@@ -293,6 +297,16 @@ def _hooks(stream: UnitStream, kept: KeptInputs) -> Iterator[None]:
         torch.set_grad_enabled(before)
         for handle in handles:
             handle.remove()
+
+
+def _is_shared(passage: _Passage) -> bool:
+    """Return whether blocks read what was made with a graph outside of them, as FLUX's modulation is.
+
+    What follows the last block may have read it too, and must then leave its graph to them. A graph that
+    only goes from block to block is let go of at once.
+    """
+    edges = (edge for entered in passage.entered.values() for edge in entered.edges)
+    return any(edge is not None and edge.node.name() != _LANDED for edge in edges)
 
 
 def _passage() -> _Passage:

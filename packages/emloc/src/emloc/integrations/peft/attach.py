@@ -95,8 +95,35 @@ def _loaded(model: Any, lora: Adapter, trained: bool) -> Any:
         for key in (layer.down_key, *layer.changed_keys):
             named[f"{PREFIX}{layer.name}.{key[key.rindex('.lora_') + 1 :]}"] = key
     named |= {f"{PREFIX}{name}": key for name, key in lora.saved.items()}
+    _require_shapes(adapted, lora)
     set_peft_model_state_dict(adapted, {name: lora.read(key) for name, key in named.items()})
     return adapted
+
+
+def _require_shapes(adapted: Any, lora: Adapter) -> None:
+    """Refuse tensors that are not as large as those of the modules that they are for."""
+    held = adapted.get_base_model()
+    for layer in lora.layers:
+        module: Any = held.get_submodule(layer.name)
+        [name] = module.lora_B
+        found = [module.lora_B[name].weight.shape[0], module.lora_A[name].weight.shape[1]]
+        up, down = (lora.tensors.tensors[key].shape for key in (layer.up_key, layer.down_key))
+        if found != [up[0], down[1]]:
+            raise MismatchError(
+                f"Adapter {lora.path}: {layer.name} is {up[0]}x{down[1]}, but in the model it is "
+                f"{found[0]}x{found[1]}; the adapter was trained for another base model."
+            )
+    for parameter, key in lora.saved.items():
+        module, _, leaf = parameter.rpartition(".")
+        shape, stored = (
+            getattr(held.get_submodule(module), leaf).shape,
+            lora.tensors.tensors[key].shape,
+        )
+        if list(shape) != list(stored):
+            raise MismatchError(
+                f"Adapter {lora.path}: {parameter} has the shape {list(stored)}, but in the model it has "
+                f"{list(shape)}; the adapter was trained for another base model."
+            )
 
 
 def _require_loaded(adapted: Any, lora: Adapter) -> None:
