@@ -332,3 +332,20 @@ def test_a_manifest_cannot_name_files_outside_of_its_folder(tiny, tmp_path, name
         emloc.verify(path=adapter)
     with pytest.raises(CheckpointError, match="lies outside"):
         Adapter.open(str(adapter)).with_parts(["../b"])
+
+
+def test_an_adapter_of_other_widths_is_refused_on_an_emulator(tiny, tmp_path):
+    """An emulator's weights are in other forms, whose shapes nobody can compare with; PEFT's are there."""
+    other = write_model(tmp_path / "wide", hidden_size=64)
+    adapter = str(saved(other, tmp_path / "a"))
+    said = "q_proj is 64x64, but in the model it is 64x48; the adapter was trained for another"
+    with pytest.raises(MismatchError, match=said):
+        emloc.train(
+            emulator=str(tiny.emulator), adapter=adapter, dataset=str(tiny.data), max_steps=1,
+            output_dir=tmp_path / "out",
+        )  # fmt: skip
+    with pytest.raises(MismatchError, match=said):
+        emloc.evaluate(
+            model_name_or_path=str(tiny.emulator), adapter=adapter, dataset=str(tiny.data),
+            max_new_tokens=0, allow_mismatch=True,
+        )  # fmt: skip

@@ -7,6 +7,7 @@ import pytest
 from emloc.config import TrainConfig
 from emloc.errors import DataError
 from emloc.extend.plugin_options import with_plugin_options
+from emloc.integrations.transformers import chat
 from emloc.integrations.transformers.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 from emloc.integrations.transformers.data.turns import chat_of
 from emloc_llm.data import encode, load_samples
@@ -339,3 +340,27 @@ def test_templates_that_join_arguments_to_text_get_json(arguments):
         {"messages": turns}, tokenizer, with_plugin_options(TrainConfig)(output_dir="o")
     ).input_ids
     assert '<call>weather {"city": "Zürich"}</call>' in tokenizer.decode(ids)
+
+
+def test_names_that_only_calls_show_are_said(capfd):
+    """A template that writes `function.name` mentions the key, and shows no speaker's name all the same."""
+    chat._say_once.cache_clear()
+    users = [{**USER, "name": name, "content": name[0]} for name in ("Bob", "Eve")]
+    row = {"messages": [*users, ANSWER]}
+    assert "Bob" not in text(row)
+    assert "does not show 'name' of turns" in " ".join(capfd.readouterr().err.split())
+    chat._say_once.cache_clear()
+    shows = byte_tokenizer()
+    content = "{{ message['content'] }}"
+    shows.chat_template = CHAT_TEMPLATE.replace(content, "{{ message['name'] }}" + content)
+    assert "Bob" in text(row, shows)
+    assert "does not show" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["loss", "training", "train"])
+def test_answers_left_out_of_the_loss_are_refused(tmp_path, key):
+    turns = [USER, {**ANSWER, key: False}, USER, ANSWER]
+    with pytest.raises(DataError, match=f"has {key}=False, but no assistant turn can be weighted"):
+        read(tmp_path, {"messages": turns})
+    turns[1][key] = True
+    assert read(tmp_path, {"messages": turns})

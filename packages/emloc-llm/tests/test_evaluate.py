@@ -156,3 +156,23 @@ def test_answers_may_be_fewer_than_samples(tiny):
     assert some["answers"] == every["answers"][:3]
     assert len(every["answers"]) == some["samples"] == 8
     assert some["loss"] == every["loss"]
+
+
+def test_a_data_set_beside_tasks_is_scored_too(tiny, monkeypatch):
+    results = SimpleNamespace(simple_evaluate=lambda **_: {"results": {"arc": {"acc": 1.0}}})
+    monkeypatch.setitem(sys.modules, "lm_eval", results)
+    own = {"model_name_or_path": str(tiny.base), "dataset": str(tiny.test), "max_new_tokens": 0}
+    both = emloc.evaluate(tasks=["arc"], **own)
+    assert both["tasks"] == {"arc": {"acc": 1.0}}
+    assert both["loss"] == emloc.evaluate(**own)["loss"]
+
+
+def test_weights_have_no_place_where_all_is_scored(tiny):
+    data = f"{tiny.test},{tiny.data}"
+    with pytest.raises(ConfigError, match="dataset_weights is for mixtures"):
+        emloc.evaluate(
+            model_name_or_path=str(tiny.base),
+            dataset=data,
+            dataset_weights=[1, 3],
+            max_new_tokens=0,
+        )

@@ -352,3 +352,23 @@ def test_prompts_and_completions_may_be_messages(tiny):
     config, tokenizer = with_plugin_options(TrainConfig)(output_dir="o"), byte_tokenizer()
     split = encode({"prompt": turns[:1], "completion": turns[1:]}, tokenizer, config)
     assert split == encode({"messages": turns}, tokenizer, config)
+
+
+def test_a_file_has_no_split_to_evaluate_on(tiny, tmp_path):
+    given = {**tiny.train_options, "eval_dataset": str(tiny.test), "max_steps": 1}
+    with pytest.raises(DataError, match="is one file and has no split 'test'"):
+        emloc.train(output_dir=tmp_path / "a", eval_dataset_split="test", **given)
+
+
+def test_answers_without_an_end_are_told(tiny, tmp_path, capsys):
+    """Some templates begin the next turn instead of closing the assistant's."""
+    base = shutil.copytree(tiny.base, tmp_path / "base")
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    (base / "chat_template.jinja").write_text(template)
+    given = {**tiny.train_options, "max_steps": 1}
+    del given["emulator"]
+    said = "so the LoRA does not learn where an answer ends"
+    for model, endless in ((tiny.base, False), (base, True)):
+        emloc.train(model_name_or_path=str(model), output_dir=tmp_path / f"a{endless}", **given)
+        assert (said in " ".join(capsys.readouterr().err.split())) == endless

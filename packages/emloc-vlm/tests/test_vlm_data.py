@@ -226,3 +226,39 @@ def test_evaluation_scores_by_the_metric(tiny, tmp_path):
     assert found["metric"] == "vqa_accuracy"
     assert 0 <= found["vqa_accuracy"] <= 1
     assert json.loads((tmp_path / "scores/evaluation.json").read_text())["samples"] == 1
+
+
+def test_marks_in_the_entries_of_a_list_are_places_as_in_a_string(folder):
+    words = "First <image> and second <image>: which?"
+    rows = [
+        {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "b"}],
+         "images": ["pictures/a.png", "pictures/b.png"]}
+        for content in (words, [{"type": "text", "text": words}])
+    ]  # fmt: skip
+    plain, listed = only(write(folder / "d.jsonl", rows))
+    assert (
+        shape(listed)
+        == shape(plain)
+        == [("user", "First * and second *: which?"), ("assistant", "b")]
+    )
+
+
+def test_a_picture_in_two_columns_is_refused(folder):
+    row = {"image": "pictures/a.png", "images": ["pictures/a.png"], "question": "?", "answer": "x"}
+    with pytest.raises(DataError, match="columns image and images both name 'pictures/a.png'"):
+        only(write(folder / "d.jsonl", [row]))
+
+
+def test_what_a_meta_file_says_in_vain_is_told(folder, capsys):
+    row = {"image": "a.png", "question": "?", "answer": "x"}
+    write(folder / "one.jsonl", [row])
+    entry = {"root": "pictures", "annotation": "one.jsonl", "length": 1, "data_augment": False}
+    (folder / "meta.json").write_text(json.dumps({"one": {**entry, "max_dynamic_patch": 2}}))
+    only(folder / "meta.json", max_dynamic_patch=2)
+    assert "not used" not in capsys.readouterr().err
+    only(folder / "meta.json")
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        "one also has max_dynamic_patch=2, which is not used; max_dynamic_patch is one option"
+        in said
+    )

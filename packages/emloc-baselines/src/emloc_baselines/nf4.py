@@ -5,8 +5,10 @@ Per 64 weights one scale (absmax), per 256 scales one float and an 8-bit code ea
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from emloc.errors import DependencyError
@@ -28,6 +30,20 @@ def quantise(weight: Tensor) -> dict[str, Tensor]:
     )
     parts: dict[str, Tensor] = state.as_dict(packed=True)
     return {"": packed, **{f".{name}": tensor for name, tensor in parts.items()}}
+
+
+@cache
+def rows_are_decoded() -> bool:
+    """Return whether bitsandbytes decodes a matrix on this processor whose rows are not whole blocks.
+
+    Its kernel for AVX512 (0.50) begins every row with a new block; quantising does not.
+    """
+    functional = _functional()
+    weight = torch.linspace(-1, 1, 4 * (BLOCK + 2)).view(4, -1)
+    codes, state = functional.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+    whole = functional.dequantize_4bit(codes, state)
+    state.shape = torch.Size([weight.numel()])
+    return torch.equal(whole.view(-1), functional.dequantize_4bit(codes, state).view(-1))
 
 
 def quantised_pieces(name: str, read: Callable[[], Tensor]) -> list[Piece]:

@@ -22,9 +22,10 @@ from emloc.config import StageConfig
 from emloc.extend.capabilities import layers_in_few_bits
 from emloc.extend.family import ModelFamily
 from emloc.extend.methods import NoOptions, Task
+from emloc.machine.progress import warn
 from emloc.methods.light import train_light
 from emloc_baselines.light import LightModel, Piece, Source, build_light
-from emloc_baselines.nf4 import quantised_pieces
+from emloc_baselines.nf4 import BLOCK, quantised_pieces, rows_are_decoded
 from emloc_baselines.recovery import recover_adapter
 
 NAME = "qlora"
@@ -56,6 +57,7 @@ def quantised(source: Source) -> LightModel:
     model = cast(Any, source.family.skeleton(base, torch.float32))
     pieces: dict[str, Sequence[Piece]] = {}
     kept: list[str] = []
+    odd: list[str] = []
     linear, head = _linear_layers(source.family, model)
     for name in linear:
         stored = source.family.stored(model, f"{name}.weight", base)
@@ -68,6 +70,13 @@ def quantised(source: Source) -> LightModel:
             return place.layer_weight(base.read).contiguous()
 
         pieces[tensor] = quantised_pieces(tensor, read)
+        if model.get_submodule(name).weight.shape[-1] % BLOCK:
+            odd.append(name)
+    if odd and not rows_are_decoded():
+        warn(
+            f"qlora: on this processor, bitsandbytes decodes rows wrongly that are not whole blocks of "
+            f"{BLOCK} weights, such as those of {odd[0]}; scores of training on the CPU say nothing about QLoRA"
+        )
     return LightModel(_config(base.config, dtype, kept), pieces)
 
 

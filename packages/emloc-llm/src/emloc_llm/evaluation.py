@@ -24,7 +24,7 @@ from emloc.integrations.transformers.generation import (
 )
 from emloc.integrations.transformers.loading import load_tokenizer
 from emloc.integrations.transformers.sampling import in_batches
-from emloc.integrations.transformers.tables import dataset_names
+from emloc.integrations.transformers.tables import dataset_names, refuse_weights
 from emloc.machine.memory import PeakMemory
 from emloc.machine.progress import progress_bar
 from emloc_llm.data import Sample, encode_all, pad, say_truncated
@@ -37,10 +37,18 @@ def evaluate_model(config: Any, family: ModelFamily) -> dict[str, Any]:
 
     Returns:
         `loss` (per completion token), `exact_match` (share, or None without references), `samples`,
-        `answers` with prompt, reference and prediction of each, and `peak_bytes`.
+        `answers` with prompt, reference and prediction of each, and `peak_bytes`; `tasks` with lm-eval's
+        scores, where there are any, and nothing else without a data set.
+
+    Raises:
+        ConfigError, DataError, DependencyError: see their messages.
     """
-    if config.tasks:
-        return _lm_eval(config)
+    refuse_weights(config)
+    tasks = _lm_eval(config) if config.tasks else {}
+    return tasks if tasks and config.dataset is None else {**_scores(config, family), **tasks}
+
+
+def _scores(config: Any, family: ModelFamily) -> dict[str, Any]:
     with PeakMemory(config.device, mapped=True) as peak:
         scores = _evaluate(config, family)
     return {**scores, **peak.figures()}

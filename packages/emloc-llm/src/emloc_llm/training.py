@@ -1,6 +1,5 @@
 """Train a LoRA with TRL's `SFTTrainer` on tokenised samples."""
 
-import os
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,11 @@ from emloc.artefacts.locate import locate
 from emloc.errors import ConfigError
 from emloc.integrations.transformers.capacity import load_capacity
 from emloc.integrations.transformers.family import TransformersFamily
-from emloc.integrations.transformers.generation import closing_tokens, say_missing_ends
+from emloc.integrations.transformers.generation import (
+    closing_tokens,
+    say_endless,
+    say_missing_ends,
+)
 from emloc.integrations.transformers.held_back import hold_back
 from emloc.integrations.transformers.loading import load_tokenizer
 from emloc.integrations.transformers.lora_training import train_lora as train_with
@@ -24,6 +27,7 @@ from emloc.integrations.transformers.lora_training import training_arguments
 from emloc.integrations.transformers.loss import IGNORED, next_token_loss
 from emloc.integrations.transformers.sampling import in_batches
 from emloc.integrations.transformers.streamed_training import frozen_model
+from emloc.integrations.transformers.tables import evaluation_split
 from emloc.machine.memory import PeakMemory, return_large_blocks
 from emloc.machine.progress import warn
 from emloc_llm.activations import TILE_ROWS, TILE_TOKENS
@@ -116,10 +120,9 @@ def _train(config: Any, work: Path, family: TransformersFamily) -> dict[str, Any
     samples = [] if read else learnable(load_samples(config, tokenizer, config.seed))
     evaluation = None
     if config.eval_dataset:
-        split = "" if os.path.isfile(config.eval_dataset) else config.eval_dataset_split
-        evaluation = learnable(_evaluation_samples(config, tokenizer, config.eval_dataset, split))
-    whole = [*samples, *(evaluation or [])]
-    capacity.check((ids for s in whole for ids in seen(s, config)), tokenizer, "The samples")
+        evaluation = learnable(_evaluation_samples(config, tokenizer))
+    all_samples = [*samples, *(evaluation or [])]
+    capacity.check((ids for s in all_samples for ids in seen(s, config)), tokenizer, "The samples")
     samples, held_back = hold_back(samples, config)
     arguments = training_arguments(
         SFTConfig,
@@ -139,8 +142,10 @@ def _train(config: Any, work: Path, family: TransformersFamily) -> dict[str, Any
     )
     checkpoint = Checkpoint.open(path)
     model = frozen_model(family, checkpoint, config, work)
-    closing = closing_tokens((s.input_ids[s.prompt_length :] for s in samples), tokenizer)
+    whole = [s.input_ids[s.prompt_length :] for s in samples if not s.truncated]
+    closing = closing_tokens(whole, tokenizer)
     say_missing_ends(model, tokenizer, closing)
+    say_endless(whole, closing)
     alone = [cut(sample, config.max_length) for sample in samples]
     parts = in_batches(alone, config.per_device_train_batch_size)
     batches = (pad(part, tokenizer.pad_token_id) for part in parts)
@@ -168,8 +173,9 @@ def _train(config: Any, work: Path, family: TransformersFamily) -> dict[str, Any
     return figures
 
 
-def _evaluation_samples(config: Any, tokenizer: Any, name: str, split: str) -> list[Sample]:
-    samples = encode_all(load_rows(config, name, split), tokenizer, config, name)
+def _evaluation_samples(config: Any, tokenizer: Any) -> list[Sample]:
+    name = config.eval_dataset
+    samples = encode_all(load_rows(config, name, evaluation_split(config)), tokenizer, config, name)
     say_truncated(samples, config, f"samples of {name}")
     return samples
 

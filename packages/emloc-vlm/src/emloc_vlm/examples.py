@@ -72,7 +72,13 @@ def example_of(
     options = mapped(row["options"], "options", where) if row.get("options") else {}
     options = {key: text_of(one, f"option {key}", where) for key, one in options.items()}
     chat = _chat(row, options, where)
-    given = [*_listed(row.get("images"), where), *_listed(row.get("image"), where)]
+    given, alone = _listed(row.get("images"), where), _listed(row.get("image"), where)
+    if any(one == other for one in alone for other in given if isinstance(one, str)):
+        raise DataError(
+            f"{where}: the columns image and images both name {alone[0]!r}; leave one of them out, or it is "
+            f"shown twice."
+        )
+    given += alone
     turns, sources = _placed([dict(turn) for turn in chat.turns], given, where)
     if not sources:
         _check_no_image(row, where)
@@ -132,8 +138,7 @@ def _content(value: Any, what: str, where: str) -> list[dict[str, Any]]:
                 source = cast("Mapping[str, Any]", source).get("url")
             entries.append({"type": "image", "source": source})
         elif kind == "text":
-            text = text_of(entry.get("text"), f"a text entry of {what}", where)
-            entries.append({"type": "text", "text": text})
+            entries += _marked(text_of(entry.get("text"), f"a text entry of {what}", where))
         else:
             raise DataError(
                 f"{where}: {what} has an entry of type {kind!r}; expected image or text."

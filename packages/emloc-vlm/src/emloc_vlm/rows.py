@@ -37,6 +37,11 @@ from emloc_vlm.benchmarks import of_split, read_benchmark
 from emloc_vlm.examples import IMAGE_COLUMNS, REFERENCES, VISUAL_FORMS, Example, example_of
 from emloc_vlm_options import ImageOptions
 
+META_KEYS = ("root", "annotation", "repeat_time", "length")
+"""Keys of an entry of a meta file that are read, and how many rows it has, which is counted."""
+
+TILES = "max_dynamic_patch"
+
 MOST_ROWS = 20_000_000
 """Rows of an entry of a meta file with its repetitions."""
 
@@ -130,7 +135,11 @@ def _meta_rows(options: Any, name: str, split: str) -> Callable[[], Rows] | None
     folders = [Path(), path.parent, *([options.image_folder] if options.image_folder else [])]
 
     def read() -> Rows:
-        rows = Rows(row for entry in entries.items() for row in _annotated(path, *entry, folders))
+        rows = Rows(
+            row
+            for entry in entries.items()
+            for row in _annotated(path, *entry, folders, options.max_dynamic_patch)
+        )
         if not rows:
             raise DataError(f"Data set {name} is empty.")
         return rows
@@ -138,8 +147,22 @@ def _meta_rows(options: Any, name: str, split: str) -> Callable[[], Rows] | None
     return read
 
 
+def _say_unused(entry: Mapping[str, Any], where: str, largest: int | None) -> None:
+    """Say which keys of an entry change nothing here."""
+    rest = {key: value for key, value in entry.items() if key not in META_KEYS and value}
+    if rest.get(TILES) == largest:
+        rest.pop(TILES, None)
+    if rest:
+        shown = ", ".join(f"{key}={value!r}" for key, value in rest.items())
+        console.print(
+            f"{where} also has {shown}, which is not used"
+            + (f"; {TILES} is one option for all data sets" if TILES in rest else ""),
+            markup=False,
+        )
+
+
 def _annotated(
-    path: Path, name: str, entry: Mapping[str, Any], folders: Sequence[Path]
+    path: Path, name: str, entry: Mapping[str, Any], folders: Sequence[Path], largest: int | None
 ) -> Iterator[Row]:
     """The rows of one entry; a repeat_time below 1 takes that share of them, by a fixed seed."""
     where = f"{path}: {name}"
@@ -160,6 +183,7 @@ def _annotated(
             f"repeat_time."
         )
     whole, part = int(times), times - int(times)
+    _say_unused(entry, where, largest)
     yield from rows * whole
     yield from random.Random(0).sample(rows, round(part * len(rows)))
 

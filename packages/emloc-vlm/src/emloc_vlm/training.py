@@ -1,12 +1,12 @@
 """Images and text as transformers' `Trainer` learns from them."""
 
-import os
 from functools import partial
 from typing import Any
 
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.errors import ConfigError
 from emloc.integrations.transformers.sampling import TrainingData
+from emloc.integrations.transformers.tables import evaluation_split
 from emloc_vlm.encode import collate
 from emloc_vlm.loading import load_vlm_capacity
 from emloc_vlm.processor import load_processor
@@ -26,7 +26,7 @@ def training_data(checkpoint: Checkpoint, config: Any) -> TrainingData:
     examples = readable(mixed_examples(config, config.seed), config)
     evaluation = []
     if config.eval_dataset:
-        split = "" if os.path.isfile(config.eval_dataset) else config.eval_dataset_split
+        split = evaluation_split(config)
         evaluation = readable(load_examples(config, config.eval_dataset, split), config)
     into_batch = partial(
         collate, processor=processor, options=config, capacity=load_vlm_capacity(path)

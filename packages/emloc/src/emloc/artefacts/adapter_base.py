@@ -82,7 +82,7 @@ def refuse_other_revision(adapter: Adapter, origin: Manifest | None, name: str) 
 
 
 def _revision(adapter: Adapter) -> str | None:
-    """What PEFT's config names, unless it is what a hub id stands for anyway."""
+    """The revision in PEFT's config, unless it is what a hub id stands for anyway."""
     revision = adapter.config.get("revision")
     return revision if isinstance(revision, str) and revision not in ("", "main") else None
 

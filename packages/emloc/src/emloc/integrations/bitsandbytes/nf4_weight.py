@@ -50,7 +50,9 @@ class NF4Weight:
         )
         state = functional.QuantState(
             absmax=self.absmax,
-            shape=torch.Size(self.shape),
+            shape=torch.Size(
+                [self.shape[0] * self.shape[1]]
+            ),  # row by row, some CPUs decode wrongly
             code=functional.get_4bit_type("nf4", device=device),
             blocksize=BLOCK,
             quant_type="nf4",

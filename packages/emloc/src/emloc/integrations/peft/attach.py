@@ -106,12 +106,12 @@ def _require_shapes(adapted: Any, lora: Adapter) -> None:
     for layer in lora.layers:
         module: Any = held.get_submodule(layer.name)
         [name] = module.lora_B
-        found = [module.lora_B[name].weight.shape[0], module.lora_A[name].weight.shape[1]]
+        held_sizes = [module.lora_B[name].weight.shape[0], module.lora_A[name].weight.shape[1]]
         up, down = (lora.tensors.tensors[key].shape for key in (layer.up_key, layer.down_key))
-        if found != [up[0], down[1]]:
+        if held_sizes != [up[0], down[1]]:
             raise MismatchError(
                 f"Adapter {lora.path}: {layer.name} is {up[0]}x{down[1]}, but in the model it is "
-                f"{found[0]}x{found[1]}; the adapter was trained for another base model."
+                f"{held_sizes[0]}x{held_sizes[1]}; the adapter was trained for another base model."
             )
     for parameter, key in lora.saved.items():
         module, _, leaf = parameter.rpartition(".")

@@ -201,25 +201,32 @@ def _check_keys(chat: Chat, template: str, where: str) -> None:
 
 
 def _say_unshown_keys(turns: Sequence[Turn], whole: str, template: str, text: Any) -> None:
-    """Say which keys of turns do not show, such as thoughts; of the answer that is learnt, by what the
-    template writes, for it may mention a key and show it elsewhere alone."""
-    for number, turn in enumerate(turns, start=1):
-        for key in sorted(turn.keys() - _USUAL_KEYS):
-            value = turn[key]
-            words = value.strip() if isinstance(value, str) else ""
-            if words and words in whole:
-                continue
-            shows = key in template
-            if words and number == len(turns):
-                other = [*turns[:-1], {**turn, key: other_than(words)}]
-                try:
-                    shows = text(other) != whole
-                except DataError:  # so it is read
-                    shows = True
-            if not shows:
-                _say_once(
-                    f"The model's chat template does not show {key!r} of turns: it is not used"
-                )
+    """Say which keys of turns show nowhere, such as names; of the answer that is learnt, which do not show
+    there, for templates show thoughts of the last answer alone."""
+    for key in sorted({key for turn in turns for key in turn} - _USUAL_KEYS):
+        having = [index for index, turn in enumerate(turns) if key in turn]
+        if having[-1] == len(turns) - 1:
+            having = having[-1:]
+        if not any(_shows(turns, index, key, whole, template, text) for index in having):
+            _say_once(f"The model's chat template does not show {key!r} of turns: it is not used")
+
+
+def _shows(
+    turns: Sequence[Turn], index: int, key: str, whole: str, template: str, text: Any
+) -> bool:
+    """Return whether a template shows a turn's key, by what it writes: it may mention one of another thing."""
+    value = turns[index][key]
+    words = value.strip() if isinstance(value, str) else ""
+    if key not in template and words not in whole:
+        return False
+    if not words:
+        return key in template
+    others = [*turns]
+    others[index] = {**turns[index], key: other_than(words)}
+    try:
+        return text(others) != whole
+    except DataError:  # so it is read
+        return True
 
 
 @cache

@@ -75,6 +75,21 @@ def say_missing_ends(model: Any, tokenizer: Any, closing: Collection[int]) -> No
         )
 
 
+def say_endless(answers: Sequence[Sequence[int]], closing: Collection[int]) -> None:
+    """Tell the user where no answer has an end, as with templates that begin the next turn instead.
+
+    Args:
+        answers: token ids of whole answers, with what closes them.
+        closing: the tokens that do.
+    """
+    if answers and not closing:
+        console.print(
+            "note: no answer ends in a special token, so the LoRA does not learn where an answer ends; a "
+            "chat template that closes the assistant's turn would teach it",
+            markup=False,
+        )
+
+
 def greedy_answers(
     model: Any,
     tokenizer: Any,

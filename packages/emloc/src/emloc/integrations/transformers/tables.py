@@ -1,10 +1,11 @@
 """Data sets by name: local files, folders and hub ids, one or several, mixed by weights."""
 
+import os
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from emloc.config import DataOptions
 from emloc.errors import ConfigError, DataError
@@ -89,6 +90,32 @@ def _reader(name: str, split: str, streaming: bool) -> Callable[[], Iterable[Row
     if streaming:
         raise DataError(f"A stream has no part {split!r}; pass a whole split as dataset_split.")
     return lambda: _parts(part, split)
+
+
+def evaluation_split(config: Any) -> str:
+    """The split of `eval_dataset` that is evaluated while training goes on; none of a file.
+
+    Raises:
+        DataError: a split of a file is asked for.
+    """
+    if not os.path.isfile(config.eval_dataset):
+        return str(config.eval_dataset_split)
+    if "eval_dataset_split" in config.model_fields_set:
+        require_whole_file(config.eval_dataset, config.eval_dataset_split)
+    return ""
+
+
+def refuse_weights(config: Any) -> None:
+    """Refuse weights where every sample is scored.
+
+    Raises:
+        ConfigError: `dataset_weights` is given.
+    """
+    if config.dataset_weights:
+        raise ConfigError(
+            "evaluate: dataset_weights is for mixtures that are learnt from, and here every sample of every "
+            "data set is scored; leave it out."
+        )
 
 
 def require_whole_file(name: str, split: str) -> None:

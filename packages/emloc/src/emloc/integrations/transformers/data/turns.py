@@ -31,7 +31,7 @@ ROLES = {
     "function_response": "tool", "function_call": "assistant",
 }  # fmt: skip
 """ShareGPT's names of who speaks."""
-WEIGHTS = ("weight", "train", "loss_weight", "trainable")
+WEIGHTS = ("weight", "train", "training", "trainable", "loss", "loss_weight")
 
 
 @dataclass(frozen=True)
