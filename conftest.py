@@ -1,11 +1,11 @@
 """What a whole run says at its end, whichever process found it."""
 
-import gc
 import json
 import os
-import sys
 
 from hypothesis import settings
+
+from emloc.testing.pytest_plugin import freeze_libraries
 
 # A change is judged by the same examples each time; `--hypothesis-profile=random` looks for others.
 settings.register_profile("same", derandomize=True, deadline=None)
@@ -21,8 +21,6 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.fsync = os.fstat
 
 KEY = "emloc/causal_lm_types"
-NEW_MODULES = 300
-"""Imported modules that make it worth while to freeze again."""
 
 
 def pytest_sessionstart(session):
@@ -36,20 +34,9 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
-_frozen = 0
-
-
 def pytest_runtest_setup():
-    """Take libraries out of Python's garbage collection.
-
-    Every stage collects before it measures memory, which takes half a second where a million objects of
-    imported libraries are looked through, and longer than the stage itself on a tiny model.
-    """
-    global _frozen
-    if len(sys.modules) > _frozen + NEW_MODULES:
-        gc.collect()
-        gc.freeze()
-        _frozen = len(sys.modules)
+    """Keep collections quick in all tests, as the plugin does in those of the contract."""
+    freeze_libraries()
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -75,7 +75,7 @@ def quantised(source: Source) -> LightModel:
     if odd and not rows_are_decoded():
         warn(
             f"qlora: on this processor, bitsandbytes decodes rows wrongly that are not whole blocks of "
-            f"{BLOCK} weights, such as those of {odd[0]}; scores of training on the CPU say nothing about QLoRA"
+            f"{BLOCK} weights, such as those of {odd[0]}; what is trained on the CPU is not QLoRA"
         )
     return LightModel(_config(base.config, dtype, kept), pieces)
 

@@ -214,7 +214,7 @@ def _say_unshown_keys(turns: Sequence[Turn], whole: str, template: str, text: An
 def _shows(
     turns: Sequence[Turn], index: int, key: str, whole: str, template: str, text: Any
 ) -> bool:
-    """Return whether a template shows a turn's key, by what it writes: it may mention one of another thing."""
+    """Return whether a template shows a turn's key, by what it writes: it may mention another thing's."""
     value = turns[index][key]
     words = value.strip() if isinstance(value, str) else ""
     if key not in template and words not in whole:
