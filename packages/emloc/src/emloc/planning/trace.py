@@ -179,7 +179,9 @@ gradient."""
 
 
 def extrapolate(depths: Depths) -> StepSizes:
-    """A step of the whole model, by what one block more of each stack adds."""
+    """A step of the whole model, by what one block more of each stack adds; one no deeper is counted whole."""
+    if all(count <= SHALLOW + 1 for count in depths.blocks):
+        return depths.count(depths.blocks)
     start = [min(SHALLOW, count) for count in depths.blocks]
     base = depths.count(start)
     phases = {name: _numbers(instant) for name, instant in base.phases.items()}

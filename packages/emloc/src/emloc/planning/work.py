@@ -96,7 +96,9 @@ def seconds_of(
 
 
 def of_depth(blocks: Sequence[int], seconds: Callable[[Sequence[int]], float]) -> float:
-    """Seconds of the whole model, by what one block more of each stack adds."""
+    """Seconds of the whole model, by what one block more of each stack adds; see `extrapolate`."""
+    if all(count <= SHALLOW + 1 for count in blocks):
+        return seconds(blocks)
     start = [min(SHALLOW, count) for count in blocks]
     base = whole = seconds(start)
     for index, count in enumerate(blocks):
