@@ -179,7 +179,7 @@ gradient."""
 
 
 def extrapolate(depths: Depths) -> StepSizes:
-    """A step of the whole model, by what one block more of each stack adds; one no deeper is counted whole."""
+    """A step of the whole model, by what one block more of each stack adds; one no deeper is counted."""
     if all(count <= SHALLOW + 1 for count in depths.blocks):
         return depths.count(depths.blocks)
     start = [min(SHALLOW, count) for count in depths.blocks]
