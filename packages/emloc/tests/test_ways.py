@@ -11,8 +11,10 @@ from emloc.planning.ways import POLISHED, Room, Way, known_gain, recommended
 from emloc.planning.work import of_depth, seconds_of
 
 INFINITE = 1e300
-PRODUCTS_ALONE = Rates(1.0, 1.0, INFINITE, INFINITE, 0.0, INFINITE)
-BYTES_ALONE = Rates(INFINITE, INFINITE, 1.0, 1.0, 0.0, INFINITE)
+NONE = {name: INFINITE for name in Rates.__dataclass_fields__} | {"operation": 0.0}
+PRODUCTS_ALONE = Rates(**NONE | {"products": 1.0, "thin_products": 1.0})
+BYTES_ALONE = Rates(**NONE | {"near": 1.0, "far": 1.0})
+FRESH_ALONE = Rates(**NONE | {"fresh": 1.0})
 
 
 def loss_of(model, batch):
@@ -46,6 +48,21 @@ def test_convolutions_and_attention_are_counted():
     assert seconds_of(conv, pixels, forward_alone, False, PRODUCTS_ALONE) == 2 * 64 * 3 * 5 * 9
     products = seconds_of(Attention(), {"x": heads}, forward_alone, False, PRODUCTS_ALONE)
     assert products == 2 * (2 * 4 * 32 * 32 * 16)
+
+
+@pytest.mark.parametrize(("rows", "fresh"), [(1024, 1024 * 512 * 4), (256, 0)])
+def test_new_memory_of_large_results_is_counted(rows, fresh):
+    """Of a mebibyte or more, which the system gives anew; what is written in place is there already."""
+
+    def forward_alone(model, batch):
+        with torch.no_grad():
+            made = model(batch["x"]).add_(1)
+        return made[0, 0] + torch.zeros((), requires_grad=True), 1
+
+    with torch.device("meta"):
+        model, batch = nn.Linear(16, 512, bias=False), {"x": torch.empty(rows, 16)}
+    seconds = seconds_of(model, batch, forward_alone, False, FRESH_ALONE)
+    assert seconds == pytest.approx(fresh, abs=1e-9)
 
 
 def test_bytes_of_what_is_no_product_are_counted_and_views_are_free():

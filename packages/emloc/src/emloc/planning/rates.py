@@ -9,18 +9,23 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from emloc.artefacts.cache import cache_folder
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.small_files import write_json
 from emloc.errors import CheckpointError
+from emloc.machine.memory import return_large_blocks
 
 NEAR = 1 << 20
 """Bytes of an operation's largest tensor up to which it is taken to stay in the processor's cache."""
 
 FILE_BYTES = 256 << 20
 """Bytes that are written and read back to measure the disk."""
+
+
+NEVER = 1e18
+"""A rate at which nothing takes any time."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Rates:
         thin_products: the same where one side is a LoRA's rank.
         near: bytes that other operations read and write a second, where their tensors are small.
         far: the same where they are large.
+        fresh: bytes a second of memory that the system clears before it gives it, as it does on a CPU for
+            every tensor of `LARGE_BYTES` or more while a stage runs (`return_large_blocks`); `NEVER` on a GPU.
         operation: seconds that an operation takes whatever its size.
         disk: bytes read a second from files that are not in the page cache.
     """
@@ -40,6 +47,7 @@ class Rates:
     thin_products: float
     near: float
     far: float
+    fresh: float
     operation: float
     disk: float
 
@@ -57,15 +65,18 @@ def known_rates(device: str, dtype: torch.dtype) -> Rates | None:
 
 def measured_rates(device: str, dtype: torch.dtype) -> Rates:
     """Measure, in some seconds, and keep the rates."""
+    return_large_blocks()
     wide = torch.randn(1024, 1024, device=device).to(dtype)
     thin = torch.randn(1024, 16, device=device).to(dtype)
     near, far = (torch.ones(count, device=device) for count in (NEAR // 8, 8 << 20))
+    small, large = torch.ones_like(near), torch.ones_like(far)
     with torch.no_grad():
         rates = Rates(
             products=1024**3 / _seconds(lambda: wide @ wide, device),
             thin_products=1024 * 1024 * 16 / _seconds(lambda: wide @ thin, device),
-            near=3 * near.nbytes / _seconds(lambda: near * near, device),
-            far=3 * far.nbytes / _seconds(lambda: far * far, device),
+            near=3 * near.nbytes / _seconds(lambda: torch.mul(near, near, out=small), device),
+            far=3 * far.nbytes / _seconds(lambda: torch.mul(far, far, out=large), device),
+            fresh=_fresh(far, large, device),
             operation=_operation(device),
             disk=_disk(),
         )
@@ -96,6 +107,15 @@ def _seconds(call: Callable[[], object], device: str, atleast: float = 0.3) -> f
         _wait(device)
         times.append(time.perf_counter() - begun)
     return median(times)
+
+
+def _fresh(far: Tensor, other: Tensor, device: str) -> float:
+    """Bytes a second by which a new tensor is slower than one that is there."""
+    if device.startswith("cuda"):
+        return NEVER
+    new = _seconds(lambda: far * far, device)
+    there = _seconds(lambda: torch.mul(far, far, out=other), device)
+    return far.nbytes / max(new - there, 1e-9)
 
 
 def _operation(device: str, layers: int = 50) -> float:

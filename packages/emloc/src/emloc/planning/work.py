@@ -1,7 +1,8 @@
 """The time of a training step, by its operations on fake tensors and the speed of the device.
 
-An operation takes a constant time, and the longer of its multiplications and its bytes: those of matrix
-products, convolutions and attention are counted by torch's own formulas (`torch.utils.flop_counter`).
+An operation takes a constant time, the longer of its multiplications and its bytes, and the time in which the
+system clears the memory of a large result. Multiplications of matrix products, convolutions and attention are
+counted by torch's own formulas (`torch.utils.flop_counter`).
 Deep models are counted by shallow ones, as memory is (`emloc.planning.trace`).
 """
 
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from emloc.extend.family import Batch
+from emloc.machine.memory import LARGE_BYTES
 from emloc.planning.family import LossOf
 from emloc.planning.rates import NEAR, Rates
 from emloc.planning.trace import SHALLOW, Answers, materialise
@@ -60,7 +62,9 @@ class Seconds(TorchDispatchMode):
         moved = sum(sizes) / (self.rates.near if max(sizes, default=0) <= NEAR else self.rates.far)
         products = _multiplications(func, args, named, made)
         speed = self.rates.thin_products if _is_thin(func, args) else self.rates.products
-        return self.rates.operation + max(moved, products / speed)
+        fresh = [size for t in outputs if (size := t.numel() * t.itemsize) >= LARGE_BYTES]
+        new = 0 if in_place else sum(fresh)
+        return self.rates.operation + max(moved, products / speed) + new / self.rates.fresh
 
 
 def _multiplications(func: Any, args: tuple[Any, ...], named: dict[str, Any], made: Any) -> float:
