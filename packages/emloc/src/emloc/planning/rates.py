@@ -37,8 +37,8 @@ class Rates:
         thin_products: the same where one side is a LoRA's rank.
         near: bytes that other operations read and write a second, where their tensors are small.
         far: the same where they are large.
-        fresh: bytes a second of memory that the system clears before it gives it, as it does on a CPU for
-            every tensor of `LARGE_BYTES` or more while a stage runs (`return_large_blocks`); `NEVER` on a GPU.
+        fresh: bytes a second of memory that the system clears before it gives it, as it does on a CPU
+            for every tensor of `LARGE_BYTES` or more while a stage runs; on a GPU, it is `NEVER`.
         operation: seconds that an operation takes whatever its size.
         disk: bytes read a second from files that are not in the page cache.
     """
