@@ -1,11 +1,14 @@
 """Samples that training holds back."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import emloc
+from emloc.artefacts.manifest import Manifest
 from emloc.integrations.transformers.held_back import hold_back
 
 
@@ -51,3 +54,17 @@ def test_streaming_data_cannot_be_held_back(tmp_path):
             output_dir=tmp_path / "adapter", streaming=True, max_steps=1, num_held_back_samples=2,
             **example,
         )  # fmt: skip
+
+
+def test_packed_samples_that_are_held_back_have_something_to_tell(tiny, tmp_path):
+    """They are scored alone and cut, so those whose prompt fills max_length are not the ones."""
+    rows = [{"prompt": "a" * (80 if n % 2 else 10), "completion": "yes"} for n in range(20)]
+    data = tmp_path / "d.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    adapter = emloc.train(
+        emulator=str(tiny.emulator), dataset=str(data), output_dir=tmp_path / "a", max_steps=1,
+        max_length=64, packing=True, num_held_back_samples=2,
+    )  # fmt: skip
+    summary = Manifest.read(adapter).summary
+    assert all(loss > 0 for loss in summary["held_back_loss"])
+    assert summary["samples"] == 18

@@ -1,10 +1,12 @@
 """Live bytes against counts by hand, and fake tensors against real ones."""
 
+import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emloc.planning.live import SAVED, LiveBytes
+from emloc.planning.step import Instant, StepSizes
 from emloc.planning.trace import (
     Depths,
     count_step,
@@ -154,3 +156,18 @@ def test_blocks_are_passed_in_whichever_order_they_run():
     assert max(peak for _, peak, _ in listed) < 3 * 1000 * 4
     assert passed("decoder", "encoder") == listed
     assert passed("decoder", "skipped", "encoder") == listed
+
+
+@pytest.mark.parametrize(
+    ("blocks", "counted"), [([3], [[3]]), ([3, 2], [[3, 2]]), ([4], [[2], [3]])]
+)
+def test_shallow_models_are_counted_as_they_are(blocks, counted):
+    asked = []
+
+    def count(depths):
+        asked.append(list(depths))
+        return StepSizes({"forward": Instant(kept=10 * sum(depths))})
+
+    sizes = extrapolate(Depths(blocks, count))
+    assert asked == counted
+    assert sizes.phases["forward"].kept == 10 * sum(blocks)

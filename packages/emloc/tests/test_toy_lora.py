@@ -71,7 +71,7 @@ def corrected(toy, folder, **options):
 
 
 def test_the_best_of_all_limits_is_chosen_on_data(toy, tmp_path):
-    """On one half, if it is no worse than none on the other; the table of losses is that of all samples."""
+    """The choice is made on one half and checked on the other; the table of losses is of all samples."""
     summary = Manifest.read(corrected(toy, tmp_path / "auto", limit="auto")).summary
     table = summary["calibration_loss"]
     assert summary["limit"] == chosen_limit(summary)

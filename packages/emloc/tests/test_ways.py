@@ -52,7 +52,7 @@ def test_convolutions_and_attention_are_counted():
 
 @pytest.mark.parametrize(("rows", "fresh"), [(1024, 1024 * 512 * 4), (256, 0)])
 def test_new_memory_of_large_results_is_counted(rows, fresh):
-    """Of a mebibyte or more, which the system gives anew; what is written in place is there already."""
+    """The system gives large results new memory; what is written in place is there already."""
 
     def forward_alone(model, batch):
         with torch.no_grad():

@@ -34,7 +34,7 @@ def quantise(weight: Tensor) -> dict[str, Tensor]:
 
 @cache
 def rows_are_decoded() -> bool:
-    """Return whether bitsandbytes decodes a matrix on this processor whose rows are not whole blocks.
+    """Return whether bitsandbytes rightly decodes, on this processor, rows that are not whole blocks.
 
     Its kernel for AVX512 (0.50) begins every row with a new block; quantising does not.
     """

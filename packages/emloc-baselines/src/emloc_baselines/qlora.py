@@ -74,7 +74,7 @@ def quantised(source: Source) -> LightModel:
             odd.append(name)
     if odd and not rows_are_decoded():
         warn(
-            f"qlora: on this processor, bitsandbytes decodes rows wrongly that are not whole blocks of "
+            f"qlora: on this processor, bitsandbytes wrongly decodes rows that are not whole blocks of "
             f"{BLOCK} weights, such as those of {odd[0]}; what is trained on the CPU is not QLoRA"
         )
     return LightModel(_config(base.config, dtype, kept), pieces)

@@ -19,7 +19,8 @@ def squared_errors(model: Any, batch: Batch) -> Tensor:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     given = {
-        # Embedded in single precision, where bfloat16 would make step 981 the step 980.
+        # UNets embed it in single precision, where bfloat16 would make 980 of step 981. Transformers such as
+        # FLUX round it themselves, in diffusers' pipelines as well.
         name: tensor if name == "timestep" else tensor.to(base.dtype)
         for name, tensor in batch.items()
     }

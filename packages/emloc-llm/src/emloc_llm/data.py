@@ -250,7 +250,7 @@ def say_truncated(samples: Sequence[Sample], options: Any, what: str) -> None:
 
 
 def say_unlearnable(samples: Sequence[Sample], what: str) -> None:
-    """Tell the user how many samples have no label, of which training leaves all out."""
+    """Tell the user how many samples have no label, and so are left out of training."""
     none = len(samples) - len(learnable(samples))
     if none:
         console.print(

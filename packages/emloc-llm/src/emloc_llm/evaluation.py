@@ -24,7 +24,7 @@ from emloc.integrations.transformers.generation import (
 )
 from emloc.integrations.transformers.loading import load_tokenizer
 from emloc.integrations.transformers.sampling import in_batches
-from emloc.integrations.transformers.tables import dataset_names, refuse_weights
+from emloc.integrations.transformers.tables import dataset_names, say_unweighted
 from emloc.machine.memory import PeakMemory
 from emloc.machine.progress import progress_bar
 from emloc_llm.data import Sample, encode_all, pad, say_truncated
@@ -37,13 +37,13 @@ def evaluate_model(config: Any, family: ModelFamily) -> dict[str, Any]:
 
     Returns:
         `loss` (per completion token), `exact_match` (share, or None without references), `samples`,
-        `answers` with prompt, reference and prediction of each, and `peak_bytes`; `tasks` with lm-eval's
-        scores, where there are any, and nothing else without a data set.
+        `answers` with prompt, reference and prediction of each, and `peak_bytes`; where tasks
+        are given, lm-eval's scores as `tasks`, which without a data set are all there is.
 
     Raises:
         ConfigError, DataError, DependencyError: see their messages.
     """
-    refuse_weights(config)
+    say_unweighted(config)
     tasks = _lm_eval(config) if config.tasks else {}
     return tasks if tasks and config.dataset is None else {**_scores(config, family), **tasks}
 

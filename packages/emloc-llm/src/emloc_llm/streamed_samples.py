@@ -63,9 +63,10 @@ class StreamedSamples:
         return mixed.shuffle(seed=config.seed, buffer_size=1000)
 
     def figures(self) -> dict[str, int]:
-        """Samples that were read so far, those that come again counted again, and how many were cut."""
+        """Counts of the samples that were read, which is ahead of training and each time that they came, and
+        of those among them that were cut."""
         return {
-            "samples": self._counts["samples"],
+            "read_samples": self._counts["samples"],
             "truncated_samples": self._counts["truncated"],
         }
 
@@ -74,11 +75,11 @@ class StreamedSamples:
         for row in load_rows(config, name):
             sample = encode(row, self._tokenizer, config)
             self._capacity.check(seen(sample, config), self._tokenizer, where_of(row))
-            if sample.truncated:
-                self._say("truncated", f"{row.where} is longer than max_length={config.max_length}")
             if not learnable([sample]):
                 self._say("without labels", f"{row.where} has no label to learn from")
                 continue
+            if sample.truncated:
+                self._say("truncated", f"{row.where} is longer than max_length={config.max_length}")
             taught += 1
             self._counts["samples"] += 1
             yield row.where, {"input_ids": sample.input_ids, "labels": sample.labels}

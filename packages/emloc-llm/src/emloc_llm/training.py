@@ -123,7 +123,7 @@ def _train(config: Any, work: Path, family: TransformersFamily) -> dict[str, Any
         evaluation = learnable(_evaluation_samples(config, tokenizer))
     all_samples = [*samples, *(evaluation or [])]
     capacity.check((ids for s in all_samples for ids in seen(s, config)), tokenizer, "The samples")
-    samples, held_back = hold_back(samples, config)
+    samples, held_back = _split(samples, config)
     arguments = training_arguments(
         SFTConfig,
         config,
@@ -142,11 +142,11 @@ def _train(config: Any, work: Path, family: TransformersFamily) -> dict[str, Any
     )
     checkpoint = Checkpoint.open(path)
     model = frozen_model(family, checkpoint, config, work)
-    whole = [s.input_ids[s.prompt_length :] for s in samples if not s.truncated]
-    closing = closing_tokens(whole, tokenizer)
+    closing = closing_tokens((s.input_ids[s.prompt_length :] for s in samples), tokenizer)
     say_missing_ends(model, tokenizer, closing)
-    say_endless(whole, closing)
-    alone = [cut(sample, config.max_length) for sample in samples]
+    answers = (s.input_ids for s in samples if s.reference is not None and not s.truncated)
+    say_endless(answers, tokenizer)
+    alone = learnable([cut(sample, config.max_length) for sample in samples])
     parts = in_batches(alone, config.per_device_train_batch_size)
     batches = (pad(part, tokenizer.pad_token_id) for part in parts)
     unmarked = deepcopy(tokenizer)  # as it came, whatever training makes of it
@@ -159,7 +159,7 @@ def _train(config: Any, work: Path, family: TransformersFamily) -> dict[str, Any
         task_type=family.task_type,
         family=family,
         adapter=goes_on_from(config, family, checkpoint),
-        held_back=_dataset([cut(s, config.max_length) for s in held_back]) if held_back else None,
+        held_back=_dataset(held_back) if held_back else None,
     )
     unmarked.save_pretrained(work)  # not before: a refusal leaves nothing behind
     figures["summary"] |= (
@@ -171,6 +171,16 @@ def _train(config: Any, work: Path, family: TransformersFamily) -> dict[str, Any
         }
     )
     return figures
+
+
+def _split(samples: list[Sample], config: Any) -> tuple[list[Sample], list[Sample]]:
+    """Samples to learn from, and those held back, which are scored as they are and so must fit alone."""
+    alone = {id(s): cut(s, config.max_length) for s in samples}
+    fitting = [s for s in samples if learnable([alone[id(s)]])]
+    _, held_back = hold_back(fitting, config)
+    chosen = {id(sample) for sample in held_back}
+    rest = [sample for sample in samples if id(sample) not in chosen]
+    return rest, [alone[id(sample)] for sample in held_back]
 
 
 def _evaluation_samples(config: Any, tokenizer: Any) -> list[Sample]:

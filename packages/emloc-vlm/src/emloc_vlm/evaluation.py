@@ -15,7 +15,7 @@ from emloc.integrations.peft.attach import attach
 from emloc.integrations.transformers.answers import AnswerWords, words_of
 from emloc.integrations.transformers.capacity import capacity_of
 from emloc.integrations.transformers.generation import greedy_answers, say_missing_ends
-from emloc.integrations.transformers.tables import dataset_names, refuse_weights
+from emloc.integrations.transformers.tables import dataset_names, say_unweighted
 from emloc.machine.memory import PeakMemory
 from emloc.machine.progress import progress_bar
 from emloc_vlm.encode import answer_words, collate, end_tokens, references_of
@@ -38,7 +38,7 @@ def evaluate_model(config: Any, family: ModelFamily) -> dict[str, Any]:
 
 
 def _evaluate(config: Any, family: ModelFamily) -> dict[str, Any]:
-    refuse_weights(config)
+    say_unweighted(config)
     path = locate(config.model_name_or_path)
     processor = load_processor(path, config.max_dynamic_patch)
     examples = [one for name in dataset_names(config) for one in load_examples(config, name)]

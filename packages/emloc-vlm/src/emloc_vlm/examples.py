@@ -73,9 +73,10 @@ def example_of(
     options = {key: text_of(one, f"option {key}", where) for key, one in options.items()}
     chat = _chat(row, options, where)
     given, alone = _listed(row.get("images"), where), _listed(row.get("image"), where)
-    if any(one == other for one in alone for other in given if isinstance(one, str)):
+    twice = next((one for one in alone if isinstance(one, str) and one in given), None)
+    if twice is not None:
         raise DataError(
-            f"{where}: the columns image and images both name {alone[0]!r}; leave one of them out, or it is "
+            f"{where}: the columns image and images both name {twice!r}; leave one of them out, or it is "
             f"shown twice."
         )
     given += alone
@@ -129,6 +130,8 @@ def _content(value: Any, what: str, where: str) -> list[dict[str, Any]]:
     if not isinstance(value, (list, tuple)):
         return _marked(text_of(value, what, where))
     entries: list[dict[str, Any]] = []
+    kinds = [part.get("type") for part in value if isinstance(part, Mapping)]
+    placed = "image" in kinds or "image_url" in kinds  # marks are then but words
     for part in cast("Sequence[Any]", value):
         entry = cast("Mapping[str, Any]", part) if isinstance(part, Mapping) else {}
         kind = entry.get("type")
@@ -138,7 +141,8 @@ def _content(value: Any, what: str, where: str) -> list[dict[str, Any]]:
                 source = cast("Mapping[str, Any]", source).get("url")
             entries.append({"type": "image", "source": source})
         elif kind == "text":
-            entries += _marked(text_of(entry.get("text"), f"a text entry of {what}", where))
+            text = text_of(entry.get("text"), f"a text entry of {what}", where)
+            entries += [{"type": "text", "text": text}] if placed else _marked(text)
         else:
             raise DataError(
                 f"{where}: {what} has an entry of type {kind!r}; expected image or text."

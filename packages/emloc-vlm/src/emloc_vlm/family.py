@@ -21,7 +21,7 @@ from emloc_vlm.calibration import calibration_batches, patch_mask, without_patch
 from emloc_vlm.data_files import files_of_rows
 from emloc_vlm.internvl_chat import is_internvl_chat, native_view
 from emloc_vlm.internvl_chat_config import native_config
-from emloc_vlm.parts import frozen_modules, part_of
+from emloc_vlm.parts import frozen_modules, part_of, sees
 from emloc_vlm.planned import largest_batch
 from emloc_vlm.training import training_data
 
@@ -127,6 +127,6 @@ class VLMFamily(TransformersFamily):
 def vision_tower(model: Any) -> Any:
     """The module that reads pixels, by the name that the architecture gives it."""
     for name, module in model.named_modules():
-        if name and part_of(name) == "vision":
+        if name and sees(name):
             return module
     raise AttributeError("the model has no vision tower")

@@ -18,9 +18,10 @@ TEXT = ("language_model", "text_model")
 
 # What other names say, such as `vision_projection` or `audio_tower`, outside of blocks.
 _LIKE_PROJECTOR = re.compile(
-    r"project(or|ion)|_proj$|resampler|q_?former|connector|aligner|adapter|merger"
+    r"project(or|ion)|_proj$|vision_embed|resampler|q_?former|connector|aligner|adapter|merger"
 )
 _LIKE_VISION = re.compile(r"vision|visual|image|video|audio|speech|vqmodel")
+_OF_SOUND = re.compile(r"audio|speech")
 
 
 def part_of(name: str) -> str:
@@ -39,6 +40,11 @@ def part_of(name: str) -> str:
     if any(_LIKE_PROJECTOR.search(word) for word in outside):
         return "projector"
     return "vision" if any(_LIKE_VISION.search(word) for word in outside) else "language"
+
+
+def sees(name: str) -> bool:
+    """Return whether a module of that name belongs to what reads pixels, and not sound."""
+    return part_of(name) == "vision" and not _OF_SOUND.search(name)
 
 
 def frozen_modules(model: Any, options: FreezeOptions) -> set[str]:

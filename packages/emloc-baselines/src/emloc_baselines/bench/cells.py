@@ -8,9 +8,10 @@ LoRA for every budget) find it made.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from emloc.config import EvaluateConfig, TrainConfig, build
 from emloc.extend.methods import MethodEntry, Options, Task
@@ -34,11 +35,13 @@ class Data:
         training: options that replace the data set's own in stages that learn.
         validation: options that replace those of evaluate; None: there are no validation data.
         source: the file that was split; a stage that is given another one keeps it.
+        beside: options by which its rows still name pictures; they say nothing about what is learnt.
     """
 
     training: Section
     validation: Section | None
     source: str = ""
+    beside: Section = field(default_factory=dict[str, Any])
 
     def learnt_in(self, options: Section) -> Section:
         """The options of a stage that learns, without the rows that are held out."""
@@ -120,18 +123,21 @@ def prepare_data(config: BenchConfig, dataset: str) -> Data:
     train, validation = split_rows(
         Path(str(source)), config.output_dir / "data", count, config.max_train_samples
     )
-    beside = _beside(config, dataset, Path(str(source)))
-    split = (
-        None if validation is None else {"dataset": str(validation), "num_samples": None, **beside}
-    )
-    return Data({"dataset": str(train), **beside}, given or split, str(source))
+    beside = _beside(config, Path(str(source)))
+    given_beside = {
+        name: value
+        for name, value in config.stage_options("train", dataset).items()
+        if name in beside and value is not None
+    }
+    added = {} if given_beside else beside
+    rows = {"dataset": str(validation), "num_samples": None, **beside, **given_beside}
+    split = None if validation is None else rows
+    return Data({"dataset": str(train), **added}, given or split, str(source), added)
 
 
-def _beside(config: BenchConfig, dataset: str, source: Path) -> Section:
+def _beside(config: BenchConfig, source: Path) -> Section:
     """The options by which rows that have left their folder still name the pictures in it."""
     option = "image_folder"
-    if config.stage_options("train", dataset).get(option) is not None:
-        return {}
     _, family = open_model(config.model_name_or_path)
     known = option in with_family_options(TrainConfig, family).model_fields
     return {option: str(source.absolute().parent)} if known else {}
@@ -180,7 +186,7 @@ def method_cell(
         polish = {**data.learnt_in(polish), "seed": seed}
     own = config.own_options(label)
     task = Task(config.model_name_or_path, keep_ratio, seed, **stages, options=own)
-    steps, inputs = _steps(config, entry, task, polish, evaluate)
+    steps, inputs = _steps(config, entry, task, polish, evaluate, data.beside)
     return Cell(
         dataset=dataset, label=label, method=entry.name,
         keep_ratio=keep_ratio if entry.uses_budget else None, seed=seed,
@@ -190,33 +196,49 @@ def method_cell(
 
 
 def _steps(
-    config: BenchConfig, entry: MethodEntry, task: Task, polish: Section | None, evaluate: Section
+    config: BenchConfig,
+    entry: MethodEntry,
+    task: Task,
+    polish: Section | None,
+    evaluate: Section,
+    beside: Section,
 ) -> tuple[dict[str, str], Section]:
     light: Section = {
         "base": model_digest(config.model_name_or_path),
         "method": entry.trains_as or entry.name,
         "options": content_of(task.options),
         "keep_ratio": task.keep_ratio if entry.uses_budget else None,
-        "compress": stage_content(config, "compress", _with_format(task.compress)),
+        "compress": stage_content(config, "compress", _with_format(task.compress), beside),
         "seed": task.seed,
     }
-    adapter: Section = {**light, "train": stage_content(config, "train", task.train)}
+    adapter: Section = {**light, "train": stage_content(config, "train", task.train, beside)}
     recovered: Section = {
-        **adapter, "recovers_as": entry.name, "correct": stage_content(config, "correct", task.correct),
-    }  # fmt: skip
+        **adapter,
+        "recovers_as": entry.name,
+        "correct": stage_content(config, "correct", task.correct, beside),
+    }
     polished = recovered
     if polish is not None:
-        polished = {**recovered, "polish": stage_content(config, "polish", polish)}
-    score: Section = {**polished, "evaluate": stage_content(config, "evaluate", evaluate)}
+        polished = {**recovered, "polish": stage_content(config, "polish", polish, beside)}
+    score: Section = {**polished, "evaluate": stage_content(config, "evaluate", evaluate, beside)}
     inputs_by_step = {
         "light": light, "adapter": adapter, "recovered": recovered, "polished": polished, "score": score,
     }  # fmt: skip
     return {name: digest(inputs) for name, inputs in inputs_by_step.items()}, score
 
 
-def stage_content(config: BenchConfig, stage: str, options: Options) -> Section:
-    """The options of a stage as `content_of`, with a digest of the files that rows of its data name."""
-    content: Section = content_of(options)
+def stage_content(
+    config: BenchConfig, stage: str, options: Options, beside: Options | None = None
+) -> Section:
+    """The options of a stage as `content_of`, with a digest of the files that rows of its data name.
+
+    Args:
+        beside: options that were added to find these files, and are left out.
+    """
+    added = {} if beside is None else beside
+    content: Section = content_of(
+        {name: value for name, value in options.items() if added.get(name) != value}
+    )
     named = files_named(config.model_name_or_path, stage, json.dumps(options, default=str))
     return {**content, "files": named} if named else content
 

@@ -58,7 +58,13 @@ def folder_named(adapter: Adapter) -> Path | None:
     id stands for what the hub's cache has of it.
     """
     by_peft = _by_peft(adapter)
-    return None if by_peft is None else folder_here(by_peft, _revision(adapter))
+    return None if by_peft is None else folder_here(by_peft, revision_of(adapter))
+
+
+def is_of_hub(adapter: Adapter) -> bool:
+    """Return whether PEFT's config names its base by an id of the hub."""
+    by_peft = _by_peft(adapter)
+    return by_peft is not None and not os.path.exists(by_peft) and looks_like_hub_id(by_peft)
 
 
 def refuse_other_revision(adapter: Adapter, origin: Manifest | None, name: str) -> None:
@@ -71,7 +77,7 @@ def refuse_other_revision(adapter: Adapter, origin: Manifest | None, name: str) 
     Raises:
         MismatchError: PEFT's config has a `revision`, and `name` is a hub id.
     """
-    revision = _revision(adapter)
+    revision = revision_of(adapter)
     if origin is None and revision is not None and not os.path.exists(name):
         by_peft = _by_peft(adapter) or name
         raise MismatchError(
@@ -81,7 +87,7 @@ def refuse_other_revision(adapter: Adapter, origin: Manifest | None, name: str) 
         )
 
 
-def _revision(adapter: Adapter) -> str | None:
+def revision_of(adapter: Adapter) -> str | None:
     """The revision in PEFT's config, unless it is what a hub id stands for anyway."""
     revision = adapter.config.get("revision")
     return revision if isinstance(revision, str) and revision not in ("", "main") else None

@@ -15,7 +15,7 @@ from emloc.adapters.adapted_weights import part_weights
 from emloc.adapters.belonging import is_emulator
 from emloc.adapters.frozen_weights import FrozenWeights
 from emloc.artefacts.adapter import Adapter
-from emloc.artefacts.adapter_base import folder_named
+from emloc.artefacts.adapter_base import folder_named, is_of_hub
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.intact import require_intact, require_read
 from emloc.artefacts.manifest import Manifest, ModelReference
@@ -203,14 +203,15 @@ def _refuse_foreign_folder(adapter: Adapter, emulator: str, manifest: Manifest) 
     if folder is None or folder.resolve() == Path(emulator).resolve():
         return
     named = Manifest.find(folder)
-    if named is None and is_emulator(folder):
+    if named is None and (is_emulator(folder) or is_of_hub(adapter)):
         return  # the hub's cache has what `from_pretrained` reads, which says no more
+    shown = adapter.config["base_model_name_or_path"] if is_of_hub(adapter) else folder
     same = (
         named is not None
         and named.summary.get("emulator_digest") == (manifest.summary["emulator_digest"])
     )
     if not same:
         raise MismatchError(
-            f"Adapter {adapter.path} was trained on {folder} according to its adapter_config.json, not on "
+            f"Adapter {adapter.path} was trained on {shown} according to its adapter_config.json, not on "
             f"{emulator}; pass the emulator that it was trained on."
         )

@@ -13,7 +13,12 @@ from torch import nn
 from emloc.adapters.adapted_weights import part_weights
 from emloc.adapters.rounding import RoundedBase, Rounding
 from emloc.artefacts.adapter import Adapter
-from emloc.artefacts.adapter_base import named_base, refuse_other_revision, require_base
+from emloc.artefacts.adapter_base import (
+    named_base,
+    refuse_other_revision,
+    require_base,
+    revision_of,
+)
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.intact import require_read
 from emloc.artefacts.json_files import read_json
@@ -121,7 +126,7 @@ def _stated(adapter: Adapter, origin: Manifest | None) -> Mapping[str, Any] | No
         MismatchError: it was trained on an emulator, in full precision, or in few bits of another kind.
     """
     name = named_base(adapter, origin) or str(adapter.config.get("base_model_name_or_path") or "")
-    entry = _quantisation(name)
+    entry = _quantisation(name, revision_of(adapter))
     method = None if entry is None else entry.get("quant_method")
     if method == "bitsandbytes":
         return entry
@@ -144,9 +149,9 @@ def _stated(adapter: Adapter, origin: Manifest | None) -> Mapping[str, Any] | No
     return None
 
 
-def _quantisation(name: str) -> Mapping[str, Any] | None:
+def _quantisation(name: str, revision: str | None) -> Mapping[str, Any] | None:
     """`quantization_config` of a folder, or of a hub id that is in the cache; None if there is none."""
-    folder = folder_here(name)
+    folder = folder_here(name, revision)
     path = None if folder is None else folder / layout_of(folder).config
     entry = read_json(path).get("quantization_config") if path and path.is_file() else None
     return cast("Mapping[str, Any]", entry) if isinstance(entry, dict) else None

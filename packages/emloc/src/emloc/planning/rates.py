@@ -110,7 +110,7 @@ def _seconds(call: Callable[[], object], device: str, atleast: float = 0.3) -> f
 
 
 def _fresh(far: Tensor, other: Tensor, device: str) -> float:
-    """Bytes a second by which a new tensor is slower than one that is there."""
+    """Bytes a second of the time that a new tensor takes longer than one that is there already."""
     if device.startswith("cuda"):
         return NEVER
     new = _seconds(lambda: far * far, device)

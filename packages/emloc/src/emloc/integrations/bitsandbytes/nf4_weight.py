@@ -48,11 +48,12 @@ class NF4Weight:
             blocksize=SCALES,
             dtype=torch.float32,
         )
+        numel = (
+            self.shape[0] * self.shape[1]
+        )  # one row: of several, some CPUs decode the blocks wrongly
         state = functional.QuantState(
             absmax=self.absmax,
-            shape=torch.Size(
-                [self.shape[0] * self.shape[1]]
-            ),  # row by row, some CPUs decode wrongly
+            shape=torch.Size([numel]),
             code=functional.get_4bit_type("nf4", device=device),
             blocksize=BLOCK,
             quant_type="nf4",

@@ -207,7 +207,9 @@ def _say_unshown_keys(turns: Sequence[Turn], whole: str, template: str, text: An
         having = [index for index, turn in enumerate(turns) if key in turn]
         if having[-1] == len(turns) - 1:
             having = having[-1:]
-        if not any(_shows(turns, index, key, whole, template, text) for index in having):
+        # The first and the last one stand for all: each is a rendering of the chat.
+        some = dict.fromkeys((having[0], having[-1]))
+        if not any(_shows(turns, index, key, whole, template, text) for index in some):
             _say_once(f"The model's chat template does not show {key!r} of turns: it is not used")
 
 

@@ -37,9 +37,7 @@ def closing_tokens(answers: Iterable[Sequence[int]], tokenizer: Any) -> set[int]
     closing: set[int] = set()
     inside: set[int] = set()
     for ids in answers:
-        end = len(ids)
-        while end and (ids[end - 1] in special or not tokenizer.decode([ids[end - 1]]).strip()):
-            end -= 1
+        end = _end(ids, special, tokenizer)
         closing |= special.intersection(ids[end:])
         inside |= special.intersection(ids[:end])
     return closing - inside
@@ -75,19 +73,33 @@ def say_missing_ends(model: Any, tokenizer: Any, closing: Collection[int]) -> No
         )
 
 
-def say_endless(answers: Sequence[Sequence[int]], closing: Collection[int]) -> None:
+def say_endless(answers: Iterable[Sequence[int]], tokenizer: Any) -> None:
     """Tell the user where no answer has an end, as with templates that begin the next turn instead.
 
     Args:
-        answers: token ids of whole answers, with what closes them.
-        closing: the tokens that do.
+        answers: token ids that end where an answer does, with what closes it.
+        tokenizer: the model's, which knows its special tokens.
     """
-    if answers and not closing:
+    special = _special_ids(tokenizer)
+    endless = False
+    for ids in answers:
+        if special.intersection(ids[_end(ids, special, tokenizer) :]):
+            return
+        endless = True
+    if endless:
         console.print(
             "note: no answer ends in a special token, so the LoRA does not learn where an answer ends; a "
             "chat template that closes the assistant's turn would teach it",
             markup=False,
         )
+
+
+def _end(ids: Sequence[int], special: set[int], tokenizer: Any) -> int:
+    """The place behind the last word, where special tokens and space begin."""
+    end = len(ids)
+    while end and (ids[end - 1] in special or not tokenizer.decode([ids[end - 1]]).strip()):
+        end -= 1
+    return end
 
 
 def greedy_answers(

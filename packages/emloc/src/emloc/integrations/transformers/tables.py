@@ -22,6 +22,7 @@ from emloc.integrations.transformers.data.folders import ADDRESS, folder_rows
 from emloc.integrations.transformers.data.hub import hub_rows
 from emloc.integrations.transformers.data.rows import AnyRows, Row, Rows, RowStream
 from emloc.integrations.transformers.text_options import RowOptions
+from emloc.machine.progress import console
 from emloc.machine.special_files import refuse_special
 
 SampleT = TypeVar("SampleT")
@@ -93,28 +94,19 @@ def _reader(name: str, split: str, streaming: bool) -> Callable[[], Iterable[Row
 
 
 def evaluation_split(config: Any) -> str:
-    """The split of `eval_dataset` that is evaluated while training goes on; none of a file.
-
-    Raises:
-        DataError: a split of a file is asked for.
-    """
-    if not os.path.isfile(config.eval_dataset):
-        return str(config.eval_dataset_split)
-    if "eval_dataset_split" in config.model_fields_set:
-        require_whole_file(config.eval_dataset, config.eval_dataset_split)
-    return ""
+    """The split of `eval_dataset` that is evaluated while training goes on; none of a file by default."""
+    given = "eval_dataset_split" in config.model_fields_set
+    return (
+        str(config.eval_dataset_split) if given or not os.path.isfile(config.eval_dataset) else ""
+    )
 
 
-def refuse_weights(config: Any) -> None:
-    """Refuse weights where every sample is scored.
-
-    Raises:
-        ConfigError: `dataset_weights` is given.
-    """
+def say_unweighted(config: Any) -> None:
+    """Say that weights, which stages of a run may share, do not count where all is scored."""
     if config.dataset_weights:
-        raise ConfigError(
-            "evaluate: dataset_weights is for mixtures that are learnt from, and here every sample of every "
-            "data set is scored; leave it out."
+        console.print(
+            "evaluate: every sample of every data set is scored once, whatever dataset_weights says",
+            markup=False,
         )
 
 

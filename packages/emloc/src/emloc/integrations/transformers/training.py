@@ -97,7 +97,7 @@ def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(6, 4))
     axes = figure.add_axes(
         (0.14, 0.13, 0.83, 0.83)
-    )  # a layout by itself would draw everything twice
+    )  # an automatic layout would draw everything twice
     for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if points:
