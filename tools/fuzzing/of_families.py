@@ -22,7 +22,13 @@ from fuzzing.examples import Examples, document
 from fuzzing.of_data import OPTIONS
 from fuzzing.parser import Parser
 
-VISUAL = {**OPTIONS, "image_folder": None, "on_bad_image": "stop", "max_length": 512}
+VISUAL = {
+    **OPTIONS,
+    "image_folder": None,
+    "on_bad_image": "stop",
+    "max_length": 512,
+    "max_dynamic_patch": None,
+}
 IMAGE = "a.png"
 ENTRIES = [{"type": "image", "image": IMAGE}, {"type": "text", "text": "Colour?"}]
 VISUAL_ROWS = {

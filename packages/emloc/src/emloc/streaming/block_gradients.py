@@ -300,7 +300,7 @@ def _hooks(stream: UnitStream, kept: KeptInputs) -> Iterator[None]:
 
 
 def _is_shared(passage: _Passage) -> bool:
-    """Return whether blocks read what was made with a graph outside of them, as FLUX's modulation is.
+    """Return whether blocks read what was made with a graph outside of them, such as one modulation for all.
 
     What follows the last block may have read it too, and must then leave its graph to them. A graph that
     only goes from block to block is let go of at once.
