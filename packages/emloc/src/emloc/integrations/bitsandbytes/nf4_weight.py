@@ -48,9 +48,8 @@ class NF4Weight:
             blocksize=SCALES,
             dtype=torch.float32,
         )
-        numel = (
-            self.shape[0] * self.shape[1]
-        )  # one row: of several, some CPUs decode the blocks wrongly
+        # As one row: of several, some processors decode the blocks wrongly.
+        numel = self.shape[0] * self.shape[1]
         state = functional.QuantState(
             absmax=self.absmax,
             shape=torch.Size([numel]),
