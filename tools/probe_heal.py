@@ -50,22 +50,23 @@ class Repair:
     def __init__(self, layer: nn.Module, weight: Tensor) -> None:
         self.kept = [layer.get_parameter(name).detach() for name in ("left", "right")]
         self.trained = [nn.Parameter(factor.clone().float()) for factor in self.kept]
-        self._weight, self.error = weight, torch.tensor(0.0)
+        self._weight, self.error, self.measured = weight, torch.tensor(0.0), True
         layer.register_forward_hook(self._add)
 
     def _add(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         def added(x: Tensor) -> Tensor:
             (left, right), (old_left, old_right) = self.trained, self.kept
-            return x @ right.T @ left.T - x @ old_right.T @ old_left.T
+            return x @ right.to(x).T @ left.to(x).T - x @ old_right.T @ old_left.T
 
         x = inputs[0].detach()
-        with torch.no_grad():
-            bias = getattr(layer, "bias", None)
-            off = nn.functional.linear(x, self._weight) - (
-                output if bias is None else output - bias
-            )
-            before = off.square().sum().clamp(min=1e-30)
-        self.error = (off - added(x)).square().sum() / before
+        if self.measured:
+            with torch.no_grad():
+                bias = getattr(layer, "bias", None)
+                off = nn.functional.linear(x, self._weight) - (
+                    output if bias is None else output - bias
+                )
+                before = off.float().square().sum().clamp(min=1e-30)
+            self.error = (off - added(x)).float().square().sum() / before
         return output + added(inputs[0])
 
 
@@ -73,8 +74,8 @@ def divergence(model: Any, base: Any, batch: dict[str, Tensor]) -> Tensor:
     """The mean over tokens of the divergence from the base's predictions."""
     given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     with torch.no_grad():
-        expected = base(**given, use_cache=False).logits.log_softmax(-1)
-    predicted = model(**given, use_cache=False).logits.log_softmax(-1)
+        expected = base(**given, use_cache=False).logits.float().log_softmax(-1)
+    predicted = model(**given, use_cache=False).logits.float().log_softmax(-1)
     each = (expected.exp() * (expected - predicted)).sum(-1)
     mask = batch["attention_mask"].bool()
     return each[mask].mean()
@@ -145,8 +146,8 @@ def main() -> None:
     started = time.monotonic()
     manifest = Manifest.read(options.emulator)
     checkpoint, family = open_model(manifest.base_model.name_or_path, None, None)
-    base = family.load(checkpoint, "float32", "cpu").eval().requires_grad_(False)
-    emulator = family.load(Checkpoint.open(str(options.emulator)), "float32", "cpu").eval()
+    base = family.load(checkpoint, "auto", "cpu").eval().requires_grad_(False)
+    emulator = family.load(Checkpoint.open(str(options.emulator)), "auto", "cpu").eval()
     emulator.requires_grad_(False)
     repairs: dict[str, Repair] = {}
     for name, layer in emulator.named_modules():
@@ -165,6 +166,8 @@ def main() -> None:
     def measured() -> tuple[float, float]:
         """The divergence of what was held back, and the mean of the layers' relative errors."""
         values, errors = list[float](), list[float]()
+        for repair in repairs.values():
+            repair.measured = True
         for batch in held_back:
             values.append(float(divergence(emulator, base, batch)))
             errors.append(sum(float(repair.error) for repair in repairs.values()) / len(repairs))
@@ -175,6 +178,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(factors, lr=options.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
     for step in range(options.steps):
+        for repair in repairs.values():
+            repair.measured = bool(options.leash)
         value = divergence(emulator, base, next(rest))
         drift = torch.stack([repair.error for repair in repairs.values()]).mean()
         (value + options.leash * drift).backward()

@@ -15,13 +15,19 @@ from torch import Tensor
 
 from emloc.linalg.trellis import STATES, levels
 
+LANES = 64
+"""Sequences that are followed together, at most; costs of more would not stay in the processor's cache."""
+
+NEIGHBOURS = 16
+"""Sequences that one instruction may follow, at most; their number is filled up to a multiple of it."""
+
 
 def compiled_path(numbers: Tensor, weights: Tensor, bits: int, ends: Tensor | None) -> Tensor:
     """`path_by_tensors`, of tensors of the CPU."""
     path = torch.empty(numbers.shape, dtype=torch.uint8)
     known = torch.empty(0, dtype=torch.uint8) if ends is None else ends
     given = (numbers.float().contiguous(), weights.float().contiguous(), levels(bits), known, path)
-    _functions(bits)[0](*(part.numpy() for part in given))
+    _functions()[0](*(part.numpy() for part in given), bits)
     return path
 
 
@@ -45,79 +51,94 @@ def compiled_column(
         values: by rows; written.
     """
     given = (numbers, weights, levels(bits), windows, values)
-    _functions(bits)[1](*(part.numpy() for part in given), junction, known)
+    _functions()[1](*(part.numpy() for part in given), bits, junction, known)
 
 
 @cache
-def _functions(bits: int) -> Any:
-    """The search of sequences and that of a column, compiled for codes of so many bits.
+def _functions() -> Any:
+    """The search of sequences and that of a column, compiled.
 
     They are kept on disk where that can be.
     """
     try:
-        return _made(bits, numba.njit(nogil=True, cache=True))
+        return _made(numba.njit(nogil=True, cache=True))
     except RuntimeError:  # there is no folder that may be written
-        return _made(bits, numba.njit(nogil=True))
+        return _made(numba.njit(nogil=True))
 
 
-def _made(bits: int, compiled: Any) -> Any:
-    """The functions; what they enclose are whole numbers, by which Numba knows them again."""
-    BITS, FAN, CLASSES = bits, 1 << bits, STATES >> bits
+def _made(compiled: Any) -> Any:
+    @compiled
+    def sequences(numbers, weights, levels, ends, path, bits):
+        level, square = _by_code(levels, bits)
+        steps, count = numbers.shape
+        own, heavy = _room(steps, count)
+        given = np.full(own.shape[1], -1)
+        paths = np.empty(own.shape, np.uint8)
+        for start in range(0, count, LANES):
+            some = min(LANES, count - start)
+            own[:, :some] = numbers[:, start : start + some]
+            heavy[:, :some] = weights[:, start : start + some]
+            if len(ends):
+                given[:some] = ends[start : start + some]
+            _follow(own, heavy, level, square, given, paths, bits)
+            path[:, start : start + some] = paths[:, :some]
 
     @compiled
-    def sequences(numbers, weights, levels, ends, path):
-        level, square = _by_code(levels, FAN, CLASSES)
-        for one in range(numbers.shape[1]):
-            end = np.int64(ends[one]) if len(ends) else np.int64(-1)
-            own, heavy = numbers[:, one].copy(), weights[:, one].copy()
-            _follow(own, heavy, level, square, end, path[:, one], BITS, FAN, CLASSES)
-
-    @compiled
-    def column(numbers, weights, levels, windows, values, junction, known):
-        level, square = _by_code(levels, FAN, CLASSES)
+    def column(numbers, weights, levels, windows, values, bits, junction, known):
+        level, square = _by_code(levels, bits)
         steps, count = windows.shape
         rows, half = len(numbers), steps // 2
-        own, heavy = np.empty(steps, np.float32), np.empty(steps, np.float32)
-        joint, joint_heavy = np.empty(2 * junction, np.float32), np.empty(2 * junction, np.float32)
-        path, joint_path = np.empty(steps, np.uint8), np.empty(2 * junction, np.uint8)
-        short, tried = steps < 2 * junction, np.empty(steps, np.uint8)
-        for one in range(count):
-            start = one * steps
-            turned = half if known and not short else 0  # the first step of the search
-            for step in range(steps):
-                row = start + (step + turned) % steps
-                own[step] = numbers[row] if row < rows else np.float32(0)
-                heavy[step] = weights[row] if row < rows else np.float32(0)
-            first, last = np.int64(0), np.int64(CLASSES)  # the ends that are tried
-            if known and not short:
-                first = np.int64(windows[half - 1, one])
-            elif not short:
-                for step in range(2 * junction):
-                    place = (step - junction) % steps
-                    joint[step], joint_heavy[step] = own[place], heavy[place]
-                any_end = np.int64(-1)
-                _follow(joint, joint_heavy, level, square, any_end, joint_path, BITS, FAN, CLASSES)
-                first = np.int64(joint_path[junction - 1])
-            if not short:
-                last = first + 1
-            least = np.inf
-            for end in range(first, last):
-                _follow(own, heavy, level, square, end, tried, BITS, FAN, CLASSES)
-                cost = 0.0
+        short = steps < 2 * junction
+        turned = half if known and not short else 0  # the first step of the search
+        own, heavy = _room(steps, count)
+        lanes = own.shape[1]
+        joint, joint_heavy = _room(2 * junction, count)
+        path, joint_path = np.empty(own.shape, np.uint8), np.empty(joint.shape, np.uint8)
+        tried, ends, least = (
+            np.empty(own.shape, np.uint8),
+            np.empty(lanes, np.int64),
+            np.empty(lanes),
+        )
+        for start in range(0, count, LANES):
+            some = min(LANES, count - start)
+            for lane in range(some):
                 for step in range(steps):
-                    off = np.float64(levels[tried[step]]) - np.float64(own[step])
-                    cost += off * off * np.float64(heavy[step])
-                if cost < least or end == first:
-                    least = cost
-                    path[:] = tried
+                    row = (start + lane) * steps + (step + turned) % steps
+                    own[step, lane] = numbers[row] if row < rows else np.float32(0)
+                    heavy[step, lane] = weights[row] if row < rows else np.float32(0)
+            if short:
+                for end in range(STATES >> bits):  # all are tried
+                    ends[:] = end
+                    _follow(own, heavy, level, square, ends, tried, bits)
+                    for lane in range(some):
+                        cost = 0.0
+                        for step in range(steps):
+                            off = np.float64(levels[tried[step, lane]]) - np.float64(
+                                own[step, lane]
+                            )
+                            cost += off * off * np.float64(heavy[step, lane])
+                        if cost < least[lane] or end == 0:
+                            least[lane] = cost
+                            path[:, lane] = tried[:, lane]
+            else:
+                ends[:] = -1
+                if known:
+                    ends[:some] = windows[half - 1, start : start + some]
+                else:
+                    joint[:junction], joint[junction:] = own[steps - junction :], own[:junction]
+                    joint_heavy[:junction] = heavy[steps - junction :]
+                    joint_heavy[junction:] = heavy[:junction]
+                    _follow(joint, joint_heavy, level, square, ends, joint_path, bits)
+                    ends[:some] = joint_path[junction - 1, :some]
+                _follow(own, heavy, level, square, ends, path, bits)
             for step in range(steps):
-                windows[(step + turned) % steps, one] = path[step]
+                windows[(step + turned) % steps, start : start + some] = path[step, :some]
         # Windows by the codes alone: of the last one, the first bits need not be those that it ends with.
         for one in range(count):
             window = np.int64(0)
             for step in range(2 * steps):
                 at = step % steps
-                window = ((window << BITS) | (windows[at, one] & (FAN - 1))) & (STATES - 1)
+                window = ((window << bits) | (windows[at, one] & ((1 << bits) - 1))) & (STATES - 1)
                 if step >= steps:
                     windows[at, one] = window
                     if one * steps + at < rows:
@@ -126,60 +147,82 @@ def _made(bits: int, compiled: Any) -> Any:
     return sequences, column
 
 
-@numba.njit(inline="always")
-def _by_code(levels, FAN, CLASSES):
+@numba.njit(nogil=True)
+def _room(steps, count):
+    """Numbers and weights of as many sequences as are followed together, zeros."""
+    lanes = min(LANES, -(-count // NEIGHBOURS) * NEIGHBOURS)
+    return np.zeros((steps, lanes), np.float32), np.zeros((steps, lanes), np.float32)
+
+
+@numba.njit(nogil=True)
+def _by_code(levels, bits):
     """The levels and their squares, code by code."""
-    level = np.empty(STATES, np.float32)
-    for code in range(FAN):
-        for kind in range(CLASSES):
-            level[code * CLASSES + kind] = levels[kind * FAN + code]
+    fan, classes, level = 1 << bits, STATES >> bits, np.empty(STATES, np.float32)
+    for code in range(fan):
+        for kind in range(classes):
+            level[code * classes + kind] = levels[kind * fan + code]
     return level, level * level
 
 
 @numba.njit(inline="always")
-def _follow(numbers, weights, level, square, ends, path, BITS, FAN, CLASSES):
-    """Write the path of one sequence.
+def _follow(numbers, weights, level, square, ends, path, bits):
+    """Write the paths of sequences that lie beside one another, steps × lanes.
 
-    Costs lie code by code, so that loops run over neighbouring numbers: that of a window is at
-    `code · CLASSES + class`, of which the window is `class · FAN + code`.
+    The innermost loops run over lanes and read what does not depend on them beforehand: only then do they
+    become instructions for many lanes at once.
 
     Args:
-        ends: see `path_by_tensors`; -1: any.
-        BITS, FAN, CLASSES: constants where this is inlined, so that loops are unrolled.
+        level, square: at `code · classes + class` those of the window `class · fan + code`.
+        ends: see `path_by_tensors`, by lanes; -1: any.
     """
-    LATER = CLASSES // FAN
-    steps = len(numbers)
-    least, costs = np.zeros(CLASSES, np.float32), np.empty(STATES, np.float32)
-    back = np.empty((steps, CLASSES), np.uint8)
-    if ends >= 0:
-        least[:] = np.float32(np.inf)
-        least[ends & (CLASSES - 1)] = np.float32(0)
+    fan, classes = 1 << bits, STATES >> bits
+    kinds = classes // fan
+    steps, lanes = numbers.shape
+    least, following = (
+        np.empty((classes, lanes), np.float32),
+        np.empty((classes, lanes), np.float32),
+    )
+    back = np.empty((steps, classes, lanes), np.uint8)
+    for kind in range(classes):
+        for lane in range(lanes):
+            open_ = ends[lane] < 0 or ends[lane] & (classes - 1) == kind
+            least[kind, lane] = np.float32(0) if open_ else np.float32(np.inf)
+    slope = np.empty(lanes, np.float32)
     for step in range(steps):
-        weight = weights[step]
-        slope = np.float32(-2) * weight * numbers[step]
-        for code in range(FAN):
-            for kind in range(CLASSES):
-                at = code * CLASSES + kind
-                costs[at] = (weight * square[at] + slope * level[at]) + least[kind]
+        weight, number = weights[step], numbers[step]
+        for lane in range(lanes):
+            slope[lane] = np.float32(-2) * weight[lane] * number[lane]
         if step + 1 == steps:
             break
-        for code in range(FAN):
-            for later in range(LATER):
-                best, chosen = costs[code * CLASSES + later], np.uint8(0)
-                for first in range(1, FAN):
-                    tried = costs[code * CLASSES + first * LATER + later]
-                    chosen = np.uint8(first) if tried < best else chosen
-                    best = tried if tried < best else best
-                least[later * FAN + code] = best
-                back[step, later * FAN + code] = chosen
-    window, best = 0, np.float32(np.inf)
-    for tried in range(STATES):
-        cost = costs[(tried & (FAN - 1)) * CLASSES + (tried >> BITS)]
-        fits = ends < 0 or (tried ^ ends) & (CLASSES - 1) == 0
-        if fits and cost < best:
-            window, best = tried, cost
-    path[steps - 1] = window
-    for step in range(steps - 2, -1, -1):
-        kind = window >> BITS
-        window = kind + CLASSES * np.int64(back[step, kind])
-        path[step] = window
+        for later in range(kinds):
+            for code in range(fan):
+                best, chosen = following[later * fan + code], back[step, later * fan + code]
+                one, squared = level[code * classes + later], square[code * classes + later]
+                before = least[later]
+                for lane in range(lanes):
+                    best[lane] = (weight[lane] * squared + slope[lane] * one) + before[lane]
+                    chosen[lane] = 0
+                for first in range(1, fan):
+                    kind = first * kinds + later
+                    one, squared = level[code * classes + kind], square[code * classes + kind]
+                    before = least[kind]
+                    for lane in range(lanes):
+                        tried = (weight[lane] * squared + slope[lane] * one) + before[lane]
+                        so_far, choice = best[lane], chosen[lane]
+                        chosen[lane] = np.uint8(first) if tried < so_far else choice
+                        best[lane] = tried if tried < so_far else so_far
+        least, following = following, least
+    for lane in range(lanes):
+        window, lowest = 0, np.float32(np.inf)
+        for tried in range(STATES):
+            at = (tried & (fan - 1)) * classes + (tried >> bits)
+            cost = weights[steps - 1, lane] * square[at] + slope[lane] * level[at]
+            cost += least[tried >> bits, lane]
+            fits = ends[lane] < 0 or (tried ^ ends[lane]) & (classes - 1) == 0
+            if fits and cost < lowest:
+                window, lowest = tried, cost
+        path[steps - 1, lane] = window
+        for step in range(steps - 2, -1, -1):
+            kind = window >> bits
+            window = kind + classes * np.int64(back[step, kind, lane])
+            path[step, lane] = window
