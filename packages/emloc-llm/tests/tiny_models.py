@@ -99,6 +99,10 @@ def write_tiny(folder, model_type, dtype=torch.float32, seed=0, **saving):
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.1)
+        named = dict(model.named_parameters(remove_duplicate=False))
+        for name, stored in model.state_dict().items():
+            if name not in named and stored.is_floating_point():
+                stored.uniform_(0.5, 1.5)
     model.to(dtype).save_pretrained(folder, **saving)
     byte_tokenizer().save_pretrained(folder)
     return model

@@ -290,7 +290,8 @@ def _hooks(stream: UnitStream, kept: KeptInputs) -> Iterator[None]:
     for block in stream.blocks:
         module = stream.model.get_submodule(block)
         handles.append(module.register_forward_pre_hook(enter(block), with_kwargs=True))
-        handles.append(module.register_forward_hook(leave(block), with_kwargs=True))
+        # Before hooks that stay, by which transformers takes hidden states of blocks in the middle.
+        handles.append(module.register_forward_hook(leave(block), with_kwargs=True, prepend=True))
     try:
         yield
     finally:

@@ -6,7 +6,8 @@ Embedding tables are neither loaded nor converted: rows are looked up in the mem
 they cost no anonymous memory, and the result is converted.
 
 Precision: units run in float32 (float64 for a float64 checkpoint), whatever the checkpoint stores, unless
-another dtype is asked for.
+another dtype is asked for. What the skeleton has in a wider one (routers' biases, of which transformers
+keeps some in float32 always) stays in that.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,12 +33,14 @@ class Place(NamedTuple):
         leaf: its name there.
         name: the parameter's name in the skeleton.
         shape: as the config implies.
+        dtype: what it computes in.
     """
 
     owner: nn.Module
     leaf: str
     name: str
     shape: torch.Size
+    dtype: torch.dtype
 
 
 class UnitStream:
@@ -47,7 +50,7 @@ class UnitStream:
         model: the skeleton.
         blocks: the repeated units in forward order.
         units: all names to rendezvous at, blocks included.
-        dtype: what units compute in.
+        dtype: what units compute in, but for what the skeleton has in a wider one.
         instead: parameters that replace the checkpoint's.
         places: the parameters of every unit, but for tables on file.
     """
@@ -79,6 +82,9 @@ class UnitStream:
                 continue
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)  # pyright: ignore[reportPrivateUsage]
+        for name, module in self.model.named_modules():
+            if not _inside(name, self.units):
+                self._fill_buffers(module, name, recurse=False)
 
     def stored(self, parameter: str) -> StoredParameter:
         """Find how the checkpoint stores a parameter.
@@ -145,7 +151,7 @@ class UnitStream:
         return [
             (
                 others[place.name] if place.name in others else self.tensor(place.name, place.shape)
-            ).to(self.device, self.dtype)
+            ).to(self.device, place.dtype)
             for place in self.places[unit]
         ]
 
@@ -185,20 +191,30 @@ class UnitStream:
     def _places_of(self, unit: str) -> list[Place]:
         module = self.model.get_submodule(unit)
         return [
-            Place(owner, leaf, f"{unit}.{path}", parameter.shape)
+            Place(owner, leaf, f"{unit}.{path}", parameter.shape, self._computed(parameter))
             for path, parameter in module.named_parameters(remove_duplicate=False)
             for owner, leaf in [_owner(module, path)]
             if unit in self.blocks or not isinstance(owner, nn.Embedding)  # those are on file
         ]
 
-    def _fill_buffers(self, module: nn.Module, unit: str) -> None:
-        """Buffers that the checkpoint stores (few and small) are read and stay."""
-        for path, buffer in module.named_buffers():
-            name = f"{unit}.{path}"
-            if name in self.checkpoint.tensors:
-                owner, leaf = _owner(module, path)
-                value = self.checkpoint.read(name)
-                dtype = self.dtype if value.is_floating_point() else buffer.dtype
+    def _computed(self, tensor: Tensor) -> torch.dtype:
+        """The dtype that a floating tensor of the skeleton computes in."""
+        return tensor.dtype if tensor.dtype.itemsize > self.dtype.itemsize else self.dtype
+
+    def _fill_buffers(self, module: nn.Module, name: str, recurse: bool = True) -> None:
+        """Buffers that the checkpoint stores (few and small) are read and stay.
+
+        Those that a model never stores are its own, whatever older files hold.
+        """
+        for path, buffer in module.named_buffers(recurse=recurse):
+            owner, leaf = _owner(module, path)
+            if leaf in owner._non_persistent_buffers_set:  # pyright: ignore[reportPrivateUsage]
+                continue
+            buffer_name = f"{name}.{path}" if name else path
+            stored = self.family.stored(self.model, buffer_name, self.checkpoint)
+            if stored is not None:
+                value = stored.read(self.checkpoint.read)
+                dtype = self._computed(buffer) if buffer.is_floating_point() else buffer.dtype
                 owner._buffers[leaf] = value.to(self.device, dtype)  # pyright: ignore[reportPrivateUsage]
 
     def _strays(self) -> list[str]:
@@ -220,7 +236,7 @@ class UnitStream:
     def _keep_loaded(self, name: str, module: nn.Module) -> None:
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             value = self.tensor(f"{name}.{leaf}" if name else leaf, parameter.shape)
-            value = value.to(self.device, self.dtype)
+            value = value.to(self.device, self._computed(parameter))
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)  # pyright: ignore[reportPrivateUsage]
 
     def _keep_on_file(self, name: str, module: nn.Embedding) -> None:

@@ -72,8 +72,12 @@ class StreamedModel:
     @property
     def unit_bytes(self) -> int:
         """Bytes of the largest unit as it computes."""
-        sizes = [sum(p.shape.numel() for p in places) for places in self._stream.places.values()]
-        return max(sizes, default=0) * self._stream.dtype.itemsize
+        units = self._stream.places.values()
+        return max((sum(p.shape.numel() * p.dtype.itemsize for p in u) for u in units), default=0)
+
+    def computed(self, tensor: Tensor) -> Tensor:
+        """A floating tensor where the model computes, and in its dtype."""
+        return tensor.to(self._stream.device, self._stream.dtype)
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
@@ -85,7 +89,7 @@ class StreamedModel:
         for place in (place for places in stream.places.values() for place in places):
             parameters = place.owner._parameters  # pyright: ignore[reportPrivateUsage]
             empty.append((place.owner, place.leaf, parameters[place.leaf]))
-            shown = torch.zeros((), dtype=stream.dtype, device=stream.device).expand(place.shape)
+            shown = torch.zeros((), dtype=place.dtype, device=stream.device).expand(place.shape)
             parameters[place.leaf] = nn.Parameter(shown, requires_grad=False)
         try:
             yield

@@ -10,7 +10,8 @@ def read_rows(module: nn.Embedding, device: torch.device, dtype: torch.dtype) ->
     """Have a table on the CPU give its rows on the device of computation and in its dtype.
 
     A table that multiplies its rows by a scale (`embed_scale`, as Gemma's and BART's do) does so in the
-    dtype of its weight; it gets those that are asked for in the dtype of computation first.
+    dtype of its weight; it gets those that are asked for in the dtype of computation first. A copy that is
+    trained has its hooks from here and is in memory: they let it be.
     """
     stored: list[tuple[Any, int | None]] = []
 
@@ -20,7 +21,9 @@ def read_rows(module: nn.Embedding, device: torch.device, dtype: torch.dtype) ->
 
     def to_file(
         table: nn.Embedding, inputs: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if table.weight.requires_grad:
+            return None
         inputs, named = tuple(map(on_cpu, inputs)), {key: on_cpu(v) for key, v in named.items()}
         ids = [value for value in (*inputs, *named.values()) if isinstance(value, Tensor)]
         weight = table.weight
@@ -38,6 +41,8 @@ def read_rows(module: nn.Embedding, device: torch.device, dtype: torch.dtype) ->
         return tuple(map(in_rows, inputs)), {key: in_rows(v) for key, v in named.items()}
 
     def to_compute(table: nn.Embedding, __: object, output: Any) -> Any:
+        if table.weight.requires_grad:
+            return output
         if stored:
             table.weight, table.padding_idx = stored.pop()
         return output.to(device, dtype) if isinstance(output, Tensor) else output

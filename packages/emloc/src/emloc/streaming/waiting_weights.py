@@ -20,7 +20,7 @@ from torch import Tensor
 from emloc.layers.coded_weight import CodedWeight
 from emloc.machine.pinned import pinned
 from emloc.streaming.coded_blocks import coded
-from emloc.streaming.stream import UnitStream
+from emloc.streaming.stream import Place, UnitStream
 
 Medium = Literal["disk", "ram"]
 """Disk or memory, where something waits."""
@@ -78,8 +78,10 @@ class WaitingWeights:
         stream = self._stream
         if self._copies is None:
             return []
-        shapes = [place.shape for place in stream.places[unit]]
-        room = [torch.empty(shape, dtype=stream.dtype, device=stream.device) for shape in shapes]
+        room = [
+            torch.empty(place.shape, dtype=place.dtype, device=stream.device)
+            for place in stream.places[unit]
+        ]
         self._copies.wait_stream(torch.cuda.current_stream(stream.device))
         return room
 
@@ -91,19 +93,19 @@ class WaitingWeights:
         stream = self._stream
         on_disk = self._in_memory is None
         held = self._read(unit) if self._in_memory is None else self._in_memory[unit]
-        shapes = [place.shape for place in stream.places[unit]]
         if self._copies is None:  # a view into a mapped file would be read when it is used
-            return [self._dense(value, shape, on_disk) for value, shape in zip(held, shapes)]
+            places = stream.places[unit]
+            return [self._dense(value, place, on_disk) for value, place in zip(held, places)]
         with torch.no_grad(), torch.cuda.stream(self._copies):
             for value, into in zip(held, room):
                 self._send(value, into)
         return room
 
-    def _dense(self, value: Tensor | CodedWeight, shape: torch.Size, copy: bool) -> Tensor:
+    def _dense(self, value: Tensor | CodedWeight, place: Place, copy: bool) -> Tensor:
         """A weight as it computes, on the CPU."""
         if isinstance(value, CodedWeight):
-            return value.dense(self._stream.dtype).view(shape)
-        return value.to(self._stream.dtype, copy=copy)
+            return value.dense(place.dtype).view(place.shape)
+        return value.to(place.dtype, copy=copy)
 
     def _send(self, value: Tensor | CodedWeight, into: Tensor) -> None:
         """The same on a GPU; a conversion is made there, of what was stored."""

@@ -17,4 +17,11 @@ def lively_model(auto_class: Any, config: Any, seed: int) -> Any:
                     parameter.normal_(0, parameter.shape[1] ** -0.5)
                 elif name.endswith("bias"):
                     parameter.normal_(0, 0.5)
+            named = dict(model.named_parameters(remove_duplicate=False))
+            for (
+                name,
+                stored,
+            ) in model.state_dict().items():  # buffers that a model stores are learnt as well
+                if name not in named and stored.is_floating_point():
+                    stored.uniform_(0.5, 1.5)
     return model

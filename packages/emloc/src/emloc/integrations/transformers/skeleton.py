@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
@@ -46,9 +47,21 @@ def empty_model(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype) -> 
             del config.quantization_config
         with no_init_weights(), empty_weights():
             model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
+    _widen(model, dtype)
     model.tie_weights()  # what is tied is one parameter, which moving to meta had made several
     _report_real_device(model)
     return model.eval()
+
+
+def _widen(model: Any, dtype: torch.dtype) -> None:
+    """Have in float32 what `from_pretrained` would have in it, whatever dtype is asked for."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    pattern, _, _ = build_glob_alternation(list(plan))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and pattern.search(name):
+            tensor.data = tensor.data.float()
 
 
 def keep_no_keys(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from emloc.artefacts.checkpoint import Checkpoint
@@ -48,7 +49,8 @@ def set_magnitudes(streamed: StreamedModel) -> None:
                 for magnitude in layer.lora_magnitude_vector.values():
                     weight = cast(Any, layer.get_base_layer()).weight
                     held = cast(Any, magnitude)
-                    norm = held.get_weight_norm(weight, torch.zeros_like(weight), 1)
+                    nothing = torch.zeros_like(transpose(weight, held.fan_in_fan_out))
+                    norm = held.get_weight_norm(weight, nothing, 1)
                     held.weight.data.copy_(norm.reshape(held.weight.shape))
 
 
@@ -61,7 +63,11 @@ def fill_saved(streamed: StreamedModel) -> None:
             [copied] = cast(Any, wrapper.modules_to_save).values()
             original = cast(nn.Module, wrapper.original_module)
             for path, module in original.named_modules():
-                copies[id(module)] = copied.get_submodule(path)
+                copies[id(module)] = twin = copied.get_submodule(path)
+                if isinstance(
+                    twin, nn.Embedding
+                ):  # of a table on file; it is trained, so it is not one
+                    twin.weight.data = streamed.computed(twin.weight.data)
     if copies:
         for owner, leaf, value in streamed.values():
             if id(owner) in copies:
