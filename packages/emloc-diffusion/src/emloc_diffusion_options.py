@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from emloc.config import StageConfig
-from emloc.options.marks import NamesData, NamesFiles, OfNewLora
+from emloc.options.marks import NamesData, NamesFiles, OfNewLora, WithoutEffect
 from emloc.options.types import Names
 
 ALIASES = {
@@ -29,12 +29,17 @@ class _Aliased(StageConfig):
         for alias, name in ALIASES.items():
             if given.get(alias) is None:
                 continue
-            if name in given and str(given[name]) != str(given[alias]):
+            of_data = name == "dataset"
+            value = str(Path(given[alias]).expanduser()) if of_data else given[alias]
+            before = (
+                str(Path(given[name]).expanduser())
+                if of_data and given.get(name)
+                else given.get(name)
+            )
+            if name in given and str(before) != str(value):
                 raise ValueError(f"{alias} and {name} mean the same; give one of them")
-            given[name] = str(given[alias]) if name == "dataset" else given[alias]
-            if (
-                name != "dataset"
-            ):  # or a stage that changes the option would be told that they differ
+            given[name] = value
+            if not of_data:  # or a stage that changes the option would be told that they differ
                 del given[alias]
         return _with_optim(given)
 
@@ -58,7 +63,7 @@ def _with_optim(given: dict[str, Any]) -> dict[str, Any]:
 class PictureOptions(_Aliased):
     """Options for pictures and for what they are said to show."""
 
-    instance_data_dir: Annotated[Path | None, NamesData()] = Field(
+    instance_data_dir: Annotated[Path | None, NamesData(), WithoutEffect()] = Field(
         None, description="folder of pictures; same as dataset"
     )
     instance_prompt: str | None = Field(

@@ -1,5 +1,6 @@
 """Pipelines of diffusers through the stages, against dense float64 and stock loaders."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -247,3 +248,23 @@ def test_layers_kept_dense_are_named_and_may_be_included(tiny, tmp_path):
         emloc.compress(output_dir=tmp_path / "x", include=["conv_in"], **options)
     with pytest.raises(ConfigError, match="include: 'nothing' matches no layer"):
         emloc.compress(output_dir=tmp_path / "x", include=["nothing"], **options)
+
+
+def test_a_folder_of_pictures_may_be_spelt_in_any_way(tiny, tmp_path, monkeypatch):
+    """As shells complete it, under core's name or moved elsewhere: what counts is what lies in it."""
+    options = {
+        "model_name_or_path": str(tiny.base), "output_dir": tmp_path / "a", "max_train_steps": 1,
+        "instance_prompt": PROMPT, "resolution": RESOLUTION, "lora_r": 2, "device": "cpu",
+    }  # fmt: skip
+    monkeypatch.chdir(tiny.pictures.parent)
+    name = tiny.pictures.name
+    made = emloc.train(instance_data_dir=f"./{name}/", **options)
+    before = (made / "emloc.json").read_bytes()
+    shutil.copytree(tiny.pictures, tmp_path / "moved")
+    for spelt in (name, str(tiny.pictures), str(tmp_path / "moved")):
+        emloc.train(instance_data_dir=spelt, **options)
+        emloc.train(dataset=spelt, **options)
+    emloc.train(dataset=f"{name}/", instance_data_dir=name, **options)
+    assert (made / "emloc.json").read_bytes() == before
+    with pytest.raises(ConfigError, match="mean the same; give one of them"):
+        emloc.train(dataset=str(tmp_path / "moved"), instance_data_dir=name, **options)

@@ -152,3 +152,28 @@ def test_uniform_is_the_default_and_measures_nothing(tiny):
     assert manifest.settings["keep_ratio_allocation"] == "uniform"
     assert "predicted_error" not in manifest.summary
     assert not any("sensitivity" in entry for entry in manifest.layers.values())
+
+
+def test_a_run_that_is_killed_while_it_cuts_fits_nothing_again(tmp_path, monkeypatch):
+    from emloc.compression import truncation
+    from emloc.compression.emulator_folder import EmulatorFolder
+
+    write_tiny(tmp_path / "base", "llama")
+    data = write_rows(tmp_path / "train.jsonl", 8, seed=1)
+    whole = compress(tmp_path / "base", data, tmp_path / "whole", keep_ratio=0.5)
+    cut, times = truncation._cut, []
+
+    def killed(folder, block):
+        if times:
+            raise KeyboardInterrupt
+        times.append(block)
+        cut(folder, block)
+
+    monkeypatch.setattr(truncation, "_cut", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compress(tmp_path / "base", data, tmp_path / "e", keep_ratio=0.5)
+    monkeypatch.setattr(truncation, "_cut", cut)
+    monkeypatch.setattr(EmulatorFolder, "write_block", None)
+    again = compress(tmp_path / "base", data, tmp_path / "e", keep_ratio=0.5)
+    digests = [Checkpoint.open(folder).digest() for folder in (whole, again)]
+    assert digests[0] == digests[1]

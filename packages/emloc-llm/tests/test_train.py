@@ -372,3 +372,31 @@ def test_answers_without_an_end_are_told(tiny, tmp_path, capsys):
     for model, endless in ((tiny.base, False), (base, True)):
         emloc.train(model_name_or_path=str(model), output_dir=tmp_path / f"a{endless}", **given)
         assert (said in " ".join(capsys.readouterr().err.split())) == endless
+
+
+def test_a_run_that_goes_on_from_another_ones_checkpoint_goes_on_itself(
+    tiny, tmp_path, monkeypatch
+):
+    """Killed, it does not begin with the other's steps again."""
+    from emloc.integrations.transformers.training import Progression
+
+    emloc.train(output_dir=tmp_path / "a", **{**tiny.train_options, "max_steps": 2})
+    original, begun = Progression.on_step_begin, list[int]()
+
+    def stop(self, args, state, control, **kwargs):
+        begun.append(state.global_step)
+        if state.global_step == stopped:
+            raise KeyboardInterrupt
+        return original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(Progression, "on_step_begin", stop)
+    options = {**tiny.train_options, "max_steps": 8, "save_steps": 2}
+    options["resume_from_checkpoint"] = str(tmp_path / "a/checkpoint-2")
+    stopped = 5
+    with pytest.raises(KeyboardInterrupt):
+        emloc.train(output_dir=tmp_path / "b", **options)
+    assert begun == [2, 3, 4, 5]
+    begun.clear()
+    stopped = -1
+    emloc.train(output_dir=tmp_path / "b", **options)
+    assert begun == [4, 5, 6, 7]

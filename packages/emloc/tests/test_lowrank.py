@@ -110,6 +110,14 @@ def test_dead_layer_has_no_error():
     assert torch.isfinite(left @ right).all()
 
 
+@pytest.mark.parametrize("shape", [(130, 65), (65, 130), (64, 64)])
+def test_a_weight_of_zeros_has_no_error(shape):
+    moments = Moments("input", "layer")
+    moments.fold(torch.randn(50, shape[1]))
+    factors = factorise(torch.zeros(shape), moments, 16)
+    assert (factors.relative_error, factors.total) == (0.0, 0.0)
+
+
 def test_a_stack_is_compressed_as_one_weight():
     for d_out, d_in in ((9, 14), (14, 9)):
         weight, x = problem(d_out, d_in, 50, seed=4)

@@ -8,8 +8,8 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-FORMERLY_RECORDED = frozenset({"device", "gradient_checkpointing"})
-"""Options without effect that older artefacts have among their settings."""
+FORMERLY_RECORDED = frozenset({"device", "gradient_checkpointing", "instance_data_dir"})
+"""Options without effect, or that repeat another, which older artefacts have among their settings."""
 
 FORMERLY_OF_ALL_FAMILIES = {
     "dataset_weights": [],
@@ -94,8 +94,12 @@ def _different(
 
 
 def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as they are once they were written and read."""
-    return json.loads(json.dumps(settings))
+    """Settings as they are once written and read; patterns as pairs, of which the first that fits counts."""
+    read: dict[str, Any] = json.loads(json.dumps(settings))
+    return {
+        key: list(value.items()) if key.endswith("_pattern") and isinstance(value, dict) else value
+        for key, value in read.items()
+    }
 
 
 def _shown(settings: Mapping[str, Any], key: str) -> str:

@@ -129,7 +129,7 @@ def _prepare(work: Path, settings: Mapping[str, Any]) -> None:
     begun = [path for path in work.iterdir() if path.name != _UNFINISHED] if work.exists() else []
     if not begun:
         work.mkdir(parents=True, exist_ok=True)
-        write_text(work / SETTINGS_NAME, json.dumps(settings, sort_keys=True))
+        write_text(work / SETTINGS_NAME, json.dumps(settings))
         return
     recorded = _recorded(work / SETTINGS_NAME)
     if recorded is None:

@@ -24,6 +24,7 @@ from emloc.compression.groups import CompressionPlan, Group
 from emloc.compression.vocabulary import replaced_by, write_table
 from emloc.errors import CheckpointError
 from emloc.extend.family import EmulatorLayers
+from emloc.formats.abilities import Cuttable
 from emloc.formats.layer_format import Form, StoredTensor, Tensors
 from emloc.options.types import Dtype
 from emloc.streaming.stream import UnitStream
@@ -104,14 +105,12 @@ class EmulatorFolder:
             return False
         made, unreached = report.layers, set(report.unreached)
         planned = {
-            group.owner: {"layers": list(group.layers), "format": None, **group.fitted.as_json()}
+            group.owner: group
             for group in self.plan.within(block)
             if not unreached.issuperset(group.layers)
         }
         return made.keys() == planned.keys() and all(
-            made[owner].get(key) == value
-            for owner, form in planned.items()
-            for key, value in form.items()
+            _is_of(group, made[owner]) for owner, group in planned.items()
         )
 
     def write_block(
@@ -269,3 +268,19 @@ class EmulatorFolder:
 
     def _target_dtype(self, stored: torch.dtype) -> torch.dtype:
         return emulator_dtype(stored, self.dtype)
+
+
+def _is_of(group: Group, entry: Mapping[str, Any]) -> bool:
+    """Return whether a report's entry is of a group: as it is fitted, or cut down from that already."""
+    expected: dict[str, Any] = {
+        "layers": list(group.layers),
+        "format": None,
+        **group.fitted.as_json(),
+    }
+    if group.wide is not None and SPECTRUM in entry:
+        assert isinstance(group.form.format, Cuttable)
+        unit = group.form.format.unit
+        widest, size = expected.pop(unit), entry.get(unit)
+        if not isinstance(size, int) or not 0 < size <= widest:
+            return False
+    return all(entry.get(key) == value for key, value in expected.items())

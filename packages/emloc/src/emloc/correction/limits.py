@@ -28,7 +28,7 @@ from emloc.machine.progress import progress_bar
 from emloc.streaming.call import Call, current_call
 from emloc.streaming.input_rows import input_rows
 from emloc.streaming.lockstep import lockstep
-from emloc.streaming.real_rows import input_mask, may_be_expert
+from emloc.streaming.real_rows import input_mask, is_head, may_be_expert
 from emloc.streaming.stream import UnitStream
 
 
@@ -199,7 +199,7 @@ def _hook(
     if watched is None:
         return _adding(lora_of(name).to(stream))
     reads, original = watched.reads, watched.original(name).to(stream)
-    listed = may_be_expert(stream.model, unit, name)
+    listed = may_be_expert(stream.model, unit, name) or is_head(stream.model, name)
     plain, others = _adding(original), dict[str, Any]()
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -223,13 +223,26 @@ def _hook(
     return add
 
 
-def _delta(module: nn.Module, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """`B·A·x`; on a convolution, A reads the patches that it reads."""
-    if not isinstance(module, nn.Conv2d):
+CONVOLVE: dict[int, Any] = {
+    1: torch.nn.functional.conv1d,
+    2: torch.nn.functional.conv2d,
+    3: torch.nn.functional.conv3d,
+}
+"""Convolutions by their dimensions."""
+
+
+def _dimensions(module: nn.Module) -> int:
+    """Dimensions that a convolution goes over; 0 of a layer that is none."""
+    return len(module.kernel_size) if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 0
+
+
+def _delta(module: Any, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """`B·A·x`; on a convolution, A reads the patches that PEFT's does: zeros around, nothing left out."""
+    convolve = CONVOLVE.get(_dimensions(module))
+    if convolve is None:
         return torch.nn.functional.linear(x @ down.T, up)
-    # A padding_mode other than zeros is the convolution's own business, so ask it.
-    z = module._conv_forward(x, down, None)  # pyright: ignore[reportPrivateUsage]
-    return torch.nn.functional.conv2d(z, up[:, :, None, None])
+    z = convolve(x, down, None, module.stride, module.padding)
+    return convolve(z, up.view(*up.shape, *(1 for _ in module.kernel_size)))
 
 
 def _adding(lora: CandidateLora) -> Any:
@@ -244,8 +257,8 @@ def _adding(lora: CandidateLora) -> Any:
             return output + delta
         bias = dict(module.named_parameters()).get("bias", output.new_zeros(1))
         gain = lora.gains[candidate]
-        if isinstance(module, nn.Conv2d):
-            bias, gain = bias.view(-1, 1, 1), gain.view(-1, 1, 1)
+        ones = [1] * _dimensions(module)
+        bias, gain = bias.view(-1, *ones), gain.view(-1, *ones)
         return gain * (output - bias + delta) + bias
 
     return add

@@ -140,6 +140,13 @@ def _stated(adapter: Adapter, origin: Manifest | None) -> Mapping[str, Any] | No
             f"Adapter {adapter.path} was trained on {name}, which {method} holds in few bits; its rounding "
             f"cannot be reproduced: only bitsandbytes' bases can be corrected for."
         )
+    streamed = None if origin is None else origin.settings.get("stream_bits")
+    if streamed is not None:
+        raise MismatchError(
+            f"Adapter {adapter.path} was trained on {name} with blocks in {streamed} bits (stream_bits), "
+            f"which are not bitsandbytes' and are not corrected for; take a few steps on the original "
+            f"with emloc polish, or merge it as it is."
+        )
     if origin is not None:
         said = f"of the method {origin.method}" if origin.method else "in full precision"
         raise MismatchError(

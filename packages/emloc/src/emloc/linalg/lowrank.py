@@ -102,7 +102,8 @@ def factorise(
         matrix = weight @ matrix @ weight.T
     elif moments.side == "input":
         root = _root(parts)
-        matrix = between_upper(root, matrix)
+        nothing = not any(bool(part.any()) for part in parts)  # the root has a ridge all the same
+        matrix = between_upper(root, torch.zeros_like(matrix) if nothing else matrix)
     if root is None:
         matrix = (matrix + matrix.T) / 2
     total = float(matrix.diagonal().double().sum())

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emloc.linalg.gram import moment_dtype
+
 ROWS = 256
 """Rows of a weight that are computed at a time."""
 
@@ -21,7 +23,7 @@ def merged_weight(
     magnitude: Float[Tensor, " d_out"] | None,
 ) -> Float[Tensor, "d_out d_in"]:
     """The merged weight, in `weight`'s dtype."""
-    high = torch.promote_types(weight.dtype, torch.float32)
+    high = moment_dtype(weight.dtype)
     merged = torch.empty_like(weight)
     a = down.to(high)
     buffer = a.new_empty(ROWS, weight.shape[1])
@@ -32,7 +34,7 @@ def merged_weight(
         b = up[rows].to(high)
         total = torch.mm(b, a, out=buffer[: b.shape[0]])
         total *= scaling
-        total += weight[rows]
+        total += weight[rows].to(high)  # float8 adds to nothing as it is
         if magnitude is not None:
             norm = torch.linalg.norm(total, dim=1)
             total *= (magnitude[rows].to(high) / norm).view(-1, 1)

@@ -20,13 +20,13 @@ from emloc.artefacts.file_digest import file_sha256
 from emloc.artefacts.intact import require_read
 from emloc.artefacts.json_files import read_json
 from emloc.artefacts.kinds import ADAPTER, CORRECTED_ADAPTER, MERGED_MODEL
-from emloc.artefacts.manifest import ModelReference
+from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.artefacts.output_place import has_place
 from emloc.artefacts.shard_writer import ShardWriter
 from emloc.artefacts.small_files import copy_file, write_json
 from emloc.config import MergeConfig
 from emloc.extend.opening import named_family, open_model
-from emloc.machine.progress import progress_bar
+from emloc.machine.progress import console, progress_bar
 from emloc.planning.setting import Setting
 from emloc.stages.frame import Artefact, Written
 from emloc.stages.stage import stage
@@ -45,6 +45,7 @@ def merge(config: MergeConfig) -> Path:
     adapter = Adapter.open(config.adapter)
     origin = require_read(adapter.path, fresh=True)
     refuse_uncorrected(adapter, origin)
+    _say_other_weights(adapter, origin)
     origin_config = origin.base_model.single_file_config if origin else None
     base, family = open_model(
         config.model_name_or_path or require_base(adapter, origin, "merge"),
@@ -93,6 +94,16 @@ def merge(config: MergeConfig) -> Path:
         return Written(files, summary={"merged_layers": count})
 
     return artefact.write(write, lambda: merge.contract(config, base, family, adapter))
+
+
+def _say_other_weights(adapter: Adapter, origin: Manifest | None) -> None:
+    """Say that a LoRA learnt beside blocks in few bits, which the base that it goes into has not."""
+    bits = None if origin is None else origin.settings.get("stream_bits")
+    if bits is not None:
+        console.print(
+            f"merge: {adapter.path} was trained beside blocks in {bits} bits (stream_bits), and goes into "
+            f"the base as it is stored; a few steps of emloc polish would close the difference."
+        )
 
 
 _WEIGHTS = re.compile(r".*\.safetensors(\.index\.[^.]+\.json)?")

@@ -64,6 +64,13 @@ def check_training(config: TrainConfig) -> None:
         )
     if config.stream:
         _check_streamed(config)
+        return
+    for name in ("stream_from", "stream_inputs"):
+        if getattr(config, name) != type(config).model_fields[name].default:
+            raise ConfigError(
+                f"train: {name}={getattr(config, name)} says where a streamed model waits; pass stream=true, "
+                f"or leave it out."
+            )
 
 
 def _check_streamed(config: TrainConfig) -> None:

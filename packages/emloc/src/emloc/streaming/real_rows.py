@@ -6,7 +6,7 @@ between. Anything else, tokens before samples, a prompt put in front, another nu
 mask is of something else than what is read. It would be silently wrong to use it, and to leave it out.
 
 Experts are the exception: they read the tokens that chose them, in an order of their own, padding among
-them; all of those count.
+them; all of those count. So is a vocabulary's head, which a loss may give the labelled tokens alone.
 """
 
 from itertools import accumulate
@@ -61,9 +61,15 @@ def input_mask(
 
     Args:
         values: what it reads; an expert is given rows × d, those that chose it.
-        listed: see `may_be_expert`.
+        listed: see `may_be_expert`; or a head that was given some tokens of all.
     """
     return None if listed and values.ndim == 2 else token_mask_of(family, batch, layer)
+
+
+def is_head(model: nn.Module, layer: str) -> bool:
+    """Return whether a layer is what makes logits of a model that says so, as transformers' do."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return head is not None and model.get_submodule(layer) is head
 
 
 def same_order(shape: tuple[int, ...], mask: tuple[int, ...]) -> bool:

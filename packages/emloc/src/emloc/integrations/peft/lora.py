@@ -11,10 +11,10 @@ base with the emulator and not with the residual.
 import json
 import math
 import os
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import EvaConfig, LoraConfig, get_peft_model
@@ -22,6 +22,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from emloc.artefacts.adapter_config import exact_patterns
 from emloc.artefacts.json_files import read_json
 from emloc.config import TrainConfig
 from emloc.errors import ConfigError
@@ -29,6 +30,7 @@ from emloc.extend.family import Batch, ModelFamily
 from emloc.integrations.peft.eva import begin_with_eva, refuse_other_layers
 from emloc.integrations.peft.targets import chosen_targets
 from emloc.layers.emulated_layer import EmulatedLayer, LosesPart
+from emloc.options.patterns import match_pattern
 
 Start = dict[str, tuple[Tensor, Tensor]]
 """A₀ and B₀ by layer."""
@@ -88,7 +90,33 @@ def _wrapped(model: Any, lora: LoraConfig) -> Any:
     wrapped: Any = get_peft_model(model, lora)
     if lora.base_model_name_or_path and os.path.exists(lora.base_model_name_or_path):
         lora.base_model_name_or_path = str(Path(lora.base_model_name_or_path).absolute())
+    _settle_patterns(wrapped, lora)
     return wrapped
+
+
+def _settle_patterns(wrapped: nn.Module, lora: LoraConfig) -> None:
+    """Name layers one by one where the order of patterns decides: PEFT saves them in alphabetical order."""
+    layers = {
+        name.removeprefix("base_model.model."): module
+        for name, module in wrapped.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+    def depends(patterns: Mapping[str, float]) -> bool:
+        saved = dict(sorted(patterns.items()))
+        return any(match_pattern(patterns, n) != match_pattern(saved, n) for n in layers)
+
+    if depends(lora.rank_pattern) or depends(lora.alpha_pattern):
+        lora.rank_pattern, lora.alpha_pattern = cast(
+            Any,
+            exact_patterns(
+                lora.to_dict(),
+                [
+                    (name, layer.r["default"], layer.scaling["default"])
+                    for name, layer in layers.items()
+                ],
+            ),
+        )
 
 
 def lora_config(

@@ -82,7 +82,8 @@ def chosen_targets(
     """Names as the user gave them, or all linear layers; those of the blocks asked for.
 
     Raises:
-        ConfigError: a target or block does not exist, or nothing is left of them.
+        ConfigError: a target or block does not exist, or nothing is left of them; or it has no LoRA that
+            could be corrected and merged.
     """
     names = [name for name, _ in model.named_modules()]
     wanted = config.lora_target_modules
@@ -91,6 +92,7 @@ def chosen_targets(
             hint = nearest(target, sorted({name.rpartition(".")[2] for name in names}))
             raise ConfigError(f"lora_target_modules: the model has no module {target}.{hint}")
     chosen = all_linear(model, excluded) if wanted == ["all-linear"] else wanted
+    _refuse_what_is_not_merged(model, chosen)
     blocks = config.lora_layers_to_transform
     if not blocks and not config.lora_layers_pattern and not excluded:
         return chosen
@@ -108,3 +110,21 @@ def chosen_targets(
     if not targets:
         raise ConfigError(f"lora_layers_to_transform: no target is in the blocks {blocks}.")
     return targets
+
+
+def _refuse_what_is_not_merged(model: nn.Module, chosen: Sequence[str]) -> None:
+    """Say before the first step, and not after the last, what no stage could go on with."""
+    ends = tuple(f".{target}" for target in chosen)
+    for name, module in model.named_modules():
+        if name not in chosen and not name.endswith(ends):
+            continue
+        if isinstance(module, nn.Embedding):
+            raise ConfigError(
+                f"lora_target_modules: {name} is an embedding, and LoRAs on embeddings are not supported; "
+                f"train it whole with lora_modules_to_save, or leave it out."
+            )
+        if getattr(module, "groups", 1) != 1:
+            raise ConfigError(
+                f"lora_target_modules: {name} is a convolution of {module.groups} groups, on which LoRAs are "
+                f"not supported; leave it out."
+            )

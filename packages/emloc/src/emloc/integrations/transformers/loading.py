@@ -80,8 +80,7 @@ def load_model(checkpoint: Checkpoint, auto_class: Any, dtype: str, device: str)
 
 def _filled(checkpoint: Checkpoint, auto_class: Any, dtype: str, device: str) -> Any:
     """The skeleton with the tensors of a view, one by one."""
-    stored = next(iter(checkpoint.tensors.values())).dtype
-    wanted = stored if dtype == "auto" else getattr(torch, dtype)
+    wanted = checkpoint.main_dtype if dtype == "auto" else getattr(torch, dtype)
     model: Any = empty_model(checkpoint, auto_class, wanted)
     for name in checkpoint.tensors:
         owner, _, leaf = name.rpartition(".")

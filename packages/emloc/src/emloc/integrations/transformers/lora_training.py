@@ -256,6 +256,11 @@ def _checkpoint(config: TrainConfig, work: Path) -> Path | None:
             console.print(f"train: continuing from {newest.name}")
         return newest
     asked = Path(wanted)
+    own = last_whole_checkpoint(work)
+    # Of the run that went on from there already: the folder's settings name the same checkpoint.
+    if own is not None and asked.resolve().parent != work.resolve():
+        console.print(f"train: continuing from {own.name}, which went on from {wanted}")
+        return own
     if not (asked / "trainer_state.json").is_file():
         raise CheckpointError(f"{wanted} is not a complete training checkpoint; pass checkpoint-N.")
     # One that another trainer wrote has no digests.
