@@ -1,6 +1,7 @@
 """Training on the original block by block (`emloc train --stream true`): memory over depth, time of a step.
 
     python tools/bench_streamed.py [--blocks 12 48] [--hidden_size 512] [--tokens 4096] [--steps 3]
+        [--ways WAY …]
 
 Writes random Llama-shaped checkpoints that differ in depth alone, and trains a LoRA of rank 4 on each,
 streamed from disk and from memory (as stored and in 4 bits), and with the whole model in memory with gradient
@@ -27,12 +28,13 @@ from emloc.machine.memory import format_bytes
 from emloc_llm.example import write_model
 
 LENGTH = 128
+MEMORY = "in memory"
 WAYS: dict[str, dict[str, object]] = {
     "from disk": {"stream": "true", "stream_from": "disk"},
     "inputs on disk": {"stream": "true", "stream_inputs": "disk"},
     "from memory": {"stream": "true", "stream_from": "ram"},
     "from memory, 4 bits": {"stream": "true", "stream_from": "ram", "stream_bits": 4},
-    "in memory": {"gradient_checkpointing": "true"},
+    MEMORY: {"gradient_checkpointing": "true"},
 }
 
 
@@ -74,8 +76,10 @@ def main() -> None:
     parser.add_argument("--hidden_size", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     options = parser.parse_args()
-    weights: dict[str, list[int]] = {way: [] for way in WAYS}
+    ways = {way: WAYS[way] for way in options.ways}
+    weights: dict[str, list[int]] = {way: [] for way in ways}
     seconds: dict[str, float] = {}
     table = Table(
         "way", "blocks", "peak", "LoRA and optimiser", "inputs of blocks", "weights", "s per step"
@@ -83,7 +87,7 @@ def main() -> None:
     for blocks in options.blocks:
         with tempfile.TemporaryDirectory() as temporary:
             made = make(Path(temporary), blocks, options.hidden_size, 4 * options.tokens // LENGTH)
-            for way, more in WAYS.items():
+            for way, more in ways.items():
                 out = Path(temporary) / way.replace(" ", "-").replace(",", "")
                 measured = train(made, out, options.tokens, options.steps, more)
                 lora = 4 * int(measured["trainable_bytes"])
@@ -101,7 +105,9 @@ def main() -> None:
         json.dumps(
             {
                 "depth_ratio": {way: deep / shallow for way, (shallow, deep) in weights.items()},
-                "step_ratio": {way: seconds[way] / seconds["in memory"] for way in WAYS},
+                "step_ratio": {
+                    way: seconds[way] / seconds[MEMORY] for way in ways if MEMORY in ways
+                },
             }
         )
     )

@@ -105,6 +105,9 @@ def planned_step(
 STEPS: Remembered[StepSizes] = Remembered(256)
 """Steps that were traced in this process, which plans of one run have in common."""
 
+SECONDS: Remembered[float] = Remembered(256)
+"""Seconds of steps that were traced in this process, at the rates of a machine."""
+
 NOT_OF_A_STEP = frozenset(CompressConfig.model_fields) - frozenset(TrainConfig.model_fields) | {
     "output_dir", "emulator", "model_name_or_path", "dataset", "memory", "seed", "learning_rate", "max_steps",
     "num_train_epochs", "save_steps", "logging_steps", "gradient_accumulation_steps", "stream", "lora_alpha",
@@ -168,8 +171,12 @@ def step_seconds(
     on_gpu = config.device.startswith("cuda")
 
     def seconds(blocks: Sequence[int]) -> float:
-        model = shallow_model(subject, groups, config, tables, blocks)
-        return seconds_of(model, batch, traced_loss(subject.family), on_gpu, rates)
+        def traced() -> float:
+            model = shallow_model(subject, groups, config, tables, blocks)
+            return seconds_of(model, batch, traced_loss(subject.family), on_gpu, rates)
+
+        kind, text = _traced_as(subject, groups, config, tables, blocks, batch)
+        return SECONDS.answer((kind, f"{text} at {rates}"), traced)
 
     once = of_depth(family.stacks(subject.checkpoint), seconds)
     return config.gradient_accumulation_steps * once
