@@ -97,3 +97,20 @@ def test_many_differences_and_long_values_are_cut():
     assert len(said) < 250
     assert same({"a": (1, 2)}, {"a": [1, 2]})
     assert same({"a": 1, "path": "x"}, {"a": 1, "path": "y"}, {"path"})
+
+
+def test_the_order_of_patterns_counts_and_that_of_other_mappings_does_not():
+    one = {**NOW, "rank_pattern": {"a": 1, "b": 2}, "column_map": {"a": "x", "b": "y"}}
+    assert same(one, {**one, "column_map": {"b": "y", "a": "x"}})
+    other = {**one, "rank_pattern": {"b": 2, "a": 1}}
+    assert not same(one, other)
+    assert difference(one, other) == 'rank_pattern {"a": 1, "b": 2}, now {"b": 2, "a": 1}'
+
+
+def test_a_digest_that_was_not_recorded_says_nothing():
+    assert same(NOW, {**NOW, "companions_digest": "c"})
+    assert not same({**NOW, "companions_digest": "a"}, {**NOW, "companions_digest": "c"})
+
+
+def test_the_folder_of_pictures_was_once_recorded_beside_their_digest():
+    assert same({**NOW, "instance_data_dir": "/pictures"}, NOW)

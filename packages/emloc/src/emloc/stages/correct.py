@@ -132,6 +132,7 @@ def correct(config: CorrectConfig) -> Path:
         **own_options(config, PATHS),
         **named_family(base, family),
         "base_digest": digest,
+        "companions_digest": base.companions_digest(),
         **trained_on.settings(),
         "adapter_digest": adapter_digest,
         "data_digest": batches_digest(batches),
