@@ -39,6 +39,9 @@ def trained(tiny, **more):
     [
         {"lora_alpha_pattern": "q_proj=4,.*_proj=64"},
         {"lora_rank_pattern": "q_proj=2,.*_proj=6"},
+        {"lora_rank_pattern": "q_proj=2,.*_proj=6", "lora_init": "eva"},
+        {"lora_alpha_pattern": "q_proj=2,.*_proj=6", "lora_init": "eva"},
+        {"lora_rank_pattern": "q_proj=2,.*_proj=6", "lora_init": "pissa"},
         {
             "lora_rank_pattern": "q_proj=2,.*_proj=6",
             "lora_alpha_pattern": "q_proj=3,.*_proj=5",

@@ -68,6 +68,14 @@ def test_what_from_pretrained_keeps_in_float32_beside_bfloat16(tmp_path, kind):
     assert {n for n in expected if "layers." in n} <= seen
 
 
+def test_a_router_that_is_trained_whole_beside_its_buffer(tmp_path):
+    write_tiny(tmp_path / "base", "glm4_moe")
+    whole = {"lora_modules_to_save": "gate", "lora_target_modules": "q_proj"}
+    streamed, expected = both(tmp_path, tmp_path / "base", **whole)
+    assert any(name.endswith("e_score_correction_bias") for name in expected)
+    assert_equal(streamed, expected, 1e-4)
+
+
 @pytest.mark.parametrize("kind", ["gemma2", "llama"])
 def test_an_embedding_that_is_trained_whole_in_another_precision(tmp_path, kind):
     write_tiny(tmp_path / "base", kind, torch.bfloat16)

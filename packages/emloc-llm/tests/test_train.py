@@ -400,3 +400,8 @@ def test_a_run_that_goes_on_from_another_ones_checkpoint_goes_on_itself(
     stopped = -1
     emloc.train(output_dir=tmp_path / "b", **options)
     assert begun == [4, 5, 6, 7]
+    with pytest.raises(CheckpointError, match="is not a complete training checkpoint"):
+        emloc.train(
+            output_dir=tmp_path / "c",
+            **{**options, "resume_from_checkpoint": str(tmp_path / "nowhere/checkpoint-9")},
+        )

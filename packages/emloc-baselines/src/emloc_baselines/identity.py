@@ -22,7 +22,7 @@ def content_of(options: Any) -> Any:
     """Options as JSON, with a digest instead of every path: what is there counts, not where."""
     if isinstance(options, Mapping):
         given = cast("Mapping[str, Any]", options)
-        return {str(name): content_of(value) for name, value in sorted(given.items())}
+        return {str(name): _content(str(name), value) for name, value in sorted(given.items())}
     if isinstance(options, list | tuple):
         return [content_of(value) for value in cast("list[Any]", options)]
     if isinstance(options, str | Path) and str(options):
@@ -31,6 +31,15 @@ def content_of(options: Any) -> Any:
             return [_path_digest(part) for part in parts]
         return str(options)
     return options
+
+
+def _content(name: str, value: Any) -> Any:
+    """Content of an option; where several patterns are given, their order is part of it."""
+    if name.endswith("_pattern") and isinstance(value, Mapping) and len(value) > 1:
+        return [
+            [pattern, content_of(of)] for pattern, of in cast("Mapping[str, Any]", value).items()
+        ]
+    return content_of(value)
 
 
 @cache

@@ -44,9 +44,14 @@ from emloc_llm.data import (
 from emloc_llm.rows import load_rows
 from emloc_llm.streamed_samples import StreamedSamples
 
+COMPARED_TOKENS = 16
+"""Tokens on which TRL's loss is compared with the model's own."""
+
 
 class Trainer(SFTTrainer):
-    """TRL's trainer without its usage report, and with a loss for CPUs."""
+    """TRL's trainer without its usage report, and with a loss for CPUs and for heads of any kind."""
+
+    _fused: bool | None = None
 
     def compute_loss(
         self,
@@ -62,7 +67,8 @@ class Trainer(SFTTrainer):
         logits of labelled tokens alone are no larger than such a tile, they are taken at once.
 
         TRL multiplies by the head's weight itself. A streamed model's head has it while it is called, and
-        no longer: there, logits of labelled tokens are always the head's own.
+        no longer, and some heads are more than a weight (ModernBERT's has a layer before it, RecurrentGemma's
+        bounds the logits): there, logits of labelled tokens are always the model's own.
         """
         labels = inputs["labels"]
         streamed = getattr(self, "streamed", None) is not None
@@ -73,11 +79,42 @@ class Trainer(SFTTrainer):
             )
         here = self.args.device.type == "cpu" and self.accelerator.num_processes == 1
         at_once = here and not return_outputs and self._fits_a_tile(labels)
-        if self.aux_loss_enabled or not (streamed or at_once):
+        tiled = not streamed and (self.aux_loss_enabled or not at_once)
+        if tiled and self._fused_head_is_own(model, inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         total, terms = next_token_loss(self.accelerator.unwrap_model(model), inputs)
         loss = total / max(1, int(terms if num_items_in_batch is None else num_items_in_batch))
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _fused_head_is_own(self, model: Any, inputs: dict[str, Any]) -> bool:
+        """Return whether TRL's loss is the model's own; found out once, on a few tokens."""
+        if self._fused is None:
+            self._fused = self._compared(model, inputs["input_ids"][:1, :COMPARED_TOKENS])
+            if not self._fused:
+                self.aux_loss_enabled = False
+                kind = type(self.accelerator.unwrap_model(model).get_base_model()).__name__
+                warn(
+                    f"train: the head of {kind} is more than a weight, so the loss is taken from whole "
+                    f"logits of the labelled tokens, which take memory"
+                )
+        return self._fused
+
+    @torch.no_grad()
+    def _compared(self, model: Any, ids: torch.Tensor) -> bool:
+        inner, training = self.accelerator.unwrap_model(model), model.training
+        given = {"input_ids": ids, "labels": ids}
+        model.eval()  # nothing is drawn at random
+        try:
+            own, _ = next_token_loss(inner, given)
+            fused = -model(**given, use_cache=False, fused_lm_head=True).log_probs.sum()
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            return False
+        finally:
+            model.train(training)
+        exact = not (self.args.bf16 or self.args.fp16) and all(
+            p.dtype.itemsize >= 4 for p in inner.parameters() if p.is_floating_point()
+        )
+        return bool((own - fused).abs() <= (1e-5 if exact else 5e-3) * own.abs())
 
     def _fits_a_tile(self, labels: torch.Tensor) -> bool:
         config: Any = cast(Any, self.model).config

@@ -77,13 +77,17 @@ class ModelFamily(Protocol):
     name: str
 
     def skeleton(self, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
-        """The model with every parameter on the meta device and real buffers, in eval mode."""
+        """The model with every parameter on the meta device and real buffers, in eval mode.
+
+        Args:
+            dtype: of all parameters and stored buffers, but for what the library keeps in a wider one.
+        """
         ...
 
     def stored(
         self, model: nn.Module, parameter: str, checkpoint: Checkpoint
     ) -> StoredParameter | None:
-        """Find how the checkpoint stores a parameter; None if it does not."""
+        """Find how the checkpoint stores a parameter or a buffer; None if it does not."""
         ...
 
     def blocks(self, model: nn.Module) -> Sequence[str]:

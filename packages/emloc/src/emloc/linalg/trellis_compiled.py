@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emloc.linalg.trellis import STATES, levels
+from emloc.linalg.trellis import STATES, WINDOW, levels
 
 LANES = 64
 """Sequences that are followed together, at most; costs of more would not stay in the processor's cache."""
@@ -80,7 +80,7 @@ def _made(compiled: Any) -> Any:
             heavy[:, :some] = weights[:, start : start + some]
             if len(ends):
                 given[:some] = ends[start : start + some]
-            _follow(own, heavy, level, square, given, paths, bits)
+            _follow(own, heavy, level, square, given[:some], paths, bits)
             path[:, start : start + some] = paths[:, :some]
 
     @compiled
@@ -109,7 +109,7 @@ def _made(compiled: Any) -> Any:
             if short:
                 for end in range(STATES >> bits):  # all are tried
                     ends[:] = end
-                    _follow(own, heavy, level, square, ends, tried, bits)
+                    _follow(own, heavy, level, square, ends[:some], tried, bits)
                     for lane in range(some):
                         cost = 0.0
                         for step in range(steps):
@@ -128,21 +128,22 @@ def _made(compiled: Any) -> Any:
                     joint[:junction], joint[junction:] = own[steps - junction :], own[:junction]
                     joint_heavy[:junction] = heavy[steps - junction :]
                     joint_heavy[junction:] = heavy[:junction]
-                    _follow(joint, joint_heavy, level, square, ends, joint_path, bits)
+                    _follow(joint, joint_heavy, level, square, ends[:some], joint_path, bits)
                     ends[:some] = joint_path[junction - 1, :some]
-                _follow(own, heavy, level, square, ends, path, bits)
+                _follow(own, heavy, level, square, ends[:some], path, bits)
             for step in range(steps):
                 windows[(step + turned) % steps, start : start + some] = path[step, :some]
         # Windows by the codes alone: of the last one, the first bits need not be those that it ends with.
+        window, mask = np.zeros(count, np.uint8), np.uint8((1 << bits) - 1)
+        for step in range(-WINDOW, steps):
+            codes = windows[step % steps]
+            for one in range(count):
+                window[one] = (window[one] << bits) | (codes[one] & mask)
+            if step >= 0:
+                codes[:] = window
         for one in range(count):
-            window = np.int64(0)
-            for step in range(2 * steps):
-                at = step % steps
-                window = ((window << bits) | (windows[at, one] & ((1 << bits) - 1))) & (STATES - 1)
-                if step >= steps:
-                    windows[at, one] = window
-                    if one * steps + at < rows:
-                        values[one * steps + at] = levels[window]
+            for step in range(min(steps, rows - one * steps)):
+                values[one * steps + step] = levels[windows[step, one]]
 
     return sequences, column
 
@@ -173,7 +174,7 @@ def _follow(numbers, weights, level, square, ends, path, bits):
 
     Args:
         level, square: at `code · classes + class` those of the window `class · fan + code`.
-        ends: see `path_by_tensors`, by lanes; -1: any.
+        ends: see `path_by_tensors`, by lanes that are in use; -1: any.
     """
     fan, classes = 1 << bits, STATES >> bits
     kinds = classes // fan
@@ -183,8 +184,9 @@ def _follow(numbers, weights, level, square, ends, path, bits):
         np.empty((classes, lanes), np.float32),
     )
     back = np.empty((steps, classes, lanes), np.uint8)
+    least[:] = np.float32(0)
     for kind in range(classes):
-        for lane in range(lanes):
+        for lane in range(len(ends)):
             open_ = ends[lane] < 0 or ends[lane] & (classes - 1) == kind
             least[kind, lane] = np.float32(0) if open_ else np.float32(np.inf)
     slope = np.empty(lanes, np.float32)
@@ -197,29 +199,38 @@ def _follow(numbers, weights, level, square, ends, path, bits):
         for later in range(kinds):
             for code in range(fan):
                 best, chosen = following[later * fan + code], back[step, later * fan + code]
-                one, squared = level[code * classes + later], square[code * classes + later]
-                before = least[later]
+                at = code * classes + later
+                one, one_squared, before = level[at], square[at], least[later]
+                at += kinds
+                two, two_squared, other = level[at], square[at], least[kinds + later]
                 for lane in range(lanes):
-                    best[lane] = (weight[lane] * squared + slope[lane] * one) + before[lane]
-                    chosen[lane] = 0
-                for first in range(1, fan):
-                    kind = first * kinds + later
-                    one, squared = level[code * classes + kind], square[code * classes + kind]
-                    before = least[kind]
+                    first = (weight[lane] * one_squared + slope[lane] * one) + before[lane]
+                    second = (weight[lane] * two_squared + slope[lane] * two) + other[lane]
+                    chosen[lane] = 1 if second < first else 0
+                    best[lane] = second if second < first else first
+                for pair in range(2, fan, 2):
+                    kind = pair * kinds + later
+                    at = code * classes + kind
+                    one, one_squared, before = level[at], square[at], least[kind]
+                    at, kind = at + kinds, kind + kinds
+                    two, two_squared, other = level[at], square[at], least[kind]
                     for lane in range(lanes):
-                        tried = (weight[lane] * squared + slope[lane] * one) + before[lane]
                         so_far, choice = best[lane], chosen[lane]
-                        chosen[lane] = np.uint8(first) if tried < so_far else choice
+                        tried = (weight[lane] * one_squared + slope[lane] * one) + before[lane]
+                        choice = np.uint8(pair) if tried < so_far else choice
+                        so_far = tried if tried < so_far else so_far
+                        tried = (weight[lane] * two_squared + slope[lane] * two) + other[lane]
+                        chosen[lane] = np.uint8(pair + 1) if tried < so_far else choice
                         best[lane] = tried if tried < so_far else so_far
         least, following = following, least
-    for lane in range(lanes):
+    for lane in range(len(ends)):
         window, lowest = 0, np.float32(np.inf)
-        for tried in range(STATES):
+        first, stride = (0, 1) if ends[lane] < 0 else (ends[lane] & (classes - 1), classes)
+        for tried in range(first, STATES, stride):  # those that end as they should
             at = (tried & (fan - 1)) * classes + (tried >> bits)
             cost = weights[steps - 1, lane] * square[at] + slope[lane] * level[at]
             cost += least[tried >> bits, lane]
-            fits = ends[lane] < 0 or (tried ^ ends[lane]) & (classes - 1) == 0
-            if fits and cost < lowest:
+            if cost < lowest:
                 window, lowest = tried, cost
         path[steps - 1, lane] = window
         for step in range(steps - 2, -1, -1):

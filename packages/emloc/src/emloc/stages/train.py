@@ -34,7 +34,12 @@ from emloc.stages.data_digest import data_digests, digested
 from emloc.stages.frame import Artefact, Written, digests
 from emloc.stages.resumed import resumed_from
 from emloc.stages.stage import stage
-from emloc.stages.training_needs import check_training, require_modules, require_trained
+from emloc.stages.training_needs import (
+    check_training,
+    require_modules,
+    require_trained,
+    say_idle_options,
+)
 
 PATHS = {
     "output_dir",
@@ -92,6 +97,7 @@ def train(config: TrainConfig) -> Path:
     )
     config = of_family(config, family)
     train.require_suited(config, model, family)
+    say_idle_options(config)
     emulator = _emulator(config, Manifest.find(model.path))
     if config.stream and not isinstance(family, StreamsTraining):
         raise ConfigError(

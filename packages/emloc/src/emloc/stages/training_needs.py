@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.config import LoraOptions, TrainConfig, nearest
 from emloc.errors import ConfigError, DependencyError
+from emloc.machine.progress import warn
 from emloc.options.patterns import require_matching
 
 TRACKERS = {
@@ -64,13 +65,16 @@ def check_training(config: TrainConfig) -> None:
         )
     if config.stream:
         _check_streamed(config)
-        return
+
+
+def say_idle_options(config: TrainConfig) -> None:
+    """Say which options do nothing because the model is not streamed."""
     for name in ("stream_from", "stream_inputs"):
-        if getattr(config, name) != type(config).model_fields[name].default:
-            raise ConfigError(
-                f"train: {name}={getattr(config, name)} says where a streamed model waits; pass stream=true, "
-                f"or leave it out."
-            )
+        value = getattr(config, name)
+        # An emulator is never streamed: there, a run's options may be meant for polish.
+        idle = not config.stream and config.emulator is None
+        if idle and value != type(config).model_fields[name].default:
+            warn(f"train: {name}={value} does nothing without stream=true")
 
 
 def _check_streamed(config: TrainConfig) -> None:

@@ -82,9 +82,7 @@ class UnitStream:
                 continue
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)  # pyright: ignore[reportPrivateUsage]
-        for name, module in self.model.named_modules():
-            if not _inside(name, self.units):
-                self._fill_buffers(module, name, recurse=False)
+        self._fill_buffers()
 
     def stored(self, parameter: str) -> StoredParameter:
         """Find how the checkpoint stores a parameter.
@@ -182,7 +180,6 @@ class UnitStream:
                 parameters = place.owner._parameters  # pyright: ignore[reportPrivateUsage]
                 emptied.append((place.owner, place.leaf, parameters[place.leaf]))
                 parameters[place.leaf] = nn.Parameter(values.pop(), requires_grad=False)
-            self._fill_buffers(self.model.get_submodule(unit), unit)
             yield
         finally:
             for owner, leaf, parameter in emptied:
@@ -201,17 +198,16 @@ class UnitStream:
         """The dtype that a floating tensor of the skeleton computes in."""
         return tensor.dtype if tensor.dtype.itemsize > self.dtype.itemsize else self.dtype
 
-    def _fill_buffers(self, module: nn.Module, name: str, recurse: bool = True) -> None:
-        """Buffers that the checkpoint stores (few and small) are read and stay.
+    def _fill_buffers(self) -> None:
+        """Read the buffers that the checkpoint stores (few and small); they stay.
 
         Those that a model never stores are its own, whatever older files hold.
         """
-        for path, buffer in module.named_buffers(recurse=recurse):
-            owner, leaf = _owner(module, path)
+        for name, buffer in list(self.model.named_buffers()):
+            owner, leaf = _owner(self.model, name)
             if leaf in owner._non_persistent_buffers_set:  # pyright: ignore[reportPrivateUsage]
                 continue
-            buffer_name = f"{name}.{path}" if name else path
-            stored = self.family.stored(self.model, buffer_name, self.checkpoint)
+            stored = self.family.stored(self.model, name, self.checkpoint)
             if stored is not None:
                 value = stored.read(self.checkpoint.read)
                 dtype = self._computed(buffer) if buffer.is_floating_point() else buffer.dtype

@@ -58,6 +58,19 @@ def new_lora(
         ConfigError: a target does not exist, options exclude one another, or EVA has nothing to look at.
     """
     lora = lora_config(config, model, excluded, task_type)
+    wrapped, start = _begun(model, lora, config, batches, task_type, family)
+    _settle_patterns(wrapped, lora)
+    return wrapped, start
+
+
+def _begun(
+    model: Any,
+    lora: LoraConfig,
+    config: TrainConfig,
+    batches: Iterable[Batch],
+    task_type: str | None,
+    family: ModelFamily | None,
+) -> tuple[Any, Start]:
     if config.lora_init == "eva":
         first = [
             {name: tensor.to(config.device) for name, tensor in batch.items()}
@@ -90,7 +103,6 @@ def _wrapped(model: Any, lora: LoraConfig) -> Any:
     wrapped: Any = get_peft_model(model, lora)
     if lora.base_model_name_or_path and os.path.exists(lora.base_model_name_or_path):
         lora.base_model_name_or_path = str(Path(lora.base_model_name_or_path).absolute())
-    _settle_patterns(wrapped, lora)
     return wrapped
 
 

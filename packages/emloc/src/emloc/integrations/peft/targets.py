@@ -92,9 +92,9 @@ def chosen_targets(
             hint = nearest(target, sorted({name.rpartition(".")[2] for name in names}))
             raise ConfigError(f"lora_target_modules: the model has no module {target}.{hint}")
     chosen = all_linear(model, excluded) if wanted == ["all-linear"] else wanted
-    _refuse_what_is_not_merged(model, chosen)
     blocks = config.lora_layers_to_transform
     if not blocks and not config.lora_layers_pattern and not excluded:
+        _refuse_what_is_not_merged(model, chosen)
         return chosen
     ends = tuple(f".{target}" for target in chosen)
     targets = [
@@ -109,6 +109,7 @@ def chosen_targets(
     targets = in_chosen_blocks(model, targets, config)
     if not targets:
         raise ConfigError(f"lora_layers_to_transform: no target is in the blocks {blocks}.")
+    _refuse_what_is_not_merged(model, targets)
     return targets
 
 

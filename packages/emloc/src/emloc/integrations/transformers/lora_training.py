@@ -15,6 +15,8 @@ from transformers import PreTrainedModel, ProgressCallback
 from transformers.trainer_callback import PrinterCallback
 
 from emloc.artefacts.adapter import Adapter
+from emloc.artefacts.json_files import read_json
+from emloc.artefacts.stage_folder import SETTINGS_NAME
 from emloc.config import TrainConfig
 from emloc.errors import CheckpointError, ConfigError, EmlocError, NumericalError
 from emloc.extend.family import Batch, ModelFamily
@@ -256,9 +258,11 @@ def _checkpoint(config: TrainConfig, work: Path) -> Path | None:
             console.print(f"train: continuing from {newest.name}")
         return newest
     asked = Path(wanted)
-    own = last_whole_checkpoint(work)
-    # Of the run that went on from there already: the folder's settings name the same checkpoint.
-    if own is not None and asked.resolve().parent != work.resolve():
+    # Another run's, as this one's settings say, which went on from there already if it has its own.
+    settings = work / SETTINGS_NAME
+    went_on = settings.is_file() and "checkpoint_digest" in read_json(settings)
+    own = last_whole_checkpoint(work) if went_on else None
+    if own is not None:
         console.print(f"train: continuing from {own.name}, which went on from {wanted}")
         return own
     if not (asked / "trainer_state.json").is_file():
