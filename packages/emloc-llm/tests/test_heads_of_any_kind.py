@@ -25,7 +25,11 @@ def test_train_and_evaluate_see_one_loss(tmp_path, monkeypatch, capfd, kind):
     """Also where TRL would take the loss itself, as on GPUs and for many tokens."""
     monkeypatch.setattr(training.Trainer, "_fits_a_tile", lambda self, labels: False)
     config = tiny_config(kind)
-    config.is_decoder, config.hidden_dropout_prob, config.attention_probs_dropout_prob = True, 0.0, 0.0
+    config.is_decoder, config.hidden_dropout_prob, config.attention_probs_dropout_prob = (
+        True,
+        0.0,
+        0.0,
+    )
     lively_model(AutoModelForCausalLM, config, 0).save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     data = str(write_rows(tmp_path / "train.jsonl", 4, seed=1))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoConfig
 
 from emloc.errors import CheckpointError, DependencyError
 from emloc_vlm.internvl_chat import native_config, native_processor
@@ -101,6 +102,43 @@ def test_tiles_and_image_tokens(qwen, width, height, grid):
     image_ids = [begin] + [place] * SEQUENCE * len(expected) + [end]
     assert ids == image_ids + tokenizer("\nWhat?")["input_ids"]
     assert "torchvision" not in sys.modules
+
+
+def test_images_of_one_sample_share_its_tiles(qwen):
+    """`max(1, max_dynamic_patch // count)` each, as OpenGVLab's training code cuts them."""
+    processor = native_processor(qwen)
+    image = picture(150, 100)
+    text = ["<IMG_CONTEXT><IMG_CONTEXT><IMG_CONTEXT>", "<IMG_CONTEXT>"]
+    made = processor(images=[[image] * 3, [image]], text=text, padding=True, return_tensors="pt")
+    expected = torch.cat([tiles_of(image, 2, 1)] * 3 + [tiles_of(image, 3, 2)])
+    torch.testing.assert_close(made["pixel_values"], expected, atol=1e-5, rtol=0)
+    place = processor.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    assert (made["input_ids"] == place).sum(1).tolist() == [9 * SEQUENCE, 7 * SEQUENCE]
+    alone = processor(images=[image], text=["<IMG_CONTEXT>"], return_tensors="pt")
+    assert len(alone["pixel_values"]) == 7
+
+
+@pytest.mark.parametrize("name", ["Hermes-2", "internlm2-chat", "internvl2_5", "unknown"])
+def test_messages_end_as_the_template_of_the_config_has_it(qwen, capfd, name):
+    write_config(qwen, "qwen2", template=name)
+    end = "<|im_end|>" if name in ("Hermes-2", "internlm2-chat") else "<|im_end|>\n"
+    messages = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]
+    chat = native_processor(qwen).apply_chat_template(messages)
+    assert chat == f"<|im_start|>user\nA{end}<|im_start|>assistant\nB{end}"
+    assert ("which is not known here" in capfd.readouterr().err) == (name == "unknown")
+
+
+def test_a_config_of_a_newer_transformers_keeps_its_rope(qwen):
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    language = {
+        "model_type": "qwen2",
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "rope_parameters": rope,
+    }
+    write_config(qwen, "qwen2", llm_config=language)
+    config = native_config(json.loads((qwen / "config.json").read_text()), 5)
+    assert AutoConfig.for_model(**config).text_config.rope_parameters == rope
 
 
 def test_chat(qwen):

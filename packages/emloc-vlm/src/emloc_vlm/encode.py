@@ -173,7 +173,10 @@ def _processed(
             if replaced is None
             else replaced[row]
         )
-        tokens.append(Tokens(ids, _as_given(ends, places)))
+        moved = _as_given(ends, places)
+        if replaced is not None:
+            moved = _without_prefix(processor, texts[row], ids, moved, special, examples[row].where)
+        tokens.append(Tokens(ids, moved))
     processed = {name: value for name, value in processed.items() if isinstance(value, Tensor)}
     return processed, tokens
 
@@ -191,6 +194,30 @@ def _as_one(
     alone = ids.count(processor.tokenizer.convert_tokens_to_ids(token)) == text.count(token)
     last = 0 if alone else text.rfind(token) + len(token)
     return [{"span": (0, last), "new_span": (0, last + shift)}] if shift else []
+
+
+def _without_prefix(
+    processor: Any, text: str, ids: list[int], ends: list[int], special: bool, where: str
+) -> list[int]:
+    """Ends as characters of the text that was given, where the processor put some before it (Emu3, Molmo2).
+
+    Raises:
+        DataError: it put text somewhere else.
+    """
+    alone = tokens_of(processor.tokenizer, text, special, where)
+    put = max(ends, default=0) - alone.end
+    if not put:
+        return ends
+    if put < 0 or ids[-CLOSING:] != list(alone.ids[-CLOSING:]):
+        raise DataError(
+            f"{where}: this model's processor writes something of its own into a chat, so that its answers "
+            f"cannot be found among the tokens; take a model whose processor only opens images out."
+        )
+    return [max(0, end - put) for end in ends]
+
+
+CLOSING = 3
+"""Tokens that a chat must end with as it does without images."""
 
 
 def _as_given(ends: list[int], replaced: Sequence[Mapping[str, Any]]) -> list[int]:

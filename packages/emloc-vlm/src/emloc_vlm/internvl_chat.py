@@ -12,15 +12,19 @@ from emloc.artefacts.json_files import read_json
 from emloc.artefacts.schema import conforming
 from emloc.artefacts.translated import TranslatedCheckpoint
 from emloc.errors import CheckpointError, DependencyError
+from emloc.machine.progress import warn
 from emloc_vlm.image_only import image_only
 from emloc_vlm.internvl_chat_config import (
     IMAGE_TOKEN,
+    SEPARATORS,
+    TEMPLATE,
     has_original_processor,
     is_internvl_chat,
     native_config,
 )
 from emloc_vlm.internvl_chat_schema import AddedTokens, TokenizerConfig, TokenizerFile
 from emloc_vlm.internvl_chat_tensors import layout_rule, tensor_names
+from emloc_vlm.shared_tiles import sharing_tiles, with_shares
 
 __all__ = [
     "added_tokens",
@@ -43,6 +47,16 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """The template of InternVL 2.5 and 3, without the system message that their code puts first."""
+
+
+def _chat_template(name: str, path: Path) -> str:
+    """The template that a config names, or the one of now where it is not known, which is said."""
+    if name not in SEPARATORS:
+        warn(
+            f"{path / 'config.json'} names the chat template {name!r}, which is not known here; chats are "
+            f"written as InternVL 2.5 has them"
+        )
+    return CHAT_TEMPLATE.replace(SEPARATORS[TEMPLATE], SEPARATORS.get(name, SEPARATORS[TEMPLATE]))
 
 
 IMAGE_TOKENS = {
@@ -112,7 +126,7 @@ def native_processor(path: Path) -> Any:
         )
     stored = path / "preprocessor_config.json"
     normalised = read_json(stored) if stored.is_file() else {}
-    images = GotOcr2ImageProcessorPil(
+    images = with_shares(GotOcr2ImageProcessorPil)(
         size={"height": config["force_image_size"], "width": config["force_image_size"]},
         image_mean=normalised.get("image_mean", IMAGENET_MEAN),
         image_std=normalised.get("image_std", IMAGENET_STD),
@@ -121,12 +135,12 @@ def native_processor(path: Path) -> Any:
         max_patches=tiles,  # 1 also where callers ask for cropping
     )
     tokenizer = _tokenizer(path)
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = template = _chat_template(config.get("template", TEMPLATE), path)
     if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
         # Moved into the template, so that a chat begins with it once, however it is encoded.
         tokenizer.add_bos_token = False
-        tokenizer.chat_template = "{{ bos_token }}" + CHAT_TEMPLATE
-    return image_only(InternVLProcessor)(
+        tokenizer.chat_template = "{{ bos_token }}" + template
+    return sharing_tiles(image_only(InternVLProcessor))(
         image_processor=images,
         tokenizer=tokenizer,
         image_seq_length=config["image_seq_length"],

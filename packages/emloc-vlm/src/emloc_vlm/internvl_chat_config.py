@@ -41,6 +41,7 @@ TEXT_FIELDS = [
     "attention_dropout",
     "rope_theta",
     "rope_scaling",
+    "rope_parameters",
     "use_sliding_window",
     "sliding_window",
     "max_window_layers",
@@ -55,6 +56,12 @@ TILING = {
     "max_dynamic_patch": 6,
 }
 """Options of cutting images into tiles, and InternVLChatConfig's defaults; kept for `native_processor`."""
+
+TEMPLATE = "internvl2_5"
+"""The chat template of InternVL 2.5 and 3, in OpenGVLab's `conversation.py`."""
+
+SEPARATORS = {TEMPLATE: "<|im_end|>\n", "Hermes-2": "<|im_end|>", "internlm2-chat": "<|im_end|>"}
+"""What ends a message, by the template that config.json names; InternVL 2 had two others."""
 
 VISION_DEFAULTS = {
     "hidden_size": 3200,
@@ -136,6 +143,7 @@ def native_config(config: Mapping[str, Any], image_token_id: int | None = None) 
         **typed,
         "force_image_size": image_size,
         **{key: config.get(key, default) for key, default in TILING.items()},
+        "template": config.get("template") or TEMPLATE,
     }
 
 

@@ -57,6 +57,7 @@ class ChatConfig(Schema):
     torch_dtype: str | None = None
     dtype: str | None = None
     ps_version: str = "v1"
+    template: str | None = None
 
 
 class Token(Schema):
