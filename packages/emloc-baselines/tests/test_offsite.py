@@ -6,11 +6,14 @@ import pytest
 import torch
 from pruning_reference import load
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 import emloc
 from emloc.artefacts.manifest import Manifest
 from emloc.errors import ConfigError
 from emloc.extend.methods import Task
+from emloc.integrations.transformers.lively_model import lively_model
+from emloc_baselines.distillation import _Middle, _through
 from emloc_baselines.lora import Lora
 from emloc_baselines.offsite import OffsiteTuning
 from emloc_baselines.thinning import thinned_config, uniform
@@ -239,3 +242,24 @@ def test_a_vision_language_config_is_thinned_inside():
     assert found == {
         "text_config": {"num_hidden_layers": 2, "layer_types": ["a", "d"], "x": [1, 2]}, "y": 4,
     }  # fmt: skip
+
+
+def test_a_teacher_that_is_the_student_is_at_no_distance():
+    """Its blocks see a window or all, and turn positions by different angles."""
+    torch.manual_seed(0)
+    kinds = ["full_attention" if (n + 1) % 3 == 0 else "sliding_attention" for n in range(8)]
+    config = Gemma3TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, num_hidden_layers=8, sliding_window=8, layer_types=kinds,
+    )  # fmt: skip
+    model = lively_model(AutoModelForCausalLM, config, 0).eval()
+    blocks, ids = [f"model.layers.{n}" for n in range(1, 7)], torch.randint(64, (2, 24))
+
+    def run():
+        return model(input_ids=ids, use_cache=False)
+
+    with torch.no_grad(), _Middle(model, blocks) as seen:
+        run()
+    target = _through(model, blocks, seen.entered, run)
+    torch.testing.assert_close(target, seen.left)
+    assert not model.model.layers[1]._forward_pre_hooks

@@ -127,3 +127,21 @@ def test_the_adapter_is_one_of_the_original(made, tmp_path):
 
 def test_the_families_that_have_it():
     assert set(families_for(method_named("qlora"))) == {"llm", "vlm", "diffusion"}
+
+
+def test_a_text_encoders_lora_comes_back_too(tmp_path):
+    base = write_pipeline(tmp_path / "base", "sd", 0)
+    data = {"dataset": str(write_pictures(tmp_path / "pictures", 2, 0)), "resolution": RESOLUTION,
+            "instance_prompt": "a photo of sks square"}  # fmt: skip
+    train = {**data, "max_steps": 1, "lora_r": 2, "learning_rate": 1e-2, "train_text_encoder": True}
+    task, method = Task(str(base), 0.5, 0, data, train, {**data, "limit": "none"}), Qlora()
+    light = method.build(task, tmp_path / "light")
+    adapter = method.train(task, light, tmp_path / "adapter")
+    recovered = method.recover(task, light, adapter, tmp_path / "recovered")
+    part = "text_encoder/adapter_model.safetensors"
+    one, other = load_file(adapter / part), load_file(recovered / part)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    written = load_file(recovered / "pytorch_lora_weights.safetensors")
+    assert any(name.startswith("text_encoder") for name in written)
+    assert emloc.verify(path=str(recovered))["kind"] == "corrected_adapter"

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_encoders import write_clip, write_dino
 
 import emloc
+from emloc.adapters.rounding import Rounding
 from emloc.errors import (
     CheckpointError,
     ConfigError,
@@ -582,3 +583,25 @@ def test_every_picture_is_measured(tiny, tmp_path, monkeypatch):
         resolution=RESOLUTION, num_noise_samples=2,
     )  # fmt: skip
     assert len(set(measured)) == scores["samples"] == 5
+
+
+def test_the_noise_does_not_depend_on_how_many_are_measured_at_once(tiny, tmp_path):
+    data = str(write_pictures(tmp_path / "p", 3, seed=1))
+
+    def loss(size):
+        return emloc.evaluate(
+            model_name_or_path=str(tiny.base), dataset=data, instance_prompt=PROMPT,
+            resolution=RESOLUTION, num_noise_samples=7, per_device_eval_batch_size=size,
+        )["loss"]  # fmt: skip
+
+    assert loss(1) == pytest.approx(loss(4), rel=1e-5)
+
+
+def test_pictures_of_other_weights_than_those_of_the_loss_are_refused(made, tmp_path, monkeypatch):
+    """An adapter may say that it runs on dequantised weights, which no pipeline has."""
+    monkeypatch.setattr(Rounding, "runs_on", classmethod(lambda cls, manifest: cls()))
+    with pytest.raises(ConfigError, match="runs on dequantised ones; merge it"):
+        emloc.evaluate(
+            output_dir=tmp_path / "e", adapter=str(made.plain), validation_prompt="a dog",
+            **made.data, **made.drawing,
+        )  # fmt: skip

@@ -7,6 +7,7 @@ those of a guess that spends the same bytes. Known from shapes alone.
 
 from emloc.compression.choice import streamed_itemsize
 from emloc.compression.groups import make_plan
+from emloc.errors import ConfigError
 from emloc.formats.layer_format import tensor_bytes
 from emloc.streaming.stream import UnitStream
 from emloc_baselines.light import Source
@@ -23,8 +24,18 @@ def held_bytes(stream: UnitStream) -> int:
 
 
 def emulator_bytes(source: Source, stream: UnitStream) -> int:
-    """Bytes of the parameters of EMLoC's emulator at the source's `keep_ratio`."""
+    """Bytes of the parameters of EMLoC's emulator at the source's `keep_ratio`.
+
+    Raises:
+        ConfigError: that would have its embeddings in few bits, which no light model here has.
+    """
     config = source.config
+    bits = getattr(config, "embedding_bits", None)
+    if bits is not None:
+        raise ConfigError(
+            f"embedding_bits={bits} would make EMLoC's emulator smaller than what this method may hold, as "
+            f"it keeps embeddings as they are; give it in the sections of EMLoC's own rows alone."
+        )
     itemsize_of = streamed_itemsize(stream, "auto")
     groups = source.family.layer_groups(stream.model)
     plan = make_plan(groups, stream.layer_shape, config, itemsize_of)

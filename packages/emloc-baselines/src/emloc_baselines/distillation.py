@@ -63,7 +63,9 @@ def distillation(
                 total, terms = source.family.loss(student, batch)
             assert seen.entered is not None
             assert seen.left is not None
-            target = _through(teacher, full, seen.entered)
+            target = _through(
+                teacher, full, seen.entered, lambda: source.family.loss(teacher, batch)
+            )
             distance = (target - seen.left) / target.square().mean().sqrt()
             if terms == 0:
                 raise DataError(
@@ -81,17 +83,17 @@ def distillation(
 
 
 class _Middle:
-    """The tensors that enter the first of some blocks and leave the last, while the context is open."""
+    """The hidden states that enter the first of some blocks and leave the last, while the context is open."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[str]) -> None:
         self._first, self._last = (model.get_submodule(blocks[i]) for i in (0, -1))
         self._handles: list[Any] = []
-        self.entered: tuple[Any, Any] | None = None
+        self.entered: Tensor | None = None
         self.left: Tensor | None = None
 
     def __enter__(self) -> "_Middle":
         def enter(_: nn.Module, inputs: Any, named: Any) -> None:
-            self.entered = (inputs, named)
+            self.entered = inputs[0] if inputs else named["hidden_states"]
 
         def leave(_: nn.Module, __: Any, output: Any) -> None:
             self.left = _hidden(output)
@@ -111,10 +113,43 @@ def _hidden(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+class _Left(Exception):
+    """The last block of the middle is done."""
+
+
 @torch.no_grad()
-def _through(teacher: nn.Module, blocks: Sequence[str], entered: tuple[Any, Any]) -> Tensor:
-    """The hidden state behind the full middle, given what entered the thinned one."""
-    (hidden, *more), named = entered
-    for block in blocks:
-        hidden = _hidden(teacher.get_submodule(block)(hidden, *more, **named))
-    return hidden
+def _through(
+    teacher: nn.Module, blocks: Sequence[str], entered: Tensor, run: Callable[[], object]
+) -> Tensor:
+    """The hidden state behind the full middle, given what entered the thinned one.
+
+    The teacher's own forward gives every block its mask and its positions, which differ where some attend to
+    a window and others to all.
+
+    Args:
+        run: the teacher's forward on the same micro-batch.
+    """
+    left: list[Tensor] = []
+
+    def enter(_: nn.Module, inputs: Any, named: Any) -> Any:
+        if inputs:
+            return (entered, *inputs[1:]), named
+        return inputs, {**named, "hidden_states": entered}
+
+    def leave(_: nn.Module, __: Any, output: Any) -> None:
+        left.append(_hidden(output))
+        raise _Left
+
+    first, last = (teacher.get_submodule(blocks[i]) for i in (0, -1))
+    handles: list[Any] = [
+        first.register_forward_pre_hook(enter, with_kwargs=True),
+        last.register_forward_hook(leave),
+    ]
+    try:
+        run()
+    except _Left:
+        return left[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    raise RuntimeError(f"the forward of {type(teacher).__name__} never ran {blocks[-1]}")

@@ -25,7 +25,13 @@ from emloc_baselines.distillation import DistillationOptions, distillation
 from emloc_baselines.light import LightModel, Source, build_light
 from emloc_baselines.main_blocks import main_blocks
 from emloc_baselines.recovery import Recovered, recover_adapter
-from emloc_baselines.thinning import block_bytes, thinned_config, thinned_pieces, uniform
+from emloc_baselines.thinning import (
+    block_bytes,
+    thinned_config,
+    thinned_pieces,
+    uniform,
+    with_derived,
+)
 
 NAME = "offsite-tuning"
 
@@ -114,7 +120,7 @@ def thinned(source: Source, options: OffsiteOptions) -> LightModel:
         )
     stack = blocks[0].rpartition(".")[0]
     light = LightModel(
-        config=thinned_config(source.base.config, depth, kept),
+        config=thinned_config(with_derived(source.base.config, stream.model, depth), depth, kept),
         pieces=thinned_pieces(stream, blocks, kept),
         summary={"budget_bytes": target, "blocks": len(kept), "trained_blocks": 2 * ends},
         layers={f"{stack}.{new}": {"original": blocks[old]} for new, old in enumerate(kept)},

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from emloc.adapters.adapted_weights import adapted_weights
+from emloc.adapters.carried_over import carry_over
 from emloc.artefacts.adapter import Adapter
 from emloc.artefacts.adapter_config import CONFIG_NAME, exact_patterns
 from emloc.artefacts.adapter_tensors import PREFIX, WEIGHTS_NAME, LoraLayer
@@ -84,7 +85,7 @@ def recover_adapter(
     base, family = open_model(built.base_model.name_or_path, recorded=built.family)
     if base.digest() != built.base_model.digest:
         raise MismatchError(f"{light} was built from weights other than those of {base.name}.")
-    trained = Adapter.open(str(adapter))
+    trained = Adapter.open(str(adapter)).with_parts(base.parts)
     adapter_digest = trained.digest()
     settings: dict[str, Any] = {
         "method": built.method,
@@ -113,8 +114,10 @@ def recover_adapter(
                 shard.write(key, value)
         write_json(work / CONFIG_NAME, _config(trained, names, base.reference_name()))
         _require_fit(work, family, base)
+        for name, part in trained.parts.items():
+            carry_over(part, base, work / name)
         others = exported(family, base, work)
-        return Written(digests(work, (CONFIG_NAME, WEIGHTS_NAME, *others)))
+        return Written(digests(work, (*trained.files, *others)))
 
     return artefact.write(write)
 

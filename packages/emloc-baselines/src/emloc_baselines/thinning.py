@@ -50,6 +50,30 @@ def thinned_config(config: Mapping[str, Any], depth: int, kept: Sequence[int]) -
     return {name: thinned(name, value) for name, value in config.items()}
 
 
+def with_derived(config: Mapping[str, Any], model: Any, depth: int) -> dict[str, Any]:
+    """A base's `config.json` with what its library works out of it for each block, such as `layer_types`.
+
+    It would be worked out anew from the blocks' new numbers, and make blocks of other kinds of them.
+
+    Args:
+        model: of that config, with the library's own as `config`.
+    """
+    inner = config.get("text_config")
+    if isinstance(inner, Mapping):
+        text = cast("Mapping[str, Any]", inner)
+        return {**config, "text_config": with_derived(text, model, depth)}
+    own: Any = getattr(model, "config", None)
+    known = own.get_text_config() if hasattr(own, "get_text_config") else own
+    derived = {
+        name: list(cast("list[Any]", value))
+        for name, value in ({} if known is None else vars(known)).items()
+        if isinstance(value, list)
+        and len(cast("list[Any]", value)) == depth
+        and config.get(name) is None
+    }
+    return {**config, **derived}
+
+
 def block_tensors(stream: UnitStream, block: str) -> list[str]:
     """The checkpoint's tensors of a block."""
     module = stream.model.get_submodule(block)

@@ -79,8 +79,12 @@ def _loss(
     with torch.inference_mode(), progress_bar("loss", len(order)) as advance:
         for start in range(0, len(order), size):
             part = order[start : start + size]
-            drawn = samples.batch(part, objective, generator)
-            batch = {name: tensor.to(config.device) for name, tensor in drawn.items()}
+            # One by one: what is drawn for a picture does not depend on how many are measured at once.
+            drawn = [samples.batch([one], objective, generator) for one in part]
+            batch = {
+                name: torch.cat([each[name] for each in drawn]).to(config.device)
+                for name in drawn[0]
+            }
             parts.append(loss_sum(family, model, batch))
             advance(len(part))
     loss = summed(parts).mean(f"Pictures of {config.dataset}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from emloc.adapters.rounding import Rounding
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.intact import require_read
 from emloc.artefacts.manifest import Manifest
@@ -117,6 +118,11 @@ def _rows(config: Any, sheet: bool) -> tuple[dict[str, Path | None], str]:
     for adapter in adapters:
         if not adapter.is_dir():
             raise CheckpointError(f"No folder {adapter}; pass the folder of an adapter.")
+        if Rounding.runs_on(Manifest.find(adapter)) is not None:
+            raise ConfigError(
+                f"evaluate: pictures are drawn with the pipeline's own weights, and {adapter} runs on "
+                f"dequantised ones; merge it, and pass the merged model without an adapter."
+            )
         name, number = adapter.resolve().name, 1
         while name in rows:
             number += 1

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc.config import EvaluateConfig, TrainConfig, build
+from emloc.errors import ConfigError
 from emloc.extend.methods import MethodEntry, Options, Task
 from emloc.extend.opening import open_model
 from emloc.extend.plugin_options import with_family_options
@@ -118,6 +119,12 @@ def prepare_data(config: BenchConfig, dataset: str) -> Data:
     # rows these are to be, chose on them.
     held_out = tuned or "validation_samples" in config.model_fields_set
     count = config.validation_samples if given is None and held_out else 0
+    if given is None and tuned and (count == 0 or source is None):
+        raise ConfigError(
+            f"bench: the data set {dataset} has several learning rates to choose among, but no data to "
+            f"choose them by except those of the test; give it a validation section, or a JSONL file as "
+            f"dataset and validation_samples."
+        )
     if source is None or (count == 0 and config.max_train_samples is None):
         return Data({}, given)
     train, validation = split_rows(

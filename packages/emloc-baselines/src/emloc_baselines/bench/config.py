@@ -302,6 +302,10 @@ def _override(options: dict[str, Any], override: str) -> None:
         inner = target.get(part)
         if isinstance(inner, list):  # methods given by name alone
             inner = {str(name): None for name in cast("list[Any]", inner)}
+        if inner is not None and not isinstance(inner, Mapping):
+            raise ConfigError(
+                f"Override {override!r}: {part} is no section, but {str(inner)[:40]!r}; pass {part}=value."
+            )
         target[part] = dict(cast("Mapping[str, Any]", inner or {}))
         target = target[part]
     target[last] = parse_value(text)

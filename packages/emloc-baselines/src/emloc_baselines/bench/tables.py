@@ -65,7 +65,8 @@ def matching(records: Sequence[Record], **wanted: Any) -> list[Record]:
 def gains_recovered(records: Sequence[Record]) -> list[Record]:
     """Records with `gain`: what share of the loss that LoRA on the base takes off, a method takes off.
 
-    `(base − method) / (base − LoRA)` on the loss, against the LoRA of the same seed and data set.
+    `(base − method) / (base − LoRA)` on the loss, against the LoRA of the same seed and data set. Where that
+    LoRA takes nothing off, there is nothing to recover, and records have no `gain`.
     """
     with_gain: list[Record] = []
     for record in records:
@@ -76,7 +77,7 @@ def gains_recovered(records: Sequence[Record]) -> list[Record]:
         if record["label"] == BASE or not base or not lora:
             continue
         possible = base[0]["loss"] - lora[0]["loss"]
-        if possible:
+        if possible > 0:
             with_gain.append({**record, "gain": (base[0]["loss"] - record["loss"]) / possible})
     return with_gain
 

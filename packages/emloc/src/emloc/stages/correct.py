@@ -14,15 +14,13 @@ from pathlib import Path
 import torch
 
 from emloc.adapters.adapted_weights import adapted_weights
+from emloc.adapters.carried_over import carry_over
 from emloc.artefacts.adapter import Adapter
-from emloc.artefacts.adapter_config import CONFIG_NAME
-from emloc.artefacts.adapter_tensors import WEIGHTS_NAME
 from emloc.artefacts.checkpoint import Checkpoint
 from emloc.artefacts.digest import batches_digest
 from emloc.artefacts.kinds import ADAPTER, CORRECTED_ADAPTER, EMULATOR
 from emloc.artefacts.manifest import Manifest, ModelReference
 from emloc.artefacts.output_place import has_place
-from emloc.artefacts.small_files import copy_file, write_json
 from emloc.config import CorrectConfig
 from emloc.correction.adapter_correction import AdapterCorrection
 from emloc.correction.reads import Reads
@@ -169,7 +167,7 @@ def correct(config: CorrectConfig) -> Path:
         layers = correction.write(work, chosen)
         shutil.rmtree(work / READS, ignore_errors=True)
         for name, part in adapter.parts.items():
-            _carry_over(part, base, work / name)
+            carry_over(part, base, work / name)
         others = exported(family, base, work)
         return Written(
             digests(work, (*adapter.files, *others)),
@@ -185,14 +183,6 @@ def _trained_on(config: CorrectConfig, adapter: Adapter) -> TrainedOn:
     if config.emulator is not None:
         return OnEmulator.of(config.emulator, adapter)
     return OnRoundedBase.of(config, adapter)
-
-
-def _carry_over(part: Adapter, base: Checkpoint, folder: Path) -> None:
-    """There is no mismatch to correct: only the name of the base changes."""
-    copy_file(part.path / WEIGHTS_NAME, folder / WEIGHTS_NAME)
-    write_json(
-        folder / CONFIG_NAME, {**part.config, "base_model_name_or_path": base.reference_name()}
-    )
 
 
 def _say_if_learnt(config: CorrectConfig, adapter: Adapter, family: ModelFamily) -> None:
