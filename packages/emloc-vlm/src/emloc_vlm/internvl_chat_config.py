@@ -61,7 +61,7 @@ TEMPLATE = "internvl2_5"
 """The chat template of InternVL 2.5 and 3, in OpenGVLab's `conversation.py`."""
 
 SEPARATORS = {TEMPLATE: "<|im_end|>\n", "Hermes-2": "<|im_end|>", "internlm2-chat": "<|im_end|>"}
-"""What ends a message, by the template that config.json names; InternVL 2 had two others."""
+"""Ends of messages by the template that config.json names; those of InternVL 2 have no line break."""
 
 VISION_DEFAULTS = {
     "hidden_size": 3200,

@@ -39,7 +39,7 @@ def sharing_tiles(kind: Any) -> Any:
 
 
 def _counts(images: Any) -> list[int]:
-    """By image, the number of images of its sample; images that are not in lists are samples' own."""
+    """The number of images of each one's sample; images that are not in lists are alone."""
     if not isinstance(images, Sequence):
         return []
     samples = [one if isinstance(one, Sequence) else [one] for one in images]
