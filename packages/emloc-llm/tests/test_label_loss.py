@@ -146,6 +146,7 @@ def test_logits_that_would_be_larger_than_a_tile_are_left_to_trl(make, monkeypat
     trainer = make(Trainer)
     expected = trainer.compute_loss(trainer.model, batch_of())
     monkeypatch.setattr("emloc_llm.training.TILE_ROWS", VOCABULARY // 3)
+    assert trainer._fused_head_is_own(trainer.model, batch_of())
     monkeypatch.setattr("emloc_llm.training.next_token_loss", None)
     torch.testing.assert_close(trainer.compute_loss(trainer.model, batch_of()), expected)
 
