@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import emloc
 from emloc.integrations.transformers.lively_model import lively_model
+from emloc.planning.training import STEPS
 from emloc_llm import training
 from emloc_llm.example import write_rows
 
@@ -45,3 +46,55 @@ def test_train_and_evaluate_see_one_loss(tmp_path, monkeypatch, capfd, kind):
     told = "is more than a weight" in capfd.readouterr().err
     assert told == (kind != "llama")
     assert torch.isfinite(torch.tensor(loss))
+
+
+def test_experts_that_trl_cannot_balance_are_told(tmp_path, monkeypatch, capfd):
+    """TRL reads their number under a name that this config has not."""
+    monkeypatch.setattr(training.Trainer, "_fits_a_tile", lambda self, labels: False)
+    config = tiny_config("granitemoe")
+    config.output_router_logits = True
+    lively_model(AutoModelForCausalLM, config, 0).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    adapter = emloc.train(
+        model_name_or_path=str(tmp_path / "base"), dataset=str(write_rows(tmp_path / "t.jsonl", 4, seed=1)),
+        max_length=64, device="cpu", output_dir=tmp_path / "a", max_steps=1, lora_r=2,
+    )  # fmt: skip
+    told = capfd.readouterr().err
+    assert "TRL cannot balance the experts' routers of GraniteMoeForCausalLM" in told
+    assert "is more than a weight" not in told
+    assert (adapter / "adapter_model.safetensors").is_file()
+
+
+def test_half_precision_is_no_other_head(tmp_path, monkeypatch, capfd):
+    """Gemma 2 bounds its logits in its own dtype, and TRL in float32."""
+    monkeypatch.setattr(training.Trainer, "_fits_a_tile", lambda self, labels: False)
+    for seed in range(4):
+        base = tmp_path / f"base{seed}"
+        model = lively_model(AutoModelForCausalLM, tiny_config("gemma2"), seed)
+        model.to(torch.bfloat16).save_pretrained(base)
+        byte_tokenizer().save_pretrained(base)
+        emloc.train(
+            model_name_or_path=str(base), dataset=str(write_rows(tmp_path / "t.jsonl", 4, seed=1)),
+            max_length=64, device="cpu", output_dir=tmp_path / f"a{seed}", max_steps=1, lora_r=2,
+        )  # fmt: skip
+    assert "is more than a weight" not in capfd.readouterr().err
+
+
+def test_a_plan_counts_the_logits_of_such_a_head(tmp_path, monkeypatch):
+    config = tiny_config("modernbert-decoder")
+    config.vocab_size = 200_000
+    lively_model(AutoModelForCausalLM, config, 0).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+
+    def planned(samples):
+        made = emloc.plan(
+            model_name_or_path=str(tmp_path / "base"), max_length=512, device="cpu",
+            per_device_train_batch_size=samples,
+        )  # fmt: skip
+        return made["ways"][0]["device_bytes"]
+
+    own = planned(8) - planned(4)
+    assert own > 2 * 4 * 512 * 200_000 * 4  # logits and their gradient, at least
+    monkeypatch.setattr("emloc_llm.family.HEADS_OF_THEIR_OWN", frozenset())
+    STEPS._answers.clear()
+    assert own > 2 * (planned(8) - planned(4))

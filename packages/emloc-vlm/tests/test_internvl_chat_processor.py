@@ -116,6 +116,10 @@ def test_images_of_one_sample_share_its_tiles(qwen):
     assert (made["input_ids"] == place).sum(1).tolist() == [9 * SEQUENCE, 7 * SEQUENCE]
     alone = processor(images=[image], text=["<IMG_CONTEXT>"], return_tensors="pt")
     assert len(alone["pixel_values"]) == 7
+    assert "shared_by" not in processor.image_processor.to_dict()
+    image.save(qwen / "a.png")
+    named = processor(images=[str(qwen / "a.png")], text=["<IMG_CONTEXT>"], return_tensors="pt")
+    assert len(named["pixel_values"]) == 7
 
 
 @pytest.mark.parametrize("name", ["Hermes-2", "internlm2-chat", "internvl2_5", "unknown"])

@@ -19,6 +19,7 @@ from emloc.integrations.transformers.sampling import in_batches
 from emloc.planning.operations import Layer
 from emloc.planning.step import StepOptions, StepSizes
 from emloc_llm.data import draw_samples, pad
+from emloc_llm.heads import HEADS_OF_THEIR_OWN
 
 OTHER_ROWS = frozenset({"cpmant", "prophetnet", "xlnet"})
 """Types whose layers do not read the micro-batch's tokens row by row: a learnt prompt stands in front,
@@ -95,15 +96,23 @@ class LLMFamily(TransformersFamily):
         return {name: t for name, t in batch.items() if padded or name != "attention_mask"}
 
     def as_trained(self, model: nn.Module) -> nn.Module:
-        """The model in training, with TRL's loss in place of the head."""
+        """The model in training, with TRL's loss in place of the head where that is its own."""
+        changed: Any = model
+        if changed.config.get_text_config().model_type in HEADS_OF_THEIR_OWN:
+            return model
         from trl.trainer.utils import add_fused_lm_head  # seconds to import
 
-        changed: Any = model
         add_fused_lm_head(changed, outputs=("log_probs", "entropy", "is_top1"))
         return changed
 
     def trainers_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-        """The loss as TRL's `SFTTrainer` computes it, where all tokens are labelled."""
+        """The loss as `emloc_llm.training` computes it, where all tokens are labelled."""
+        config: Any = model.config
+        if config.get_text_config().model_type in HEADS_OF_THEIR_OWN:
+            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
+            labels = batch["labels"][:, 1:].flatten()
+            return nn.functional.cross_entropy(logits.float(), labels, reduction="sum"), len(labels)
         out = model(**batch, use_cache=False, fused_lm_head=True)
         return -out.log_probs.sum(), batch["labels"].numel()
 

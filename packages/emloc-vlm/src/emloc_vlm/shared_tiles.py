@@ -4,7 +4,6 @@ There an image that is alone is cut into `max_dynamic_patch` tiles at most, and 
 `max(1, max_dynamic_patch // count)`. transformers' processor knows one number for all.
 """
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -33,14 +32,14 @@ def sharing_tiles(kind: Any) -> Any:
         try:
             return kind.__call__(self, images=images, text=text, **more)
         finally:
-            self.image_processor.shared_by = []
+            del self.image_processor.shared_by  # or it would be saved
 
     return type(kind.__name__, (kind,), {"__call__": call})
 
 
 def _counts(images: Any) -> list[int]:
     """The number of images of each one's sample; images that are not in lists are alone."""
-    if not isinstance(images, Sequence):
+    if not isinstance(images, list | tuple):
         return []
-    samples = [one if isinstance(one, Sequence) else [one] for one in images]
+    samples = [one if isinstance(one, list | tuple) else [one] for one in images]
     return [len(sample) for sample in samples for _ in sample]
