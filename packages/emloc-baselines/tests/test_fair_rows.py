@@ -52,8 +52,8 @@ def test_there_is_a_gain_only_where_lora_gains(lora, gain):
         {"label": label, "method": method, "dataset": "d", "seed": 0, "loss": loss}
         for label, method, loss in rows
     ]
-    found = {record["label"]: record["gain"] for record in gains_recovered(records)}
-    assert found.get("emloc") == (None if gain is None else pytest.approx(gain))
+    gains = {record["label"]: record["gain"] for record in gains_recovered(records)}
+    assert gains.get("emloc") == (None if gain is None else pytest.approx(gain))
 
 
 def test_a_budget_of_embeddings_in_few_bits_is_refused(tmp_path):

@@ -251,7 +251,7 @@ def test_layers_kept_dense_are_named_and_may_be_included(tiny, tmp_path):
 
 
 def test_a_folder_of_pictures_may_be_spelt_in_any_way(tiny, tmp_path, monkeypatch):
-    """As shells complete it, under core's name or moved elsewhere: what counts is what lies in it."""
+    """A trailing slash, the name `dataset`, another place: only the pictures in the folder count."""
     options = {
         "model_name_or_path": str(tiny.base), "output_dir": tmp_path / "a", "max_train_steps": 1,
         "instance_prompt": PROMPT, "resolution": RESOLUTION, "lora_r": 2, "device": "cpu",

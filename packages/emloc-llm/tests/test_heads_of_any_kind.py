@@ -4,14 +4,17 @@ import json
 
 import pytest
 import torch
-from tiny_models import byte_tokenizer, tiny_config
+from tiny_models import MODEL_TYPES, byte_tokenizer, tiny_config
 from transformers import AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
 
 import emloc
 from emloc.integrations.transformers.lively_model import lively_model
+from emloc.integrations.transformers.loss import next_token_loss
 from emloc.planning.training import STEPS
 from emloc_llm import training
 from emloc_llm.example import write_rows
+from emloc_llm.heads import HEADS_OF_THEIR_OWN
 
 KINDS = {
     "llama": "its head is a weight, and TRL's way is taken",
@@ -43,7 +46,7 @@ def test_train_and_evaluate_see_one_loss(tmp_path, monkeypatch, capfd, kind):
     [loss] = [entry["loss"] for entry in map(json.loads, log) if "loss" in entry]
     scored = emloc.evaluate(dataset=data, num_samples=4, max_new_tokens=0, **options)["loss"]
     assert loss == pytest.approx(scored, rel=1e-4)
-    told = "is more than a weight" in capfd.readouterr().err
+    told = "own logits, so it is taken from whole logits" in capfd.readouterr().err
     assert told == (kind != "llama")
     assert torch.isfinite(torch.tensor(loss))
 
@@ -61,7 +64,7 @@ def test_experts_that_trl_cannot_balance_are_told(tmp_path, monkeypatch, capfd):
     )  # fmt: skip
     told = capfd.readouterr().err
     assert "TRL cannot balance the experts' routers of GraniteMoeForCausalLM" in told
-    assert "is more than a weight" not in told
+    assert "own logits, so it is taken from whole logits" not in told
     assert (adapter / "adapter_model.safetensors").is_file()
 
 
@@ -77,7 +80,7 @@ def test_half_precision_is_no_other_head(tmp_path, monkeypatch, capfd):
             model_name_or_path=str(base), dataset=str(write_rows(tmp_path / "t.jsonl", 4, seed=1)),
             max_length=64, device="cpu", output_dir=tmp_path / f"a{seed}", max_steps=1, lora_r=2,
         )  # fmt: skip
-    assert "is more than a weight" not in capfd.readouterr().err
+    assert "own logits, so it is taken from whole logits" not in capfd.readouterr().err
 
 
 def test_a_plan_counts_the_logits_of_such_a_head(tmp_path, monkeypatch):
@@ -98,3 +101,19 @@ def test_a_plan_counts_the_logits_of_such_a_head(tmp_path, monkeypatch):
     monkeypatch.setattr("emloc_llm.family.HEADS_OF_THEIR_OWN", frozenset())
     STEPS._answers.clear()
     assert own > 2 * (planned(8) - planned(4))
+
+
+@pytest.mark.parametrize("kind", sorted(HEADS_OF_THEIR_OWN & set(MODEL_TYPES)))
+def test_a_listed_head_is_not_what_trl_computes(kind):
+    config = tiny_config(kind)
+    config.is_decoder = True
+    model, ids = lively_model(AutoModelForCausalLM, config, 0).eval(), torch.arange(3, 19)[None]
+    given = {"input_ids": ids, "labels": ids}
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    with torch.no_grad():
+        own, count = next_token_loss(model, given)
+        try:
+            fused = -model(**given, use_cache=False, fused_lm_head=True).log_probs.sum()
+        except (AttributeError, RuntimeError):  # its sizes or names are others
+            return
+    assert abs(float(own - fused)) > 1e-4 * count

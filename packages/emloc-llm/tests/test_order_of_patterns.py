@@ -1,4 +1,4 @@
-"""Of several patterns the first that fits counts: in training, in files, and in what makes two runs one."""
+"""The first pattern that matches a layer counts: in training, in saved files, and in a run's settings."""
 
 import json
 
@@ -107,3 +107,18 @@ def test_an_interrupted_run_knows_its_order(tiny, monkeypatch):
     with pytest.raises(OutputError, match="interrupted run with other settings"):
         emloc.compress(rank_pattern=".*_proj=9,q_proj=4", **more)
     assert emloc.compress(rank_pattern="q_proj=4,.*_proj=9", **more).is_dir()
+
+
+def test_a_plan_of_another_order_is_another_plan(tiny):
+    """Steps that are traced are remembered within a process, by all that they depend on."""
+    more = {
+        "model_name_or_path": str(tiny / "base"),
+        "max_length": 64,
+        "device": "cpu",
+        "use_dora": True,
+    }
+    one, other = (
+        emloc.plan(lora_rank_pattern=patterns, **more)["ways"][0]["device_bytes"]
+        for patterns in ("q_proj=2,.*_proj=48", ".*_proj=48,q_proj=2")
+    )
+    assert one < other

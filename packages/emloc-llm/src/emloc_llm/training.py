@@ -55,6 +55,8 @@ def _balanced(model: Any, ids: torch.Tensor) -> bool:
     given = {"input_ids": ids, "labels": ids, "output_router_logits": True}
     try:
         return model(**given, use_cache=False, fused_lm_head=True).aux_loss is not None
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return False
 
@@ -112,8 +114,8 @@ class Trainer(SFTTrainer):
             kind = type(inner).__name__
             if not self._fused:
                 warn(
-                    f"train: the head of {kind} is more than a weight, so the loss is taken from whole "
-                    f"logits of the labelled tokens, which take memory"
+                    f"train: TRL's loss is not that of {kind}'s own logits, so it is taken from whole logits "
+                    f"of the labelled tokens, which take memory"
                 )
             if unbalanced:
                 self.aux_loss_enabled = False
@@ -135,6 +137,8 @@ class Trainer(SFTTrainer):
         try:
             own, count = next_token_loss(inner, given)
             fused = -model(**given, use_cache=False, fused_lm_head=True).log_probs.sum()
+        except torch.OutOfMemoryError:  # which is a RuntimeError, and says nothing of a head
+            raise
         except (AttributeError, RuntimeError, TypeError, ValueError):
             return False
         exact = not (self.args.bf16 or self.args.fp16) and all(
